@@ -1,0 +1,22 @@
+"""qcli: quantize, run and inspect large language models. The verbs of the command line, in Python.
+
+Names are imported on first use, so that `import qcli` costs neither torch nor transformers.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("qcli")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0.0.0"
+
+_EXPORTS = {"quantize": "qcli.quantize_run", "load": "qcli.model", "QcliError": "qcli.errors"}
+
+__all__ = ["QcliError", "__version__", "load", "quantize"]
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'qcli' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)

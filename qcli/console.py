@@ -1,0 +1,128 @@
+"""The only module that prints. Results go to stdout, talk goes to stderr; `--json` puts one object on stdout."""
+
+import json as _json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+
+
+def out(text: str = "", end: str = "\n") -> None:
+    """Writes result text to stdout as it is, at once."""
+    sys.stdout.write(text + end)
+    sys.stdout.flush()
+
+
+def json(value: object) -> None:
+    """Writes one JSON document to stdout."""
+    out(_json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def say(text: str = "") -> None:
+    """Writes a line of talk to stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def warn(text: str) -> None:
+    """Writes a warning to stderr."""
+    _styled(f"warning: {text}", "yellow")
+
+
+def error(message: str, hint: str | None = None) -> None:
+    """Writes an error and what to do about it to stderr."""
+    _styled(f"error: {message}", "bold red")
+    if hint:
+        say(f"  {hint}")
+
+
+def _styled(text: str, style: str) -> None:
+    if not sys.stderr.isatty():
+        say(text)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text(text, style))
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: Sequence[int] = (0,), talk: bool = False
+) -> None:
+    """Prints a table on stdout (stderr when `talk`). Columns named in `left` are left-aligned, the others right.
+
+    Cells are never cut: where the output is no terminal the table is as wide as it needs to be.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    stream = sys.stderr if talk else sys.stdout
+    shown = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, title_style="bold")
+    for i, column in enumerate(columns):
+        shown.add_column(column, justify="left" if i in left else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*[Text(str(cell)) for cell in row])
+    width = None
+    if not stream.isatty():
+        width = Console(file=stream, width=10_000).measure(shown).maximum
+    Console(file=stream, width=width, highlight=False).print(shown)
+    stream.flush()
+
+
+class Progress:
+    """Progress of a run counted in source bytes: one live line on a terminal, else a plain line every few seconds."""
+
+    PLAIN_SECONDS = 5.0
+    LIVE_SECONDS = 0.1
+
+    def __init__(self, total: int, done: int = 0):
+        self.total, self.done, self.first = total, done, done
+        self.started = self.shown = time.monotonic()
+        self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.printed = False
+
+    def advance(self, count: int, name: str) -> None:
+        """Counts `count` more source bytes, read for the tensor `name`."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.shown < (self.LIVE_SECONDS if self.live else self.PLAIN_SECONDS):
+            return
+        self.shown = now
+        self._show(name, now)
+
+    def _show(self, name: str, now: float) -> None:
+        from qcli.sizes import format_bytes, format_seconds
+
+        rate = (self.done - self.first) / max(now - self.started, 1e-9)
+        left = format_seconds((self.total - self.done) / rate) if rate > 0 else "?"
+        percent = 100 * self.done / max(self.total, 1)
+        line = (
+            f"{percent:5.1f}%  {format_bytes(self.done)} of {format_bytes(self.total)}"
+            f"  {format_bytes(rate)}/s  {left} left  {name}"
+        )
+        if self.live:
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns
+            sys.stderr.write("\r\x1b[K" + line[: columns - 1])
+            sys.stderr.flush()
+        else:
+            say(line)
+        self.printed = True
+
+    def close(self) -> None:
+        """Ends the live line."""
+        if self.live and self.printed:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+@contextmanager
+def progress(total: int, done: int = 0):
+    """A `Progress` over `total` source bytes, of which `done` were finished by an earlier run."""
+    shown = Progress(total, done)
+    try:
+        yield shown
+    finally:
+        shown.close()

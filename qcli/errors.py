@@ -1,0 +1,49 @@
+"""The errors a user can meet. One boundary, in `cli.py`, turns each into a sentence, a hint and an exit code.
+
+A message names the thing, what was found and what was expected; the hint says what to do next.
+"""
+
+
+class QcliError(Exception):
+    """Base of every error whose message is meant for the user. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(QcliError):
+    """The command line itself is wrong: an unknown method, an option out of range."""
+
+    exit_code = 2
+
+
+class CheckpointError(QcliError):
+    """A checkpoint on disk is missing, damaged or not what it claims to be."""
+
+
+class HubError(QcliError):
+    """The model hub refused, is unreachable, or does not know the model."""
+
+
+class DeviceError(QcliError):
+    """The requested device is not there."""
+
+
+class NonFiniteError(QcliError):
+    """A weight holds NaN or infinity."""
+
+
+class PlanError(QcliError):
+    """A run cannot start. `problems` lists every reason found, each one sentence."""
+
+    def __init__(self, subject: str, problems: list[str], hint: str | None = None):
+        self.problems = list(problems)
+        if len(self.problems) == 1:
+            message = f"{subject}: {self.problems[0]}"
+        else:
+            message = f"{subject}: {len(self.problems)} problems:" + "".join(f"\n  - {p}" for p in self.problems)
+        super().__init__(message, hint)
