@@ -11,7 +11,7 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0.0.0"
 
-_EXPORTS = {"quantize": "qcli.quantize_run", "load": "qcli.model", "QcliError": "qcli.errors"}
+_EXPORTS = {"quantize": "qcli.quantization", "load": "qcli.model", "QcliError": "qcli.errors"}
 
 __all__ = ["QcliError", "__version__", "load", "quantize"]
 

@@ -48,7 +48,12 @@ def _styled(text: str, style: str) -> None:
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: Sequence[int] = (0,), talk: bool = False
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    left: Sequence[int] = (0,),
+    talk: bool = False,
 ) -> None:
     """Prints a table on stdout (stderr when `talk`). Columns named in `left` are left-aligned, the others right.
 

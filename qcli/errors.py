@@ -47,3 +47,9 @@ class PlanError(QcliError):
         else:
             message = f"{subject}: {len(self.problems)} problems:" + "".join(f"\n  - {p}" for p in self.problems)
         super().__init__(message, hint)
+
+
+class Interrupted(QcliError):
+    """Ctrl-C or SIGTERM stopped the run."""
+
+    exit_code = 130

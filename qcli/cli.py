@@ -1,0 +1,77 @@
+"""The command line: one Typer app, a command for each file in commands/, and the boundary where errors become sentences."""
+
+import functools
+import os
+import signal
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qcli import __version__, console
+from qcli.errors import QcliError
+
+app = typer.Typer(
+    help="Quantize, run and inspect large language models on the hardware you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.out(f"qcli {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Quantize, run and inspect large language models on the hardware you have."""
+
+
+def _boundary(command):
+    """Turns what a user can meet into a message and an exit code. QCLI_TRACEBACK=1 shows where it came from."""
+
+    @functools.wraps(command)
+    def run(*args, **kwargs):
+        try:
+            command(*args, **kwargs)
+        except QcliError as e:
+            if os.environ.get("QCLI_TRACEBACK"):
+                raise
+            console.error(e.message, e.hint)
+            sys.exit(e.exit_code)
+        except KeyboardInterrupt:
+            console.error("interrupted")
+            sys.exit(130)
+        except BrokenPipeError:  # the reader of our output has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+
+    return run
+
+
+for _path in sorted(Path(__file__).with_name("commands").glob("[a-z]*.py")):
+    _module = import_module(f"qcli.commands.{_path.stem}")
+    app.command(_path.stem.replace("_", "-"))(_boundary(getattr(_module, _path.stem)))
+
+
+def _terminate(signum, frame):
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of `qcli`."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app(prog_name="qcli")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""`qcli quantize`: a checkpoint in, a quantized checkpoint out."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qcli import console
+from qcli.errors import Interrupted, UsageError
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)],
+    bits: Annotated[
+        int | None, typer.Option(help="4 for NF4, 8 for LLM.int8(). Default 4.", show_default=False)
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="nf4, fp4 or llm-int8, instead of --bits.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The folder to make. Default ./NAME-METHOD.", show_default=False),
+    ] = None,
+    double_quant: Annotated[
+        bool | None,
+        typer.Option(
+            "--double-quant/--no-double-quant", help="4-bit: quantize absmax too. Default on.", show_default=False
+        ),
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="4-bit: weights per absmax, 32 to 4096. Default 64.", show_default=False)
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="8-bit: magnitude of an outlier activation. Default 6.0.", show_default=False)
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB", help="Modules to leave as they are, by full name. Repeatable.", show_default=False
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of all that is not quantized: auto, bfloat16, float16, float32.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Delete each downloaded shard once it is done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder, at the very end.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the result with a model card.", show_default=False)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Rarer settings: max_shard_size=5GB, compute_dtype=auto, allow_nonfinite=false, modules=model.",
+            show_default=False,
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Quantize a model into a folder that transformers, bitsandbytes, PEFT and vLLM load."""
+    from qcli import quantization
+    from qcli.commands import _quantize_tables as tables
+
+    plan = quantization.make_plan(
+        model, output, bits=bits, method=method, double_quant=double_quant, block_size=block_size, threshold=threshold,
+        skip=skip or (), dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, stream=stream,
+        overwrite=overwrite, settings=_settings(set_ or []),
+    )  # fmt: skip
+    if dry_run:
+        console.json(tables.plan_summary(plan)) if json else tables.show_plan(plan)
+        plan.check()
+        return
+    for note in plan.notes:
+        console.warn(note)
+    try:
+        report = quantization.run_plan(
+            plan, device=device, overwrite=overwrite, push_to_hub=push_to_hub, progress=console.progress
+        )
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted; finished work is kept in {plan.output}.partial",
+            f"Go on with: {shlex.join(['qcli', *sys.argv[1:]])}",
+        ) from None
+    for warning in report.warnings:
+        console.warn(warning)
+    console.json(report.summary()) if json else tables.show_report(report)
+
+
+def _settings(pairs: list[str]) -> dict[str, str]:
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UsageError(f"--set {pair!r} has no '='", "Write it as --set name=value.")
+        settings[name.strip()] = value.strip()
+    return settings

@@ -1,0 +1,203 @@
+"""The verb `quantize`: from a model's name to a finished folder, and the report of what it cost."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from qcli import methods
+from qcli.checkpoint import dtypes
+from qcli.checkpoint import plan as planning
+from qcli.checkpoint.plan import Plan
+from qcli.devices import pick_device
+from qcli.errors import CheckpointError, PlanError
+from qcli.process import peak_memory
+from qcli.report import Report, sum_up
+from qcli.settings import Settings, one_of, split_settings
+from qcli.sizes import format_bytes, parse_size
+
+DISK_RESERVE = 50_000_000  # for the index, tokenizer files and the file system's own needs
+
+
+def quantize(model: str, output: str | Path | None = None, **options) -> Report:
+    """Quantizes `model` (a folder or a hub id) into a new folder and returns the report.
+
+    Options are those of `make_plan` and `run_plan`: bits, method, double_quant, block_size, threshold, skip, dtype, revision,
+    trust_remote_code, stream, settings; device, overwrite, push_to_hub.
+
+    Raises QcliError kinds: UsageError for options, PlanError for every problem that headers show, CheckpointError, HubError,
+    NonFiniteError. After any of them no folder stands under the final name, and the same call goes on where it stopped.
+    """
+    running = {name: options.pop(name) for name in ("device", "overwrite", "push_to_hub") if name in options}
+    plan = make_plan(model, output, overwrite=running.get("overwrite", False), **options)
+    return run_plan(plan, **running)
+
+
+def make_plan(
+    model: str,
+    output: str | Path | None = None,
+    *,
+    bits: int | None = None,
+    method: str | None = None,
+    double_quant: bool | None = None,
+    block_size: int | None = None,
+    threshold: float | None = None,
+    skip: Iterable[str] = (),
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    stream: bool = False,
+    overwrite: bool = False,
+    settings: Mapping[str, object] | None = None,
+) -> Plan:
+    """Decides from headers and config alone what a run would do. Its `problems` hold all that stands against it."""
+    name = methods.method_name(bits, method)
+    given = {"double_quant": double_quant, "block_size": block_size, "threshold": threshold}
+    chosen, rest = split_settings(name, settings or {})
+    chosen |= {option: value for option, value in given.items() if value is not None}
+    method_ = methods.make_method(name, chosen)
+    rest_ = Settings(**rest)
+    one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
+
+    from qcli.checkpoint.linears import find_linears
+    from qcli.checkpoint.source import open_source
+
+    source = open_source(model, revision, stream=stream, trust_remote_code=trust_remote_code)
+    if source.config.get("quantization_config"):
+        found = source.config["quantization_config"]
+        kind = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
+        raise CheckpointError(
+            f"{source.label} is quantized already ({kind})", "Quantize the original 16- or 32-bit checkpoint instead."
+        )
+    if source.problems:
+        raise PlanError(source.label, source.problems)
+    layout = find_linears(source, trust_remote_code=trust_remote_code, rules=rest_.modules == "rules")
+    problems, notes = [], list(layout.notes)
+    code = _model_dtype(source, dtype)
+    compute = rest_.compute_dtype
+    if compute == "auto":
+        compute = "bfloat16" if code == "F32" else dtypes.TORCH_NAMES[code]
+    quantized = planning.choose_modules(layout, list(skip), problems, notes)
+    if not quantized:
+        problems.append("no module is left to quantize")
+    problems += [f"{parameter}: no tensor of the checkpoint provides it" for parameter in layout.missing[:20]]
+    if len(layout.missing) > 20:
+        problems.append(f"and {len(layout.missing) - 20} more parameters are missing")
+    if layout.expert_parameters:
+        size = format_bytes(layout.expert_parameters * dtypes.ITEMSIZE[code])
+        notes.append(
+            f"fused experts stay {dtypes.TORCH_NAMES[code]}: {layout.expert_parameters:,} parameters, {size}; "
+            "transformers 5 loads them in no other form from this format"
+        )
+    skip_modules = planning.skip_list(layout, quantized, problems)
+    rows = planning.make_units(source, layout, method_, code, quantized, problems)
+    units, shards = planning.lay_out(rows, parse_size(rest_.max_shard_size))
+    final = Path(output) if output is not None else Path(f"{source.name}-{name}")
+    plan = Plan(
+        source=source, method=method_, layout=layout, output=final, dtype=code, compute_dtype=compute,
+        skip_modules=skip_modules, units=units, shards=shards, notes=notes, problems=problems,
+        allow_nonfinite=rest_.allow_nonfinite,
+    )  # fmt: skip
+    _check_output(plan, overwrite)
+    return plan
+
+
+def _model_dtype(source, dtype: str) -> str:
+    """The safetensors code of the output's dtype: as asked, else the config's, else that of most of the weights."""
+    if dtype != "auto":
+        return dtypes.CODES[dtype]
+    config = source.config
+    parts = [config] + [v for v in config.values() if isinstance(v, dict)]
+    for part in parts:
+        stated = part.get("dtype") or part.get("torch_dtype")
+        if stated:
+            stated = str(stated).removeprefix("torch.")
+            if stated in dtypes.MODEL_DTYPES:
+                return dtypes.CODES[stated]
+            raise PlanError(
+                source.label, [f"config.json says dtype {stated!r}, expected one of {', '.join(dtypes.MODEL_DTYPES)}"],
+                "Choose one with --dtype.",
+            )  # fmt: skip
+    count = {"F32": 0, "F16": 0, "BF16": 0}
+    for _, info in source.tensors.values():
+        if info.dtype in count:
+            count[info.dtype] += info.numel
+    return max(count, key=count.get)
+
+
+def _check_output(plan: Plan, overwrite: bool) -> None:
+    final = plan.output
+    if final.exists() and not overwrite:
+        plan.problems.append(f"{final} exists already; pass --overwrite to replace it, or choose another --output")
+    if final.exists() and not final.is_dir():
+        plan.problems.append(f"{final} is not a folder")
+    if not plan.source.is_hub and final.resolve() == Path(plan.source.label).resolve():
+        plan.problems.append(
+            f"the output {final} is the model itself, and an input is never touched; choose another --output"
+        )
+    parent = next(p for p in [final.absolute().parent, *final.absolute().parents] if p.exists())
+    staged = sum(_allocated(final.with_name(final.name + ".partial") / s.name) for s in plan.shards)
+    needed = plan.disk_bytes = plan.output_bytes - staged + DISK_RESERVE + plan.source.download_bytes(parent)
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        plan.problems.append(
+            f"the run needs {format_bytes(needed)} of disk at {parent}, {format_bytes(free)} are free"
+            + (
+                "; --stream keeps only one source shard at a time"
+                if plan.source.is_hub and not plan.source.stream
+                else ""
+            )
+        )
+
+
+def _allocated(path: Path) -> int:
+    return path.stat().st_blocks * 512 if path.exists() else 0
+
+
+def run_plan(
+    plan: Plan,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Report:
+    """Executes a plan without problems. `progress(total, done)` gives a context manager with advance(bytes, name).
+
+    Raises PlanError if the plan has problems; otherwise see `quantize`.
+    """
+    plan.check()
+    from contextlib import nullcontext
+
+    from qcli.checkpoint import folder
+    from qcli.checkpoint.execute import execute, verify
+    from qcli.checkpoint.staging import Staging
+
+    started = time.monotonic()
+    target = pick_device(device)
+    if push_to_hub:
+        from qcli.checkpoint import hub
+
+        hub.check_can_push(push_to_hub)
+    with Staging(plan, overwrite=overwrite) as staging:
+        plan.source.download_to(staging.downloads)
+        done = sum(plan.units[i].info.nbytes for i in staging.done)
+        with progress(plan.source_bytes, done) if progress else nullcontext(_Silent()) as shown:
+            execute(plan, staging, target, shown.advance)
+        kinds, worst, nonfinite = sum_up(plan, staging.done)
+        warnings = folder.write_rest(plan, staging, kinds, nonfinite)
+        verify(plan, staging.folder)
+        staging.publish()
+    report = Report(
+        output=str(plan.output), method=plan.method.name, source_bytes=plan.source_bytes, output_bytes=plan.output_bytes,
+        bits_per_weight=plan.bits_per_weight, quantized_modules=len(plan.quantized), kinds=kinds, worst=worst, nonfinite=nonfinite,
+        seconds=time.monotonic() - started, peak_memory=peak_memory(), warnings=warnings,
+    )  # fmt: skip
+    if push_to_hub:
+        report.url = hub.push(plan.output, push_to_hub)
+    return report
+
+
+class _Silent:
+    def advance(self, count: int, name: str) -> None:
+        """Nobody listens."""
