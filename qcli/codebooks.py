@@ -1,0 +1,56 @@
+"""The only copy of each code table, in float32, and of the thresholds between neighbouring codes.
+
+NF4: quantiles of the normal distribution (QLoRA, arXiv:2305.14314, appendix E). FP4: sign, two exponent bits, one mantissa
+bit, scaled to a maximum of 1; bit 3 of the code is the sign. Dynamic map: 8-bit signed dynamic exponent data type (8-bit
+Approximations for Parallelism in Deep Learning, arXiv:1511.04561), in which double quantization stores absmax.
+"""
+
+import numpy as np
+
+NF4 = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    dtype=np.float32,
+)  # fmt: skip
+
+_FP4_MAGNITUDES = np.array([0, 1 / 192, 8 / 12, 1, 4 / 12, 6 / 12, 2 / 12, 3 / 12], dtype=np.float32)
+FP4 = np.concatenate([_FP4_MAGNITUDES, 0 - _FP4_MAGNITUDES])  # code 8 is a second +0
+
+CODEBOOKS = {"nf4": NF4, "fp4": FP4}
+
+# A value above threshold i takes a code above i; a value on it takes the lower code.
+NF4_THRESHOLDS = (NF4[:-1] + NF4[1:]) / np.float32(2)
+# On |x|, in the literals of bitsandbytes' CUDA kernel: 0.583333 is 3.6e-7 off the midpoint.
+FP4_THRESHOLDS = np.array(
+    [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333], dtype=np.float32
+)
+# The code of the i-th smallest magnitude.
+FP4_ORDER = np.argsort(_FP4_MAGNITUDES, kind="stable").astype(np.uint8)
+
+ZERO_CODE = {"nf4": 7, "fp4": 0}
+
+
+def _dynamic_map() -> np.ndarray:
+    values = [np.float32(0), np.float32(1)]
+    for exponent in range(7):
+        edges = _linspace(np.float32(0.1), np.float32(1), 2**exponent + 1)
+        middles = (edges[:-1] + edges[1:]) / np.float32(2)
+        scaled = np.float32(10.0 ** (exponent - 6)) * middles
+        values += [*scaled, *-scaled]
+    return np.sort(np.array(values, dtype=np.float32))
+
+
+def _linspace(start: np.float32, end: np.float32, count: int) -> np.ndarray:
+    """As torch.linspace computes it, for the map is defined by its rounding: from both ends, a float32 step, fused
+    multiply-add (which float64 gives exactly here)."""
+    step = np.float64((end - start) / np.float32(count - 1))
+    i = np.arange(count, dtype=np.float64)
+    return np.where(i < count // 2, start + step * i, end - step * (count - 1 - i)).astype(np.float32)
+
+
+DYNAMIC_MAP = _dynamic_map()
+# Midpoints in float64, where they are exact.
+DYNAMIC_THRESHOLDS = (DYNAMIC_MAP[:-1].astype(np.float64) + DYNAMIC_MAP[1:].astype(np.float64)) / 2

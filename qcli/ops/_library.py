@@ -1,0 +1,21 @@
+"""Registration of ops, the same way for all."""
+
+from collections.abc import Callable
+
+import torch
+
+_LIBRARY = torch.library.Library("qcli", "FRAGMENT")
+
+
+def define(schema: str, reference: Callable, fake: Callable) -> Callable:
+    """Defines `qcli::schema`; `reference` serves every device that no kernel is registered for. Returns the op."""
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qcli::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.qcli, name).default
+
+
+def blocks(count: int, block_size: int) -> int:
+    """Blocks that `count` elements take, the last one possibly partial."""
+    return (count + block_size - 1) // block_size

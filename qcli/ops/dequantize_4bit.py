@@ -1,0 +1,51 @@
+"""Blockwise 4-bit dequantization: code value times its block's absmax, in float32, rounded once to the wanted dtype."""
+
+from math import prod
+
+import torch
+
+from qcli import codebooks
+from qcli.ops import quantize_4bit as _quantize
+from qcli.ops._library import define
+
+
+def _reference(
+    packed: torch.Tensor, absmax: torch.Tensor, block_size: int, quant_type: str, shape: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    count = prod(shape)
+    code = torch.from_numpy(codebooks.CODEBOOKS[quant_type]).to(packed.device)
+    # One look-up a byte: the table holds the two values that each byte stands for.
+    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), 1)
+    values = pairs.index_select(0, packed.reshape(-1).int()).view(-1)[:count]
+    full = count // block_size * block_size
+    values[:full].view(-1, block_size).mul_(absmax[: full // block_size].unsqueeze(1))
+    if full < count:
+        values[full:].mul_(absmax[-1])
+    return values.to(dtype).view(shape)
+
+
+def _fake(packed, absmax, block_size, quant_type, shape, dtype):
+    return packed.new_empty(shape, dtype=dtype)
+
+
+_op = define(
+    "dequantize_4bit(Tensor packed, Tensor absmax, int block_size, str quant_type, SymInt[] shape, ScalarType dtype) "
+    "-> Tensor",
+    _reference,
+    _fake,
+)
+
+
+def dequantize_4bit(
+    packed: torch.Tensor, absmax: torch.Tensor, block_size: int, quant_type: str, shape: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """packed uint8 [ceil(n/2), 1], absmax float32 [ceil(n/block_size)], n the product of `shape`. Returns `shape`."""
+    return _op(packed, absmax, block_size, quant_type, shape, dtype)
+
+
+def cases():
+    """(id, arguments) for parity tests and benchmarks."""
+    for name, arguments in _quantize.cases():
+        x, options = arguments["x"], {k: arguments[k] for k in ("block_size", "quant_type")}
+        packed, absmax = _quantize.quantize_4bit(x, **options)
+        yield name, {"packed": packed, "absmax": absmax, **options, "shape": list(x.shape), "dtype": x.dtype}

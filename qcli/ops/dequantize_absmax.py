@@ -1,0 +1,32 @@
+"""The absmax values that double quantization stored: map[code] * nested_absmax + offset, in float32."""
+
+import torch
+
+from qcli import codebooks
+from qcli.ops import quantize_absmax as _quantize
+from qcli.ops._library import define
+
+
+def _reference(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: float) -> torch.Tensor:
+    values = torch.from_numpy(codebooks.DYNAMIC_MAP).to(codes.device).index_select(0, codes.int())
+    scale = nested_absmax.repeat_interleave(_quantize.GROUP_SIZE)[: codes.numel()]
+    return values * scale + offset
+
+
+def _fake(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: float) -> torch.Tensor:
+    return nested_absmax.new_empty((codes.numel(),))
+
+
+_op = define("dequantize_absmax(Tensor codes, Tensor nested_absmax, float offset) -> Tensor", _reference, _fake)
+
+
+def dequantize_absmax(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: float) -> torch.Tensor:
+    """codes uint8 [n], nested_absmax float32 [ceil(n/256)] to absmax float32 [n]."""
+    return _op(codes, nested_absmax, offset)
+
+
+def cases():
+    """(id, arguments) for parity tests and benchmarks."""
+    for name, arguments in _quantize.cases():
+        codes, nested_absmax = _quantize.quantize_absmax(**arguments)
+        yield name, {"codes": codes, "nested_absmax": nested_absmax, "offset": arguments["offset"]}

@@ -1,0 +1,30 @@
+"""Row-wise int8 dequantization: q * absmax / 127, in float32, rounded once to the wanted dtype."""
+
+import torch
+
+from qcli.ops import quantize_int8 as _quantize
+from qcli.ops._library import define
+
+
+def _reference(q: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (q.float() * (absmax.float() / 127.0).unsqueeze(1)).to(dtype)
+
+
+def _fake(q: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_like(q, dtype=dtype)
+
+
+_op = define("dequantize_int8(Tensor q, Tensor absmax, ScalarType dtype) -> Tensor", _reference, _fake)
+
+
+def dequantize_int8(q: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """q int8 [N, K], absmax float32 [N] to [N, K]."""
+    return _op(q, absmax, dtype)
+
+
+def cases():
+    """(id, arguments) for parity tests and benchmarks."""
+    for name, arguments in _quantize.cases():
+        x = arguments["x"].reshape(-1, arguments["x"].shape[-1])
+        q, absmax, _ = _quantize.quantize_int8(x, 0.0)
+        yield name, {"q": q, "absmax": absmax, "dtype": x.dtype}
