@@ -1,0 +1,261 @@
+"""Models on the hub, through huggingface_hub's public names: listing, ranged reads of headers, shard by shard, upload.
+
+The user's token, cache, endpoint and offline settings are huggingface_hub's own business and are honoured by it.
+"""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qcli.errors import CheckpointError, HubError
+
+_TRIES = 4
+_BACK_OFF = 1.0  # seconds before the second try; doubles
+
+
+def open_repository(repo: str, revision: str | None, *, stream: bool):
+    """The files of a hub repository, pinned to one commit. Offline, its snapshot in the user's cache. Raises HubError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        with _translated(repo, revision):
+            info = _retried(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
+    except HubError as e:
+        cause = e.__cause__
+        if isinstance(cause, OfflineModeIsEnabled) or _is_connection_loss(cause):
+            cached = _cached_snapshot(repo, revision)
+            if cached is not None:
+                return _Snapshot(repo, cached)
+        raise
+    return _Repository(repo, info, stream)
+
+
+def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        return None
+    return folder if (folder / "config.json").exists() else None
+
+
+class _Snapshot:
+    """A repository as far as the user's cache holds it."""
+
+    is_hub, stream = True, False
+
+    def __init__(self, repo: str, folder: Path):
+        self.folder, self.name, self.revision = folder, repo.rpartition("/")[2], folder.name
+        self.names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+    def size(self, name: str) -> int:
+        return (self.folder / name).stat().st_size
+
+    def hash(self, name: str) -> str | None:
+        return (self.folder / name).resolve().name  # the cache calls a blob by its hash
+
+    def local(self, name: str) -> Path:
+        return self.folder / name
+
+    weights = local
+
+    def read(self, name: str, offset: int, count: int) -> bytes:
+        with open(self.folder / name, "rb") as file:
+            file.seek(offset)
+            return file.read(count)
+
+    def release(self, name: str) -> None:
+        """The user's cache is the user's."""
+
+    def download_to(self, folder: Path) -> None:
+        """Everything is here."""
+
+    def download_bytes(self, volume: Path, names: list[str]) -> int:
+        return 0
+
+
+class _Repository:
+    """A repository at one commit. Small files come through the user's cache, weights when they are opened."""
+
+    is_hub = True
+
+    def __init__(self, repo: str, info, stream: bool):
+        self.repo, self.stream = repo, stream
+        self.name, self.revision = repo.rpartition("/")[2], info.sha
+        self._files = {s.rfilename: s for s in info.siblings or []}
+        self.names = sorted(self._files)
+        self._folder: Path | None = None
+
+    def size(self, name: str) -> int:
+        return self._files[name].size
+
+    def hash(self, name: str) -> str | None:
+        file = self._files[name]
+        return file.lfs.sha256 if file.lfs else file.blob_id
+
+    def local(self, name: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        with _translated(self.repo, self.revision):
+            return Path(_retried(lambda: hf_hub_download(self.repo, name, revision=self.revision)))
+
+    def _cached(self, name: str) -> Path | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(self.repo, name, revision=self.revision)
+        return Path(path) if isinstance(path, str) else None
+
+    def read(self, name: str, offset: int, count: int) -> bytes:
+        cached = self._cached(name)
+        if cached is not None:
+            with open(cached, "rb") as file:
+                file.seek(offset)
+                return file.read(count)
+        with _translated(self.repo, self.revision):
+            return _retried(lambda: self._ranged(name, offset, count))
+
+    def _ranged(self, name: str, offset: int, count: int) -> bytes:
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+        url = hf_hub_url(self.repo, name, revision=self.revision)
+        headers = build_hf_headers() | {"Range": f"bytes={offset}-{offset + count - 1}"}
+        with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+            hf_raise_for_status(response)
+            skip = offset if response.status_code == 200 else 0  # a server may ignore the range and send all
+            data = bytearray()
+            for piece in response.iter_bytes():
+                data += piece
+                if len(data) >= skip + count:
+                    break
+        return bytes(data[skip : skip + count])
+
+    def weights(self, name: str) -> Path:
+        cached = self._cached(name)
+        if cached is not None:
+            return cached
+        if not self.stream or self._folder is None:
+            return self.local(name)
+        from huggingface_hub import hf_hub_download
+
+        with _translated(self.repo, self.revision):
+            path = _retried(lambda: hf_hub_download(self.repo, name, revision=self.revision, local_dir=self._folder))
+        return Path(path)
+
+    def release(self, name: str) -> None:
+        if self._folder is not None:
+            (self._folder / name).unlink(missing_ok=True)
+
+    def download_to(self, folder: Path) -> None:
+        self._folder = folder if self.stream else None
+
+    def download_bytes(self, volume: Path, names: list[str]) -> int:
+        sizes = [self.size(n) for n in names if self._cached(n) is None]
+        if self.stream:
+            return max(sizes, default=0)
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        cache = next(p for p in [Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents] if p.exists())
+        return sum(sizes) if os.stat(cache).st_dev == os.stat(volume).st_dev else 0
+
+
+def check_can_push(repo: str) -> None:
+    """Raises HubError unless there is a token that the hub knows."""
+    from huggingface_hub import HfApi
+
+    with _translated(repo, None):
+        _retried(lambda: HfApi().whoami())
+
+
+def push(folder: Path, repo: str) -> str:
+    """Uploads a finished folder to the model repository `repo`, made if it is not there; returns its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _translated(repo, None):
+        url = _retried(lambda: api.create_repo(repo, repo_type="model", exist_ok=True))
+        _retried(lambda: api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload quantized model"))
+    return str(url)
+
+
+def _is_connection_loss(error: BaseException | None) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and error.response.status_code in (429, 500, 502, 503, 504)
+    return isinstance(error, (HTTPError, ConnectionError, TimeoutError))
+
+
+def _retried(call):
+    wait = _BACK_OFF
+    for left in range(_TRIES - 1, -1, -1):
+        try:
+            return call()
+        except Exception as e:  # only a lost connection is tried again
+            lost = e if not e.__cause__ or _is_connection_loss(e) else e.__cause__
+            if not left or not _is_connection_loss(lost):
+                raise
+            time.sleep(wait)
+            wait *= 2
+
+
+@contextmanager
+def _translated(repo: str, revision: str | None) -> Iterator[None]:
+    """Turns what huggingface_hub raises into one sentence and what to do."""
+    from huggingface_hub import errors
+
+    at = f" at revision {revision}" if revision else ""
+    rerun = "Check the connection and run the same command again: finished work and downloads are kept."
+    try:
+        yield
+    except errors.GatedRepoError as e:
+        raise HubError(
+            f"{repo} is gated: the hub gives it only to those who accepted its terms",
+            f"Accept them at the model's page, then log in: hf auth login (model {repo}).",
+        ) from e
+    except errors.RepositoryNotFoundError as e:
+        raise HubError(
+            f"the hub knows no model {repo}, or it is private",
+            "Check the spelling; for a private model log in: hf auth login. A local folder is given by its path.",
+        ) from e
+    except errors.RevisionNotFoundError as e:
+        raise HubError(f"{repo} has no revision {revision}", "Give a branch, a tag or a commit of it.") from e
+    except errors.EntryNotFoundError as e:
+        raise HubError(f"{repo}{at} lacks a file that it lists: {_line(e)}", "Try again later.") from e
+    except errors.OfflineModeIsEnabled as e:
+        raise HubError(
+            f"{repo} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it",
+            "Unset HF_HUB_OFFLINE, or fetch it first.",
+        ) from e
+    except errors.LocalTokenNotFoundError as e:
+        raise HubError(f"no hub token to write to {repo} with", "Log in first: hf auth login.") from e
+    except errors.HfHubHTTPError as e:
+        status = e.response.status_code if e.response is not None else "?"
+        hint = "Log in with a token that may do this: hf auth login." if status in (401, 403) else rerun
+        raise HubError(f"the hub answered {status} for {repo}: {_line(e)}", hint) from e
+    except errors.HFValidationError as e:
+        raise HubError(f"{repo} is no valid hub id: {_line(e)}", "Write it as org/name.") from e
+    except (errors.HTTPError, ConnectionError, TimeoutError, errors.FileMetadataError) as e:
+        raise HubError(f"the connection to the hub was lost while reading {repo} ({_line(e)})", rerun) from e
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(Path.home()).free
+            raise CheckpointError(
+                f"the disk is full while fetching {repo} ({free:,} bytes are free)",
+                "Free some space and rerun, or use --stream.",
+            ) from e
+        raise HubError(f"fetching {repo} failed: {_line(e)}", rerun) from e
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,203 @@
+"""safetensors files: headers checked to the letter before anything trusts them, data read by pread into reused buffers.
+
+Layout: 8 bytes little-endian N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data. Mapped pages would count
+as this process's memory; preads into one buffer do not.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from qcli.errors import CheckpointError
+
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+MAX_HEADER = 100_000_000  # bytes, the format's own limit
+FIRST_READ = 100_000  # bytes; nearly every header fits
+_DAMAGED = "The file is damaged or its download was cut short: fetch it again."
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor in a file: bytes `start` to `end`, counted from the file's beginning."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The tensors of a file in the order of their data; `raw` is the header's JSON as stored."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    raw: bytes
+
+
+def read_header(path: Path) -> Header:
+    """The header of a local file. Raises CheckpointError."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as e:
+        raise CheckpointError(f"cannot read {path}: {e.strerror}", "Check its permissions.") from e
+    try:
+        size = os.fstat(fd).st_size
+        return read_header_with(lambda offset, count: os.pread(fd, count, offset), size, str(path))
+    except OSError as e:
+        raise CheckpointError(f"cannot read {path}: {e.strerror}", "Check the file and its disk.") from e
+    finally:
+        os.close(fd)
+
+
+def read_header_with(read: Callable[[int, int], bytes], file_size: int, name: str) -> Header:
+    """The header through `read(offset, count)`, of a file of `file_size` bytes called `name` in messages."""
+    if file_size < 8:
+        raise CheckpointError(f"{name}: {file_size} bytes, expected at least the 8 of a header length", _DAMAGED)
+    head = read(0, min(FIRST_READ, file_size))
+    length = int.from_bytes(head[:8], "little")
+    if length < 2 or length > MAX_HEADER:
+        raise CheckpointError(
+            f"{name}: the header claims {length:,} bytes, expected 2 to {MAX_HEADER:,}", "This is no safetensors file."
+        )
+    if 8 + length > file_size:
+        raise CheckpointError(f"{name}: the header claims {length:,} bytes, the whole file has {file_size:,}", _DAMAGED)
+    if len(head) < 8 + length:
+        head += read(len(head), 8 + length - len(head))
+    if len(head) < 8 + length:
+        raise CheckpointError(f"{name}: read {len(head):,} bytes of a header of {8 + length:,}", _DAMAGED)
+    raw = bytes(head[8 : 8 + length])
+    return parse_header(raw, file_size, name)
+
+
+def parse_header(raw: bytes, file_size: int, name: str) -> Header:
+    """Checks the header JSON `raw` of a file of `file_size` bytes. Raises CheckpointError at the first fault."""
+
+    def unique(pairs):
+        seen = dict(pairs)
+        if len(seen) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise CheckpointError(f"{name}: the name {twice!r} stands twice in the header", _DAMAGED)
+        return seen
+
+    try:
+        entries = json.loads(raw, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{name}: the header is not valid JSON ({e})", _DAMAGED) from None
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{name}: the header is a JSON {type(entries).__name__}, expected an object", _DAMAGED)
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{name}: __metadata__ must map strings to strings", _DAMAGED)
+    data_start = 8 + len(raw)
+    data_size = file_size - data_start
+    tensors = sorted((_entry(name, key, entry, data_start, data_size) for key, entry in entries.items()), key=_place)
+    position = data_start
+    previous = None
+    for tensor in tensors:
+        if tensor.start < position:
+            raise CheckpointError(f"{name}: the tensors {previous} and {tensor.name} overlap", _DAMAGED)
+        if tensor.start > position:
+            raise CheckpointError(
+                f"{name}: {tensor.start - position:,} bytes before {tensor.name} belong to no tensor", _DAMAGED
+            )
+        position, previous = tensor.end, tensor.name
+    if position != file_size:
+        raise CheckpointError(f"{name}: {file_size - position:,} bytes after the last tensor belong to none", _DAMAGED)
+    return Header({t.name: t for t in tensors}, metadata, raw)
+
+
+def _place(tensor: TensorInfo) -> tuple[int, int]:
+    return tensor.start, tensor.end
+
+
+def _entry(file: str, name: str, entry: object, data_start: int, data_size: int) -> TensorInfo:
+    def wrong(what: str) -> CheckpointError:
+        return CheckpointError(f"{file}: tensor {name}: {what}", _DAMAGED)
+
+    if not isinstance(entry, dict):
+        raise wrong(f"its entry is a {type(entry).__name__}, expected an object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if dtype not in DTYPE_BITS:
+        raise wrong(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPE_BITS)}")
+    if not isinstance(shape, list) or not all(_is_size(x) for x in shape):
+        raise wrong(f"its shape is {shape!r}, expected a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(x) for x in offsets):
+        raise wrong(f"its data_offsets are {offsets!r}, expected two byte positions")
+    start, end = offsets
+    if start > end:
+        raise wrong(f"its data ends ({end:,}) before it begins ({start:,})")
+    if end > data_size:
+        raise wrong(f"its data ends at byte {end:,}, the file holds {data_size:,} bytes of data")
+    bits = prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8 or bits // 8 != end - start:
+        raise wrong(f"{dtype} of shape {shape} takes {bits / 8:,g} bytes, its data has {end - start:,}")
+    return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + end)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def build_header(
+    specs: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a file whose tensors (name, dtype, shape) follow in this order, and each one's absolute start.
+
+    The JSON is padded with blanks to a multiple of 8 bytes, as the safetensors library does.
+    """
+    entries: dict[str, object] = {"__metadata__": metadata}
+    position = 0
+    for name, dtype, shape in specs:
+        end = position + prod(shape) * DTYPE_BITS[dtype] // 8
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    starts = {name: len(header) + entries[name]["data_offsets"][0] for name, _, _ in specs}
+    return header, starts
+
+
+def read_into(fd: int, offset: int, view: memoryview) -> None:
+    """Fills `view` from byte `offset` of `fd`. Raises CheckpointError where the file ends or the disk fails."""
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(fd, [view[done:]], offset + done)
+        except OSError as e:
+            raise CheckpointError(f"reading a weight file failed: {e.strerror}", "Check the disk, then rerun.") from e
+        if count == 0:
+            raise CheckpointError(
+                f"a weight file ended at byte {offset + done:,}, {len(view) - done:,} too early", _DAMAGED
+            )
+        done += count
+
+
+def read_columns(fd: int, info: TensorInfo, first: int, last: int, view: memoryview) -> None:
+    """Fills `view` with columns `first` to `last` of the 2-D tensor `info`, row after row."""
+    rows, columns = info.shape
+    itemsize = DTYPE_BITS[info.dtype] // 8
+    if last - first == columns:
+        read_into(fd, info.start, view)
+        return
+    width = (last - first) * itemsize
+    for row in range(rows):
+        read_into(fd, info.start + (row * columns + first) * itemsize, view[row * width : (row + 1) * width])
