@@ -164,7 +164,7 @@ def _by_model(source, model_class, config) -> Layout:
         shape = tuple(module.weight.shape)
         out_features, in_features = reversed(shape) if transposed else shape
         layout.linears[tensor] = Linear(tensor, module_name, out_features, in_features, transposed)
-    if not layout.candidates:
+    if all(layout.skipped(name, None) for name in layout.candidates):
         kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear)})
         found = f" (its layers are {', '.join(kinds)})" if kinds else ""
         raise CheckpointError(

@@ -77,6 +77,7 @@ class _Stream:
         self.code = torch.from_numpy(codebooks.CODEBOOKS[method.name].copy()).to(device)
         self.absmax, self.slope, self.curve = [], [], []
         self.errors = ErrorSums()
+        self.nested_offset: float | None = None
 
     def feed(self, chunk: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         """Quantizes a chunk, flat or in rows; returns (name, tensor) pieces that follow what was returned before."""
@@ -106,13 +107,12 @@ class _Stream:
         absmax = torch.cat(self.absmax) if self.absmax else torch.empty(0)
         method = self.method
         tensors = {f"{self.weight}.quant_map": self.code}
-        nested_offset = None
         if method.double_quant:
-            nested_offset = mean_absmax(absmax)
-            tensors |= self._nest(absmax, nested_offset)
+            self.nested_offset = mean_absmax(absmax)
+            tensors |= self._nest(absmax, self.nested_offset)
         else:
             tensors[f"{self.weight}.absmax"] = absmax
-        state = bnb_format.quant_state(method.name, method.block_size, self.dtype, self.shape, nested_offset)
+        state = bnb_format.quant_state(method.name, method.block_size, self.dtype, self.shape, self.nested_offset)
         blob = torch.frombuffer(bytearray(state), dtype=torch.uint8)
         tensors[f"{self.weight}.quant_state.bitsandbytes__{method.name}"] = blob
         return Result(tensors, self.errors)

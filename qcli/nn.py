@@ -1,0 +1,126 @@
+"""Modules that hold a quantized weight in its stored layout and call one op.
+
+Their parameters and buffers carry the names of the stored tensors with the dots after `weight` turned into underscores
+(`weight.absmax` is `weight_absmax`), since a module's names may hold none; `stored()` gives the names of the file back.
+"""
+
+import torch
+from torch import nn
+
+from qcli.ops.dequantize_4bit import dequantize_4bit
+from qcli.ops.dequantize_absmax import dequantize_absmax
+from qcli.ops.dequantize_int8 import dequantize_int8
+from qcli.ops.linear_4bit import linear_4bit
+from qcli.ops.linear_int8 import linear_int8
+
+
+class _QuantizedLinear(nn.Module):
+    """in_features, out_features and bias as in nn.Linear."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The tensors by their names in a checkpoint, relative to the module."""
+        return {self.stored_name(name): tensor for name, tensor in self.state_dict().items()}
+
+    @staticmethod
+    def stored_name(name: str) -> str:
+        """The name in a checkpoint of the attribute `name`."""
+        return name
+
+
+class Linear4bit(_QuantizedLinear):
+    """A 4-bit weight [out_features, in_features]: packed codes, absmax per block, or 8-bit absmax of double quantization.
+
+    `tensors` maps attribute names (weight, weight_absmax, weight_quant_map, weight_quant_state, and with double quantization
+    weight_nested_absmax, weight_nested_quant_map) to the tensors as stored; meta tensors will do until they are loaded.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        *,
+        tensors: dict[str, torch.Tensor],
+        quant_type: str,
+        block_size: int,
+        nested_offset: float | None,
+        compute_dtype: torch.dtype,
+        dtype: torch.dtype,
+    ):
+        super().__init__(in_features, out_features, bias, dtype)
+        self.quant_type, self.block_size, self.compute_dtype = quant_type, block_size, compute_dtype
+        self.nested_offset = nested_offset
+        self.weight_nested_absmax = None
+        for name, tensor in tensors.items():
+            if name == "weight":
+                self.weight = nn.Parameter(tensor, requires_grad=False)
+            else:
+                if name in self.__dict__:
+                    del self.__dict__[name]
+                self.register_buffer(name, tensor)
+
+    def extra_repr(self) -> str:
+        double = ", double_quant" if self.weight_nested_absmax is not None else ""
+        return f"{super().extra_repr()}, {self.quant_type}, block_size={self.block_size}{double}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] to [..., out_features], in x's dtype."""
+        return linear_4bit(
+            x, self.weight.view(torch.uint8), self.weight_absmax, self.weight_nested_absmax, self.nested_offset or 0.0,
+            self.bias, self.block_size, self.quant_type, self.out_features, self.compute_dtype,
+        )  # fmt: skip
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out_features, in_features]."""
+        absmax = self.weight_absmax
+        if self.weight_nested_absmax is not None:
+            absmax = dequantize_absmax(absmax, self.weight_nested_absmax, self.nested_offset)
+        shape = [self.out_features, self.in_features]
+        return dequantize_4bit(self.weight.view(torch.uint8), absmax, self.block_size, self.quant_type, shape, dtype)
+
+    def stored_name(self, name: str) -> str:
+        """The name in a checkpoint of the attribute `name`."""
+        if name == "weight_quant_state":
+            return f"weight.quant_state.bitsandbytes__{self.quant_type}"
+        return name.replace("weight_", "weight.", 1)
+
+
+class Linear8bit(_QuantizedLinear):
+    """An LLM.int8() weight: int8 [out_features, in_features] and SCB float32 [out_features], its rows' absmax."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        *,
+        tensors: dict[str, torch.Tensor],
+        threshold: float,
+        dtype: torch.dtype,
+    ):
+        super().__init__(in_features, out_features, bias, dtype)
+        self.threshold = threshold
+        for name, tensor in tensors.items():
+            if name == "weight":
+                self.weight = nn.Parameter(tensor, requires_grad=False)
+            else:
+                self.register_buffer(name, tensor)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, threshold={self.threshold}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] to [..., out_features], in x's dtype."""
+        return linear_int8(x, self.weight, self.SCB.view(-1), self.bias, self.threshold)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out_features, in_features]."""
+        return dequantize_int8(self.weight, self.SCB.view(-1), dtype)
