@@ -19,6 +19,14 @@ def json(value: object) -> None:
     out(_json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
+def ask(prompt: str) -> str | None:
+    """A line from stdin, prompted for on stderr; None at its end."""
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
+
+
 def say(text: str = "") -> None:
     """Writes a line of talk to stderr."""
     sys.stderr.write(text + "\n")

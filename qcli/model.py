@@ -100,7 +100,9 @@ def _tokenizer(source: Source, trust_remote_code: bool):
         return transformers.AutoTokenizer.from_pretrained(source.config_folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise CheckpointError(f"{source.label}: its tokenizer cannot be loaded: {reason}", "Fetch its files again.") from e
+        raise CheckpointError(
+            f"{source.label}: its tokenizer cannot be loaded: {reason}", "Fetch its files again."
+        ) from e
 
 
 def _check_complete(label: str, info: dict) -> None:
@@ -112,7 +114,9 @@ def _check_complete(label: str, info: dict) -> None:
             for kind, names in (("missing", missing), ("misshaped", misshaped), ("extra", extra))
             if names
         ]
-        raise CheckpointError(f"{label} does not fit its model: {'; '.join(parts)}", "Fetch or quantize the model again.")
+        raise CheckpointError(
+            f"{label} does not fit its model: {'; '.join(parts)}", "Fetch or quantize the model again."
+        )
 
 
 @contextmanager
@@ -164,7 +168,9 @@ def _read_stored(source: Source, layout: Layout, stored: dict, dtype: str) -> tu
             f"{source.label} lacks {len(problems)} tensors that its quantized weights need: {', '.join(problems[:5])}",
             "Fetch or quantize the model again.",
         )
-    left = [m for m in layout.candidates if m not in modules and not layout.skipped(m, stored.get("llm_int8_skip_modules"))]
+    left = [
+        m for m in layout.candidates if m not in modules and not layout.skipped(m, stored.get("llm_int8_skip_modules"))
+    ]
     if left:
         raise CheckpointError(
             f"{source.label}: the config calls {len(left)} modules quantized which are stored unquantized: {', '.join(left[:5])}",
@@ -189,14 +195,18 @@ def _read_json(source: Source, name: str) -> dict:
         state = json.loads(data)
         return {key: state[key] for key in ("quant_type", "blocksize", "dtype", "shape")} | state
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{source.label}: {name} holds no valid quant_state", "Quantize the model again.") from None
+        raise CheckpointError(
+            f"{source.label}: {name} holds no valid quant_state", "Quantize the model again."
+        ) from None
 
 
 @register_quantization_config(_NAME)
 class QcliConfig(QuantizationConfigMixin):
     """Either `modules`, the stored scheme of each quantized module by name, or `method`, to quantize with while reading."""
 
-    def __init__(self, modules=None, compute_dtype: str = "auto", threshold: float = 6.0, method: str | None = None, **_):
+    def __init__(
+        self, modules=None, compute_dtype: str = "auto", threshold: float = 6.0, method: str | None = None, **_
+    ):
         self.quant_method = _NAME
         self.modules, self.compute_dtype, self.threshold, self.method = modules, compute_dtype, threshold, method
 
@@ -248,7 +258,9 @@ class QcliQuantizer(HfQuantizer):
     def _module(self, old: nn.Module, spec: dict, tensors: dict, compute_dtype: torch.dtype) -> nn.Module:
         common = (spec["in_features"], spec["out_features"], getattr(old, "bias", None) is not None)
         if spec["bits"] == 8:
-            return Linear8bit(*common, tensors=tensors, threshold=self.quantization_config.threshold, dtype=old.weight.dtype)
+            return Linear8bit(
+                *common, tensors=tensors, threshold=self.quantization_config.threshold, dtype=old.weight.dtype
+            )
         return Linear4bit(
             *common, tensors=tensors, quant_type=spec["quant_type"], block_size=spec["block_size"],
             nested_offset=spec["nested_offset"], compute_dtype=compute_dtype, dtype=old.weight.dtype,

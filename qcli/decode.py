@@ -1,0 +1,165 @@
+"""Token by token through a model: prefill, then one token at a time over the model's own cache. Prints nothing.
+
+The loop and the sampling rules are transformers' `generate`; each token is handed out as soon as it is known.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from qcli.errors import UsageError
+
+DEFAULT_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What the user asked for; None leaves it to the model's generation_config. temperature 0 is greedy."""
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self):
+        _check("max-new-tokens", self.max_new_tokens, lambda v: v >= 1, "1 or more")
+        _check("temperature", self.temperature, lambda v: 0 <= v < float("inf"), "0 (greedy) or more")
+        _check("top-p", self.top_p, lambda v: 0 < v <= 1, "above 0 and at most 1")
+        _check("top-k", self.top_k, lambda v: v >= 1, "1 or more")
+
+    def options(self) -> dict[str, object]:
+        """Keyword arguments of transformers' generate."""
+        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        options = {name: value for name, value in given.items() if value is not None}
+        if self.temperature == 0:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return options | {"do_sample": True} if options else {}
+
+
+def _check(name: str, value: float | None, good: Callable[[float], bool], expected: str) -> None:
+    if value is not None and not good(value):
+        raise UsageError(f"--{name} is {value}, expected {expected}")
+
+
+@dataclass
+class Generation:
+    """The new token ids and what they took. The first one comes out of the prefill."""
+
+    token_ids: list[int]
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    finished: bool  # by an end token, not by the limit
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens per second after the first; None where there was but one."""
+        count = len(self.token_ids) - 1
+        return count / max(self.decode_seconds, 1e-9) if count > 0 else None
+
+
+class _Streamer:
+    """What transformers calls with the prompt first and then with each token."""
+
+    def __init__(self, on_token: Callable[[int], None], skip_prompt: bool):
+        self.on_token, self.prompt_is_next = on_token, skip_prompt
+        self.token_ids: list[int] = []
+        self.first_at = self.last_at = None
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt_is_next:
+            self.prompt_is_next = False
+            return
+        self.last_at = time.monotonic()
+        self.first_at = self.first_at or self.last_at
+        for token in value.reshape(-1).tolist():
+            self.token_ids.append(token)
+            self.on_token(token)
+
+    def end(self) -> None:
+        """Called after the last token."""
+
+
+def end_tokens(model, tokenizer) -> set[int]:
+    """Every id that ends a text: the generation config's one or many, else the tokenizer's."""
+    stated = model.generation_config.eos_token_id
+    if stated is None:
+        stated = tokenizer.eos_token_id
+    return set() if stated is None else set(stated if isinstance(stated, (list, tuple)) else [stated])
+
+
+def generate(
+    model, tokenizer, prompt_ids: list[int], sampling: Sampling, on_token: Callable[[int], None]
+) -> Generation:
+    """Continues `prompt_ids`; `on_token` hears of each new id at once, end tokens included.
+
+    Raises UsageError for a prompt that leaves no room in the model's context.
+    """
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None)
+    limit = sampling.max_new_tokens or model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
+    decoder_only = not model.config.is_encoder_decoder
+    if context and decoder_only:
+        if len(prompt_ids) >= context:
+            raise UsageError(
+                f"the prompt has {len(prompt_ids):,} tokens, the model's context holds {context:,}",
+                "Shorten the prompt.",
+            )
+        limit = min(limit, context - len(prompt_ids))
+    ends = end_tokens(model, tokenizer)
+    ids = torch.tensor([prompt_ids], device=model.device)
+    streamer = _Streamer(on_token, skip_prompt=True)
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    pad = model.generation_config.pad_token_id
+    options = sampling.options() | {"max_new_tokens": limit, "eos_token_id": sorted(ends) or None}
+    if pad is None and ends:
+        options["pad_token_id"] = min(ends)  # one sequence is never padded; transformers warns all the same
+    started = time.monotonic()
+    with torch.inference_mode():
+        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
+    first = streamer.first_at or time.monotonic()
+    last = streamer.last_at or first
+    finished = bool(streamer.token_ids) and streamer.token_ids[-1] in ends
+    return Generation(streamer.token_ids, len(prompt_ids), first - started, last - first, finished)
+
+
+class TextStream:
+    """Turns token ids into text as they come: whole characters only, with the spaces the tokenizer means.
+
+    The text of an id depends on its neighbours, so each step decodes a short tail twice, with and without the new ids, and
+    gives out the difference once it ends in no half character.
+    """
+
+    CONTEXT = 6  # earlier ids that a decoder may look at
+
+    def __init__(self, tokenizer, prompt_ids: list[int]):
+        self.tokenizer = tokenizer
+        self.ids = list(prompt_ids[-self.CONTEXT :])
+        self.start, self.shown = 0, len(self.ids)
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, possibly none."""
+        self.ids.append(token)
+        before, now = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
+        if now.endswith("\N{REPLACEMENT CHARACTER}") or len(now) <= len(before):
+            return ""
+        self.start, self.shown = self.shown, len(self.ids)
+        return now[len(before) :]
+
+    def flush(self) -> str:
+        """What is left, half characters included."""
+        before, now = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
+        self.shown = len(self.ids)
+        return now[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
