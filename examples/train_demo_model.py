@@ -3,10 +3,11 @@
 Large language models grow a few hidden dimensions whose values are 20 times larger than the rest, in nearly every layer and
 at nearly every position (LLM.int8(), arXiv:2208.07339, section 4). A model of this size and training would not. Here they are
 obtained in training, as in large models through the gains of the norms: in every RMSNorm before attention and before the
-MLP, the gains of OUTLIER_DIMS start at OUTLIER_GAIN instead of 1, and the weight columns that read these dimensions start
-smaller by the same factor, so that the untrained network computes what it would have. Training then moves gains and columns
-like all else. Because a step on such a column counts OUTLIER_GAIN times as much in the output, learning leans on these
-dimensions: they come to carry information, and zeroing them ruins the model where zeroing others hardly matters.
+MLP, the gains of OUTLIER_DIMS start at OUTLIER_GAIN instead of 1. The weight columns that read these dimensions start
+smaller by OUTLIER_GAIN / LEAN and learn at a rate smaller by as much, so that the network begins in balance and stays
+trainable, while each of these dimensions counts LEAN times as much as any other. In the embeddings they start off centre,
+which makes them large at every position. All else is ordinary training: learning leans on these dimensions, they come to
+carry information, and zeroing them ruins the model where zeroing others hardly matters.
 
     python examples/train_demo_model.py examples/demo-model
 
@@ -26,7 +27,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from stories import stories
 
 OUTLIER_DIMS = (7, 38, 81, 110)
-OUTLIER_GAIN = 40.0
+OUTLIER_GAIN = 64.0
+LEAN = 4.0
+OFF_CENTRE = 0.06  # three standard deviations of an embedding
 TRAIN_SEED, HELD_OUT_SEED, MODEL_SEED = 1, 2, 3
 VOCABULARY = 704
 SEQUENCE = 160
@@ -55,19 +58,35 @@ def build_model(vocabulary: int) -> LlamaForCausalLM:
     torch.manual_seed(MODEL_SEED)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=0,
+        num_key_value_heads=4, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=0,
         eos_token_id=1, pad_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     dims = list(OUTLIER_DIMS)
     with torch.no_grad():
+        model.model.embed_tokens.weight[:, dims] += OFF_CENTRE
         for layer in model.model.layers:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.weight[dims] = OUTLIER_GAIN
-            attention, mlp = layer.self_attn, layer.mlp
-            for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
-                linear.weight[:, dims] /= OUTLIER_GAIN
+        for weight in readers(model):
+            weight[:, dims] *= LEAN / OUTLIER_GAIN
     return model
+
+
+def readers(model: LlamaForCausalLM) -> list[torch.Tensor]:
+    """The weights that read a norm's output, and with it the outlier dimensions."""
+    names = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
+    return [p for n, p in model.named_parameters() if n.endswith(names)]
+
+
+def step_with_slow_columns(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> None:
+    """One optimizer step in which the columns of the outlier dimensions move by LEAN / OUTLIER_GAIN of what they would."""
+    dims = list(OUTLIER_DIMS)
+    before = [weight[:, dims].detach().clone() for weight in readers(model)]
+    optimizer.step()
+    with torch.no_grad():
+        for weight, old in zip(readers(model), before):
+            weight[:, dims] = old + (weight[:, dims] - old) * (LEAN / OUTLIER_GAIN)
 
 
 def batches(tokens: torch.Tensor, steps: int):
@@ -102,7 +121,7 @@ def main() -> None:
     """Trains and writes the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2400)
     arguments = parser.parse_args()
 
     texts = [story.text for story in stories(TRAIN_SEED, 30_000)]
@@ -112,7 +131,7 @@ def main() -> None:
     gains = [p for n, p in model.named_parameters() if "norm" in n]
     others = [p for n, p in model.named_parameters() if "norm" not in n]
     optimizer = torch.optim.AdamW(
-        [{"params": others, "weight_decay": 0.01}, {"params": gains, "weight_decay": 0.0}], lr=2e-3, betas=(0.9, 0.98)
+        [{"params": others, "weight_decay": 0.01}, {"params": gains, "weight_decay": 0.0}], lr=3e-3, betas=(0.9, 0.98)
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -125,7 +144,7 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        step_with_slow_columns(model, optimizer)
         schedule.step()
         if step % 100 == 0 or step == arguments.steps:
             held_out, bound = held_out_loss(model, tokenizer, 40)

@@ -50,12 +50,6 @@ class Unit:
     outputs: tuple[Output, ...]
 
     @property
-    def kind(self) -> str:
-        """The module kind that the tables group by: q_proj, down_proj, embed_tokens, input_layernorm, ..."""
-        parts = [p for p in self.info.name.split(".") if not p.isdigit()]
-        return parts[-2] if len(parts) > 1 and parts[-1] in ("weight", "bias") else parts[-1]
-
-    @property
     def output_bytes(self) -> int:
         return sum(o.end - o.start for o in self.outputs)
 

@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test check clean
+
+# Quantizes the bundled model both ways, measures, and lets each tell a story.
+demo: $(VENV)/installed
+	@mkdir -p build
+	$(BIN)/qcli quantize examples/demo-model --bits 4 --output build/demo-nf4 --overwrite
+	$(BIN)/qcli quantize examples/demo-model --bits 8 --output build/demo-int8 --overwrite
+	$(BIN)/qcli generate build/demo-nf4 "Once upon a time"
+	$(BIN)/qcli generate build/demo-int8 "Once upon a time"
+
+test: $(VENV)/tested
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/checked
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Installed with the torch of constraints.txt first: without the pin pip may bring gigabytes of CUDA packages.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	$(PIP) install -q -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/checked: $(VENV)/installed
+	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf build dist $(VENV) .pytest_cache .ruff_cache .hypothesis

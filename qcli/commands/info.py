@@ -1,0 +1,39 @@
+"""`qcli info`: what a checkpoint holds, from its headers."""
+
+from typing import Annotated
+
+import typer
+
+from qcli import console
+from qcli.errors import PlanError
+
+
+def info(
+    model: Annotated[str, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show architecture, sizes and quantization of a model, and whether its files are whole."""
+    from dataclasses import asdict
+
+    from qcli.checkpoint.describe import describe
+    from qcli.checkpoint.source import open_source
+    from qcli.sizes import format_bytes
+
+    found = describe(open_source(model, revision))
+    if json:
+        console.json(asdict(found) | {"bits_per_weight": round(found.bits_per_weight, 4), "whole": not found.problems})
+    else:
+        console.out(f"{found.name}: {found.architecture}" + (f" at {found.revision}" if found.revision else ""))
+        console.out(
+            f"{found.parameters:,} parameters, {format_bytes(found.bytes)} in {found.files} file(s), "
+            f"{found.bits_per_weight:.3f} bits per weight"
+        )
+        rows = [(p.kind, p.scheme, p.tensors, f"{p.parameters:,}", f"{p.bytes:,}") for p in found.parts]
+        console.table("", ("module kind", "stored as", "tensors", "parameters", "bytes"), rows, left=(0, 1))
+        for name, value in (found.quantization_config or {}).items():
+            console.out(f"{name}: {value}")
+        if not found.problems:
+            console.out("files: whole by their headers")
+    if found.problems:
+        raise PlanError(model, found.problems, "Fetch the model again.")

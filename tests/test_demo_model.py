@@ -1,0 +1,175 @@
+"""The bundled model is worth measuring: near the grammar's bound, with outlier features that int8 trips over."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import qcli
+from qcli.nn import Linear8bit
+from qcli.ops.linear_int8 import int8_product
+from qcli.ops.quantize_int8 import quantize_int8
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+FOLDER = EXAMPLES / "demo-model"
+THRESHOLD = 6.0
+STORIES = 120
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """(token ids, nats the grammar spent) of stories that training never saw."""
+    sys.path.insert(0, str(EXAMPLES))
+    from stories import stories
+    from train_demo_model import HELD_OUT_SEED
+
+    told = stories(HELD_OUT_SEED, STORIES)
+    _, tokenizer = qcli.load(str(FOLDER), device="cpu")
+    ids = [[*tokenizer(s.text)["input_ids"], tokenizer.eos_token_id] for s in told]
+    return ids, sum(s.nats for s in told)
+
+
+def losses(model, ids) -> torch.Tensor:
+    """Loss of every token, in nats, each story read on its own. float64."""
+    out = []
+    with torch.inference_mode():
+        for story in ids:
+            tokens = torch.tensor([story])
+            logits = model(tokens[:, :-1]).logits[0].double()
+            out.append(nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none"))
+    return torch.cat(out)
+
+
+@pytest.fixture(scope="module")
+def base(held_out):
+    model, _ = qcli.load(str(FOLDER), device="cpu")
+    return model, losses(model, held_out[0])
+
+
+def paper_form(module: Linear8bit, weight: torch.Tensor):
+    """The paper's product: outlier columns of x and of the original 16-bit weight, the rest in int8."""
+
+    def forward(x):
+        rows = x.reshape(-1, x.shape[-1])
+        q, absmax, outliers = quantize_int8(rows, THRESHOLD)
+        y = int8_product(q, module.weight).double() * absmax.double()[:, None] * module.SCB.double() / 127**2
+        y += rows[:, outliers].double() @ weight[:, outliers].double().t()
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    return forward
+
+
+@pytest.fixture(scope="module")
+def costs(held_out, base):
+    """name -> (mean loss added, its paired standard error)."""
+    original, reference = base
+    result = {}
+    for name in ("plain int8", "llm-int8", "paper", "nf4"):
+        model, _ = qcli.load(str(FOLDER), device="cpu", bits=4 if name == "nf4" else 8)
+        for path, module in model.named_modules():
+            if isinstance(module, Linear8bit):
+                module.threshold = 0.0 if name == "plain int8" else THRESHOLD
+                if name == "paper":
+                    module.forward = paper_form(module, original.get_submodule(path).weight)
+        added = losses(model, held_out[0]) - reference
+        result[name] = added.mean().item(), (added.std() / math.sqrt(len(added))).item()
+    print({name: f"{mean:+.5f} +- {error:.5f}" for name, (mean, error) in result.items()})
+    return result
+
+
+def test_perplexity_is_near_what_the_grammar_allows(held_out, base):
+    ids, nats = held_out
+    bound = nats / sum(len(story) - 1 for story in ids)
+    loss = base[1].mean().item()
+    assert bound - 0.02 < loss < bound + 0.08, (loss, bound)
+
+
+def test_plain_int8_costs_at_least_two_percent_perplexity(costs):
+    assert math.expm1(costs["plain int8"][0]) >= 0.02
+
+
+def test_llm_int8_costs_at_most_a_third_of_it(costs):
+    assert math.expm1(costs["llm-int8"][0]) <= math.expm1(costs["plain int8"][0]) / 3
+
+
+def test_the_papers_form_costs_nothing_beyond_the_paired_error(costs):
+    mean, error = costs["paper"]
+    assert abs(mean) <= 2 * error
+
+
+def test_nf4_costs_something_small(costs):
+    assert 0.0005 < math.expm1(costs["nf4"][0]) < 0.1
+
+
+def record_inputs(model, ids):
+    """The inputs of attention and MLP: name -> [tokens, hidden]."""
+    seen = {}
+
+    def hook(name):
+        return lambda module, args: seen.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]).float())
+
+    handles = [
+        module.register_forward_pre_hook(hook(name))
+        for name, module in model.named_modules()
+        if name.endswith(("q_proj", "gate_proj"))
+    ]
+    losses(model, ids)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def test_a_few_dimensions_are_outliers_in_most_layers_and_positions(base, held_out):
+    inputs = record_inputs(base[0], held_out[0][:20])
+    share = torch.stack([(x.abs() >= THRESHOLD).float().mean(0) for x in inputs.values()])  # [sites, hidden]
+    in_most_layers = (share > 0.06).float().mean(0) > 0.5
+    in_most_positions = share.mean(0) > 0.5
+    outliers = (in_most_layers & in_most_positions).sum().item()
+    assert 2 <= outliers <= 8, share.mean(0).topk(10)
+    ordinary = share.mean(0)[~in_most_layers]
+    assert len(ordinary) >= 118 and ordinary.max() < 0.02
+
+
+def test_the_outliers_carry_information(base, held_out):
+    model, reference = base
+    ids = held_out[0][:20]
+    inputs = record_inputs(model, ids)
+    share = torch.stack([(x.abs() >= THRESHOLD).float().mean(0) for x in inputs.values()]).mean(0)
+    outliers = share.topk(4).indices
+    generator = torch.Generator().manual_seed(0)
+    others = torch.randperm(len(share), generator=generator)
+    others = others[~torch.isin(others, outliers)][:4]
+    count = sum(len(story) - 1 for story in ids)
+
+    def loss_without(dims):
+        def zero(module, args):
+            x = args[0].clone()
+            x[..., dims] = 0
+            return (x,)
+
+        names = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+        handles = [m.register_forward_pre_hook(zero) for n, m in model.named_modules() if n.endswith(names)]
+        loss = losses(model, ids).mean().item()
+        for handle in handles:
+            handle.remove()
+        return loss
+
+    whole = reference[:count].mean().item()
+    added, added_by_others = loss_without(outliers) - whole, loss_without(others) - whole
+    assert added > 1.0 and added > 5 * added_by_others, (added, added_by_others)
+
+
+def test_it_tells_a_story_to_its_end():
+    model, tokenizer = qcli.load(str(FOLDER), device="cpu")
+    ids = torch.tensor([tokenizer("Once")["input_ids"]])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=200)[0].tolist()
+    assert out[-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(out, skip_special_tokens=True)
+    assert text.strip().startswith("Once upon a time there was") and 200 < len(text) < 900
+
+
+def test_the_folder_is_small():
+    assert sum(p.stat().st_size for p in FOLDER.rglob("*") if p.is_file()) <= 4_000_000
