@@ -1,8 +1,10 @@
-"""The only copy of each code table, in float32, and of the thresholds between neighbouring codes.
+"""The only copy of each code table, in float32, and of the thresholds between its codes.
 
-NF4: quantiles of the normal distribution (QLoRA, arXiv:2305.14314, appendix E). FP4: sign, two exponent bits, one mantissa
-bit, scaled to a maximum of 1; bit 3 of the code is the sign. Dynamic map: 8-bit signed dynamic exponent data type (8-bit
-Approximations for Parallelism in Deep Learning, arXiv:1511.04561), in which double quantization stores absmax.
+NF4: quantiles of the normal distribution (QLoRA, arXiv:2305.14314, appendix E). FP4: sign, two exponent bits, one
+mantissa bit, scaled to a maximum of 1; bit 3 of the code is the sign. Dynamic map: the 8-bit signed dynamic exponent
+type (arXiv:1511.04561, section 1.2) in which double quantization stores absmax.
+
+Thresholds ascend, and a value takes the code after all thresholds that are below it: one on a threshold stays under it.
 """
 
 import numpy as np
@@ -20,17 +22,29 @@ _FP4_MAGNITUDES = np.array([0, 1 / 192, 8 / 12, 1, 4 / 12, 6 / 12, 2 / 12, 3 / 1
 FP4 = np.concatenate([_FP4_MAGNITUDES, 0 - _FP4_MAGNITUDES])  # code 8 is a second +0
 
 CODEBOOKS = {"nf4": NF4, "fp4": FP4}
+ZERO_CODE = {"nf4": 7, "fp4": 0}
 
-# A value above threshold i takes a code above i; a value on it takes the lower code.
-NF4_THRESHOLDS = (NF4[:-1] + NF4[1:]) / np.float32(2)
-# On |x|, in the literals of bitsandbytes' CUDA kernel: 0.583333 is 3.6e-7 off the midpoint.
-FP4_THRESHOLDS = np.array(
+# For magnitudes, in the literals of bitsandbytes' CUDA kernel: 0.583333 is 3.6e-7 off the midpoint.
+_FP4_MAGNITUDE_THRESHOLDS = np.array(
     [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333], dtype=np.float32
 )
-# The code of the i-th smallest magnitude.
-FP4_ORDER = np.argsort(_FP4_MAGNITUDES, kind="stable").astype(np.uint8)
 
-ZERO_CODE = {"nf4": 7, "fp4": 0}
+
+def _fp4_thresholds() -> np.ndarray:
+    """The kernel's rule, |v| > t and then the sign of v, as one ascending list: below zero a value on -t keeps the
+    smaller magnitude, and only what is below zero has the sign bit."""
+    below = np.append(-_FP4_MAGNITUDE_THRESHOLDS[::-1], np.float32(0))
+    return np.concatenate([np.nextafter(below, np.float32(-np.inf)), _FP4_MAGNITUDE_THRESHOLDS])
+
+
+def _fp4_order() -> np.ndarray:
+    ascending = np.argsort(_FP4_MAGNITUDES, kind="stable")
+    return np.concatenate([ascending[::-1] + 8, ascending]).astype(np.uint8)
+
+
+# 15 thresholds on v = x / absmax, and the 16 codes in the order of their values.
+THRESHOLDS = {"nf4": (NF4[:-1] + NF4[1:]) / np.float32(2), "fp4": _fp4_thresholds()}
+ORDER = {"nf4": np.arange(16, dtype=np.uint8), "fp4": _fp4_order()}
 
 
 def _dynamic_map() -> np.ndarray:
@@ -51,6 +65,12 @@ def _linspace(start: np.float32, end: np.float32, count: int) -> np.ndarray:
     return np.where(i < count // 2, start + step * i, end - step * (count - 1 - i)).astype(np.float32)
 
 
+def _dynamic_thresholds() -> np.ndarray:
+    """Midpoints rounded down to float32: no float32 lies between the two, so comparing with either is the same."""
+    exact = (DYNAMIC_MAP[:-1].astype(np.float64) + DYNAMIC_MAP[1:].astype(np.float64)) / 2
+    nearest = exact.astype(np.float32)
+    return np.where(nearest > exact, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+
+
 DYNAMIC_MAP = _dynamic_map()
-# Midpoints in float64, where they are exact.
-DYNAMIC_THRESHOLDS = (DYNAMIC_MAP[:-1].astype(np.float64) + DYNAMIC_MAP[1:].astype(np.float64)) / 2
+DYNAMIC_THRESHOLDS = _dynamic_thresholds()

@@ -14,14 +14,18 @@ def _reference(
 ) -> torch.Tensor:
     count = prod(shape)
     code = torch.from_numpy(codebooks.CODEBOOKS[quant_type]).to(packed.device)
-    # One look-up a byte: the table holds the two values that each byte stands for.
-    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), 1)
-    values = pairs.index_select(0, packed.reshape(-1).int()).view(-1)[:count]
-    full = count // block_size * block_size
-    values[:full].view(-1, block_size).mul_(absmax[: full // block_size].unsqueeze(1))
-    if full < count:
-        values[full:].mul_(absmax[-1])
-    return values.to(dtype).view(shape)
+    # One look-up a byte: an entry is the pair of float32 that the byte stands for.
+    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), 1).view(torch.int64).view(-1)
+    out = torch.empty(count, dtype=dtype, device=packed.device)
+    piece = block_size * max(1, (1 << (16 if packed.is_cpu else 24)) // block_size)
+    parts = zip(out.split(piece), packed.reshape(-1).split(piece // 2), absmax.split(piece // block_size))
+    for values, codes, scales in parts:
+        decoded = pairs.index_select(0, codes.int()).view(torch.float32)[: values.numel()]
+        full = values.numel() // block_size * block_size
+        decoded[:full].view(-1, block_size).mul_(scales[: full // block_size].unsqueeze(1))
+        decoded[full:].mul_(scales[-1])
+        values.copy_(decoded)
+    return out.view(shape)
 
 
 def _fake(packed, absmax, block_size, quant_type, shape, dtype):

@@ -1,0 +1,213 @@
+"""A model hub on loopback: the part of the hub's API that huggingface_hub uses to list, read, download and upload.
+
+Each repository is a folder with a single commit. Switches cut connections, ignore ranges or gate a repository; every request
+is logged with the bytes it sent.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_loopback"
+
+
+class HubServer:
+    """`url` is its address; `requests` the log of (method, path, bytes sent); `uploads` what was committed to each repo."""
+
+    def __init__(self):
+        self.repos: dict[str, Path] = {}
+        self.gated: set[str] = set()
+        self.ignore_ranges = False
+        self.cuts: dict[str, list[int]] = {}  # file -> [bytes to send, times]
+        self.requests: list[tuple[str, str, int]] = []
+        self.uploads: dict[str, dict[str, bytes]] = {}
+        hub = self
+
+        class Handler(_Handler):
+            server_hub = hub
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def add_repo(self, name: str, folder: Path, gated: bool = False) -> None:
+        self.repos[name] = Path(folder)
+        if gated:
+            self.gated.add(name)
+
+    def cut(self, file: str, after: int, times: int) -> None:
+        """Closes the connection after so many bytes of `file`, so many times."""
+        self.cuts[file] = [after, times]
+
+    def sent(self, file: str) -> int:
+        """Bytes of `file` sent so far."""
+        return sum(count for method, path, count in self.requests if method == "GET" and path.endswith(f"/{file}"))
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """For a client: this hub, an empty cache, no waiting on retries of its own."""
+        return {
+            "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+        }  # fmt: skip
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@contextmanager
+def running_hub():
+    hub = HubServer()
+    try:
+        yield hub
+    finally:
+        hub.close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server_hub: HubServer
+
+    def log_message(self, *args) -> None:
+        """The log is `requests`."""
+
+    def do_GET(self) -> None:
+        self._route(body=True)
+
+    def do_HEAD(self) -> None:
+        self._route(body=False)
+
+    def do_POST(self) -> None:
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = self.path.partition("?")[0]
+        if path == "/api/repos/create":
+            wanted = json.loads(data)
+            name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
+            self.server_hub.uploads.setdefault(name, {})
+            self._json({"url": f"{self.server_hub.url}/{name}", "name": name, "id": name})
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif match := re.fullmatch(r"/api/models/(.+)/preupload/.+", path):
+            files = json.loads(data)["files"]
+            self._json({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]})
+        elif match := re.fullmatch(r"/api/models/(.+)/commit/.+", path):
+            for line in data.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    content = base64.b64decode(entry["value"]["content"])
+                    self.server_hub.uploads[match[1]][entry["value"]["path"]] = content
+            self._json({"commitUrl": f"{self.server_hub.url}/{match[1]}/commit/{COMMIT}", "commitOid": COMMIT})
+        else:
+            self._refuse(404, "EntryNotFound")
+
+    def _route(self, body: bool) -> None:
+        path = self.path.partition("?")[0]
+        hub = self.server_hub
+        if path == "/api/whoami-v2":
+            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                self._refuse(401, "Unauthorized")
+                return
+            self._json({"name": "loopback", "type": "user", "auth": {"accessToken": {"role": "write"}}})
+        elif match := re.fullmatch(r"/api/models/(.+?)(?:/revision/(.+))?", path):
+            self._info(match[1], match[2])
+        elif match := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
+            repo, revision, file = match.groups()
+            if repo not in hub.repos:
+                self._refuse(404, "RepoNotFound")
+            elif repo in hub.gated:
+                self._refuse(403, "GatedRepo")
+            elif revision not in ("main", COMMIT):
+                self._refuse(404, "RevisionNotFound")
+            elif not (hub.repos[repo] / file).is_file():
+                self._refuse(404, "EntryNotFound")
+            else:
+                self._file(hub.repos[repo] / file, file, body)
+        else:
+            self._refuse(404, "RepoNotFound")
+
+    def _info(self, repo: str, revision: str | None) -> None:
+        hub = self.server_hub
+        if repo not in hub.repos:
+            self._refuse(401, "RepoNotFound")
+        elif revision not in (None, "main", COMMIT):
+            self._refuse(404, "RevisionNotFound")
+        else:
+            siblings = []
+            for path in sorted(p for p in hub.repos[repo].rglob("*") if p.is_file()):
+                data = path.read_bytes()
+                entry = {"rfilename": str(path.relative_to(hub.repos[repo])), "size": len(data), "blobId": _hash(data)[:40]}
+                if path.suffix in (".safetensors", ".bin"):
+                    entry["lfs"] = {"sha256": _hash(data), "size": len(data), "pointerSize": 130}
+                siblings.append(entry)
+            gated = "manual" if repo in hub.gated else False
+            self._json({"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "gated": gated, "private": False})
+
+    def _file(self, path: Path, name: str, body: bool) -> None:
+        hub = self.server_hub
+        data = path.read_bytes()
+        start, end, status = 0, len(data), 200
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted and not hub.ignore_ranges:
+            start = int(wanted[1])
+            end = min(int(wanted[2]) + 1 if wanted[2] else len(data), len(data))
+            status = 206
+        self.send_response(status)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+        self.send_header("Content-Length", str(end - start))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", f'"{_hash(data)}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if not body:
+            self.requests_log(0)
+            return
+        piece = data[start:end]
+        cut = hub.cuts.get(name)
+        if cut and cut[1] > 0 and len(piece) > cut[0]:
+            cut[1] -= 1
+            self._send(piece[: cut[0]])
+            self.close_connection = True
+            return
+        self._send(piece)
+
+    def _send(self, piece: bytes) -> None:
+        sent = 0
+        try:
+            for at in range(0, len(piece), 1 << 16):
+                self.wfile.write(piece[at : at + (1 << 16)])
+                sent += len(piece[at : at + (1 << 16)])
+        except OSError:  # the client has read what it wanted
+            self.close_connection = True
+        self.requests_log(sent)
+
+    def requests_log(self, count: int) -> None:
+        self.server_hub.requests.append((self.command, self.path.partition("?")[0], count))
+
+    def _json(self, value: object) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+        self.requests_log(len(data))
+
+    def _refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        self.requests_log(0)
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
