@@ -7,6 +7,7 @@ import torch
 from qcli import codebooks
 from qcli.ops import quantize_4bit as _quantize
 from qcli.ops._library import define
+from qcli.packing import unpack_4bit
 
 
 def _reference(
@@ -15,7 +16,8 @@ def _reference(
     count = prod(shape)
     code = torch.from_numpy(codebooks.CODEBOOKS[quant_type]).to(packed.device)
     # One look-up a byte: an entry is the pair of float32 that the byte stands for.
-    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), 1).view(torch.int64).view(-1)
+    both = unpack_4bit(torch.arange(256, dtype=torch.uint8, device=packed.device), 512)
+    pairs = code.index_select(0, both.int()).view(torch.int64)
     out = torch.empty(count, dtype=dtype, device=packed.device)
     piece = block_size * max(1, (1 << (16 if packed.is_cpu else 24)) // block_size)
     parts = zip(out.split(piece), packed.reshape(-1).split(piece // 2), absmax.split(piece // block_size))
@@ -23,7 +25,7 @@ def _reference(
         decoded = pairs.index_select(0, codes.int()).view(torch.float32)[: values.numel()]
         full = values.numel() // block_size * block_size
         decoded[:full].view(-1, block_size).mul_(scales[: full // block_size].unsqueeze(1))
-        decoded[full:].mul_(scales[-1])
+        decoded[full:].mul_(scales[full // block_size :])
         values.copy_(decoded)
     return out.view(shape)
 

@@ -42,9 +42,10 @@ def linear_4bit(
     out_features: int,
     compute_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """x [..., in_features]; packed uint8 [ceil(out*in/2), 1]; bias [out_features] or None. Returns [..., out_features].
+    """x [..., in_features]; packed uint8 [ceil(out*in/2), 1]; bias [out_features] or None.
 
-    absmax is float32 [blocks], or its uint8 codes where nested_absmax float32 [ceil(blocks/256)] is given with its offset.
+    absmax is float32 [blocks], or its uint8 codes where nested_absmax float32 [ceil(blocks/256)] is given with its
+    offset. Returns [..., out_features] in x's dtype.
     """
     return _op(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype)
 
@@ -52,19 +53,29 @@ def linear_4bit(
 def cases():
     """(id, arguments) for parity tests and benchmarks."""
     generator = torch.Generator().manual_seed(0)
+    shapes = (((1, 128), 48, 64), ((5, 70), 33, 32), ((2, 65, 64), 16, 256), ((0, 64), 8, 64))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for nested in (False, True):
-            for rows, out_features, in_features, block_size in ((1, 48, 128, 64), (5, 33, 70, 32), (130, 16, 64, 256)):
-                weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
+            for shape, out_features, block_size in shapes:
+                weight = torch.randn(out_features, shape[-1], generator=generator).to(dtype)
                 packed, absmax = quantize_4bit(weight, block_size, "nf4")
                 offset, nested_absmax = 0.0, None
                 if nested:
                     offset = mean_absmax(absmax)
                     absmax, nested_absmax = quantize_absmax(absmax, offset)
-                name = f"{str(dtype)[6:]}-{'nested' if nested else 'plain'}-{rows}x{out_features}x{in_features}-{block_size}"
-                yield name, {
-                    "x": torch.randn(rows, in_features, generator=generator).to(dtype), "packed": packed, "absmax": absmax,
-                    "nested_absmax": nested_absmax, "offset": offset,
-                    "bias": torch.randn(out_features, generator=generator).to(dtype) if rows > 1 else None,
-                    "block_size": block_size, "quant_type": "nf4", "out_features": out_features, "compute_dtype": dtype,
-                }  # fmt: skip
+                size = f"{'x'.join(map(str, shape))}x{out_features}-{block_size}"
+                yield (
+                    f"{str(dtype)[6:]}-{'nested' if nested else 'plain'}-{size}",
+                    {
+                        "x": torch.randn(shape, generator=generator).to(dtype),
+                        "packed": packed,
+                        "absmax": absmax,
+                        "nested_absmax": nested_absmax,
+                        "offset": offset,
+                        "bias": torch.randn(out_features, generator=generator).to(dtype) if len(shape) > 2 else None,
+                        "block_size": block_size,
+                        "quant_type": "nf4",
+                        "out_features": out_features,
+                        "compute_dtype": dtype,
+                    },
+                )

@@ -2,10 +2,10 @@
 
   y = int32(q_x q_w^T) * absmax_x * absmax_w / 127^2  +  x[:, outliers] W[:, outliers]^T  +  bias
 
-A column of x is an outlier where any |x| >= threshold in this call; row absmax excludes those elements. W's outlier columns
-are its dequantized int8 columns, as in bitsandbytes; nothing more is stored. Any activation dtype: nothing passes through
-float16, sums are float32, and y is rounded once. bitsandbytes casts x to float16 first, and the constant of its CPU path
-exceeds 1/127^2 by 1.8e-5.
+A column of x is an outlier where any |x| >= threshold in this call; row absmax excludes those elements. W's outlier
+columns are its int8 columns, dequantized to x's dtype, as in bitsandbytes; nothing more is stored. x is of any float
+dtype: nothing passes through float16, the integer product is exact, sums are float32, and y is rounded once.
+bitsandbytes casts x to float16 first and rounds to it along the way, and its CPU constant exceeds 1/127^2 by 1.8e-5.
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ from qcli.ops._library import define
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.quantize_int8 import quantize_int8
 
-_EXACT_IN_FLOAT32 = 1024  # products of int8 that float32 adds without rounding: 1024 * 127^2 < 2^24
+_EXACT_IN_FLOAT32 = 1024  # products of int8 that float32 adds without rounding: 1024 * 128^2 = 2^24
 
 
 def _reference(
@@ -24,7 +24,8 @@ def _reference(
 ) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
     q, absmax, outliers = quantize_int8(rows, threshold)
-    y = int8_product(q, weight).float() * (absmax.unsqueeze(1) * scale.float().unsqueeze(0) * (1 / 127**2))
+    y = int8_product(q, weight).float()
+    y.mul_((absmax * (1 / 127**2)).unsqueeze(1)).mul_(scale.float())
     columns = outliers.nonzero().view(-1)
     if columns.numel():
         kept = dequantize_int8(weight[:, columns], scale, x.dtype)
@@ -35,29 +36,30 @@ def _reference(
 
 
 def int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a int8 [M, K] times b int8 [N, K] transposed, exactly, as int32 [M, N]."""
-    if a.is_cpu:
-        if a.numel() and b.numel() and _int_mm_is_exact():
-            return torch._int_mm(a, b.t())
-    elif a.shape[0] and b.numel():
-        # cuBLASLt takes more than 16 rows, and multiples of 8 in the other two sizes.
-        m, n, k = max(a.shape[0], 17) - a.shape[0], -b.shape[0] % 8, -a.shape[1] % 8
-        pad = torch.nn.functional.pad
-        return torch._int_mm(pad(a, (0, k, 0, m)), pad(b, (0, k, 0, n)).t())[: a.shape[0], : b.shape[0]]
-    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    """a int8 [M, K] times b int8 [N, K] transposed, exactly, as int32 [M, N]. K below 2^17, or int32 overflows."""
+    (m, k), n = a.shape, b.shape[0]
+    if a.is_cuda and m and n:
+        # cuBLASLt takes more than 16 rows, and multiples of 8 for the other two sizes.
+        a = _pad(a, max(17 - m, 0), -k % 8)
+        return torch._int_mm(a, _pad(b, -n % 8, -k % 8).t())[:m, :n]
+    if a.is_cpu and m and n and _int_mm_is_exact():
+        return torch._int_mm(a, b.t())
+    total = torch.zeros(m, n, dtype=torch.int32, device=a.device)
     for left, right in zip(a.split(_EXACT_IN_FLOAT32, 1), b.split(_EXACT_IN_FLOAT32, 1)):
         total += (left.float() @ right.float().t()).to(torch.int32)
     return total
 
 
+def _pad(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    return torch.nn.functional.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
+
+
 @cache
 def _int_mm_is_exact() -> bool:
-    """Whether the CPU's int8 product never saturates, which some do on processors without VNNI."""
-    extreme = torch.full((32, 256), 127, dtype=torch.int8)
-    signs = torch.cat((extreme, -extreme))
-    expected = 256 * 127**2
-    product = torch._int_mm(signs, signs.t())
-    return bool((product[:32, :32] == expected).all() and (product[:32, 32:] == -expected).all())
+    """Whether this CPU's int8 product never saturates, as some do between int16 on processors without VNNI."""
+    signs = torch.cat((torch.full((32, 256), 127, dtype=torch.int8), torch.full((32, 256), -127, dtype=torch.int8)))
+    expected = 256 * 127**2 * torch.outer(signs[:, 0].int().sign(), signs[:, 0].int().sign())
+    return all(torch.equal(torch._int_mm(signs[:m], signs.t()), expected[:m]) for m in (1, 64))
 
 
 def _fake(x, weight, scale, bias, threshold):
@@ -81,12 +83,18 @@ def cases():
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for threshold in (0.0, 6.0):
-            for rows, out_features, in_features in ((1, 48, 128), (5, 33, 70), (130, 16, 64)):
-                weight, scale, _ = quantize_int8(torch.randn(out_features, in_features, generator=generator), 0.0)
-                x = torch.randn(rows, in_features, generator=generator)
-                x[:, 5] *= 30
-                bias = torch.randn(out_features, generator=generator).to(dtype) if rows > 1 else None
-                name = f"{str(dtype)[6:]}-{threshold}-{rows}x{out_features}x{in_features}"
+            for shape, out_features in (((1, 128), 48), ((5, 70), 33), ((2, 65, 64), 16), ((0, 16), 8)):
+                weight, scale, _ = quantize_int8(torch.randn(out_features, shape[-1], generator=generator), 0.0)
+                x = torch.randn(shape, generator=generator)
+                x[..., 5] *= 30
+                bias = torch.randn(out_features, generator=generator).to(dtype) if len(shape) > 2 else None
+                name = f"{str(dtype)[6:]}-{threshold}-{'x'.join(map(str, shape))}x{out_features}"
                 yield name, {
                     "x": x.to(dtype), "weight": weight, "scale": scale, "bias": bias, "threshold": threshold,
                 }  # fmt: skip
+    large = torch.randn(3, 64, generator=generator)
+    large[:, 7] = 2e5
+    large[1] = 0
+    for threshold in (0.0, 6.0):
+        arguments = {"x": large.bfloat16(), "weight": weight.repeat(1, 4), "scale": scale, "bias": None}
+        yield f"beyond-float16-{threshold}", {**arguments, "threshold": threshold}

@@ -1,11 +1,12 @@
 """Double quantization (QLoRA, arXiv:2305.14314, section 3): the absmax values of a weight, less their mean, in 8 bits.
 
-y = absmax - offset; groups of 256; code = nearest entry of the dynamic map to y / max|y|, exactly, a tie to the lower one.
-This is the rule of bitsandbytes' CUDA kernel; its CPU path rounds y first, to one of 65536 steps, and gives a neighbouring
-code for about 0.24% of the values.
+y = absmax - offset; groups of 256; code = the nearest entry of the dynamic map to y * (1 / max|y|), exactly, a tie to
+the lower one. This is the rule of bitsandbytes' CUDA kernel; its CPU path first rounds to one of 65536 steps, and gives
+a neighbouring code for about 0.24% of the values. A group whose y are all zero has nested_absmax 0 and the code of 0.0;
+where 0 < max|y| < 1e-38 the quotient stands for the product. NaN or infinity spoil their own group alone.
 
-The offset is the mean of absmax, in float64, folded: pad with zeros to a power of two, add the upper half to the lower half
-until one value is left. Its value does not depend on threads or device, which a reduction's would.
+The offset is the mean of absmax, summed in float64 by folding: pad with zeros to a power of two, add the upper half to
+the lower half until one value is left. So it depends on neither threads nor device, which a reduction's order does.
 """
 
 import torch
@@ -17,28 +18,28 @@ GROUP_SIZE = 256
 
 
 def mean_absmax(absmax: torch.Tensor) -> float:
-    """The offset of absmax float32 [n]: its mean as a float32, in a Python float. 0.0 for no values."""
-    if absmax.numel() == 0:
+    """The offset of absmax float32 [n]: its mean, rounded to float32, in a Python float. 0.0 for no values."""
+    count = absmax.numel()
+    if count == 0:
         return 0.0
-    size = 1 << (absmax.numel() - 1).bit_length()
-    folded = torch.nn.functional.pad(absmax.double(), (0, size - absmax.numel()))
-    while size > 1:
-        size //= 2
-        folded = folded[:size] + folded[size:]
-    return (folded / absmax.numel()).float().item()
+    half = max(1, (1 << (count - 1).bit_length()) // 2)
+    folded = absmax[:half].double()
+    folded[: count - half] += absmax[half:]  # the padding adds nothing
+    while half > 1:
+        half //= 2
+        folded = folded[:half] + folded[half:]
+    return (folded / count).float().item()
 
 
 def _reference(absmax: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
     count = absmax.numel()
-    y = absmax - offset
-    groups = torch.nn.functional.pad(y, (0, -count % GROUP_SIZE)).view(-1, GROUP_SIZE)
-    nested_absmax = groups.abs().amax(1) if count else y.new_empty(0)
+    groups = torch.nn.functional.pad(absmax - offset, (0, -count % GROUP_SIZE)).view(-1, GROUP_SIZE)
+    nested_absmax = groups.abs().amax(1)
     scaled = groups * (1.0 / nested_absmax).unsqueeze(1)
-    # A group of equal values, or of values too small for a reciprocal: their quotient, and zero for 0 / 0.
     small = nested_absmax < 1e-38
-    scaled[small] = (groups[small] / nested_absmax[small].unsqueeze(1)).nan_to_num(nan=0.0)
+    scaled[small] = (groups[small] / nested_absmax[small].unsqueeze(1)).nan_to_num(nan=0.0)  # 0 / 0
     thresholds = torch.from_numpy(codebooks.DYNAMIC_THRESHOLDS).to(absmax.device)
-    codes = torch.bucketize(scaled.view(-1)[:count].double(), thresholds, out_int32=True)
+    codes = torch.bucketize(scaled.view(-1)[:count], thresholds, out_int32=True)
     return codes.to(torch.uint8), nested_absmax
 
 
@@ -63,6 +64,7 @@ def cases():
         absmax = torch.rand(count, generator=generator)
         yield str(count), {"absmax": absmax, "offset": mean_absmax(absmax)}
     yield "equal", {"absmax": torch.full((300,), 0.25), "offset": 0.25}
-    yield "tiny", {"absmax": torch.full((300,), 1e-39), "offset": 0.0}
+    yield "tiny", {"absmax": torch.rand(300, generator=generator) * 1e-39, "offset": 0.0}
+    yield "on-thresholds", {"absmax": torch.from_numpy(codebooks.DYNAMIC_THRESHOLDS).repeat(2), "offset": 0.0}
     wide = torch.logspace(-6, 2, 512)
     yield "wide", {"absmax": wide, "offset": mean_absmax(wide)}

@@ -1,8 +1,11 @@
-"""Row-wise int8 quantization (LLM.int8(), arXiv:2208.07339, section 2.1): q = round(x * (127 / absmax)), half to even.
+"""Row-wise int8 quantization (LLM.int8(), arXiv:2208.07339, section 2): q = round(x * (127 / absmax)), half to even.
 
-All in float32 from the stored dtype, so bfloat16 and float32 values beyond float16's range stay finite. With a threshold,
-elements of |x| >= threshold are outliers: a row's absmax excludes them and their whole columns are zero in q. A row of
-zeros has absmax 0 and q 0. A row with NaN or infinity has q 0 and that absmax.
+All in float32 from the stored dtype, so bfloat16 and float32 values beyond float16's range stay finite; bitsandbytes
+goes through float16, and gives the same where float16 represents the values. With a threshold, elements of
+|x| >= threshold are outliers: a row's absmax excludes them, and their whole columns are zero in q.
+
+A row of zeros has absmax 0 and q 0. Rows with absmax < 1e-30, where 127 / absmax may overflow, are scaled by 2^100
+first, which is exact. A row with NaN or infinity has that as its absmax, and q 0.
 """
 
 import torch
@@ -11,31 +14,34 @@ from qcli.ops._library import define
 
 
 def _reference(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    columns = x.shape[-1]
-    rows = x.reshape(-1, columns).float()
-    outliers = torch.zeros(columns, dtype=torch.bool, device=x.device)
-    kept = rows
-    if threshold > 0 and rows.numel():
-        is_outlier = rows.abs() >= threshold
-        outliers = is_outlier.any(0)
-        kept = rows.masked_fill(is_outlier, 0.0)
-    absmax = kept.abs().amax(1) if columns else rows.new_zeros(rows.shape[0])
-    kept = kept.masked_fill(outliers, 0.0)
-    scale = (127.0 / absmax).unsqueeze(1)
-    # Where 127 / absmax leaves float32's range: zeros (whose product would be NaN), and rows below 3.7e-37.
-    scaled = torch.where(torch.isfinite(scale), kept * scale, (kept / absmax.unsqueeze(1)).nan_to_num(nan=0.0) * 127.0)
-    q = scaled.round_().clamp_(-127, 127).nan_to_num_(nan=0.0)
-    q.masked_fill_(~torch.isfinite(absmax).unsqueeze(1), 0.0)
-    return q.to(torch.int8).view(x.shape), absmax, outliers
+    rows = x.reshape(-1, x.shape[-1])
+    q = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
+    absmax = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
+    outliers = torch.zeros(rows.shape[1], dtype=torch.bool, device=x.device)
+    if threshold > 0:
+        outliers = (rows.float().abs() >= threshold).any(0)
+    # Pieces of whole rows: on a CPU small enough that the intermediate values stay in its cache.
+    piece = max(1, (1 << (16 if x.is_cpu else 24)) // rows.shape[1])
+    for part, q_part, absmax_part in zip(rows.split(piece), q.split(piece), absmax.split(piece)):
+        kept = part.float()
+        magnitude = kept.abs()
+        if threshold > 0:
+            magnitude.masked_fill_(magnitude >= threshold, 0.0)
+            kept = kept.masked_fill(outliers, 0.0)
+        torch.amax(magnitude, 1, out=absmax_part)
+        boost = torch.where(absmax_part < 1e-30, 2.0**100, 1.0)
+        scale = torch.where(absmax_part > 0, 127.0 / (absmax_part * boost), 0.0)
+        scaled = (kept * boost.unsqueeze(1)).mul_(scale.unsqueeze(1))
+        q_part.copy_(scaled.round_().nan_to_num_(nan=0.0))
+    return q.view(x.shape), absmax, outliers
 
 
 def _fake(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    columns = x.shape[-1]
     rows = 1
     for size in x.shape[:-1]:
         rows = rows * size
     absmax = x.new_empty((rows,), dtype=torch.float32)
-    return torch.empty_like(x, dtype=torch.int8), absmax, x.new_empty((columns,), dtype=torch.bool)
+    return x.new_empty(x.shape, dtype=torch.int8), absmax, x.new_empty((x.shape[-1],), dtype=torch.bool)
 
 
 _op = define("quantize_int8(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)", _reference, _fake)
@@ -56,13 +62,16 @@ def cases():
         for threshold in (0.0, 6.0):
             for shape in ((1, 64), (5, 33), (2, 3, 128), (0, 16)):
                 x = torch.randn(shape, generator=generator)
-                if x.numel():
-                    x[..., 3] *= 20
+                x[..., 3] *= 20
                 name = f"{str(dtype)[6:]}-{threshold}-{'x'.join(map(str, shape))}"
                 yield name, {"x": x.to(dtype), "threshold": threshold}
-    hostile = torch.randn(6, 32, generator=generator)
+    hostile = torch.randn(8, 32, generator=generator)
     hostile[0] = 0
-    hostile[1] = 1e-39
-    hostile[2, 0] = 1e38
+    hostile[1] *= 1e-39
+    hostile[2, 0] = 3e38
     hostile[3] = 7.0
-    yield "hostile", {"x": hostile, "threshold": 6.0}
+    hostile[4] = 1e-45
+    hostile[5] = torch.arange(32) * 8 + 4  # halves, once divided by 2 * 127
+    hostile[5, 0] = 254
+    for threshold in (0.0, 6.0):
+        yield f"hostile-{threshold}", {"x": hostile, "threshold": threshold}
