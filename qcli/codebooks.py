@@ -24,8 +24,9 @@ FP4 = np.concatenate([_FP4_MAGNITUDES, 0 - _FP4_MAGNITUDES])  # code 8 is a seco
 CODEBOOKS = {"nf4": NF4, "fp4": FP4}
 ZERO_CODE = {"nf4": 7, "fp4": 0}
 
-# For magnitudes, in the literals of bitsandbytes' CUDA kernel: 0.583333 is 3.6e-7 off the midpoint.
-_FP4_MAGNITUDE_THRESHOLDS = np.array(
+NF4_THRESHOLDS = (NF4[:-1] + NF4[1:]) / np.float32(2)
+# On magnitudes, in the literals of bitsandbytes' CUDA kernel: 0.583333 is 3.6e-7 off the midpoint.
+FP4_THRESHOLDS = np.array(
     [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333], dtype=np.float32
 )
 
@@ -33,8 +34,8 @@ _FP4_MAGNITUDE_THRESHOLDS = np.array(
 def _fp4_thresholds() -> np.ndarray:
     """The kernel's rule, |v| > t and then the sign of v, as one ascending list: below zero a value on -t keeps the
     smaller magnitude, and only what is below zero has the sign bit."""
-    below = np.append(-_FP4_MAGNITUDE_THRESHOLDS[::-1], np.float32(0))
-    return np.concatenate([np.nextafter(below, np.float32(-np.inf)), _FP4_MAGNITUDE_THRESHOLDS])
+    below = np.append(-FP4_THRESHOLDS[::-1], np.float32(0))
+    return np.concatenate([np.nextafter(below, np.float32(-np.inf)), FP4_THRESHOLDS])
 
 
 def _fp4_order() -> np.ndarray:
@@ -43,7 +44,7 @@ def _fp4_order() -> np.ndarray:
 
 
 # 15 thresholds on v = x / absmax, and the 16 codes in the order of their values.
-THRESHOLDS = {"nf4": (NF4[:-1] + NF4[1:]) / np.float32(2), "fp4": _fp4_thresholds()}
+THRESHOLDS = {"nf4": NF4_THRESHOLDS, "fp4": _fp4_thresholds()}
 ORDER = {"nf4": np.arange(16, dtype=np.uint8), "fp4": _fp4_order()}
 
 

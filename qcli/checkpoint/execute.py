@@ -44,8 +44,8 @@ class _Runner:
             raise NonFiniteError(
                 f"{unit.info.name} holds {errors.nonfinite:,} NaN or infinite values among {unit.info.numel:,}"
                 f" (stored {unit.info.dtype})",
-                "A 4-bit block or an int8 row that holds one is lost whole. To carry them all the same, run again with "
-                "--set allow_nonfinite=true: finished work is kept.",
+                "The 4-bit block or int8 row that holds one is lost whole; with double quantization, the 256 blocks around it. "
+                "To go on all the same: --set allow_nonfinite=true. Finished work is kept.",
             )
         return errors
 

@@ -2,8 +2,9 @@
 
 NF4 gives the bytes of bitsandbytes' CPU path: v = x * (1 / absmax) in full blocks and x / absmax in a last partial one;
 a v exactly on a threshold takes the lower code. FP4 follows bitsandbytes' CUDA kernels: a code is chosen for |v|, a tie
-takes the smaller magnitude, and the sign bit is set where v < 0. Its CPU path rounds negative ties to the larger
-magnitude and swaps +0 and -0: about 0.6% of nibbles differ, nearly all of them between the two zeros.
+takes the smaller magnitude, and the sign bit is set where v < 0. Its CPU path swaps +0 and -0, rounds negative ties to
+the larger magnitude, and decides at midpoints that differ from the kernel's literals by up to 4e-7: about 0.6% of
+nibbles differ, nearly all of them between the two zeros.
 
 A block of zeros has absmax 0 and the codes of zero. In a block with 0 < absmax < 1e-38, whose reciprocal may overflow,
 v is the quotient x / absmax. (bitsandbytes' CPU path divides by 1e-38 there, and its codes shrink towards zero.)

@@ -3,10 +3,10 @@
 y = absmax - offset; groups of 256; code = the nearest entry of the dynamic map to y * (1 / max|y|), exactly, a tie to
 the lower one. This is the rule of bitsandbytes' CUDA kernel; its CPU path first rounds to one of 65536 steps, and gives
 a neighbouring code for about 0.24% of the values. A group whose y are all zero has nested_absmax 0 and the code of 0.0;
-where 0 < max|y| < 1e-38 the quotient stands for the product. NaN or infinity spoil their own group alone.
+where 0 < max|y| < 1e-38 the quotient stands for the product. A NaN or an infinity in absmax spoils its group alone.
 
-The offset is the mean of absmax, summed in float64 by folding: pad with zeros to a power of two, add the upper half to
-the lower half until one value is left. So it depends on neither threads nor device, which a reduction's order does.
+The offset is the mean of the finite absmax, summed in float64 by folding: pad with zeros to a power of two, add the
+upper half to the lower half until one value is left. So it depends on neither threads nor device, as a reduction does.
 """
 
 import torch
@@ -18,13 +18,16 @@ GROUP_SIZE = 256
 
 
 def mean_absmax(absmax: torch.Tensor) -> float:
-    """The offset of absmax float32 [n]: its mean, rounded to float32, in a Python float. 0.0 for no values."""
-    count = absmax.numel()
+    """The offset of absmax float32 [n]: the mean of its finite values, rounded to float32, in a Python float; 0.0 where
+    there are none."""
+    finite = torch.isfinite(absmax)
+    count = int(finite.sum())
     if count == 0:
         return 0.0
-    half = max(1, (1 << (count - 1).bit_length()) // 2)
-    folded = absmax[:half].double()
-    folded[: count - half] += absmax[half:]  # the padding adds nothing
+    kept = absmax.masked_fill(~finite, 0.0)
+    half = max(1, (1 << (kept.numel() - 1).bit_length()) // 2)
+    folded = kept[:half].double()
+    folded[: kept.numel() - half] += kept[half:]  # the padding adds nothing
     while half > 1:
         half //= 2
         folded = folded[:half] + folded[half:]

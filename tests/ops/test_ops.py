@@ -1,0 +1,66 @@
+"""What holds for every op: it is found, its fake agrees with its reference, it can be traced and compiled."""
+
+from importlib import import_module
+from itertools import islice
+
+import pytest
+import torch
+
+from qcli import ops
+
+NAMES = [
+    "dequantize_4bit", "dequantize_absmax", "dequantize_int8", "linear_4bit", "linear_int8", "quantize_4bit",
+    "quantize_absmax", "quantize_int8",
+]  # fmt: skip
+
+
+def cases(name):
+    return list(import_module(f"qcli.ops.{name}").cases())
+
+
+def overload(name):
+    import_module(f"qcli.ops.{name}")
+    return getattr(torch.ops.qcli, name).default
+
+
+def same_metadata(real, fake):
+    real, fake = (x if isinstance(x, tuple) else (x,) for x in (real, fake))
+    return [(x.shape, x.dtype, x.stride()) for x in real] == [(x.shape, x.dtype, x.stride()) for x in fake]
+
+
+def test_names_are_the_files_of_the_folder():
+    assert ops.names() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_case_names_are_unique_and_inputs_stay_untouched(name):
+    module = import_module(f"qcli.ops.{name}")
+    listed = cases(name)
+    assert len({case for case, _ in listed}) == len(listed) >= 8
+    for case, arguments in listed:
+        tensors = {key: value.clone() for key, value in arguments.items() if isinstance(value, torch.Tensor)}
+        getattr(module, name)(**arguments)
+        for key, before in tensors.items():
+            torch.testing.assert_close(arguments[key], before, rtol=0, atol=0, equal_nan=True, msg=f"{case}: {key}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fake_has_the_shapes_of_the_reference(name):
+    for case, arguments in cases(name):
+        meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        assert same_metadata(overload(name)(**arguments), overload(name)(**meta)), case
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name):
+    for _, arguments in islice(cases(name), 1, None, 9):
+        torch.library.opcheck(overload(name), (), arguments)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_without_graph_breaks(name):
+    _, arguments = cases(name)[1]
+    function = getattr(import_module(f"qcli.ops.{name}"), name)
+    with torch.compiler.set_stance("default"), torch.no_grad():
+        compiled = torch.compile(lambda: function(**arguments), fullgraph=True, backend="aot_eager")()
+    torch.testing.assert_close(compiled, function(**arguments), rtol=0, atol=0)

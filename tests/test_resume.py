@@ -1,0 +1,242 @@
+"""A run that is killed loses nothing, and what it finishes is byte for byte what an uninterrupted run writes."""
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import qcli
+from qcli.checkpoint import staging
+from qcli.errors import CheckpointError, PlanError
+from tests.conftest import ROOT
+from tests.models import add_tokenizer, make_model
+
+# Runs qcli, and kills itself the hard way once so many units are journalled. Every unit is synced on its own.
+KILLED = """
+import os, signal, sys
+from qcli.checkpoint import execute, staging
+staging.SYNC_SECONDS = 0
+limit, log = int(sys.argv[1]), open(sys.argv[2], "a")
+finish, run = staging.Staging.finish_unit, execute._Runner.run
+def finish_unit(self, index, errors):
+    finish(self, index, errors)
+    if len(self.done) == limit:
+        os.kill(os.getpid(), signal.SIGKILL)
+def counted(self, fd, unit):
+    log.write(unit.info.name + chr(10)); log.flush()
+    return run(self, fd, unit)
+staging.Staging.finish_unit, execute._Runner.run = finish_unit, counted
+import qcli
+qcli.quantize("model", "out", settings={"max_shard_size": "60kB"})
+"""
+
+
+def digest(folder) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A model, and its folder quantized without interruption: 21 units."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_model("llama", folder / "model")
+    add_tokenizer(folder / "model")
+    qcli.quantize(str(folder / "model"), folder / "out", settings={"max_shard_size": "60kB"})
+    return folder
+
+
+UNITS = 2 * 9 + 3
+
+
+@pytest.mark.parametrize("after", [1, UNITS // 2, UNITS - 1, UNITS])
+def test_kill_and_rerun(whole, tmp_path, after):
+    (tmp_path / "model").symlink_to(whole / "model")
+    log = tmp_path / "log"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def run(limit):
+        command = [sys.executable, "-c", KILLED, str(limit), str(log)]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    assert run(after).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
+    assert len(log.read_text().splitlines()) == after
+    done = run(0)
+    assert done.returncode == 0, done.stderr
+    names = log.read_text().splitlines()
+    assert len(names) == UNITS and len(set(names)) == UNITS  # finished work was not done again
+    assert digest(tmp_path / "out") == digest(whole / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "model", "out"]
+
+
+def interrupted(whole, tmp_path, monkeypatch):
+    """A run that stops at its sixth unit, in this process."""
+    from qcli.checkpoint import execute
+
+    run, seen = execute._Runner.run, []
+
+    def stop(self, fd, unit):
+        seen.append(unit.index)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return run(self, fd, unit)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(execute._Runner, "run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            qcli.quantize(str(whole / "model"), tmp_path / "out", settings={"max_shard_size": "60kB"})
+    journal = (tmp_path / "out.partial/.qcli/journal.jsonl").read_text().splitlines()
+    assert len(journal) == 5  # an interrupt syncs what is finished
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cut_journal_line_is_no_promise(whole, tmp_path, monkeypatch):
+    interrupted(whole, tmp_path, monkeypatch)
+    path = tmp_path / "out.partial/.qcli/journal.jsonl"
+    path.write_bytes(path.read_bytes()[:-7])
+    qcli.quantize(str(whole / "model"), tmp_path / "out", settings={"max_shard_size": "60kB"})
+    assert digest(tmp_path / "out") == digest(whole / "out")
+
+
+def test_another_run_is_refused_and_says_what_differs(whole, tmp_path, monkeypatch):
+    interrupted(whole, tmp_path, monkeypatch)
+    with pytest.raises(PlanError) as e:
+        qcli.quantize(str(whole / "model"), tmp_path / "out", method="fp4", settings={"max_shard_size": "60kB"})
+    assert "was started by a run that differs" in e.value.message and 'its method was "nf4"' in e.value.message
+    assert (tmp_path / "out.partial/.qcli/journal.jsonl").exists()
+
+
+def test_a_second_run_is_locked_out(whole, tmp_path, monkeypatch):
+    interrupted(whole, tmp_path, monkeypatch)
+    fd = os.open(tmp_path / "out.partial", os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(CheckpointError, match="in use by another qcli"):
+            qcli.quantize(str(whole / "model"), tmp_path / "out", settings={"max_shard_size": "60kB"})
+    finally:
+        os.close(fd)
+
+
+def test_a_foreign_partial_folder_is_left_alone(whole, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="holds no journal"):
+        qcli.quantize(str(whole / "model"), tmp_path / "out")
+    assert (tmp_path / "out.partial/thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("crash_at", [1, 2, 3])
+def test_a_crash_between_the_last_renames(whole, tmp_path, monkeypatch, crash_at):
+    """The state moves aside, the old folder moves aside, the new one takes its name: killed before each of them."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old").write_text("old")
+    rename, calls = os.rename, []
+
+    def crash(a, b):
+        if not str(a).endswith(".tmp"):
+            calls.append(a)
+            if len(calls) == crash_at:
+                raise KeyboardInterrupt
+        rename(a, b)
+
+    options = {"settings": {"max_shard_size": "60kB"}, "overwrite": True}
+    with monkeypatch.context() as patched:
+        patched.setattr(staging.os, "rename", crash)
+        with pytest.raises(KeyboardInterrupt):
+            qcli.quantize(str(whole / "model"), tmp_path / "out", **options)
+    assert len(calls) == crash_at
+    qcli.quantize(str(whole / "model"), tmp_path / "out", **options)
+    assert digest(tmp_path / "out") == digest(whole / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_swaps_only_at_the_end(whole, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old").write_text("old")
+    with pytest.raises(PlanError, match="exists already"):
+        qcli.quantize(str(whole / "model"), tmp_path / "out")
+    seen = []
+    publish = staging.Staging.publish
+
+    def check(self):
+        seen.append((tmp_path / "out/old").read_text())
+        publish(self)
+
+    monkeypatch.setattr(staging.Staging, "publish", check)
+    qcli.quantize(str(whole / "model"), tmp_path / "out", overwrite=True)
+    assert seen == ["old"] and not (tmp_path / "out/old").exists() and (tmp_path / "out/config.json").exists()
+
+
+def test_sigterm_is_an_interrupt(tmp_path):
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=8, vocab_size=64
+    )
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "qcli", "quantize", "model", "-o", "out"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out.partial/.qcli/journal.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors and "Go on with: qcli quantize model -o out" in errors and "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+    assert qcli.quantize(str(tmp_path / "model"), tmp_path / "out").quantized_modules == 56
+
+
+def test_non_finite_weights_stop_the_run_and_can_be_carried(whole, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    make_model("llama", model)
+    state = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    state[name][3, 5] = float("nan")
+    state[name][70, 1] = float("inf")
+    save_file(state, model / "model.safetensors", {"format": "pt"})
+    from qcli.errors import NonFiniteError
+
+    with pytest.raises(NonFiniteError) as e:
+        qcli.quantize(str(model), tmp_path / "out", double_quant=False)
+    assert name in e.value.message and "holds 2 NaN or infinite values" in e.value.message
+    assert "allow_nonfinite=true" in e.value.hint and not (tmp_path / "out").exists()
+    journal = (tmp_path / "out.partial/.qcli/journal.jsonl").read_text()
+    report = qcli.quantize(str(model), tmp_path / "out", double_quant=False, settings={"allow_nonfinite": "true"})
+    assert len(journal.splitlines()) > 5 and report.nonfinite == {name: 2}
+    assert json.loads((tmp_path / "out/qcli.json").read_text())["nonfinite"] == {name: 2}
+    loaded, _ = qcli.load(str(tmp_path / "out"), device="cpu")
+    weight = loaded.get_submodule(name.removesuffix(".weight")).dequantize(torch.float32).view(-1, 64)
+    bad = ~torch.isfinite(weight)
+    assert bad.any(1).nonzero().view(-1).tolist() == [3, 70]  # their blocks are lost, nothing else
+
+
+def test_values_beyond_float16_are_named(tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    make_model("llama", tmp_path / "model")
+    state = load_file(tmp_path / "model/model.safetensors")
+    state["model.norm.weight"][7] = 1e5
+    save_file(state, tmp_path / "model/model.safetensors", {"format": "pt"})
+    from qcli.errors import NonFiniteError
+
+    with pytest.raises(NonFiniteError, match="model.norm.weight: 1 values, stored BF16, are too large for float16"):
+        qcli.quantize(str(tmp_path / "model"), tmp_path / "out", dtype="float16")
+    state["model.norm.weight"][7] = 1
+    state["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(state, tmp_path / "model/model.safetensors", {"format": "pt"})
+    report = qcli.quantize(str(tmp_path / "model"), tmp_path / "out8", bits=8, dtype="float16")
+    assert torch.isfinite(torch.tensor([k.relative_error for k in report.kinds])).all()
