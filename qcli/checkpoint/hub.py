@@ -32,7 +32,7 @@ def open_repository(repo: str, revision: str | None, *, stream: bool):
             if cached is not None:
                 return _Snapshot(repo, cached)
         raise
-    return _Repository(repo, info, stream)
+    return _Repository(repo, revision or "main", info, stream)
 
 
 def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
@@ -86,8 +86,8 @@ class _Repository:
 
     is_hub = True
 
-    def __init__(self, repo: str, info, stream: bool):
-        self.repo, self.stream = repo, stream
+    def __init__(self, repo: str, asked: str, info, stream: bool):
+        self.repo, self.asked, self.stream = repo, asked, stream
         self.name, self.revision = repo.rpartition("/")[2], info.sha
         self._files = {s.rfilename: s for s in info.siblings or []}
         self.names = sorted(self._files)
@@ -104,6 +104,8 @@ class _Repository:
         from huggingface_hub import hf_hub_download
 
         with _translated(self.repo, self.revision):
+            if name == "config.json":  # by the name that was asked for, so that the cache knows it offline
+                _retried(lambda: hf_hub_download(self.repo, name, revision=self.asked))
             return Path(_retried(lambda: hf_hub_download(self.repo, name, revision=self.revision)))
 
     def _cached(self, name: str) -> Path | None:

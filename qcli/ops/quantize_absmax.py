@@ -1,12 +1,15 @@
 """Double quantization (QLoRA, arXiv:2305.14314, section 3): the absmax values of a weight, less their mean, in 8 bits.
 
 y = absmax - offset; groups of 256; code = the nearest entry of the dynamic map to y * (1 / max|y|), exactly, a tie to
-the lower one. This is the rule of bitsandbytes' CUDA kernel; its CPU path first rounds to one of 65536 steps, and gives
-a neighbouring code for about 0.24% of the values. A group whose y are all zero has nested_absmax 0 and the code of 0.0;
-where 0 < max|y| < 1e-38 the quotient stands for the product. A NaN or an infinity in absmax spoils its group alone.
+the lower one. This is the rule of bitsandbytes' CUDA kernel; its CPU path first rounds to one of 65536 steps, and so
+gives some values another code nearby: 0.24% of them for a normal weight, 1% where each group has an outlier of ten
+times the size.
+
+A group whose y are all zero has nested_absmax 0 and the code of 0.0; where 0 < max|y| < 1e-38 the quotient stands for
+the product. A NaN or an infinity in absmax spoils its group alone.
 
 The offset is the mean of the finite absmax, summed in float64 by folding: pad with zeros to a power of two, add the
-upper half to the lower half until one value is left. So it depends on neither threads nor device, as a reduction does.
+upper half to the lower half until one value is left. So, unlike a reduction, it depends on neither threads nor device.
 """
 
 import torch
@@ -18,8 +21,7 @@ GROUP_SIZE = 256
 
 
 def mean_absmax(absmax: torch.Tensor) -> float:
-    """The offset of absmax float32 [n]: the mean of its finite values, rounded to float32, in a Python float; 0.0 where
-    there are none."""
+    """The offset of absmax float32 [n]: the mean of its finite values, rounded to float32; 0.0 where there are none."""
     finite = torch.isfinite(absmax)
     count = int(finite.sum())
     if count == 0:
