@@ -1,4 +1,4 @@
-"""Row-wise int8 dequantization: q * absmax / 127, in float32, rounded once to the wanted dtype."""
+"""Row-wise int8 dequantization: q * (absmax * (1 / 127)), in float32, rounded once to the wanted dtype."""
 
 import torch
 
@@ -7,8 +7,8 @@ from qcli.ops._library import define
 
 
 def _reference(q: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # The row's step first: 127 * absmax could overflow.
-    return (q.float() * (absmax.float() / 127.0).unsqueeze(1)).to(dtype)
+    # The row's step first, for 127 * absmax could overflow; a product, for devices differ in dividing by a constant.
+    return (q.float() * (absmax.float() * (1 / 127)).unsqueeze(1)).to(dtype)
 
 
 def _fake(q: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

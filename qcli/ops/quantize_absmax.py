@@ -12,6 +12,7 @@ The offset is the mean of the finite absmax, summed in float64 by folding: pad w
 upper half to the lower half until one value is left. So, unlike a reduction, it depends on neither threads nor device.
 """
 
+import numpy as np
 import torch
 
 from qcli import codebooks
@@ -33,7 +34,7 @@ def mean_absmax(absmax: torch.Tensor) -> float:
     while half > 1:
         half //= 2
         folded = folded[:half] + folded[half:]
-    return (folded / count).float().item()
+    return float(np.float32(folded.item() / count))
 
 
 def _reference(absmax: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tensor]:

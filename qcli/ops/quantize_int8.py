@@ -1,7 +1,8 @@
 """Row-wise int8 quantization (LLM.int8(), arXiv:2208.07339, section 2): q = round(x * (127 / absmax)), half to even.
 
-All in float32 from the stored dtype, so bfloat16 and float32 values beyond float16's range stay finite; bitsandbytes
-goes through float16, and gives the same where float16 represents the values. With a threshold, elements of
+127 / absmax is the rounded reciprocal times 127, as in bitsandbytes' CPU path: a quotient would round some ties the
+other way. All in float32 from the stored dtype, so bfloat16 and float32 values beyond float16's range stay finite;
+bitsandbytes goes through float16, and gives the same where float16 represents the values. With a threshold, elements of
 |x| >= threshold are outliers: a row's absmax excludes them, and their whole columns are zero in q.
 
 A row of zeros has absmax 0 and q 0. Rows with absmax < 1e-30, where 127 / absmax may overflow, are scaled by 2^100
@@ -30,7 +31,7 @@ def _reference(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.T
             kept = kept.masked_fill(outliers, 0.0)
         torch.amax(magnitude, 1, out=absmax_part)
         boost = torch.where(absmax_part < 1e-30, 2.0**100, 1.0)
-        scale = torch.where(absmax_part > 0, 127.0 / (absmax_part * boost), 0.0)
+        scale = torch.where(absmax_part > 0, (absmax_part * boost).reciprocal() * 127.0, 0.0)
         scaled = (kept * boost.unsqueeze(1)).mul_(scale.unsqueeze(1))
         q_part.copy_(scaled.round_().nan_to_num_(nan=0.0))
     return q.view(x.shape), absmax, outliers

@@ -11,11 +11,11 @@ def all_codes(rows=50):
     return q, absmax
 
 
-def test_within_two_roundings_of_float64():
+def test_within_three_roundings_of_float64():
     q, absmax = all_codes()
     exact = q.double() * absmax.double().unsqueeze(1) / 127
     error = (dequantize_int8(q, absmax, torch.float32).double() - exact).abs()
-    assert (error <= exact.abs() * 2.0**-23).all()
+    assert (error <= exact.abs() * 1.01 * 3 * 2.0**-24).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -30,10 +30,10 @@ def test_16_bit_results_are_rounded_once(dtype):
 
 
 def test_agrees_with_bitsandbytes():
-    """They take q * absmax * (1 / 127): with 1/127 as a float32, five roundings in all with our two."""
+    """Their factor 1/127 is ours; they round q * absmax first, we absmax / 127."""
     q, absmax = all_codes()
     theirs = bnb.int8_vectorwise_dequant(q, absmax)
-    torch.testing.assert_close(dequantize_int8(q, absmax, torch.float32), theirs, rtol=5 * 2.0**-24, atol=0)
+    torch.testing.assert_close(dequantize_int8(q, absmax, torch.float32), theirs, rtol=4 * 2.0**-24, atol=0)
 
 
 def test_largest_rows_do_not_overflow():

@@ -21,8 +21,10 @@ def oracle(x, weight, scale, bias, threshold):
     s_x = np.where(outlier, 0, np.abs(rows)).max(1, keepdims=True)
     ordinary = np.where(columns, 0, rows).astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
-        q_x = np.where(s_x > 0, np.rint(ordinary * (np.float32(127) / s_x.astype(np.float32))), 0).astype(np.int64)
-    kept = torch.from_numpy(q_w[:, columns].astype(np.float32) * (s_w / np.float32(127))[:, None])
+        q_x = np.where(
+            s_x > 0, np.rint(ordinary * (np.float32(1) / s_x.astype(np.float32) * np.float32(127))), 0
+        ).astype(np.int64)
+    kept = torch.from_numpy(q_w[:, columns].astype(np.float32) * (s_w * np.float32(1 / 127))[:, None])
     kept = kept.to(x.dtype).double().numpy()
     step = s_x * s_w.astype(np.float64) / 127**2
     added = np.zeros(len(q_w)) if bias is None else bias.double().numpy()

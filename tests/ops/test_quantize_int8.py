@@ -19,7 +19,7 @@ def oracle(x, threshold):
         absmax[i] = np.abs(row[~outlier[i]]).max(initial=np.float32(0))
         kept = np.where(columns, np.float32(0), row)
         if absmax[i] >= 1e-30:
-            q[i] = np.rint(kept * (np.float32(127) / absmax[i]))
+            q[i] = np.rint(kept * (np.float32(1) / absmax[i] * np.float32(127)))
         elif absmax[i] > 0:
             q[i] = np.rint(kept.astype(np.float64) * (127 / float(absmax[i])))
     return q, absmax, columns
@@ -45,6 +45,13 @@ def test_equal_to_bitsandbytes_where_float16_represents_the_values(threshold, sh
         q, absmax, outliers = quantize_int8(x.to(dtype), threshold)
         assert torch.equal(q, expected_q) and torch.equal(absmax, expected_absmax)
         assert outliers.nonzero().flatten().tolist() == ([] if columns is None else columns.tolist())
+
+
+def test_the_factor_is_a_reciprocal_times_127():
+    """1.875 is half of 3.75: 63.5 of 127, which the quotient 127 / 3.75 rounds down and the reciprocal rounds up."""
+    x = torch.tensor([[3.75, 1.875]]).half()
+    assert np.rint(np.float32(1.875) * (np.float32(127) / np.float32(3.75))) == 63
+    assert bnb.int8_vectorwise_quant(x)[0].tolist() == quantize_int8(x, 0.0)[0].tolist() == [[127, 64]]
 
 
 def test_halves_round_to_even():
