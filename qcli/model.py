@@ -76,7 +76,7 @@ def load(
         elif wanted:
             options["quantization_config"] = QcliConfig(method=wanted)
         result = _model_class(config, trust_remote_code).from_pretrained(
-            folder, config=config, device_map={"": target}, output_loading_info=True, low_cpu_mem_usage=True,
+            folder, config=config, device_map={"": target}, output_loading_info=True, ignore_mismatched_sizes=True,
             trust_remote_code=trust_remote_code, use_safetensors=files[0].suffix == ".safetensors", **options,
         )  # fmt: skip
         loaded, info = result
