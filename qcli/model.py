@@ -11,11 +11,6 @@ from contextlib import contextmanager
 
 import torch
 import transformers
-from torch import nn
-from transformers.core_model_loading import ConversionOps, WeightRenaming
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qcli import methods
 from qcli.checkpoint import dtypes
@@ -24,11 +19,8 @@ from qcli.checkpoint.safetensors_file import read_into
 from qcli.checkpoint.source import Source, open_source
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError
-from qcli.nn import Linear4bit, Linear8bit
+from qcli.quantizer import NAME, PARTS_4BIT, QcliConfig
 from qcli.settings import one_of
-
-_NAME = "qcli"
-_4BIT_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 def load(
@@ -69,17 +61,15 @@ def load(
     with _quiet():
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-        expected = None
         if stored:
             layout = find_linears(source, trust_remote_code=trust_remote_code)
-            config.quantization_config, expected = _read_stored(source, layout, stored, dtype)
+            config.quantization_config = _read_stored(source, layout, stored, dtype)
         elif wanted:
             options["quantization_config"] = QcliConfig(method=wanted)
-        result = _model_class(config, trust_remote_code).from_pretrained(
+        loaded, info = _model_class(config, trust_remote_code).from_pretrained(
             folder, config=config, device_map={"": target}, output_loading_info=True, ignore_mismatched_sizes=True,
             trust_remote_code=trust_remote_code, use_safetensors=files[0].suffix == ".safetensors", **options,
         )  # fmt: skip
-        loaded, info = result
         _check_complete(model, info)
         tokenizer = _tokenizer(source, trust_remote_code)
     return loaded.eval(), tokenizer
@@ -134,7 +124,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_stored(source: Source, layout: Layout, stored: dict, dtype: str) -> tuple[dict, set[str]]:
+def _read_stored(source: Source, layout: Layout, stored: dict, dtype: str) -> dict:
     """What our quantizer must know of a bitsandbytes checkpoint: each quantized module's scheme and stored shapes."""
     modules, problems = {}, []
     for tensor, linear in layout.linears.items():
@@ -148,9 +138,9 @@ def _read_stored(source: Source, layout: Layout, stored: dict, dtype: str) -> tu
                 continue
             quant_state = _read_json(source, state)
             names = {"weight": tensor, "weight_quant_state": state}
-            names |= {f"weight_{part}": f"{tensor}.{part}" for part in _4BIT_PARTS}
+            names |= {f"weight_{part}": f"{tensor}.{part}" for part in PARTS_4BIT}
             nested = "nested_offset" in quant_state
-            required = _4BIT_PARTS if nested else _4BIT_PARTS[:2]
+            required = PARTS_4BIT if nested else PARTS_4BIT[:2]
             problems += [f"{tensor}.{p}" for p in required if f"{tensor}.{p}" not in source.tensors]
             out_features, in_features = quant_state["shape"]
             spec = {
@@ -177,13 +167,12 @@ def _read_stored(source: Source, layout: Layout, stored: dict, dtype: str) -> tu
             "Quantize the model again.",
         )
     compute = stored.get("bnb_4bit_compute_dtype") or "float32" if dtype == "auto" else dtype
-    settings = {
-        "quant_method": _NAME,
+    return {
+        "quant_method": NAME,
         "modules": modules,
         "compute_dtype": compute,
         "threshold": float(stored.get("llm_int8_threshold", 6.0)),
     }
-    return settings, set(modules)
 
 
 def _read_json(source: Source, name: str) -> dict:
@@ -198,129 +187,3 @@ def _read_json(source: Source, name: str) -> dict:
         raise CheckpointError(
             f"{source.label}: {name} holds no valid quant_state", "Quantize the model again."
         ) from None
-
-
-@register_quantization_config(_NAME)
-class QcliConfig(QuantizationConfigMixin):
-    """Either `modules`, the stored scheme of each quantized module by name, or `method`, to quantize with while reading."""
-
-    def __init__(
-        self, modules=None, compute_dtype: str = "auto", threshold: float = 6.0, method: str | None = None, **_
-    ):
-        self.quant_method = _NAME
-        self.modules, self.compute_dtype, self.threshold, self.method = modules, compute_dtype, threshold, method
-
-
-@register_quantizer(_NAME)
-class QcliQuantizer(HfQuantizer):
-    """Puts Linear4bit and Linear8bit in place of linear modules before transformers loads the weights."""
-
-    requires_calibration = False
-
-    def _process_model_before_weight_loading(self, model, **kwargs):
-        if self.pre_quantized:
-            for name, spec in self.quantization_config.modules.items():
-                model.set_submodule(name, self._stored_module(model.get_submodule(name), spec))
-            return model
-        skip = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-        layout = Layout("", default_skip=skip)
-        for name, module in list(model.named_modules()):
-            is_linear = type(module) is nn.Linear or isinstance(module, Conv1D)
-            if is_linear and not layout.skipped(name, None):
-                model.set_submodule(name, self._new_module(module, model.dtype))
-        return model
-
-    def _stored_module(self, old: nn.Module, spec: dict) -> nn.Module:
-        tensors = {
-            name: torch.empty(shape, dtype=dtypes.torch_dtype(code), device="meta")
-            for name, (code, shape) in spec["tensors"].items()
-        }
-        with torch.device("meta"):
-            return self._module(old, spec, tensors, getattr(torch, self.quantization_config.compute_dtype))
-
-    def _new_module(self, old: nn.Module, dtype: torch.dtype) -> nn.Module:
-        method = methods.make_method(self.quantization_config.method, {})
-        out_features, in_features = old.weight.shape[::-1] if isinstance(old, Conv1D) else old.weight.shape
-        code = dtypes.CODES[str(dtype).removeprefix("torch.")]
-        tensors = {
-            _attribute(spec.name): torch.empty(spec.shape, dtype=dtypes.torch_dtype(spec.dtype), device="meta")
-            for spec in method.outputs("weight", out_features, in_features, code)
-        }
-        spec = {"bits": method.bits, "in_features": in_features, "out_features": out_features}
-        if method.bits == 4:
-            spec |= {"quant_type": method.name, "block_size": method.block_size, "nested_offset": None}
-        compute = torch.bfloat16 if dtype == torch.float32 else dtype
-        with torch.device("meta"):
-            module = self._module(old, spec, tensors, compute)
-        module.quantize_with = (method, code, isinstance(old, Conv1D))
-        return module
-
-    def _module(self, old: nn.Module, spec: dict, tensors: dict, compute_dtype: torch.dtype) -> nn.Module:
-        common = (spec["in_features"], spec["out_features"], getattr(old, "bias", None) is not None)
-        if spec["bits"] == 8:
-            return Linear8bit(
-                *common, tensors=tensors, threshold=self.quantization_config.threshold, dtype=old.weight.dtype
-            )
-        return Linear4bit(
-            *common, tensors=tensors, quant_type=spec["quant_type"], block_size=spec["block_size"],
-            nested_offset=spec["nested_offset"], compute_dtype=compute_dtype, dtype=old.weight.dtype,
-        )  # fmt: skip
-
-    def get_weight_conversions(self):
-        if not self.pre_quantized:
-            return []
-        renamings = [WeightRenaming(f"weight.{part}$", f"weight_{part}") for part in _4BIT_PARTS]
-        states = [f"weight.quant_state.bitsandbytes__{name}$" for name in ("nf4", "fp4")]
-        return renamings + [WeightRenaming(state, "weight_quant_state") for state in states]
-
-    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
-        path, _, name = param_name.rpartition(".")
-        return name == "weight" and hasattr(model.get_submodule(path), "quantize_with")
-
-    def get_quantize_ops(self):
-        return _Quantize()
-
-    def is_serializable(self) -> bool:
-        """What is loaded is on disk already, or made by `qcli quantize`."""
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-
-def _attribute(stored_name: str) -> str:
-    """The attribute of our modules for a stored name: weight.absmax -> weight_absmax."""
-    if ".quant_state." in stored_name:
-        return "weight_quant_state"
-    return stored_name.replace("weight.", "weight_", 1)
-
-
-class _Quantize(ConversionOps):
-    """Quantizes one weight between the file and the module."""
-
-    def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
-        ((name, value),) = input_dict.items()
-        value = value[0] if isinstance(value, list) else value
-        path = name.rpartition(".")[0]
-        module = model.get_submodule(path)
-        method, code, transposed = module.quantize_with
-        if transposed:
-            value = value.t().contiguous()
-        stream = method.stream("weight", module.out_features, module.in_features, code, value.device)
-        tensors = dict(_pieces(stream, value, method.granularity(module.in_features)))
-        tensors |= stream.finish().tensors
-        if method.bits == 4:
-            module.nested_offset = stream.nested_offset
-        shape = module.weight.shape
-        return {
-            f"{path}.{_attribute(key)}": (tensor.view(shape) if key == "weight" else tensor).to(value.device)
-            for key, tensor in tensors.items()
-        }
-
-
-def _pieces(stream, value: torch.Tensor, grain: int):
-    flat = value.reshape(-1)
-    step = max((1 << 21) // grain, 1) * grain
-    parts = [piece for chunk in flat.split(step) for _, piece in stream.feed(chunk)]
-    yield "weight", torch.cat([part.reshape(-1) for part in parts])

@@ -9,10 +9,14 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.pop("HF_TOKEN", None)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 import transformers  # noqa: E402
+
+torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -20,7 +24,9 @@ transformers.logging.disable_progress_bar()
 ROOT = Path(__file__).parent.parent
 
 
-def run_cli(*arguments: str, cwd: Path, env: dict[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess:
+def run_cli(
+    *arguments: str, cwd: Path, env: dict[str, str] | None = None, stdin: str = ""
+) -> subprocess.CompletedProcess:
     """`qcli ARGUMENTS` in a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
     command = [sys.executable, "-m", "qcli", *map(str, arguments)]

@@ -142,12 +142,18 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = []
             for path in sorted(p for p in hub.repos[repo].rglob("*") if p.is_file()):
                 data = path.read_bytes()
-                entry = {"rfilename": str(path.relative_to(hub.repos[repo])), "size": len(data), "blobId": _hash(data)[:40]}
+                entry = {
+                    "rfilename": str(path.relative_to(hub.repos[repo])),
+                    "size": len(data),
+                    "blobId": _hash(data)[:40],
+                }
                 if path.suffix in (".safetensors", ".bin"):
                     entry["lfs"] = {"sha256": _hash(data), "size": len(data), "pointerSize": 130}
                 siblings.append(entry)
             gated = "manual" if repo in hub.gated else False
-            self._json({"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "gated": gated, "private": False})
+            self._json(
+                {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "gated": gated, "private": False}
+            )
 
     def _file(self, path: Path, name: str, body: bool) -> None:
         hub = self.server_hub

@@ -37,7 +37,9 @@ def refused(quick_cli, tmp_path):
         if code == 1:
             assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) <= 2, done.stderr
         assert snapshot(tmp_path / "model") == before
-        left = [p.name for p in tmp_path.iterdir() if p.name not in ("model", "sharded") and not p.name.endswith(".partial")]
+        left = [
+            p.name for p in tmp_path.iterdir() if p.name not in ("model", "sharded") and not p.name.endswith(".partial")
+        ]
         assert left == [], left
         return done
 
@@ -197,7 +199,12 @@ def test_missing_and_misshaped_tensors_are_reported_together(model, quick_cli):
     save_file(state, model / "model.safetensors", {"format": "pt"})
     done = quick_cli("quantize", "model", "--skip", "*.nothing")
     assert done.returncode == 1
-    for part in ("3 problems", "model.norm.weight: no tensor", "shape is [130, 64], the model expects [128, 64]", "*.nothing"):
+    for part in (
+        "3 problems",
+        "model.norm.weight: no tensor",
+        "shape is [130, 64], the model expects [128, 64]",
+        "*.nothing",
+    ):
         assert part in done.stderr
 
 
@@ -209,7 +216,9 @@ def test_quantized_input(model, quick_cli, refused, tmp_path):
 
 def test_another_quantization_is_named(model, refused):
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (model / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     refused("quantize", "model", contains=["quantized already (gptq)"])
     refused("generate", "model", "x", contains=["quantized by gptq"])
 

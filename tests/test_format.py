@@ -53,7 +53,15 @@ def test_double_quantization_equals_bitsandbytes_up_to_its_rounding(tmp_path):
     torch.testing.assert_close(stored[f"{Q}.weight.nested_absmax"], state.state2.absmax, rtol=1e-5, atol=0)
     ours = json.loads(bytes(stored[f"{Q}.weight.quant_state.bitsandbytes__nf4"]))
     assert ours["nested_offset"] == pytest.approx(state.offset.item(), rel=1e-6)
-    assert list(ours) == ["quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"]
+    assert list(ours) == [
+        "quant_type",
+        "blocksize",
+        "dtype",
+        "shape",
+        "nested_blocksize",
+        "nested_dtype",
+        "nested_offset",
+    ]
     codes = stored[f"{Q}.weight.absmax"].int()
     assert (codes - state.absmax.int()).abs().max() <= 1  # its CPU path looks up a rounded value
 
@@ -108,7 +116,9 @@ def test_odd_shapes(tmp_path):
     for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"):
         key = f"model.layers.0.{name}"
         packed, state = F.quantize_4bit(model.get_submodule(key).weight.data, quant_type="nf4")
-        assert torch.equal(stored[f"{key}.weight"], packed) and torch.equal(stored[f"{key}.weight.absmax"], state.absmax)
+        assert torch.equal(stored[f"{key}.weight"], packed) and torch.equal(
+            stored[f"{key}.weight.absmax"], state.absmax
+        )
     transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
 
 
@@ -262,7 +272,9 @@ def test_measured_error_equals_the_error_of_what_was_stored(tmp_path):
             if bits == 8:
                 value = stored[f"{name}.weight"].double() * stored[f"{name}.SCB"].double()[:, None] / 127
             else:
-                parts = {k.removeprefix(f"{name}.weight."): v for k, v in stored.items() if k.startswith(f"{name}.weight.")}
+                parts = {
+                    k.removeprefix(f"{name}.weight."): v for k, v in stored.items() if k.startswith(f"{name}.weight.")
+                }
                 state = F.QuantState.from_dict(parts, device="cpu")
                 value = F.dequantize_4bit(stored[f"{name}.weight"], state).double()
             kind = squares.setdefault(name.rpartition(".")[2], [0.0, 0.0])

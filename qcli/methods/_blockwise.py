@@ -16,8 +16,8 @@ from qcli.formats import TensorSpec
 from qcli.formats import bitsandbytes as bnb_format
 from qcli.methods._base import ErrorSums, Result
 from qcli.ops.dequantize_4bit import dequantize_4bit
-from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.dequantize_absmax import dequantize_absmax
+from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

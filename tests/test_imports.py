@@ -1,0 +1,132 @@
+"""The rooms of the house, read off the syntax tree, and what a start costs."""
+
+import ast
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "qcli"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it, with full dotted names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def users(package: str) -> set[str]:
+    """The files that import `package`, relative to qcli/."""
+    return {
+        str(p.relative_to(PACKAGE))
+        for p in FILES
+        if any(i == package or i.startswith(f"{package}.") for i in imports(p))
+    }
+
+
+def test_typer_stays_in_the_command_line():
+    assert users("typer") <= {"cli.py"} | {str(p.relative_to(PACKAGE)) for p in (PACKAGE / "commands").glob("*.py")}
+    assert users("click") == set()
+
+
+def test_rich_stays_in_the_console():
+    assert users("rich") == {"console.py"}
+
+
+def test_pycuda_and_ctypes_stay_in_the_runtime():
+    assert users("pycuda") <= {"runtime/cuda.py"}
+    assert all(name.startswith("runtime/") for name in users("ctypes"))
+
+
+def test_nothing_points_back_up():
+    for path in FILES:
+        name = str(path.relative_to(PACKAGE))
+        uses = {i for i in imports(path) if i.startswith("qcli.")}
+        if not name.startswith("commands/") and name not in ("cli.py", "__main__.py"):
+            assert not any(i.startswith(("qcli.commands", "qcli.cli", "qcli.console")) for i in uses), name
+        if name.startswith("ops/"):
+            allowed = ("qcli.ops", "qcli.codebooks", "qcli.packing", "qcli.runtime")
+            assert all(i.startswith(allowed) for i in uses), (name, uses)
+        if name.startswith("formats/"):
+            assert all(i.startswith("qcli.formats") for i in uses), (name, uses)
+        if name.startswith("checkpoint/"):
+            assert not any(i.startswith(("qcli.model", "qcli.nn", "qcli.decode")) for i in uses), name
+
+
+def test_only_the_console_prints():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id != "print", path
+
+
+def test_no_submodule_bears_the_name_of_a_public_function():
+    import qcli
+
+    names = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert names.isdisjoint(qcli.__all__)
+
+
+def test_files_stay_readable():
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= 320, path
+        assert path.stem != "utils"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_module_has_a_docstring_or_is_empty(path):
+    tree = ast.parse(path.read_text())
+    assert not tree.body or ast.get_docstring(tree) or path.name == "__main__.py"
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(*sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_help_loads_no_heavy_library():
+    heavy = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub"}
+    assert loaded_after("import qcli.cli").isdisjoint(heavy)
+    assert loaded_after("import qcli").isdisjoint(heavy | {"typer", "rich"})
+    assert loaded_after("import qcli.checkpoint.safetensors_file").isdisjoint(heavy)
+    assert loaded_after("import qcli.checkpoint.source, qcli.checkpoint.describe").isdisjoint(heavy)
+
+
+BARE = """
+import typer
+app = typer.Typer(help="Bare.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+{commands}
+app(prog_name="bare")
+"""
+
+
+@pytest.mark.slow
+def test_help_costs_at_most_one_and_a_half_bare_typer_apps(tmp_path):
+    """Medians of alternating runs. Marked slow, and run by hand, because it is a matter of time."""
+    names = [p.stem for p in (PACKAGE / "commands").glob("[a-z]*.py")]
+    commands = "\n".join(f"@app.command()\ndef {name}(model: str):\n    'Help of {name}.'" for name in names)
+    (tmp_path / "bare.py").write_text(BARE.format(commands=commands))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    times = {"bare": [], "qcli": []}
+    for _ in range(15):
+        for name, command in (("bare", [str(tmp_path / "bare.py")]), ("qcli", ["-m", "qcli"])):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, *command, "--help"], env=environment, capture_output=True, check=True)
+            times[name].append(time.perf_counter() - started)
+    bare, ours = (sorted(times[name])[7] for name in ("bare", "qcli"))
+    print(f"bare {bare:.3f} s, qcli {ours:.3f} s, ratio {ours / bare:.2f}")
+    assert ours <= 1.5 * bare
