@@ -133,7 +133,8 @@ def _read_stored(source: Source, layout: Layout, stored: dict, dtype: str) -> di
             names = {"weight": tensor, "SCB": f"{base}SCB", "weight_format": f"{base}weight_format"}
             spec = {"bits": 8, "in_features": linear.in_features, "out_features": linear.out_features}
         else:
-            state = next((n for n in source.tensors if n.startswith(f"{tensor}.quant_state.bitsandbytes__")), None)
+            states = (f"{tensor}.quant_state.bitsandbytes__{name}" for name in ("nf4", "fp4"))
+            state = next((name for name in states if name in source.tensors), None)
             if state is None:
                 continue
             quant_state = _read_json(source, state)

@@ -89,6 +89,13 @@ def make_plan(
             f"fused experts stay {dtypes.TORCH_NAMES[code]}: {layout.expert_parameters:,} parameters, {size}; "
             "transformers 5 loads them in no other form from this format"
         )
+    straddling = [layout.linears[t] for t in quantized if layout.linears[t].in_features % getattr(method_, "block_size", 1)]
+    if straddling:
+        notes.append(
+            f"{len(straddling)} modules have rows that blocks of {method_.block_size} do not divide (such as "
+            f"{min(x.module for x in straddling)}, {straddling[0].in_features} wide): right here and on GPUs, but "
+            "bitsandbytes' AVX-512 path decodes them wrongly, and its fast GPU kernels leave them out"
+        )
     skip_modules = planning.skip_list(layout, quantized, problems)
     rows = planning.make_units(source, layout, method_, code, quantized, problems)
     units, shards = planning.lay_out(rows, parse_size(rest_.max_shard_size))

@@ -66,6 +66,8 @@ class QcliQuantizer(HfQuantizer):
         if method.bits == 4:
             spec |= {"quant_type": method.name, "block_size": method.block_size, "nested_offset": None}
         compute = torch.bfloat16 if dtype == torch.float32 else dtype
+        # transformers 5.17 casts what it reads to the dtype it finds here, and only then quantizes.
+        tensors["weight"] = torch.empty(tensors["weight"].shape, dtype=dtype, device="meta")
         with torch.device("meta"):
             module = self._module(old, spec, tensors, compute)
         module.quantize_with = (method, code, isinstance(old, Conv1D))

@@ -247,7 +247,8 @@ def _translated(repo: str, revision: str | None) -> Iterator[None]:
     except errors.HFValidationError as e:
         raise HubError(f"{repo} is no valid hub id: {_line(e)}", "Write it as org/name.") from e
     except (errors.HTTPError, ConnectionError, TimeoutError, errors.FileMetadataError) as e:
-        raise HubError(f"the connection to the hub was lost while reading {repo} ({_line(e)})", rerun) from e
+        here = "" if "/" in repo else f"; there is no folder {repo} here either"
+        raise HubError(f"the connection to the hub was lost while reading {repo} ({_line(e)}){here}", rerun) from e
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(Path.home()).free
