@@ -50,7 +50,8 @@ def losses(model, ids) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def base(held_out):
-    model, _ = qcli.load(str(FOLDER), device="cpu")
+    """(model, its losses), in float32: so two runs differ by their quantization, not by the processor's bfloat16 sums."""
+    model, _ = qcli.load(str(FOLDER), dtype="float32", device="cpu")
     return model, losses(model, held_out[0])
 
 
@@ -73,7 +74,7 @@ def costs(held_out, base):
     original, reference = base
     result = {}
     for name in ("plain int8", "llm-int8", "paper", "nf4"):
-        model, _ = qcli.load(str(FOLDER), device="cpu", bits=4 if name == "nf4" else 8)
+        model, _ = qcli.load(str(FOLDER), dtype="float32", device="cpu", bits=4 if name == "nf4" else 8)
         for path, module in model.named_modules():
             if isinstance(module, Linear8bit):
                 module.threshold = 0.0 if name == "plain int8" else THRESHOLD
