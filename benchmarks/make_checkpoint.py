@@ -43,7 +43,15 @@ def random_bfloat16(rng: np.random.Generator, count: int) -> bytes:
 
 
 def make_checkpoint(
-    folder: Path, *, layers: int, hidden: int, intermediate: int, vocabulary: int, heads: int, kv_heads: int, shard_size: int
+    folder: Path,
+    *,
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    vocabulary: int,
+    heads: int,
+    kv_heads: int,
+    shard_size: int,
 ) -> int:
     """Writes config.json, shards and their index; returns the bytes of weights."""
     folder.mkdir(parents=True, exist_ok=True)

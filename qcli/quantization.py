@@ -89,13 +89,7 @@ def make_plan(
             f"fused experts stay {dtypes.TORCH_NAMES[code]}: {layout.expert_parameters:,} parameters, {size}; "
             "transformers 5 loads them in no other form from this format"
         )
-    straddling = [layout.linears[t] for t in quantized if layout.linears[t].in_features % getattr(method_, "block_size", 1)]
-    if straddling:
-        notes.append(
-            f"{len(straddling)} modules have rows that blocks of {method_.block_size} do not divide (such as "
-            f"{min(x.module for x in straddling)}, {straddling[0].in_features} wide): right here and on GPUs, but "
-            "bitsandbytes' AVX-512 path decodes them wrongly, and its fast GPU kernels leave them out"
-        )
+    notes += _straddling_note([layout.linears[t] for t in quantized], method_)
     skip_modules = planning.skip_list(layout, quantized, problems)
     rows = planning.make_units(source, layout, method_, code, quantized, problems)
     units, shards = planning.lay_out(rows, parse_size(rest_.max_shard_size))
@@ -107,6 +101,25 @@ def make_plan(
     )  # fmt: skip
     _check_output(plan, overwrite)
     return plan
+
+
+def _straddling_note(linears: list, method) -> list[str]:
+    """A block that straddles rows is in the format, but not every reader of it copes."""
+    block_size = getattr(method, "block_size", 1)
+    wide = [x for x in linears if x.in_features % block_size]
+    if not wide:
+        return []
+    fitting = [
+        size
+        for size in getattr(method, "BLOCK_SIZES", ())
+        if size < block_size and not any(x.in_features % size for x in linears)
+    ]
+    advice = f"; --block-size {max(fitting)} divides them all" if fitting else ""
+    example = min(wide, key=lambda x: x.module)
+    return [
+        f"{len(wide)} modules have rows that blocks of {block_size} do not divide (such as {example.module}, "
+        f"{example.in_features} wide): qcli runs them, but bitsandbytes on a CPU with AVX-512 fails or decodes them wrongly{advice}"
+    ]
 
 
 def _model_dtype(source, dtype: str) -> str:

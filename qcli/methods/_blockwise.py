@@ -20,7 +20,6 @@ from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NESTED_PIECE = 1 << 20  # blocks at a time; a multiple of bitsandbytes' 256
 
 
@@ -33,12 +32,13 @@ class Blockwise4bit:
 
     name: ClassVar[str]
     bits: ClassVar[int] = 4
+    BLOCK_SIZES: ClassVar[tuple[int, ...]] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
     casts_to_model_dtype: ClassVar[bool] = True  # quantizes the weight as transformers would hold it
 
     def __post_init__(self):
-        if self.block_size not in BLOCK_SIZES:
+        if self.block_size not in self.BLOCK_SIZES:
             raise UsageError(
-                f"block size is {self.block_size}, expected one of {', '.join(map(str, BLOCK_SIZES))}",
+                f"block size is {self.block_size}, expected one of {', '.join(map(str, self.BLOCK_SIZES))}",
                 "64 is what transformers and bitsandbytes use.",
             )
 
