@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/qcli generate build/demo-int8 "Once upon a time"
 
 test: $(VENV)/tested
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: $(VENV)/checked
 	$(BIN)/ruff check .

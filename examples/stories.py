@@ -76,7 +76,7 @@ class _Teller:
         else:
             who = f"{'an' if animal[0] == 'o' else 'a'} {animal}"
         home, hobby = self.pick(HOMES), self.pick(HOBBIES)
-        lines = [f"{opening} {who} named {name}.", f"{He} lived {home} and loved to {hobby}."]
+        lines = [f"{opening} {who} named {name}.", f"The {animal} lived {home}, and {He.lower()} loved to {hobby}."]
 
         colour, thing, spot = self.pick(COLOURS), self.pick(THINGS), self.pick(SPOTS)
         lines.append(f"One {self.pick(TIMES)} {name} found a {colour} {thing} {spot}.")
@@ -99,7 +99,7 @@ class _Teller:
         if ending == "share":
             lines.append(f'"I lost that {colour} {thing} long ago," said {friend}.')
             lines.append(f"So {name} gave the {thing} back to {friend}, and {friend} thanked {him}.")
-            lines.append(f"Together they went to {USES[thing]}.")
+            lines.append(f"Together the {animal} and the {friend_animal} went to {USES[thing]}.")
         elif ending == "trade":
             food = self.pick(FOODS)
             lines.append(f"{friend} wanted the {thing} and offered {food} for it.")
@@ -111,9 +111,9 @@ class _Teller:
         if closing == "habit":
             lines.append(f"From then on {name} liked to {hobby} with {friend}.")
         elif closing == "both":
-            lines.append(f"{name} the {animal} and {friend} the {friend_animal} were {self.pick(FEELINGS)} ever after.")
+            lines.append(f"The {animal} and the {friend_animal} were {self.pick(FEELINGS)} ever after.")
         else:
-            lines.append(f"That night {name} the {animal} was {self.pick(FEELINGS)}.")
+            lines.append(f"That night the {animal} was {self.pick(FEELINGS)}.")
         return " ".join(lines)
 
 

@@ -141,7 +141,7 @@ def main() -> None:
     """Trains and writes the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=1800)
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)

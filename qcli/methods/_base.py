@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import torch
+
 
 @dataclass
 class ErrorSums:
@@ -18,3 +20,8 @@ class Result:
 
     tensors: dict[str, object]
     errors: ErrorSums = field(default_factory=ErrorSums)
+
+
+def sum_squares(x: torch.Tensor) -> float:
+    """sum x^2, accumulated in float64: squares of float32 values may leave its range."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2

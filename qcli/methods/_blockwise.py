@@ -14,7 +14,7 @@ from qcli import codebooks
 from qcli.errors import UsageError
 from qcli.formats import TensorSpec
 from qcli.formats import bitsandbytes as bnb_format
-from qcli.methods._base import ErrorSums, Result
+from qcli.methods._base import ErrorSums, Result, sum_squares
 from qcli.ops.dequantize_4bit import dequantize_4bit
 from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.quantize_4bit import quantize_4bit
@@ -90,8 +90,8 @@ class _Stream:
         stored = dequantize_4bit(packed, absmax, block_size, name, [flat.numel()], torch.float32)
         error = torch.nan_to_num(flat - stored, nan=0.0, posinf=0.0, neginf=0.0)
         flat = torch.nan_to_num(flat, nan=0.0, posinf=0.0, neginf=0.0)
-        self.errors.squared_error += float(_sum_squares(error))
-        self.errors.squared_norm += float(_sum_squares(flat))
+        self.errors.squared_error += sum_squares(error)
+        self.errors.squared_norm += sum_squares(flat)
         self.absmax.append(absmax)
         if self.method.double_quant:
             # The stored absmax is known only at the end. With code c and absmax a + d, a block's squared error is
@@ -132,10 +132,6 @@ class _Stream:
             f"{self.weight}.nested_absmax": torch.cat(nested_absmax),
             f"{self.weight}.nested_quant_map": torch.from_numpy(codebooks.DYNAMIC_MAP.copy()),
         }
-
-
-def _sum_squares(x: torch.Tensor) -> torch.Tensor:
-    return torch.dot(x, x).double()
 
 
 def _block_sums(x: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from qcli.errors import UsageError
 from qcli.formats import TensorSpec
 from qcli.formats import bitsandbytes as bnb_format
-from qcli.methods._base import ErrorSums, Result
+from qcli.methods._base import ErrorSums, Result, sum_squares
 from qcli.ops.quantize_int8 import quantize_int8
 
 
@@ -72,8 +72,8 @@ class _Stream:
             self.errors.nonfinite += int((~finite).sum())
         error = torch.nan_to_num(rows - codes * (absmax / 127).unsqueeze(1), nan=0.0, posinf=0.0, neginf=0.0).flatten()
         rows = torch.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0).flatten()
-        self.errors.squared_error += float(torch.dot(error, error))
-        self.errors.squared_norm += float(torch.dot(rows, rows))
+        self.errors.squared_error += sum_squares(error)
+        self.errors.squared_norm += sum_squares(rows)
         self.absmax.append(absmax)
         return [(self.weight, codes)]
 
