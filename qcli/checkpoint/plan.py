@@ -23,8 +23,8 @@ FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-CHUNK_BYTES = 4 << 20  # of source data at a time: what bounds the memory of a run
-_CHUNKS_IN_WORK = 56  # measured: float32 copies of a chunk, and what the allocator keeps of those that were freed
+CHUNK_BYTES = 1 << 20  # of source data at a time: what bounds the memory of a run
+_CHUNKS_IN_WORK = 128  # measured: float32 copies of a chunk, and what the allocator keeps of those that were freed
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,12 @@ class _Stream:
     def __init__(self, method: Blockwise4bit, weight: str, shape: tuple[int, int], dtype: str, device: torch.device):
         self.method, self.weight, self.shape, self.dtype = method, weight, shape, dtype
         self.code = torch.from_numpy(codebooks.CODEBOOKS[method.name].copy()).to(device)
-        self.absmax, self.slope, self.curve = [], [], []
+        # Filled in place: small tensors kept one by one would pin the heap between the large ones that come and go.
+        blocks = -(-shape[0] * shape[1] // method.block_size)
+        self.absmax, self.done = torch.empty(blocks, device=device), 0
+        sums = blocks if method.double_quant else 0
+        self.slope = torch.empty(sums, dtype=torch.bfloat16, device=device)
+        self.curve = torch.empty(sums, dtype=torch.bfloat16, device=device)
         self.errors = ErrorSums()
         self.nested_offset: float | None = None
 
@@ -92,20 +97,21 @@ class _Stream:
         flat = torch.nan_to_num(flat, nan=0.0, posinf=0.0, neginf=0.0)
         self.errors.squared_error += sum_squares(error)
         self.errors.squared_norm += sum_squares(flat)
-        self.absmax.append(absmax)
+        place = slice(self.done, self.done + absmax.numel())
+        self.absmax[place] = absmax
+        self.done = place.stop
         if self.method.double_quant:
             # The stored absmax is known only at the end. With code c and absmax a + d, a block's squared error is
             # sum (w - ca)^2 - 2d sum c(w - ca) + d^2 sum c^2: keep the two sums.
             unit = dequantize_4bit(packed, torch.ones_like(absmax), block_size, name, [flat.numel()], torch.float32)
             # bfloat16 is enough for a term of second order, and a huge tensor has many blocks.
-            self.slope.append(_block_sums(unit * error, block_size).bfloat16())
-            self.curve.append(_block_sums(unit * unit, block_size).bfloat16())
+            self.slope[place] = _block_sums(unit * error, block_size)
+            self.curve[place] = _block_sums(unit * unit, block_size)
         return [(self.weight, packed)]
 
     def finish(self) -> Result:
         """The rest of the tensors, once every row was fed."""
-        absmax = torch.cat(self.absmax) if self.absmax else torch.empty(0)
-        method = self.method
+        absmax, method = self.absmax, self.method
         tensors = {f"{self.weight}.quant_map": self.code}
         if method.double_quant:
             self.nested_offset = mean_absmax(absmax)
@@ -119,7 +125,7 @@ class _Stream:
 
     def _nest(self, absmax: torch.Tensor, offset: float) -> dict[str, torch.Tensor]:
         codes, nested_absmax = [], []
-        slopes, curves = torch.cat(self.slope).split(_NESTED_PIECE), torch.cat(self.curve).split(_NESTED_PIECE)
+        slopes, curves = self.slope.split(_NESTED_PIECE), self.curve.split(_NESTED_PIECE)
         for piece, slope, curve in zip(absmax.split(_NESTED_PIECE), slopes, curves):
             code, nested = quantize_absmax(piece, offset)
             change = (dequantize_absmax(code, nested, offset) - piece).double()

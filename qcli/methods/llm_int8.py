@@ -53,13 +53,13 @@ class LLMInt8:
 
     def stream(self, weight: str, out_features: int, in_features: int, dtype: str, device: torch.device) -> "_Stream":
         """Takes the weight chunk by chunk, in order."""
-        return _Stream(weight, in_features)
+        return _Stream(weight, out_features, in_features, device)
 
 
 class _Stream:
-    def __init__(self, weight: str, in_features: int):
+    def __init__(self, weight: str, out_features: int, in_features: int, device: torch.device):
         self.weight, self.in_features = weight, in_features
-        self.absmax = []
+        self.absmax, self.done = torch.empty(out_features, device=device), 0
         self.errors = ErrorSums()
 
     def feed(self, chunk: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
@@ -74,15 +74,15 @@ class _Stream:
         rows = torch.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0).flatten()
         self.errors.squared_error += sum_squares(error)
         self.errors.squared_norm += sum_squares(rows)
-        self.absmax.append(absmax)
+        self.absmax[self.done : self.done + absmax.numel()] = absmax
+        self.done += absmax.numel()
         return [(self.weight, codes)]
 
     def finish(self) -> Result:
         """The rest of the tensors, once every row was fed."""
         module = self.weight.removesuffix("weight")
-        scale = torch.cat(self.absmax) if self.absmax else torch.empty(0)
         weight_format = torch.zeros((), dtype=torch.uint8)
-        return Result({f"{module}SCB": scale, f"{module}weight_format": weight_format}, self.errors)
+        return Result({f"{module}SCB": self.absmax, f"{module}weight_format": weight_format}, self.errors)
 
 
 METHOD = LLMInt8
