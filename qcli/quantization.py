@@ -189,7 +189,7 @@ def run_plan(
     plan.check()
     from contextlib import nullcontext
 
-    from qcli.checkpoint import folder
+    from qcli import folder
     from qcli.checkpoint.execute import execute, verify
     from qcli.checkpoint.staging import Staging
 
