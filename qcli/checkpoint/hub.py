@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qcli.checkpoint.local_files import LocalFiles
 from qcli.errors import CheckpointError, HubError
 
 _TRIES = 4
@@ -30,7 +31,7 @@ def open_repository(repo: str, revision: str | None, *, stream: bool):
         if isinstance(cause, OfflineModeIsEnabled) or _is_connection_loss(cause):
             cached = _cached_snapshot(repo, revision)
             if cached is not None:
-                return _Snapshot(repo, cached)
+                return LocalFiles(cached, repo.rpartition("/")[2], revision=cached.name)
         raise
     return _Repository(repo, revision or "main", info, stream)
 
@@ -44,41 +45,6 @@ def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
     except (LocalEntryNotFoundError, OSError):
         return None
     return folder if (folder / "config.json").exists() else None
-
-
-class _Snapshot:
-    """A repository as far as the user's cache holds it."""
-
-    is_hub, stream = True, False
-
-    def __init__(self, repo: str, folder: Path):
-        self.folder, self.name, self.revision = folder, repo.rpartition("/")[2], folder.name
-        self.names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-
-    def size(self, name: str) -> int:
-        return (self.folder / name).stat().st_size
-
-    def hash(self, name: str) -> str | None:
-        return (self.folder / name).resolve().name  # the cache calls a blob by its hash
-
-    def local(self, name: str) -> Path:
-        return self.folder / name
-
-    weights = local
-
-    def read(self, name: str, offset: int, count: int) -> bytes:
-        with open(self.folder / name, "rb") as file:
-            file.seek(offset)
-            return file.read(count)
-
-    def release(self, name: str) -> None:
-        """The user's cache is the user's."""
-
-    def download_to(self, folder: Path) -> None:
-        """Everything is here."""
-
-    def download_bytes(self, volume: Path, names: list[str]) -> int:
-        return 0
 
 
 class _Repository:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qcli.checkpoint import hub as hubs
 from qcli.checkpoint import torch_file
+from qcli.checkpoint.local_files import LocalFiles
 from qcli.checkpoint.safetensors_file import FIRST_READ, Header, TensorInfo, read_header_with
 from qcli.errors import CheckpointError
 
@@ -36,7 +37,7 @@ def open_source(
     if path.is_dir():
         if revision is not None:
             raise CheckpointError(f"{model} is a folder, so there is no revision {revision!r}", "Leave out --revision.")
-        return Source(_Folder(path), model, trust_remote_code)
+        return Source(LocalFiles(path, path.resolve().name or "model"), model, trust_remote_code)
     if path.exists():
         raise CheckpointError(
             f"{model} is a file, expected a model's folder", "Give the folder that holds config.json."
@@ -46,44 +47,6 @@ def open_source(
             f"there is no folder {model}, and it is no hub id either", "Check the path, or write org/name."
         )
     return Source(hubs.open_repository(model, revision, stream=stream), model, trust_remote_code)
-
-
-class _Folder:
-    """Files of a local folder."""
-
-    revision = None
-    is_hub = stream = False
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.name = path.resolve().name or "model"
-        self.names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
-
-    def size(self, name: str) -> int:
-        return (self.path / name).stat().st_size
-
-    def hash(self, name: str) -> str | None:
-        return None
-
-    def local(self, name: str) -> Path:
-        return self.path / name
-
-    def weights(self, name: str) -> Path:
-        return self.path / name
-
-    def read(self, name: str, offset: int, count: int) -> bytes:
-        with open(self.path / name, "rb") as file:
-            file.seek(offset)
-            return file.read(count)
-
-    def release(self, name: str) -> None:
-        """Nothing to let go."""
-
-    def download_to(self, folder: Path) -> None:
-        """Nothing to fetch."""
-
-    def download_bytes(self, volume: Path, names: list[str]) -> int:
-        return 0
 
 
 class Source:

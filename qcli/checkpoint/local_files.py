@@ -1,0 +1,40 @@
+"""Files of a folder on this machine: a user's model, or a snapshot of one in the user's hub cache. Nothing is ever deleted."""
+
+from pathlib import Path
+
+
+class LocalFiles:
+    """`names` are relative to `path`. A hub snapshot has the `revision` it is of, and blobs that are called by their hash."""
+
+    stream = False
+
+    def __init__(self, path: Path, name: str, revision: str | None = None):
+        self.path, self.name, self.revision = path, name, revision
+        self.is_hub = revision is not None
+        self.names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
+
+    def hash(self, name: str) -> str | None:
+        return (self.path / name).resolve().name if self.is_hub else None
+
+    def local(self, name: str) -> Path:
+        return self.path / name
+
+    def weights(self, name: str) -> Path:
+        return self.path / name
+
+    def read(self, name: str, offset: int, count: int) -> bytes:
+        with open(self.path / name, "rb") as file:
+            file.seek(offset)
+            return file.read(count)
+
+    def release(self, name: str) -> None:
+        """Nothing to let go."""
+
+    def download_to(self, folder: Path) -> None:
+        """Nothing to fetch."""
+
+    def download_bytes(self, volume: Path, names: list[str]) -> int:
+        return 0
