@@ -4,14 +4,21 @@ from collections.abc import Callable
 
 import torch
 
+from qcli.runtime import cpu as runtime
+
 _LIBRARY = torch.library.Library("qcli", "FRAGMENT")
 
 
-def define(schema: str, reference: Callable, fake: Callable) -> Callable:
-    """Defines `qcli::schema`; `reference` serves every device that no kernel is registered for. Returns the op."""
+def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | None = None) -> Callable:
+    """Defines `qcli::schema`; `reference` serves every device that no kernel is registered for. Returns the op.
+
+    `cpu` calls the compiled kernel; it is registered where there is one.
+    """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    if cpu is not None and runtime.variant():
+        _LIBRARY.impl(name, cpu, "CPU")
     torch.library.register_fake(f"qcli::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.qcli, name).default
 

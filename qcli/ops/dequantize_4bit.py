@@ -6,8 +6,9 @@ import torch
 
 from qcli import codebooks
 from qcli.ops import quantize_4bit as _quantize
-from qcli.ops._library import define
+from qcli.ops._library import blocks, define
 from qcli.packing import unpack_4bit
+from qcli.runtime import cpu
 
 
 def _reference(
@@ -34,11 +35,36 @@ def _fake(packed, absmax, block_size, quant_type, shape, dtype):
     return packed.new_empty(shape, dtype=dtype)
 
 
+_kernel = cpu.kernel("dequantize_4bit", "ppqpqqip")
+
+
+def expand(
+    packed: torch.Tensor, absmax: torch.Tensor, block_size: int, quant_type: str, start: int, out: torch.Tensor
+) -> None:
+    """The compiled kernel: fills `out`, contiguous, with the elements of the flat weight from `start` on."""
+    op, end = "dequantize_4bit", start + out.numel()
+    if block_size < 2 or block_size % 2:
+        raise ValueError(f"{op}: block_size is {block_size}, expected an even number")
+    packed = cpu.require(op, "packed", packed, torch.uint8, (end + 1) // 2)
+    absmax = cpu.require(op, "absmax", absmax, torch.float32, blocks(end, block_size))
+    code = codebooks.CODEBOOKS[quant_type].ctypes.data
+    _kernel(packed, absmax, block_size, code, start, out.numel(), cpu.dtype_code(op, out), out)
+
+
+def _cpu(
+    packed: torch.Tensor, absmax: torch.Tensor, block_size: int, quant_type: str, shape: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    out = torch.empty(shape, dtype=dtype)
+    expand(packed, absmax, block_size, quant_type, 0, out)
+    return out
+
+
 _op = define(
     "dequantize_4bit(Tensor packed, Tensor absmax, int block_size, str quant_type, SymInt[] shape, ScalarType dtype) "
     "-> Tensor",
     _reference,
     _fake,
+    _cpu,
 )
 
 

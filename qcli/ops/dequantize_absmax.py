@@ -4,7 +4,8 @@ import torch
 
 from qcli import codebooks
 from qcli.ops import quantize_absmax as _quantize
-from qcli.ops._library import define
+from qcli.ops._library import blocks, define
+from qcli.runtime import cpu
 
 
 def _reference(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: float) -> torch.Tensor:
@@ -17,7 +18,19 @@ def _fake(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: float) -> to
     return nested_absmax.new_empty((codes.numel(),))
 
 
-_op = define("dequantize_absmax(Tensor codes, Tensor nested_absmax, float offset) -> Tensor", _reference, _fake)
+_kernel = cpu.kernel("dequantize_absmax", "pppfqp")
+
+
+def _cpu(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: float) -> torch.Tensor:
+    op, count = "dequantize_absmax", codes.numel()
+    codes = cpu.require(op, "codes", codes, torch.uint8, 0)
+    nested_absmax = cpu.require(op, "nested_absmax", nested_absmax, torch.float32, blocks(count, _quantize.GROUP_SIZE))
+    absmax = _fake(codes, nested_absmax, offset)
+    _kernel(codes, nested_absmax, codebooks.DYNAMIC_MAP.ctypes.data, offset, count, absmax)
+    return absmax
+
+
+_op = define("dequantize_absmax(Tensor codes, Tensor nested_absmax, float offset) -> Tensor", _reference, _fake, _cpu)
 
 
 def dequantize_absmax(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: float) -> torch.Tensor:

@@ -4,6 +4,7 @@ import torch
 
 from qcli.ops import quantize_int8 as _quantize
 from qcli.ops._library import define
+from qcli.runtime import cpu
 
 
 def _reference(q: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -15,7 +16,19 @@ def _fake(q: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Te
     return q.new_empty(q.shape, dtype=dtype)
 
 
-_op = define("dequantize_int8(Tensor q, Tensor absmax, ScalarType dtype) -> Tensor", _reference, _fake)
+_kernel = cpu.kernel("dequantize_int8", "ppqqip")
+
+
+def _cpu(q: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    op, (rows, columns) = "dequantize_int8", q.shape
+    q = cpu.require(op, "q", q, torch.int8, 0)
+    absmax = cpu.require(op, "absmax", absmax.float(), torch.float32, rows)
+    out = q.new_empty(q.shape, dtype=dtype)
+    _kernel(q, absmax, rows, columns, cpu.dtype_code(op, out), out)
+    return out
+
+
+_op = define("dequantize_int8(Tensor q, Tensor absmax, ScalarType dtype) -> Tensor", _reference, _fake, _cpu)
 
 
 def dequantize_int8(q: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

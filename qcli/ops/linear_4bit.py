@@ -1,12 +1,16 @@
 """The product with a 4-bit weight: linear(x, dequantized W) in the compute dtype, back in x's dtype."""
 
+import math
+
 import torch
 
-from qcli.ops._library import define
-from qcli.ops.dequantize_4bit import dequantize_4bit
+from qcli import codebooks
+from qcli.ops._library import blocks, define
+from qcli.ops.dequantize_4bit import dequantize_4bit, expand
 from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.quantize_4bit import quantize_4bit
-from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
+from qcli.ops.quantize_absmax import GROUP_SIZE, mean_absmax, quantize_absmax
+from qcli.runtime import cpu
 
 
 def _reference(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype):
@@ -22,11 +26,59 @@ def _fake(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+FEW_TOKENS = 16  # up to so many the fused kernel is the faster one
+_PANEL_BYTES = 1 << 20  # of the expanded weight: what a core's cache keeps until it is multiplied
+
+_kernel = cpu.kernel("linear_4bit", "piqppppfpqpqqp")
+
+
+def _cpu(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype):
+    op, in_features = "linear_4bit", x.shape[-1]
+    if block_size < 2 or block_size % 2:
+        raise ValueError(f"{op}: block_size is {block_size}, expected an even number")
+    count = blocks(out_features * in_features, block_size)
+    packed = cpu.require(op, "packed", packed, torch.uint8, (out_features * in_features + 1) // 2)
+    absmax = cpu.require(op, "absmax", absmax, torch.float32 if nested_absmax is None else torch.uint8, count)
+    if nested_absmax is not None:
+        nested_absmax = cpu.require(op, "nested_absmax", nested_absmax, torch.float32, blocks(count, GROUP_SIZE))
+    rows = x.reshape(-1, in_features).contiguous()
+    y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
+    if len(rows) <= FEW_TOKENS:
+        if bias is not None:
+            bias = cpu.require(op, "bias", bias.float(), torch.float32, out_features)
+        _kernel(
+            rows, cpu.dtype_code(op, x), len(rows), packed, absmax, nested_absmax, codebooks.DYNAMIC_MAP.ctypes.data,
+            offset, bias, block_size, codebooks.CODEBOOKS[quant_type].ctypes.data, out_features, in_features, y,
+        )  # fmt: skip
+    else:
+        if nested_absmax is not None:
+            absmax = dequantize_absmax(absmax, nested_absmax, offset)
+        dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 and cpu.native_bfloat16() else torch.float32
+        _by_panels(rows.to(dtype), packed, absmax, bias, block_size, quant_type, y.view(-1, out_features))
+    return y
+
+
+def _by_panels(x, packed, absmax, bias, block_size, quant_type, y):
+    """Expands a few rows of the weight at a time, and leaves their product to torch while the cache holds them."""
+    in_features, out_features = x.shape[1], y.shape[1]
+    bias = None if bias is None else bias.to(x.dtype)
+    # A panel begins with a whole byte.
+    grain = 1 + in_features % 2
+    step = grain * max(1, _PANEL_BYTES // (in_features * x.element_size() * grain))
+    panel = torch.empty(min(step, out_features), in_features, dtype=x.dtype)
+    for start in range(0, out_features, step):
+        part = panel[: out_features - start]
+        expand(packed, absmax, block_size, quant_type, start * in_features, part)
+        some = None if bias is None else bias[start : start + step]
+        y[:, start : start + step] = torch.nn.functional.linear(x, part, some)
+
+
 _op = define(
     "linear_4bit(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, float offset, Tensor? bias, "
     "int block_size, str quant_type, int out_features, ScalarType compute_dtype) -> Tensor",
     _reference,
     _fake,
+    _cpu,
 )
 
 

@@ -15,6 +15,7 @@ import torch
 from qcli.ops._library import define
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.quantize_int8 import quantize_int8
+from qcli.runtime import cpu
 
 _EXACT_IN_FLOAT32 = 1024  # products of int8 that float32 adds without rounding: 1024 * 128^2 = 2^24
 
@@ -66,8 +67,39 @@ def _fake(x, weight, scale, bias, threshold):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+FEW_TOKENS = 8  # up to so many the weight is streamed once, and torch's product is the slower one
+
+_few = cpu.kernel("linear_int8", "ppqppqpppqqip")
+_epilogue = cpu.kernel("linear_int8_epilogue", "ppqppqpppqqip")
+
+
+def _cpu(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float
+) -> torch.Tensor:
+    op, (out_features, in_features) = "linear_int8", weight.shape
+    rows = x.reshape(-1, in_features)
+    weight = cpu.require(op, "weight", weight, torch.int8, 0)
+    scale = cpu.require(op, "scale", scale.float(), torch.float32, out_features)
+    if bias is not None:
+        bias = cpu.require(op, "bias", bias.float(), torch.float32, out_features)
+    q, absmax, outliers = quantize_int8(rows, threshold)
+    columns = outliers.nonzero().view(-1)
+    kept = rows.index_select(1, columns).float()
+    y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
+    few = len(rows) <= FEW_TOKENS
+    product = q if few else int8_product(q, weight)
+    (_few if few else _epilogue)(
+        product, absmax, len(rows), weight, scale, columns.numel(), columns, kept, bias, out_features, in_features,
+        cpu.dtype_code(op, x), y,
+    )  # fmt: skip
+    return y
+
+
 _op = define(
-    "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, float threshold) -> Tensor", _reference, _fake
+    "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, float threshold) -> Tensor",
+    _reference,
+    _fake,
+    _cpu,
 )
 
 

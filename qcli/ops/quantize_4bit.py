@@ -18,6 +18,7 @@ import torch
 from qcli import codebooks
 from qcli.ops._library import blocks, define
 from qcli.packing import pack_4bit
+from qcli.runtime import cpu
 
 _SMALLEST_RECIPROCAL = 1e-38
 _CELLS = 1024
@@ -85,7 +86,23 @@ def _fake(x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.Tens
     return packed, x.new_empty((blocks(count, block_size),), dtype=torch.float32)
 
 
-_op = define("quantize_4bit(Tensor x, int block_size, str quant_type) -> (Tensor, Tensor)", _reference, _fake)
+_kernel = cpu.kernel("quantize_4bit", "piqqppipp")
+
+
+def _cpu(x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if block_size < 2 or block_size % 2:
+        raise ValueError(f"quantize_4bit: block_size is {block_size}, expected an even number")
+    x, dtype = x.contiguous(), cpu.dtype_code("quantize_4bit", x)
+    packed, absmax = _fake(x, block_size, quant_type)
+    thresholds, order = codebooks.THRESHOLDS[quant_type], codebooks.ORDER[quant_type]
+    _kernel(
+        x, dtype, x.numel(), block_size, thresholds.ctypes.data, order.ctypes.data, codebooks.ZERO_CODE[quant_type],
+        packed, absmax,
+    )  # fmt: skip
+    return packed, absmax
+
+
+_op = define("quantize_4bit(Tensor x, int block_size, str quant_type) -> (Tensor, Tensor)", _reference, _fake, _cpu)
 
 
 def quantize_4bit(x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,12 +17,15 @@ import torch
 
 from qcli import codebooks
 from qcli.ops._library import blocks, define
+from qcli.runtime import cpu
 
 GROUP_SIZE = 256
 
 
 def mean_absmax(absmax: torch.Tensor) -> float:
     """The offset of absmax float32 [n]: the mean of its finite values, rounded to float32; 0.0 where there are none."""
+    if absmax.is_cpu and cpu.variant():
+        return _folded(absmax)
     finite = torch.isfinite(absmax)
     count = int(finite.sum())
     if count == 0:
@@ -35,6 +38,18 @@ def mean_absmax(absmax: torch.Tensor) -> float:
         half //= 2
         folded = folded[:half] + folded[half:]
     return float(np.float32(folded.item() / count))
+
+
+_fold = cpu.kernel("fold_absmax", "pqqppp")
+
+
+def _folded(absmax: torch.Tensor) -> float:
+    absmax, count = cpu.require("mean_absmax", "absmax", absmax, torch.float32, 0), absmax.numel()
+    half = max(1, (1 << (count - 1).bit_length()) // 2)
+    scratch, total = torch.empty(half, dtype=torch.float64), torch.empty((), dtype=torch.float64)
+    finite = torch.empty((), dtype=torch.int64)
+    _fold(absmax, count, half, scratch, total, finite)
+    return float(np.float32(total.item() / finite.item())) if finite else 0.0
 
 
 def _reference(absmax: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +70,17 @@ def _fake(absmax: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tens
     return absmax.new_empty((count,), dtype=torch.uint8), nested
 
 
-_op = define("quantize_absmax(Tensor absmax, float offset) -> (Tensor, Tensor)", _reference, _fake)
+_kernel = cpu.kernel("quantize_absmax", "pqfppp")
+
+
+def _cpu(absmax: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+    absmax = cpu.require("quantize_absmax", "absmax", absmax, torch.float32, 0)
+    codes, nested_absmax = _fake(absmax, offset)
+    _kernel(absmax, absmax.numel(), offset, codebooks.DYNAMIC_THRESHOLDS.ctypes.data, codes, nested_absmax)
+    return codes, nested_absmax
+
+
+_op = define("quantize_absmax(Tensor absmax, float offset) -> (Tensor, Tensor)", _reference, _fake, _cpu)
 
 
 def quantize_absmax(absmax: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tensor]:

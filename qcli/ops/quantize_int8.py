@@ -12,6 +12,7 @@ first, which is exact. A row with NaN or infinity has that as its absmax, and q 
 import torch
 
 from qcli.ops._library import define
+from qcli.runtime import cpu
 
 
 def _reference(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,7 +49,19 @@ def _fake(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor
     return x.new_empty(x.shape, dtype=torch.int8), absmax, x.new_empty((x.shape[-1],), dtype=torch.bool)
 
 
-_op = define("quantize_int8(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)", _reference, _fake)
+_kernel = cpu.kernel("quantize_int8", "piqqfppp")
+
+
+def _cpu(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, dtype, columns = x.contiguous(), cpu.dtype_code("quantize_int8", x), x.shape[-1]
+    q = torch.empty(x.shape, dtype=torch.int8)
+    absmax = torch.empty(x.shape[:-1].numel(), dtype=torch.float32)
+    outliers = torch.zeros(columns, dtype=torch.bool)
+    _kernel(x, dtype, absmax.numel(), columns, threshold, q, absmax, outliers)
+    return q, absmax, outliers
+
+
+_op = define("quantize_int8(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)", _reference, _fake, _cpu)
 
 
 def quantize_int8(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

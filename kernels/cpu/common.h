@@ -1,0 +1,139 @@
+// What every CPU kernel shares: names, dtypes, conversions, threads.
+//
+// Each op is one file, compiled once per instruction set ("variant") under the names qcli_<op>_<variant>. All that is not
+// such a symbol lives in an unnamed namespace: an inline function shared by the variants would be merged into one by the
+// linker, and might then run AVX-512 on a CPU without it. For the same reason no template of the standard library is used.
+//
+// Floating-point contraction is off (-ffp-contract=off) where results must be the same bits on every variant; the
+// products of linear_4bit ask for fused multiply-add by name.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifndef QCLI_VARIANT
+#error "QCLI_VARIANT names the instruction set, such as avx2"
+#endif
+#define QCLI_JOIN_(op, variant) qcli_##op##_##variant
+#define QCLI_JOIN(op, variant) QCLI_JOIN_(op, variant)
+#define QCLI_KERNEL(op) extern "C" __attribute__((visibility("default"))) void QCLI_JOIN(op, QCLI_VARIANT)
+#define QCLI_INLINE inline __attribute__((always_inline))
+
+// In parallel.cpp: body(context, begin, end) over [0, count) in pieces of `grain`, by at most `threads` threads.
+extern "C" __attribute__((visibility("hidden"))) void qcli_parallel(
+    void (*body)(void*, int64_t, int64_t), void* context, int64_t count, int64_t grain, int threads);
+
+namespace {
+
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T>
+QCLI_INLINE T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+QCLI_INLINE T larger(T a, T b) {
+  return a > b ? a : b;
+}
+QCLI_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+QCLI_INLINE float from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+QCLI_INLINE uint32_t to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+QCLI_INLINE float to_float(float value) { return value; }
+QCLI_INLINE float to_float(bf16 value) { return from_bits(uint32_t(value.bits) << 16); }
+QCLI_INLINE float to_float(f16 value) {
+  const uint32_t sign = uint32_t(value.bits & 0x8000) << 16, magnitude = value.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000 | (magnitude << 13 & 0x7fffff));
+  // The exponent field moved into place is 112 too small; the product also sets subnormal values right.
+  return from_bits(sign | to_bits(from_bits(magnitude << 13) * 0x1p112f));
+}
+
+// Rounded to nearest, ties to even, as torch does.
+QCLI_INLINE void from_float(float value, float* out) { *out = value; }
+QCLI_INLINE void from_float(float value, bf16* out) {
+  const uint32_t bits = to_bits(value);
+  out->bits = value != value ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+QCLI_INLINE void from_float(float value, f16* out) {
+  const uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000;
+  const float magnitude = from_bits(bits & 0x7fffffff);
+  uint32_t half;
+  if (magnitude != magnitude) {
+    half = 0x7e00;
+  } else if (magnitude >= 65520.0f) {
+    half = 0x7c00;
+  } else if (magnitude < 0x1p-14f) {
+    half = to_bits(magnitude + 0.5f) - to_bits(0.5f);  // the sum rounds at 2^-24, the step of subnormal values
+  } else {
+    const uint32_t m = to_bits(magnitude) - (112u << 23);
+    half = (m + 0xfff + (m >> 13 & 1)) >> 13;
+  }
+  out->bits = uint16_t(sign | half);
+}
+
+// The largest |x| as float32 bits, a NaN above all: unsigned order is the order of magnitudes.
+QCLI_INLINE uint32_t largest_magnitude(const float* x, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; i++) largest = larger(largest, to_bits(x[i]) & 0x7fffffff);
+  return largest;
+}
+template <class T>
+QCLI_INLINE uint16_t largest_half(const T* x, int64_t count) {
+  uint16_t largest = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const uint16_t magnitude = x[i].bits & 0x7fff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+QCLI_INLINE uint32_t largest_magnitude(const bf16* x, int64_t count) {
+  return to_bits(to_float(bf16{largest_half(x, count)}));
+}
+QCLI_INLINE uint32_t largest_magnitude(const f16* x, int64_t count) {
+  return to_bits(to_float(f16{largest_half(x, count)}));
+}
+
+constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;
+
+// max |x|; any NaN makes it the one quiet NaN.
+template <class T>
+QCLI_INLINE float absmax_of(const T* x, int64_t count) {
+  const uint32_t bits = largest_magnitude(x, count);
+  return from_bits(bits > kInfinity ? kNaN : bits);
+}
+
+template <class Body>
+void run_piece(void* context, int64_t begin, int64_t end) {
+  (*static_cast<Body*>(context))(begin, end);
+}
+template <class Body>
+void parallel(int64_t count, int64_t grain, int threads, Body body) {
+  qcli_parallel(run_piece<Body>, &body, count, grain, threads);
+}
+
+}  // namespace
+
+// Calls `function<T>(...)` with the element type of `dtype`.
+#define QCLI_DISPATCH(dtype, function, ...)                            \
+  switch (dtype) {                                                     \
+    case kFloat32: function<float>(__VA_ARGS__); break;                \
+    case kBFloat16: function<bf16>(__VA_ARGS__); break;                \
+    case kFloat16: function<f16>(__VA_ARGS__); break;                  \
+  }

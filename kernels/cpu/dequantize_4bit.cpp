@@ -1,0 +1,72 @@
+// Blockwise 4-bit dequantization: code[c] * absmax in float32, rounded once to the wanted dtype.
+//
+// Elements `start` to `start + count` of the flat weight, so that a panel of it can be expanded. Reads half a byte and
+// 4 / block_size bytes an element, writes 2 or 4.
+
+#include "simd.h"
+
+namespace {
+
+template <class T>
+QCLI_INLINE void store_pairs(T* out, F32x16 earlier, F32x16 later) {
+  F32x16 first, second;
+  interleave(earlier, later, &first, &second);
+  store(out, first);
+  store(out + 16, second);
+}
+
+#if defined(__AVX512F__)
+// In bfloat16 the two halves of a lane are the two elements of a byte: no shuffle is needed.
+QCLI_INLINE void store_pairs(bf16* out, F32x16 earlier, F32x16 later) {
+  const __m512i a = _mm512_castps_si512(earlier.v), b = _mm512_castps_si512(later.v);
+  const __m512i half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
+  const __m512i even_a = _mm512_add_epi32(half, _mm512_and_si512(_mm512_srli_epi32(a, 16), one));
+  const __m512i even_b = _mm512_add_epi32(half, _mm512_and_si512(_mm512_srli_epi32(b, 16), one));
+  const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(a, even_a), 16), high = _mm512_add_epi32(b, even_b);
+  const __m512i mask = _mm512_set1_epi32(0xffff);
+  _mm512_storeu_si512(out, _mm512_ternarylogic_epi32(mask, low, high, 0xca));  // mask ? low : high
+}
+#endif
+
+template <class T>
+void one_by_one(const uint8_t* packed, const float* absmax, int64_t block_size, const float* code, int64_t begin,
+                int64_t end, T* out) {
+  for (int64_t i = begin; i < end; i++) {
+    const uint8_t byte = packed[i / 2];
+    from_float(code[i % 2 ? byte & 15 : byte >> 4] * absmax[i / block_size], out++);
+  }
+}
+
+template <class T>
+void dequantize(const uint8_t* packed, const float* absmax, int64_t block_size, const float* code, int64_t start,
+                int64_t count, void* output, int threads) {
+  T* out = static_cast<T*>(output);
+  const int64_t first_block = start / block_size, blocks = divide_up(start + count, block_size) - first_block;
+  parallel(blocks, divide_up(1 << 15, block_size), threads, [=](int64_t first, int64_t last) {
+    const Table16 table = table16(code);
+    for (int64_t b = first_block + first; b < first_block + last; b++) {
+      int64_t begin = larger(start, b * block_size);
+      const int64_t end = smaller(start + count, (b + 1) * block_size);
+      const float scale = absmax[b];
+      if (begin % 2 || !std::isfinite(scale)) {  // one by one also keeps a NaN one when it is rounded
+        one_by_one(packed, absmax, block_size, code, begin, end, out + (begin - start));
+        continue;
+      }
+      const F32x16 scales = all(scale);
+      for (; begin + 32 <= end; begin += 32) {
+        const I32x16 bytes = load_bytes(packed + begin / 2);
+        store_pairs(out + (begin - start), look_up<4>(table, bytes) * scales, look_up<0>(table, bytes) * scales);
+      }
+      one_by_one(packed, absmax, block_size, code, begin, end, out + (begin - start));
+    }
+  });
+}
+
+}  // namespace
+
+// packed uint8 [ceil(n / 2)]; absmax float32 [ceil(n / block_size)]; code float32 [16]; out [count] of `dtype`.
+QCLI_KERNEL(dequantize_4bit)
+(const uint8_t* packed, const float* absmax, int64_t block_size, const float* code, int64_t start, int64_t count, int dtype,
+ void* out, int threads) {
+  QCLI_DISPATCH(dtype, dequantize, packed, absmax, block_size, code, start, count, out, threads)
+}

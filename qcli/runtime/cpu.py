@@ -1,0 +1,139 @@
+"""Everything ctypes: the compiled CPU kernels, which variant of them runs, and how many threads.
+
+The library holds every kernel once per instruction set ("variant"). The best one that this CPU runs is used;
+QCLI_CPU_ISA names another, or `reference` for the ops in plain torch, which also serve where the library was not built.
+Threads are those of torch: its OpenMP pool, and torch.get_num_threads() of them.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+LIBRARY = "libqcli_cpu.so"
+CHOICE = "QCLI_CPU_ISA"
+REFERENCE = "reference"
+
+# As in kernels/cpu/common.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_int64, "f": ctypes.c_float}
+
+
+@cache
+def path() -> Path | None:
+    """The compiled library, None where the package was installed without a compiler. QCLI_CPU_LIBRARY names another."""
+    if os.environ.get("QCLI_CPU_LIBRARY"):
+        return Path(os.environ["QCLI_CPU_LIBRARY"])
+    import qcli
+
+    # An editable install keeps compiled files apart from the sources: the package then has two folders.
+    places = [Path(folder) / "runtime" / LIBRARY for folder in qcli.__path__]
+    return next((place for place in places if place.exists()), None)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    if path() is None:
+        return None
+    library = ctypes.CDLL(str(path()))
+    library.qcli_variants.restype = ctypes.c_char_p
+    library.qcli_use_openmp.argtypes = [ctypes.c_void_p]
+    library.qcli_use_openmp(_torch_openmp())
+    return library
+
+
+def _torch_openmp() -> int | None:
+    """The address of GOMP_parallel in the OpenMP that torch uses; None where it has none by that name."""
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*"))
+    for place in [*map(str, bundled), None]:  # None: what is loaded already
+        try:
+            return ctypes.cast(ctypes.CDLL(place).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def variants() -> list[str]:
+    """The variants that this CPU runs, the best last; none without the library."""
+    return _library().qcli_variants().decode().split() if _library() else []
+
+
+def _chosen() -> str | None:
+    """The variant to use; None stands for the reference. Raises ValueError for a name that is none."""
+    known = variants()
+    wanted = os.environ.get(CHOICE)
+    if not wanted:
+        return known[-1] if known else None
+    if wanted == REFERENCE:
+        return None
+    if wanted not in known:
+        raise ValueError(f"{CHOICE} is {wanted!r}, expected one of {', '.join([*known, REFERENCE])} on this CPU")
+    return wanted
+
+
+_variant: str | None = _chosen()
+
+
+def variant() -> str | None:
+    """The variant in use, None where the reference serves."""
+    return _variant
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Runs the kernels of another variant for a while: for tests and benchmarks."""
+    global _variant
+    before, _variant = _variant, name
+    try:
+        yield
+    finally:
+        _variant = before
+
+
+def native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself, so that a product in it is faster than one in float32."""
+    return bool(_library() and _library().qcli_native_bfloat16())
+
+
+def kernel(name: str, signature: str) -> Callable[..., None]:
+    """The kernel `name` of the variant in use. A letter of `signature` per argument: p a tensor, address or None,
+    i int32, q int64, f float32. The number of threads follows as the last argument by itself.
+
+    Tensors must be contiguous and of the sizes that the kernel states: nothing is checked from here on.
+    """
+    argtypes = [_TYPES[letter] for letter in signature] + [ctypes.c_int]
+    pointers = [i for i, letter in enumerate(signature) if letter == "p"]
+    functions: dict[str | None, Callable] = {}
+
+    def call(*arguments) -> None:
+        function = functions.get(_variant)
+        if function is None:
+            function = functions[_variant] = getattr(_library(), f"qcli_{name}_{_variant}")
+            function.argtypes, function.restype = argtypes, None
+        values = list(arguments)
+        for i in pointers:
+            if isinstance(values[i], torch.Tensor):
+                values[i] = values[i].data_ptr()
+        function(*values, torch.get_num_threads())
+
+    return call
+
+
+def dtype_code(op: str, x: torch.Tensor) -> int:
+    """The number of x's dtype in the kernels. Raises TypeError."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op}: x is {x.dtype}, expected float32, bfloat16 or float16")
+    return DTYPES[x.dtype]
+
+
+def require(op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int) -> torch.Tensor:
+    """The tensor, contiguous. Raises ValueError unless it has the dtype and at least as many elements: a kernel reads
+    and writes where it is told to."""
+    if tensor.dtype != dtype or tensor.numel() < numel:
+        raise ValueError(f"{op}: {name} has {tensor.numel()} elements of {tensor.dtype}, expected {numel} of {dtype}")
+    return tensor.contiguous()
