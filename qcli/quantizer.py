@@ -140,5 +140,5 @@ class _Quantize(ConversionOps):
 def _pieces(stream, value: torch.Tensor, grain: int):
     flat = value.reshape(-1)
     step = max((1 << 21) // grain, 1) * grain
-    parts = [piece for chunk in flat.split(step) for _, piece in stream.feed(chunk)]
+    parts = [piece for i, chunk in enumerate(flat.split(step)) for _, _, piece in stream.feed(chunk, i * step)]
     yield "weight", torch.cat([part.reshape(-1) for part in parts])

@@ -16,6 +16,7 @@
 namespace {
 
 constexpr int64_t kChunk = 128;
+constexpr int64_t kAhead = 4096;  // bytes
 
 #if defined(__AVX512F__)
 constexpr int kGroup = 8;  // tokens that share one decoding, as registers allow
@@ -74,6 +75,12 @@ QCLI_INLINE void add_products(Table16 table, I32x16 codes, const float* x, int64
   for (int t = 0; t < kTokens; t++) totals[t] = fused(sums[t], scale, totals[t]);
 }
 
+// The hardware's own prefetching stops at pages and falls behind the arithmetic.
+QCLI_INLINE I32x16 load_chunk(const uint8_t* p) {
+  __builtin_prefetch(p + kAhead);
+  return load_ints(p);
+}
+
 // One row by up to kGroup tokens; x is laid out in chunks, `stride` floats a token.
 template <int kTokens>
 void row_products(const Weight& w, int64_t n, const float* scales, int64_t first_block, const float* x, int64_t stride,
@@ -84,16 +91,16 @@ void row_products(const Weight& w, int64_t n, const float* scales, int64_t first
   for (int t = 0; t < kTokens; t++) totals[t] = all(0.0f);
   if (w.block_size == 64) {
     for (int64_t i = 0; i < w.k; i += kChunk, scales += 2) {
-      add_products<kTokens>(table, load_ints(row + i / 2), x + i, stride, halves(scales[0], scales[1]), totals);
+      add_products<kTokens>(table, load_chunk(row + i / 2), x + i, stride, halves(scales[0], scales[1]), totals);
     }
   } else if (w.block_size == 32) {
     for (int64_t i = 0; i < w.k; i += kChunk, scales += 4) {
-      add_products<kTokens>(table, load_ints(row + i / 2), x + i, stride, quarters(scales), totals);
+      add_products<kTokens>(table, load_chunk(row + i / 2), x + i, stride, quarters(scales), totals);
     }
   } else {
     for (int64_t i = 0; i < w.k; i += kChunk) {
       const float scale = scales[(n * w.k + i) / w.block_size - first_block];
-      add_products<kTokens>(table, load_ints(row + i / 2), x + i, stride, all(scale), totals);
+      add_products<kTokens>(table, load_chunk(row + i / 2), x + i, stride, all(scale), totals);
     }
   }
   for (int t = 0; t < kTokens; t++) y[t] = sum_lanes(totals[t]);

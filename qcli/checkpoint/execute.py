@@ -1,13 +1,16 @@
-"""Carries a plan out: reads a chunk, quantizes it, writes it at its planned place; unit after unit, memory bounded."""
+"""Carries a plan out: reads a chunk, quantizes it, writes it at its planned place; several at a time, memory bounded."""
 
 import json
 import math
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from qcli.checkpoint import dtypes
+from qcli.checkpoint.pipeline import Pipeline
 from qcli.checkpoint.plan import CHUNK_BYTES, Plan, Unit, quantized_dtype
 from qcli.checkpoint.safetensors_file import read_columns, read_into
 from qcli.checkpoint.staging import Staging
@@ -18,28 +21,160 @@ from qcli.methods._base import ErrorSums
 def execute(plan: Plan, staging: Staging, device: torch.device, advance: Callable[[int, str], None]) -> None:
     """Runs every unit that the journal does not name. `advance` hears of source bytes as they are finished.
 
+    Chunks go through as many threads as torch has and one more, each reading, quantizing and writing its own: one computes
+    while another waits for the disk. Kernels run on one thread meanwhile.
+
     Raises NonFiniteError at the first tensor with NaN or infinity, CheckpointError for what goes wrong on disk.
     """
     staging.open_shards()
-    runner = _Runner(plan, staging, device, advance)
-    for file in plan.source.files:
-        units = [u for u in plan.units if u.file == file and u.index not in staging.done]
-        if units:
-            with plan.source.open(file) as fd:
-                for unit in units:
-                    staging.finish_unit(unit.index, runner.run(fd, unit))
-            staging.sync()
-        plan.source.release(file)
+    telling = threading.Lock()
+
+    def tell(count: int, name: str) -> None:
+        with telling:
+            advance(count, name)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with Pipeline(threads + 1) as pipeline:
+            for file in plan.source.files:
+                units = [u for u in plan.units if u.file == file and u.index not in staging.done]
+                if units:
+                    with plan.source.open(file) as fd:
+                        for unit in units:
+                            for task in UnitWork(plan, staging, device, tell, fd, unit).tasks():
+                                pipeline.submit(task)
+                        pipeline.drain()
+                    staging.sync()
+                plan.source.release(file)
+    finally:
+        torch.set_num_threads(threads)
     staging.sync()
 
 
-class _Runner:
-    def __init__(self, plan: Plan, staging: Staging, device: torch.device, advance: Callable[[int, str], None]):
-        self.plan, self.staging, self.device, self.advance = plan, staging, device, advance
-        self.buffer = bytearray(CHUNK_BYTES)
+class UnitWork:
+    """The tasks of one unit, for threads that run several at a time: a task a chunk. The last to end finishes the unit."""
 
-    def run(self, fd: int, unit: Unit) -> ErrorSums:
-        errors = self._quantize(fd, unit) if unit.linear else self._carry_over(fd, unit)
+    _buffers = threading.local()
+
+    def __init__(
+        self,
+        plan: Plan,
+        staging: Staging,
+        device: torch.device,
+        advance: Callable[[int, str], None],
+        fd: int,
+        unit: Unit,
+    ):
+        self.plan, self.staging, self.device, self.advance, self.fd, self.unit = (
+            plan,
+            staging,
+            device,
+            advance,
+            fd,
+            unit,
+        )
+        self.lock = threading.Lock()
+        self.nonfinite = self.overflowed = 0
+        self.places = {o.name: o.start for o in unit.outputs}
+        self.stream = None
+        if unit.linear:
+            self.enters_as = quantized_dtype(unit.info, plan.method, plan.dtype)
+            self.stream = plan.method.stream(
+                unit.info.name, unit.linear.out_features, unit.linear.in_features, self.enters_as, device
+            )
+
+    def tasks(self) -> Iterator[Callable[[], None]]:
+        """Every chunk once, in any order; one task with nothing in it for an empty tensor."""
+        count, step = (self._elements, self._grain()) if self.stream else (self._bytes, CHUNK_BYTES)
+        size = self.unit.info.numel if self.stream else self.unit.info.nbytes
+        starts = range(0, size, step) or [0]
+        self.left = len(starts)
+        for start in starts:
+            yield partial(self._task, count, start, min(step, size - start))
+
+    def _task(self, work: Callable[[int, int], None], start: int, count: int) -> None:
+        if count:
+            work(start, count)
+        with self.lock:
+            self.left -= 1
+        if not self.left:
+            self._finish()
+
+    def _grain(self) -> int:
+        """Elements of the weight in its logical order that are a chunk that the method can take."""
+        linear = self.unit.linear
+        grain = self.plan.method.granularity(linear.in_features)
+        if linear.transposed:
+            grain = math.lcm(grain, linear.in_features)
+        return max(CHUNK_BYTES // dtypes.ITEMSIZE[self.unit.info.dtype] // grain, 1) * grain
+
+    def _elements(self, first: int, count: int) -> None:
+        """Quantizes elements of the weight [out_features, in_features] from `first` on."""
+        info, linear = self.unit.info, self.unit.linear
+        dtype, itemsize = dtypes.torch_dtype(info.dtype), dtypes.ITEMSIZE[info.dtype]
+        view = self._buffer(count * itemsize)
+        if linear.transposed:
+            row, rows = first // linear.in_features, count // linear.in_features
+            read_columns(self.fd, info, row, row + rows, view)
+            chunk = torch.frombuffer(view, dtype=dtype).view(linear.in_features, rows).t().contiguous()
+        else:
+            read_into(self.fd, info.start + first * itemsize, view)
+            chunk = torch.frombuffer(view, dtype=dtype)
+        stored = chunk.to(self.device)
+        entering = stored.to(dtypes.torch_dtype(self.enters_as))
+        self._count(overflowed=_newly_nonfinite(stored, entering))
+        for output, offset, piece in self.stream.feed(entering, first):
+            self._write(output, offset, piece)
+        self._advance(len(view))
+
+    def _bytes(self, first: int, count: int) -> None:
+        """Carries over bytes of the tensor as stored, in another dtype where the plan says so."""
+        info, (output,) = self.unit.info, self.unit.outputs
+        view = self._buffer(count)
+        read_into(self.fd, info.start + first, view)
+        if output.dtype not in dtypes.FLOATS:
+            self.staging.write(output.file, output.start + first, view)
+        else:
+            stored = torch.frombuffer(view, dtype=dtypes.torch_dtype(info.dtype))
+            cast = stored.to(dtypes.torch_dtype(output.dtype))
+            bad = int((~torch.isfinite(stored)).sum())
+            self._count(nonfinite=bad, overflowed=_newly_nonfinite(stored, cast))
+            self._write(output.name, first // stored.itemsize * cast.itemsize, cast)
+        self._advance(count)
+
+    def _buffer(self, size: int) -> memoryview:
+        """Memory of the thread's own, used again for its next chunk."""
+        if len(getattr(self._buffers, "bytes", b"")) < size:
+            self._buffers.bytes = bytearray(max(size, CHUNK_BYTES))
+        return memoryview(self._buffers.bytes)[:size]
+
+    def _count(self, nonfinite: int = 0, overflowed: int = 0) -> None:
+        if nonfinite or overflowed:
+            with self.lock:
+                self.nonfinite += nonfinite
+                self.overflowed += overflowed
+
+    def _write(self, output: str, offset: int, tensor: torch.Tensor) -> None:
+        self.staging.write(self.unit.outputs[0].file, self.places[output] + offset, _bytes(tensor))
+
+    def _advance(self, count: int) -> None:
+        self.advance(count, self.unit.info.name)
+
+    def _finish(self) -> None:
+        errors, unit = ErrorSums(nonfinite=self.nonfinite), self.unit
+        if self.overflowed and not self.plan.allow_nonfinite:
+            target = self.enters_as if self.stream else unit.outputs[0].dtype
+            raise NonFiniteError(
+                f"{unit.info.name}: {self.overflowed:,} values, stored {unit.info.dtype}, are too large for "
+                f"{dtypes.TORCH_NAMES[target]}",
+                "Choose --dtype bfloat16 or float32.",
+            )
+        if self.stream:
+            result = self.stream.finish()
+            errors = result.errors
+            for output, tensor in result.tensors.items():
+                self._write(output, 0, tensor)
         if errors.nonfinite and not self.plan.allow_nonfinite:
             raise NonFiniteError(
                 f"{unit.info.name} holds {errors.nonfinite:,} NaN or infinite values among {unit.info.numel:,}"
@@ -47,88 +182,7 @@ class _Runner:
                 "The 4-bit block or int8 row that holds one is lost whole; with double quantization, the 256 blocks around it. "
                 "To go on all the same: --set allow_nonfinite=true. Finished work is kept.",
             )
-        return errors
-
-    def _quantize(self, fd: int, unit: Unit) -> ErrorSums:
-        linear, method, name = unit.linear, self.plan.method, unit.info.name
-        enters_as = quantized_dtype(unit.info, method, self.plan.dtype)
-        stream = method.stream(name, linear.out_features, linear.in_features, enters_as, self.device)
-        places = {o.name: o.start for o in unit.outputs}
-        overflowed = 0
-        for chunk in self._chunks(fd, unit):
-            stored = chunk.to(self.device)
-            entering = stored.to(dtypes.torch_dtype(enters_as))
-            overflowed += _newly_nonfinite(stored, entering)
-            for output, piece in stream.feed(entering):
-                data = _bytes(piece)
-                self.staging.write(self._file(unit), places[output], data)
-                places[output] += len(data)
-            self.advance(chunk.numel() * dtypes.ITEMSIZE[unit.info.dtype], name)
-        self._refuse_overflow(unit, overflowed, enters_as)
-        result = stream.finish()
-        for output, tensor in result.tensors.items():
-            self.staging.write(self._file(unit), places[output], _bytes(tensor))
-        return result.errors
-
-    def _carry_over(self, fd: int, unit: Unit) -> ErrorSums:
-        (output,) = unit.outputs
-        errors, place, overflowed = ErrorSums(), output.start, 0
-        if output.dtype not in dtypes.FLOATS:
-            for view in self._pieces(fd, unit.info.start, unit.info.nbytes):
-                self.staging.write(output.file, place, view)
-                place += len(view)
-                self.advance(len(view), unit.info.name)
-            return errors
-        target = dtypes.torch_dtype(output.dtype)
-        for view in self._pieces(fd, unit.info.start, unit.info.nbytes):
-            stored = torch.frombuffer(view, dtype=dtypes.torch_dtype(unit.info.dtype))
-            cast = stored.to(target)
-            errors.nonfinite += int((~torch.isfinite(stored)).sum())
-            overflowed += _newly_nonfinite(stored, cast)
-            data = _bytes(cast)
-            self.staging.write(output.file, place, data)
-            place += len(data)
-            self.advance(len(view), unit.info.name)
-        self._refuse_overflow(unit, overflowed, output.dtype)
-        return errors
-
-    def _refuse_overflow(self, unit: Unit, count: int, dtype: str) -> None:
-        if count and not self.plan.allow_nonfinite:
-            raise NonFiniteError(
-                f"{unit.info.name}: {count:,} values, stored {unit.info.dtype}, are too large for {dtypes.TORCH_NAMES[dtype]}",
-                "Choose --dtype bfloat16 or float32.",
-            )
-
-    def _pieces(self, fd: int, start: int, nbytes: int):
-        """The bytes of a tensor, one buffer's length at a time."""
-        for offset in range(start, start + nbytes, CHUNK_BYTES):
-            view = memoryview(self.buffer)[: min(CHUNK_BYTES, start + nbytes - offset)]
-            read_into(fd, offset, view)
-            yield view
-
-    def _chunks(self, fd: int, unit: Unit):
-        """The weight in its logical order [out_features, in_features], in chunks that the method can take."""
-        info, linear = unit.info, unit.linear
-        dtype, itemsize = dtypes.torch_dtype(info.dtype), dtypes.ITEMSIZE[info.dtype]
-        grain = self.plan.method.granularity(linear.in_features)
-        if linear.transposed:
-            grain = math.lcm(grain, linear.in_features)
-        step = max(CHUNK_BYTES // itemsize // grain, 1) * grain
-        if step * itemsize > len(self.buffer):
-            self.buffer = bytearray(step * itemsize)
-        for first in range(0, info.numel, step):
-            count = min(step, info.numel - first)
-            view = memoryview(self.buffer)[: count * itemsize]
-            if linear.transposed:
-                row, rows = first // linear.in_features, count // linear.in_features
-                read_columns(fd, info, row, row + rows, view)
-                yield torch.frombuffer(view, dtype=dtype).view(linear.in_features, rows).t().contiguous()
-            else:
-                read_into(fd, info.start + first * itemsize, view)
-                yield torch.frombuffer(view, dtype=dtype)
-
-    def _file(self, unit: Unit) -> str:
-        return unit.outputs[0].file
+        self.staging.finish_unit(unit.index, errors)
 
 
 def _newly_nonfinite(before: torch.Tensor, after: torch.Tensor) -> int:

@@ -1,7 +1,7 @@
 """Where an output grows: OUT.partial, with a journal of finished units, until it is whole and renamed to OUT.
 
 A unit is journalled only after its data reached the disk, so whatever the journal names is there after a crash. The lock is
-held on the folder itself and dies with the process.
+held on the folder itself and dies with the process. Several threads may write and finish units.
 """
 
 import errno
@@ -9,7 +9,9 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from qcli.checkpoint.plan import Plan
@@ -40,6 +42,7 @@ class Staging:
         self._dirty: set[str] = set()
         self._waiting: list[tuple[int, ErrorSums]] = []
         self._unsynced, self._synced_at = 0, time.monotonic()
+        self._noting, self._syncing = threading.Lock(), threading.Lock()
 
     @property
     def downloads(self) -> Path:
@@ -146,37 +149,47 @@ class Staging:
         """Writes `data` (bytes-like) at `offset` of `file`."""
         try:
             self._pwrite(self._files[file], data, offset)
-            self._dirty.add(file)
-            self._unsynced += len(data)
-            if self._unsynced >= SYNC_BYTES:
-                self.sync()
         except OSError as e:
             raise self._full(e, file) from e
+        with self._noting:
+            self._dirty.add(file)
+            self._unsynced += len(data)
+        if self._unsynced >= SYNC_BYTES:
+            self.sync(lambda: self._unsynced >= SYNC_BYTES)
 
     def finish_unit(self, index: int, errors: ErrorSums) -> None:
         """Notes that every output of unit `index` is written."""
-        self._waiting.append((index, errors))
-        if self._unsynced >= SYNC_BYTES or time.monotonic() - self._synced_at >= SYNC_SECONDS:
-            self.sync()
+        with self._noting:
+            self._waiting.append((index, errors))
+        if self._is_due():
+            self.sync(self._is_due)
 
-    def sync(self) -> None:
-        """Brings written data to the disk, then the journal entries that speak of it."""
-        try:
-            for file in sorted(self._dirty):
-                os.fdatasync(self._files[file])
-            self._dirty.clear()
-            if self._waiting:
-                lines = "".join(
-                    json.dumps({"unit": index, **vars(errors)}, allow_nan=True) + "\n"
-                    for index, errors in self._waiting
-                )
-                os.write(self._journal, lines.encode())
-                os.fdatasync(self._journal)
-        except OSError as e:
-            raise self._full(e, _JOURNAL) from e
-        self.done.update(self._waiting)
-        self._waiting.clear()
-        self._unsynced, self._synced_at = 0, time.monotonic()
+    def _is_due(self) -> bool:
+        return self._unsynced >= SYNC_BYTES or time.monotonic() - self._synced_at >= SYNC_SECONDS
+
+    def sync(self, still: Callable[[], bool] = lambda: True) -> None:
+        """Brings written data to the disk, then the journal entries that speak of it; unless, after another thread's sync
+        has ended, it is needed no more."""
+        with self._syncing:
+            if not still():
+                return
+            with self._noting:  # others go on writing: what they add is the next sync's
+                dirty, self._dirty = self._dirty, set()
+                waiting, self._waiting = self._waiting, []
+                self._unsynced = 0
+            try:
+                for file in sorted(dirty):
+                    os.fdatasync(self._files[file])
+                if waiting:
+                    lines = "".join(
+                        json.dumps({"unit": index, **vars(errors)}, allow_nan=True) + "\n" for index, errors in waiting
+                    )
+                    os.write(self._journal, lines.encode())
+                    os.fdatasync(self._journal)
+            except OSError as e:
+                raise self._full(e, _JOURNAL) from e
+            self.done.update(waiting)
+            self._synced_at = time.monotonic()
 
     def add_file(self, name: str, data: bytes) -> None:
         """Writes a small file whole."""

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import torch
-
 
 @dataclass
 class ErrorSums:
@@ -22,6 +20,12 @@ class Result:
     errors: ErrorSums = field(default_factory=ErrorSums)
 
 
-def sum_squares(x: torch.Tensor) -> float:
-    """sum x^2, accumulated in float64: squares of float32 values may leave its range."""
-    return torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2
+def add_up(sums: dict[int, list[float]]) -> ErrorSums:
+    """Squared error, squared norm and non-finite elements of chunks, by where they begin, added up in
+    that order, for threads finish them in any."""
+    total = ErrorSums()
+    for _, (error, norm, nonfinite) in sorted(sums.items()):
+        total.squared_error += error
+        total.squared_norm += norm
+        total.nonfinite += int(nonfinite)
+    return total

@@ -14,9 +14,9 @@ from qcli import codebooks
 from qcli.errors import UsageError
 from qcli.formats import TensorSpec
 from qcli.formats import bitsandbytes as bnb_format
-from qcli.methods._base import ErrorSums, Result, sum_squares
-from qcli.ops.dequantize_4bit import dequantize_4bit
+from qcli.methods._base import Result, add_up
 from qcli.ops.dequantize_absmax import dequantize_absmax
+from qcli.ops.error_4bit import error_4bit
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
 
@@ -67,7 +67,7 @@ class Blockwise4bit:
         return 24 * -(-out_features * in_features // self.block_size)
 
     def stream(self, weight: str, out_features: int, in_features: int, dtype: str, device: torch.device) -> "_Stream":
-        """Takes the weight chunk by chunk, in order."""
+        """Takes the weight chunk by chunk, in any order."""
         return _Stream(self, weight, (out_features, in_features), dtype, device)
 
 
@@ -77,41 +77,31 @@ class _Stream:
         self.code = torch.from_numpy(codebooks.CODEBOOKS[method.name].copy()).to(device)
         # Filled in place: small tensors kept one by one would pin the heap between the large ones that come and go.
         blocks = -(-shape[0] * shape[1] // method.block_size)
-        self.absmax, self.done = torch.empty(blocks, device=device), 0
+        self.absmax = torch.empty(blocks, device=device)
         sums = blocks if method.double_quant else 0
+        # The stored absmax is known only at the end: what its change will add to the error follows from two sums a block.
+        # bfloat16 is enough for a term of second order, and a huge tensor has many blocks.
         self.slope = torch.empty(sums, dtype=torch.bfloat16, device=device)
         self.curve = torch.empty(sums, dtype=torch.bfloat16, device=device)
-        self.errors = ErrorSums()
+        self.sums: dict[int, list[float]] = {}
         self.nested_offset: float | None = None
 
-    def feed(self, chunk: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-        """Quantizes a chunk, flat or in rows; returns (name, tensor) pieces that follow what was returned before."""
+    def feed(self, chunk: torch.Tensor, start: int) -> list[tuple[str, int, torch.Tensor]]:
+        """Quantizes a chunk of whole blocks, flat or in rows, that begins at element `start` of the weight. Returns
+        (name, byte offset, tensor) pieces of the outputs. Threads may feed different chunks at the same time."""
         block_size, name = self.method.block_size, self.method.name
         packed, absmax = quantize_4bit(chunk, block_size, name)
-        flat = chunk.reshape(-1).float()
-        finite = torch.isfinite(flat)
-        if not finite.all():
-            self.errors.nonfinite += int((~finite).sum())
-        stored = dequantize_4bit(packed, absmax, block_size, name, [flat.numel()], torch.float32)
-        error = torch.nan_to_num(flat - stored, nan=0.0, posinf=0.0, neginf=0.0)
-        flat = torch.nan_to_num(flat, nan=0.0, posinf=0.0, neginf=0.0)
-        self.errors.squared_error += sum_squares(error)
-        self.errors.squared_norm += sum_squares(flat)
-        place = slice(self.done, self.done + absmax.numel())
+        sums, slope, curve = error_4bit(chunk, packed, absmax, block_size, name)
+        self.sums[start] = sums.tolist()
+        place = slice(start // block_size, start // block_size + absmax.numel())
         self.absmax[place] = absmax
-        self.done = place.stop
         if self.method.double_quant:
-            # The stored absmax is known only at the end. With code c and absmax a + d, a block's squared error is
-            # sum (w - ca)^2 - 2d sum c(w - ca) + d^2 sum c^2: keep the two sums.
-            unit = dequantize_4bit(packed, torch.ones_like(absmax), block_size, name, [flat.numel()], torch.float32)
-            # bfloat16 is enough for a term of second order, and a huge tensor has many blocks.
-            self.slope[place] = _block_sums(unit * error, block_size)
-            self.curve[place] = _block_sums(unit * unit, block_size)
-        return [(self.weight, packed)]
+            self.slope[place], self.curve[place] = slope, curve
+        return [(self.weight, start // 2, packed)]
 
     def finish(self) -> Result:
         """The rest of the tensors, once every row was fed."""
-        absmax, method = self.absmax, self.method
+        absmax, method, self.errors = self.absmax, self.method, add_up(self.sums)
         tensors = {f"{self.weight}.quant_map": self.code}
         if method.double_quant:
             self.nested_offset = mean_absmax(absmax)
@@ -138,8 +128,3 @@ class _Stream:
             f"{self.weight}.nested_absmax": torch.cat(nested_absmax),
             f"{self.weight}.nested_quant_map": torch.from_numpy(codebooks.DYNAMIC_MAP.copy()),
         }
-
-
-def _block_sums(x: torch.Tensor, block_size: int) -> torch.Tensor:
-    padded = torch.nn.functional.pad(x, (0, -x.numel() % block_size))
-    return padded.view(-1, block_size).sum(1)

@@ -13,7 +13,8 @@ import torch
 from qcli.errors import UsageError
 from qcli.formats import TensorSpec
 from qcli.formats import bitsandbytes as bnb_format
-from qcli.methods._base import ErrorSums, Result, sum_squares
+from qcli.methods._base import Result, add_up
+from qcli.ops.error_int8 import error_int8
 from qcli.ops.quantize_int8 import quantize_int8
 
 
@@ -52,37 +53,31 @@ class LLMInt8:
         return 8 * out_features
 
     def stream(self, weight: str, out_features: int, in_features: int, dtype: str, device: torch.device) -> "_Stream":
-        """Takes the weight chunk by chunk, in order."""
+        """Takes the weight chunk by chunk, in any order."""
         return _Stream(weight, out_features, in_features, device)
 
 
 class _Stream:
     def __init__(self, weight: str, out_features: int, in_features: int, device: torch.device):
         self.weight, self.in_features = weight, in_features
-        self.absmax, self.done = torch.empty(out_features, device=device), 0
-        self.errors = ErrorSums()
+        self.absmax = torch.empty(out_features, device=device)
+        self.sums: dict[int, list[float]] = {}
 
-    def feed(self, chunk: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-        """Quantizes a chunk, flat or in rows; returns (name, tensor) pieces that follow what was returned before."""
+    def feed(self, chunk: torch.Tensor, start: int) -> list[tuple[str, int, torch.Tensor]]:
+        """Quantizes a chunk of whole rows that begins at element `start` of the weight. Returns (name, byte offset, tensor)
+        pieces of the outputs. Threads may feed different chunks at the same time."""
         chunk = chunk.view(-1, self.in_features)
         codes, absmax, _ = quantize_int8(chunk, 0.0)
-        rows = chunk.float()
-        finite = torch.isfinite(rows)
-        if not finite.all():
-            self.errors.nonfinite += int((~finite).sum())
-        error = torch.nan_to_num(rows - codes * (absmax / 127).unsqueeze(1), nan=0.0, posinf=0.0, neginf=0.0).flatten()
-        rows = torch.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0).flatten()
-        self.errors.squared_error += sum_squares(error)
-        self.errors.squared_norm += sum_squares(rows)
-        self.absmax[self.done : self.done + absmax.numel()] = absmax
-        self.done += absmax.numel()
-        return [(self.weight, codes)]
+        self.sums[start] = error_int8(chunk, codes, absmax).tolist()
+        row = start // self.in_features
+        self.absmax[row : row + absmax.numel()] = absmax
+        return [(self.weight, start, codes)]
 
     def finish(self) -> Result:
         """The rest of the tensors, once every row was fed."""
         module = self.weight.removesuffix("weight")
         weight_format = torch.zeros((), dtype=torch.uint8)
-        return Result({f"{module}SCB": self.absmax, f"{module}weight_format": weight_format}, self.errors)
+        return Result({f"{module}SCB": self.absmax, f"{module}weight_format": weight_format}, add_up(self.sums))
 
 
 METHOD = LLMInt8

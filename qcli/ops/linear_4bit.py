@@ -1,7 +1,5 @@
 """The product with a 4-bit weight: linear(x, dequantized W) in the compute dtype, back in x's dtype."""
 
-import math
-
 import torch
 
 from qcli import codebooks
