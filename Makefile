@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check clean
+.PHONY: demo test check kernels sanitize bench clean
 
 # Quantizes the bundled model both ways, measures, and lets each tell a story.
 demo: $(VENV)/installed
@@ -19,6 +19,22 @@ test: $(VENV)/tested
 check: $(VENV)/checked
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Builds the CPU kernels in place, for work on them in a checkout.
+kernels:
+	cmake -S kernels -B build/kernels -DCMAKE_INSTALL_PREFIX=$(CURDIR)
+	cmake --build build/kernels
+	cmake --install build/kernels
+
+# The tests of the ops on kernels built with AddressSanitizer and UBSan.
+sanitize: $(VENV)/tested
+	cmake -S kernels -B build/sanitize -DQCLI_SANITIZE=ON
+	cmake --build build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	QCLI_CPU_LIBRARY=build/sanitize/libqcli_cpu.so $(BIN)/python -m pytest -q tests/ops
+
+bench: $(VENV)/tested
+	$(BIN)/python benchmarks/cpu.py
 
 # Installed with the torch of constraints.txt first: without the pin pip may bring gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -138,8 +138,7 @@ class UnitWork:
         else:
             stored = torch.frombuffer(view, dtype=dtypes.torch_dtype(info.dtype))
             cast = stored.to(dtypes.torch_dtype(output.dtype))
-            bad = int((~torch.isfinite(stored)).sum())
-            self._count(nonfinite=bad, overflowed=_newly_nonfinite(stored, cast))
+            self._count(nonfinite=_nonfinite(stored), overflowed=_newly_nonfinite(stored, cast))
             self._write(output.name, first // stored.itemsize * cast.itemsize, cast)
         self._advance(count)
 
@@ -185,8 +184,15 @@ class UnitWork:
         self.staging.finish_unit(unit.index, errors)
 
 
+def _nonfinite(x: torch.Tensor) -> int:
+    """Elements that are NaN or infinite. Where there are none, which is nearly always, least and greatest tell at once."""
+    if not x.numel() or all(bound.isfinite() for bound in torch.aminmax(x)):
+        return 0
+    return int((~torch.isfinite(x)).sum())
+
+
 def _newly_nonfinite(before: torch.Tensor, after: torch.Tensor) -> int:
-    if before.dtype == after.dtype:
+    if before.dtype == after.dtype or not _nonfinite(after):
         return 0
     return int((torch.isfinite(before) & ~torch.isfinite(after)).sum())
 

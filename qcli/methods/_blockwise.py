@@ -20,7 +20,7 @@ from qcli.ops.error_4bit import error_4bit
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
 
-_NESTED_PIECE = 1 << 20  # blocks at a time; a multiple of bitsandbytes' 256
+_NESTED_PIECE = 1 << 14  # blocks at a time, for the cache; a multiple of bitsandbytes' 256
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ _LIBRARY = torch.library.Library("qcli", "FRAGMENT")
 def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | None = None) -> Callable:
     """Defines `qcli::schema`; `reference` serves every device that no kernel is registered for. Returns the op.
 
-    `cpu` calls the compiled kernel; it is registered where there is one.
+    `cpu` calls the compiled kernel, where the library was built.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    if cpu is not None and runtime.variant():
-        _LIBRARY.impl(name, cpu, "CPU")
+    if cpu is not None and runtime.variants():
+        # Looked up at each call, for `using` may change it.
+        _LIBRARY.impl(name, lambda *arguments: (cpu if runtime.variant() else reference)(*arguments), "CPU")
     torch.library.register_fake(f"qcli::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.qcli, name).default
 

@@ -85,8 +85,8 @@ def variant() -> str | None:
 
 
 @contextmanager
-def using(name: str) -> Iterator[None]:
-    """Runs the kernels of another variant for a while: for tests and benchmarks."""
+def using(name: str | None) -> Iterator[None]:
+    """Runs the kernels of another variant for a while, or with None the reference: for tests and benchmarks."""
     global _variant
     before, _variant = _variant, name
     try:

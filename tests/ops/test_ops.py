@@ -9,8 +9,8 @@ import torch
 from qcli import ops
 
 NAMES = [
-    "dequantize_4bit", "dequantize_absmax", "dequantize_int8", "linear_4bit", "linear_int8", "quantize_4bit",
-    "quantize_absmax", "quantize_int8",
+    "activation_stats", "dequantize_4bit", "dequantize_absmax", "dequantize_int8", "error_4bit", "error_int8",
+    "linear_4bit", "linear_int8", "quantize_4bit", "quantize_absmax", "quantize_int8",
 ]  # fmt: skip
 
 
@@ -62,5 +62,6 @@ def test_compiles_without_graph_breaks(name):
     _, arguments = cases(name)[1]
     function = getattr(import_module(f"qcli.ops.{name}"), name)
     with torch.compiler.set_stance("default"), torch.no_grad():
+        torch.compiler.reset()
         compiled = torch.compile(lambda: function(**arguments), fullgraph=True, backend="aot_eager")()
     torch.testing.assert_close(compiled, function(**arguments), rtol=0, atol=0)
