@@ -37,7 +37,7 @@ bench: $(VENV)/tested
 	$(BIN)/python benchmarks/cpu.py
 
 # Installed with the torch of constraints.txt first: without the pin pip may bring gigabytes of CUDA packages.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard kernels/*.txt kernels/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e .

@@ -12,7 +12,9 @@
 
 namespace {
 
-constexpr int kGroup = 4;  // tokens that share one reading of a weight row
+// Tokens share one reading of a weight row. Rows that are multiplied together lie far apart: memory then has as many streams
+// to fetch at once.
+constexpr int kTokens = 4, kRows = 4;
 
 struct Outliers {
   int64_t count;
@@ -33,69 +35,97 @@ QCLI_INLINE void finish(int32_t sum, float absmax_x, float absmax_w, float other
   from_float(float(sum) * (absmax_x * float(1.0 / (127 * 127))) * absmax_w + others, y);
 }
 
-// q_x is stored as q + 128 where VNNI reads it, with whole vectors of padding.
+// q_x is stored as q + 128 where VNNI reads it, and padded with zeros to whole vectors; sums[r][t].
 #if defined(__AVX512VNNI__)
 constexpr int kWidth = 64, kShift = 128;
+constexpr int64_t kAhead = 1024;  // bytes: hardware's own prefetching stops at pages
 
-template <int kTokens>
-QCLI_INLINE void products(const uint8_t* x, int64_t padded, const int8_t* w, int64_t k, int32_t* sums) {
-  __m512i total[kTokens], row = _mm512_setzero_si512();
-  for (int t = 0; t < kTokens; t++) total[t] = row;
+template <int kT, int kR>
+void products(const uint8_t* x, int64_t padded, const int8_t* const* w, int64_t k, int32_t (*sums)[kTokens]) {
+  __m512i totals[kR][kT], own[kR];
+  for (int r = 0; r < kR; r++) {
+    own[r] = _mm512_setzero_si512();
+    for (int t = 0; t < kT; t++) totals[r][t] = own[r];
+  }
   const __m512i ones = _mm512_set1_epi8(1);
   for (int64_t i = 0; i < k; i += kWidth) {
     const __mmask64 mask = k - i >= kWidth ? ~__mmask64(0) : (__mmask64(1) << (k - i)) - 1;
-    const __m512i weights = _mm512_maskz_loadu_epi8(mask, w + i);
-    row = _mm512_dpbusd_epi32(row, ones, weights);
-    for (int t = 0; t < kTokens; t++) {
-      total[t] = _mm512_dpbusd_epi32(total[t], _mm512_loadu_si512(x + t * padded + i), weights);
+    for (int r = 0; r < kR; r++) {
+      __builtin_prefetch(w[r] + i + kAhead);
+      const __m512i weights = _mm512_maskz_loadu_epi8(mask, w[r] + i);
+      own[r] = _mm512_dpbusd_epi32(own[r], ones, weights);
+      for (int t = 0; t < kT; t++) {
+        totals[r][t] = _mm512_dpbusd_epi32(totals[r][t], _mm512_loadu_si512(x + t * padded + i), weights);
+      }
     }
   }
-  const uint32_t correction = uint32_t(_mm512_reduce_add_epi32(row)) * kShift;
-  for (int t = 0; t < kTokens; t++) sums[t] = int32_t(uint32_t(_mm512_reduce_add_epi32(total[t])) - correction);
+  for (int r = 0; r < kR; r++) {
+    const uint32_t correction = uint32_t(_mm512_reduce_add_epi32(own[r])) * kShift;
+    for (int t = 0; t < kT; t++) sums[r][t] = int32_t(uint32_t(_mm512_reduce_add_epi32(totals[r][t])) - correction);
+  }
 }
 #elif defined(__AVX2__)
 constexpr int kWidth = 16, kShift = 0;
 
-template <int kTokens>
-QCLI_INLINE void products(const uint8_t* x, int64_t padded, const int8_t* w, int64_t k, int32_t* sums) {
-  __m256i total[kTokens];
-  for (int t = 0; t < kTokens; t++) total[t] = _mm256_setzero_si256();
+template <int kT, int kR>
+void products(const uint8_t* x, int64_t padded, const int8_t* const* w, int64_t k, int32_t (*sums)[kTokens]) {
+  __m256i totals[kR][kT];
+  for (int r = 0; r < kR; r++) {
+    for (int t = 0; t < kT; t++) totals[r][t] = _mm256_setzero_si256();
+  }
   for (int64_t i = 0; i < k; i += kWidth) {
-    int8_t rest[kWidth] = {};
-    const int8_t* from = w + i;
-    if (k - i < kWidth) from = static_cast<const int8_t*>(memcpy(rest, from, k - i));
-    const __m256i weights = _mm256_cvtepi8_epi16(load_sixteen_bytes(from));
-    for (int t = 0; t < kTokens; t++) {
-      const __m256i q = _mm256_cvtepi8_epi16(load_sixteen_bytes(x + t * padded + i));
-      total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(q, weights));
+    for (int r = 0; r < kR; r++) {
+      int8_t rest[kWidth] = {};
+      const int8_t* from = w[r] + i;
+      if (k - i < kWidth) from = static_cast<const int8_t*>(memcpy(rest, from, k - i));
+      const __m256i weights = _mm256_cvtepi8_epi16(load_sixteen_bytes(from));
+      for (int t = 0; t < kT; t++) {
+        const __m256i q = _mm256_cvtepi8_epi16(load_sixteen_bytes(x + t * padded + i));
+        totals[r][t] = _mm256_add_epi32(totals[r][t], _mm256_madd_epi16(q, weights));
+      }
     }
   }
-  for (int t = 0; t < kTokens; t++) {
-    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(total[t]), _mm256_extracti128_si256(total[t], 1));
-    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
-    sums[t] = _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
+  for (int r = 0; r < kR; r++) {
+    for (int t = 0; t < kT; t++) {
+      const __m256i total = totals[r][t];
+      const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+      const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+      sums[r][t] = _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
+    }
   }
 }
 #else
 constexpr int kWidth = 1, kShift = 0;
 
-template <int kTokens>
-QCLI_INLINE void products(const uint8_t* x, int64_t padded, const int8_t* w, int64_t k, int32_t* sums) {
-  for (int t = 0; t < kTokens; t++) {
-    const int8_t* q = reinterpret_cast<const int8_t*>(x + t * padded);
-    int32_t sum = 0;
-    for (int64_t i = 0; i < k; i++) sum += int32_t(q[i]) * w[i];
-    sums[t] = sum;
+template <int kT, int kR>
+void products(const uint8_t* x, int64_t padded, const int8_t* const* w, int64_t k, int32_t (*sums)[kTokens]) {
+  for (int r = 0; r < kR; r++) {
+    for (int t = 0; t < kT; t++) {
+      const int8_t* q = reinterpret_cast<const int8_t*>(x + t * padded);
+      int32_t sum = 0;
+      for (int64_t i = 0; i < k; i++) sum += int32_t(q[i]) * w[r][i];
+      sums[r][t] = sum;
+    }
   }
 }
 #endif
 
-QCLI_INLINE void products(int tokens, const uint8_t* x, int64_t padded, const int8_t* w, int64_t k, int32_t* sums) {
+template <int kT>
+void products(int count, const uint8_t* x, int64_t padded, const int8_t* const* w, int64_t k, int32_t (*sums)[kTokens]) {
+  if (count == kRows) {
+    products<kT, kRows>(x, padded, w, k, sums);
+  } else {
+    for (int r = 0; r < count; r++) products<kT, 1>(x, padded, w + r, k, sums + r);
+  }
+}
+
+void products(int tokens, int count, const uint8_t* x, int64_t padded, const int8_t* const* w, int64_t k,
+              int32_t (*sums)[kTokens]) {
   switch (tokens) {
-    case 1: products<1>(x, padded, w, k, sums); break;
-    case 2: products<2>(x, padded, w, k, sums); break;
-    case 3: products<3>(x, padded, w, k, sums); break;
-    default: products<4>(x, padded, w, k, sums); break;
+    case 1: products<1>(count, x, padded, w, k, sums); break;
+    case 2: products<2>(count, x, padded, w, k, sums); break;
+    case 3: products<3>(count, x, padded, w, k, sums); break;
+    default: products<kTokens>(count, x, padded, w, k, sums); break;
   }
 }
 
@@ -105,26 +135,33 @@ void linear(const int8_t* q, const float* absmax, int64_t rows, const int8_t* we
   T* y = static_cast<T*>(output);
   const int64_t padded = divide_up(k, kWidth) * kWidth;
   uint8_t* x = static_cast<uint8_t*>(malloc(rows * padded + 1));
-  for (int64_t r = 0; r < rows; r++) {
-    uint8_t* to = x + r * padded;
-    for (int64_t i = 0; i < k; i++) to[i] = uint8_t(q[r * k + i] + kShift);
+  for (int64_t t = 0; t < rows; t++) {
+    uint8_t* to = x + t * padded;
+    for (int64_t i = 0; i < k; i++) to[i] = uint8_t(q[t * k + i] + kShift);
     memset(to + k, 0, padded - k);
   }
-  const int64_t grain = divide_up(out_features, 8 * larger(threads, 1));
-  parallel(out_features, grain, threads, [=, &outliers](int64_t first, int64_t last) {
-    for (int64_t n = first; n < last; n++) {
-      const int8_t* w = weight + n * k;
-      const float step = scale[n] * float(1.0 / 127);
-      for (int64_t r = 0; r < rows; r += kGroup) {
-        const int tokens = int(smaller<int64_t>(kGroup, rows - r));
-        int32_t sums[kGroup];
-        products(tokens, x + r * padded, padded, w, k, sums);
-        for (int t = 0; t < tokens; t++) {
-          float others = 0;
-          const float* kept_x = outliers.x + (r + t) * outliers.count;
-          for (int64_t o = 0; o < outliers.count; o++) others += kept_x[o] * kept<T>(w[outliers.columns[o]], step);
-          if (bias) others += bias[n];
-          finish(sums[t], absmax[r + t], scale[n], others, &y[(r + t) * out_features + n]);
+  const auto put = [=, &outliers](int64_t n, int64_t t, int32_t sum) {
+    const int8_t* w = weight + n * k;
+    const float step = scale[n] * float(1.0 / 127);
+    float others = 0;
+    for (int64_t o = 0; o < outliers.count; o++) {
+      others += outliers.x[t * outliers.count + o] * kept<T>(w[outliers.columns[o]], step);
+    }
+    if (bias) others += bias[n];
+    finish(sum, absmax[t], scale[n], others, &y[t * out_features + n]);
+  };
+  parallel(out_features, divide_up(out_features, 8 * larger(threads, 1)), threads, [=](int64_t first, int64_t last) {
+    const int64_t apart = divide_up(last - first, kRows);
+    for (int64_t i = first; i < first + apart; i++) {
+      const int8_t* together[kRows];
+      int count = 0;
+      for (int64_t n = i; n < last; n += apart) together[count++] = weight + n * k;
+      for (int64_t t = 0; t < rows; t += kTokens) {
+        const int some = int(smaller<int64_t>(kTokens, rows - t));
+        int32_t sums[kRows][kTokens];
+        products(some, count, x + t * padded, padded, together, k, sums);
+        for (int r = 0; r < count; r++) {
+          for (int s = 0; s < some; s++) put(i + r * apart, t + s, sums[r][s]);
         }
       }
     }

@@ -67,7 +67,7 @@ def _fake(x, weight, scale, bias, threshold):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-FEW_TOKENS = 8  # up to so many the weight is streamed once, and torch's product is the slower one
+FEW_TOKENS = 16  # up to so many the weight is streamed once, and torch's product is the slower one
 
 _few = cpu.kernel("linear_int8", "ppqppqpppqqip")
 _epilogue = cpu.kernel("linear_int8_epilogue", "ppqppqpppqqip")

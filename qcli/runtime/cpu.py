@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from qcli.errors import UsageError
+
 LIBRARY = "libqcli_cpu.so"
 CHOICE = "QCLI_CPU_ISA"
 REFERENCE = "reference"
@@ -32,19 +34,32 @@ def path() -> Path | None:
     import qcli
 
     # An editable install keeps compiled files apart from the sources: the package then has two folders.
-    places = [Path(folder) / "runtime" / LIBRARY for folder in qcli.__path__]
+    places = [Path(__file__).parent / LIBRARY, *(Path(folder) / "runtime" / LIBRARY for folder in qcli.__path__)]
     return next((place for place in places if place.exists()), None)
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none."""
     if path() is None:
-        return None
-    library = ctypes.CDLL(str(path()))
+        return None, "not built: there was no C++ compiler when qcli was installed"
+    try:
+        library = ctypes.CDLL(str(path()))
+    except OSError as e:
+        return None, f"cannot be loaded: {e}"
     library.qcli_variants.restype = ctypes.c_char_p
     library.qcli_use_openmp.argtypes = [ctypes.c_void_p]
     library.qcli_use_openmp(_torch_openmp())
-    return library
+    return library, None
+
+
+def _library() -> ctypes.CDLL | None:
+    return _loaded()[0]
+
+
+def problem() -> str | None:
+    """Why the reference serves where nobody asked for it."""
+    return _loaded()[1]
 
 
 def _torch_openmp() -> int | None:
@@ -64,7 +79,7 @@ def variants() -> list[str]:
 
 
 def _chosen() -> str | None:
-    """The variant to use; None stands for the reference. Raises ValueError for a name that is none."""
+    """The variant to use; None stands for the reference. Raises UsageError for a name that is none."""
     known = variants()
     wanted = os.environ.get(CHOICE)
     if not wanted:
@@ -72,7 +87,10 @@ def _chosen() -> str | None:
     if wanted == REFERENCE:
         return None
     if wanted not in known:
-        raise ValueError(f"{CHOICE} is {wanted!r}, expected one of {', '.join([*known, REFERENCE])} on this CPU")
+        raise UsageError(
+            f"the environment variable {CHOICE} is {wanted!r}",
+            f"On this CPU: {', '.join([*known, REFERENCE])}; unset it for the best of them.",
+        )
     return wanted
 
 
