@@ -74,7 +74,7 @@ class Linear4bit(_QuantizedLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features], in x's dtype."""
         return linear_4bit(
-            x, self.weight.view(torch.uint8), self.weight_absmax, self.weight_nested_absmax, self.nested_offset or 0.0,
+            x, self._packed(), self.weight_absmax, self.weight_nested_absmax, self.nested_offset or 0.0,
             self.bias, self.block_size, self.quant_type, self.out_features, self.compute_dtype,
         )  # fmt: skip
 
@@ -84,7 +84,11 @@ class Linear4bit(_QuantizedLinear):
         if self.weight_nested_absmax is not None:
             absmax = dequantize_absmax(absmax, self.weight_nested_absmax, self.nested_offset)
         shape = [self.out_features, self.in_features]
-        return dequantize_4bit(self.weight.view(torch.uint8), absmax, self.block_size, self.quant_type, shape, dtype)
+        return dequantize_4bit(self._packed(), absmax, self.block_size, self.quant_type, shape, dtype)
+
+    def _packed(self) -> torch.Tensor:
+        """The codes, two a byte, in whatever dtype they are stored."""
+        return self.weight if self.weight.dtype == torch.uint8 else self.weight.view(torch.uint8)
 
     def stored_name(self, name: str) -> str:
         """The name in a checkpoint of the attribute `name`."""

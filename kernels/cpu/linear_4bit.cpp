@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kChunk = 128;
 constexpr int64_t kAhead = 1024;  // bytes
+constexpr int kPieces = 2;        // of the rows, a thread: each begins with streams that memory does not foresee
 
 // Tokens share decoded weights, rows share loaded x, as registers allow. Rows that are multiplied together lie far apart:
 // memory then has as many streams to fetch at once.
@@ -61,8 +62,13 @@ QCLI_INLINE const float* scales_of(const Weight& w, int64_t first, int64_t count
   return scratch;
 }
 
-// Where element `i` of a chunk is laid out.
-int64_t place(int64_t i) { return 16 * ((i % 8) ^ 1) + i / 8; }
+// A chunk of x as the look-ups find its weights: element 8 lane + (j ^ 1) at 16 j + lane.
+template <class T>
+void lay_out(const T* x, float* to) {
+  for (int lane = 0; lane < 16; lane++) {
+    for (int j = 0; j < 8; j++) to[16 * j + lane] = to_float(x[8 * lane + (j ^ 1)]);
+  }
+}
 
 template <int kT, int kR>
 QCLI_INLINE void add_products(Table16 table, const I32x16* codes, const float* x, int64_t stride, const F32x16* scales,
@@ -200,13 +206,10 @@ void linear_in_chunks(const T* x, int64_t rows, const Weight& w, const float* bi
   const int64_t k = w.k, bs = w.block_size;
   const Scratch laid_out(rows * k);
   for (int64_t r = 0; r < rows; r++) {
-    for (int64_t i = 0; i < k; i++) {
-      const int64_t in_chunk = i % kChunk;
-      laid_out.data[r * k + i - in_chunk + place(in_chunk)] = to_float(x[r * k + i]);
-    }
+    for (int64_t i = 0; i < k; i += kChunk) lay_out(x + r * k + i, laid_out.data + r * k + i);
   }
   const float* tokens = laid_out.data;
-  parallel(w.out_features, divide_up(w.out_features, 8 * larger(threads, 1)), threads, [=, &w](int64_t first, int64_t last) {
+  parallel(w.out_features, divide_up(w.out_features, kPieces * larger(threads, 1)), threads, [=, &w](int64_t first, int64_t last) {
     const int64_t most = divide_up(k, bs) + 1, apart = divide_up(last - first, kRows);
     const Scratch scratch(kRows * most);
     for (int64_t i = first; i < first + apart; i++) {
@@ -240,7 +243,7 @@ void linear_by_rows(const T* x, int64_t rows, const Weight& w, const float* bias
     pairs[byte][1] = w.code[byte & 15];
   }
   const float* tokens = wide.data;
-  parallel(w.out_features, divide_up(w.out_features, 8 * larger(threads, 1)), threads, [=, &w, &pairs](int64_t first, int64_t last) {
+  parallel(w.out_features, divide_up(w.out_features, kPieces * larger(threads, 1)), threads, [=, &w, &pairs](int64_t first, int64_t last) {
     const Scratch row(padded), scratch(k / w.block_size + 2);
     for (int64_t i = k; i < padded; i++) row.data[i] = 0;
     for (int64_t n = first; n < last; n++) {

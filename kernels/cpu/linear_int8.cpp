@@ -15,6 +15,7 @@ namespace {
 // Tokens share one reading of a weight row. Rows that are multiplied together lie far apart: memory then has as many streams
 // to fetch at once.
 constexpr int kTokens = 4, kRows = 4;
+constexpr int kPieces = 2;  // of the rows, a thread: each begins with streams that memory does not foresee
 
 struct Outliers {
   int64_t count;
@@ -150,7 +151,7 @@ void linear(const int8_t* q, const float* absmax, int64_t rows, const int8_t* we
     if (bias) others += bias[n];
     finish(sum, absmax[t], scale[n], others, &y[t * out_features + n]);
   };
-  parallel(out_features, divide_up(out_features, 8 * larger(threads, 1)), threads, [=](int64_t first, int64_t last) {
+  parallel(out_features, divide_up(out_features, kPieces * larger(threads, 1)), threads, [=](int64_t first, int64_t last) {
     const int64_t apart = divide_up(last - first, kRows);
     for (int64_t i = first; i < first + apart; i++) {
       const int8_t* together[kRows];

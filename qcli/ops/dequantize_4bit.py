@@ -47,7 +47,7 @@ def expand(
         raise ValueError(f"{op}: block_size is {block_size}, expected an even number")
     packed = cpu.require(op, "packed", packed, torch.uint8, (end + 1) // 2)
     absmax = cpu.require(op, "absmax", absmax, torch.float32, blocks(end, block_size))
-    code = codebooks.CODEBOOKS[quant_type].ctypes.data
+    code = cpu.address(codebooks.CODEBOOKS[quant_type])
     _kernel(packed, absmax, block_size, code, start, out.numel(), cpu.dtype_code(op, out), out)
 
 

@@ -26,7 +26,7 @@ def _cpu(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: float) -> tor
     codes = cpu.require(op, "codes", codes, torch.uint8, 0)
     nested_absmax = cpu.require(op, "nested_absmax", nested_absmax, torch.float32, blocks(count, _quantize.GROUP_SIZE))
     absmax = _fake(codes, nested_absmax, offset)
-    _kernel(codes, nested_absmax, codebooks.DYNAMIC_MAP.ctypes.data, offset, count, absmax)
+    _kernel(codes, nested_absmax, cpu.address(codebooks.DYNAMIC_MAP), offset, count, absmax)
     return absmax
 
 

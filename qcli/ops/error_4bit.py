@@ -66,7 +66,7 @@ def _cpu(
     absmax = cpu.require(op, "absmax", absmax, torch.float32, blocks(count, block_size))
     _, slope, curve = _fake(x, packed, absmax, block_size, quant_type)
     partial = torch.empty(blocks(absmax.numel(), _RUN), 3, dtype=torch.float64)
-    code = codebooks.CODEBOOKS[quant_type].ctypes.data
+    code = cpu.address(codebooks.CODEBOOKS[quant_type])
     _kernel(
         x.contiguous(), cpu.dtype_code(op, x), count, packed, absmax, block_size, code, partial, slope, curve
     )  # fmt: skip

@@ -28,6 +28,8 @@ FEW_TOKENS = 16  # up to so many the fused kernel is the faster one
 _PANEL_BYTES = 1 << 20  # of the expanded weight: what a core's cache keeps until it is multiplied
 
 _kernel = cpu.kernel("linear_4bit", "piqppppfpqpqqp")
+_CODES = {quant_type: cpu.address(code) for quant_type, code in codebooks.CODEBOOKS.items()}
+_MAP = cpu.address(codebooks.DYNAMIC_MAP)
 
 
 def _cpu(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype):
@@ -41,12 +43,13 @@ def _cpu(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type,
         nested_absmax = cpu.require(op, "nested_absmax", nested_absmax, torch.float32, blocks(count, GROUP_SIZE))
     rows = x.reshape(-1, in_features).contiguous()
     y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
-    if len(rows) <= FEW_TOKENS:
+    tokens = rows.shape[0]
+    if tokens <= FEW_TOKENS:
         if bias is not None:
             bias = cpu.require(op, "bias", bias.float(), torch.float32, out_features)
         _kernel(
-            rows, cpu.dtype_code(op, x), len(rows), packed, absmax, nested_absmax, codebooks.DYNAMIC_MAP.ctypes.data,
-            offset, bias, block_size, codebooks.CODEBOOKS[quant_type].ctypes.data, out_features, in_features, y,
+            rows, cpu.dtype_code(op, x), tokens, packed, absmax, nested_absmax, _MAP,
+            offset, bias, block_size, _CODES[quant_type], out_features, in_features, y,
         )  # fmt: skip
     else:
         if nested_absmax is not None:

@@ -96,7 +96,7 @@ def _cpu(x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.Tenso
     packed, absmax = _fake(x, block_size, quant_type)
     thresholds, order = codebooks.THRESHOLDS[quant_type], codebooks.ORDER[quant_type]
     _kernel(
-        x, dtype, x.numel(), block_size, thresholds.ctypes.data, order.ctypes.data, codebooks.ZERO_CODE[quant_type],
+        x, dtype, x.numel(), block_size, cpu.address(thresholds), cpu.address(order), codebooks.ZERO_CODE[quant_type],
         packed, absmax,
     )  # fmt: skip
     return packed, absmax

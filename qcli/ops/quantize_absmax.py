@@ -76,7 +76,7 @@ _kernel = cpu.kernel("quantize_absmax", "pqfppp")
 def _cpu(absmax: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
     absmax = cpu.require("quantize_absmax", "absmax", absmax, torch.float32, 0)
     codes, nested_absmax = _fake(absmax, offset)
-    _kernel(absmax, absmax.numel(), offset, codebooks.DYNAMIC_THRESHOLDS.ctypes.data, codes, nested_absmax)
+    _kernel(absmax, absmax.numel(), offset, cpu.address(codebooks.DYNAMIC_THRESHOLDS), codes, nested_absmax)
     return codes, nested_absmax
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from qcli.errors import UsageError
@@ -125,7 +126,6 @@ def kernel(name: str, signature: str) -> Callable[..., None]:
     Tensors must be contiguous and of the sizes that the kernel states: nothing is checked from here on.
     """
     argtypes = [_TYPES[letter] for letter in signature] + [ctypes.c_int]
-    pointers = [i for i, letter in enumerate(signature) if letter == "p"]
     functions: dict[str | None, Callable] = {}
 
     def call(*arguments) -> None:
@@ -133,13 +133,15 @@ def kernel(name: str, signature: str) -> Callable[..., None]:
         if function is None:
             function = functions[_variant] = getattr(_library(), f"qcli_{name}_{_variant}")
             function.argtypes, function.restype = argtypes, None
-        values = list(arguments)
-        for i in pointers:
-            if isinstance(values[i], torch.Tensor):
-                values[i] = values[i].data_ptr()
+        values = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
         function(*values, torch.get_num_threads())
 
     return call
+
+
+def address(table: np.ndarray) -> int:
+    """Where a table of codebooks.py lies, for a kernel to read. It must live as long as the process."""
+    return table.ctypes.data
 
 
 def dtype_code(op: str, x: torch.Tensor) -> int:
