@@ -50,7 +50,7 @@ def _cpu() -> list[Finding]:
     )
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return [
-        Finding("CPU", f"{_cpu_name()}, {cores} cores"),
+        Finding("CPU", f"{cpu_name()}, {cores} cores"),
         kernels,
         Finding("threads", f"{threads}", None if threads == cores else f"OMP_NUM_THREADS={cores} would use every core"),
         Finding(
@@ -60,7 +60,8 @@ def _cpu() -> list[Finding]:
     ]
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor as it calls itself."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]

@@ -76,6 +76,23 @@ def test_kill_and_rerun(whole, tmp_path, after):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "model", "out"]
 
 
+def test_threads_do_not_matter(whole, tmp_path, monkeypatch):
+    """Chunks of a few blocks on four threads: the same bytes, and the same measured errors in qcli.json."""
+    import torch
+
+    from qcli.checkpoint import execute
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(execute, "CHUNK_BYTES", 1000)
+    qcli.quantize(str(whole / "model"), tmp_path / "several", settings={"max_shard_size": "60kB"})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    qcli.quantize(str(whole / "model"), tmp_path / "two", settings={"max_shard_size": "60kB"})
+    tensors = {name: value for name, value in digest(whole / "out").items() if name.endswith("safetensors")}
+    assert tensors.items() <= digest(tmp_path / "several").items()
+    assert digest(tmp_path / "several") == digest(tmp_path / "two")
+
+
 def journal(tmp_path):
     lines = (tmp_path / "out.partial/.qcli/journal.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]

@@ -25,7 +25,7 @@ def _fake(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type
 
 
 FEW_TOKENS = 16  # up to so many the fused kernel is the faster one
-_PANEL_BYTES = 1 << 20  # of the expanded weight: what a core's cache keeps until it is multiplied
+_PANEL_BYTES = 4 << 20  # of the expanded weight: what the cache keeps until it is multiplied, and worth a product
 
 _kernel = cpu.kernel("linear_4bit", "piqppppfpqpqqp")
 _CODES = {quant_type: cpu.address(code) for quant_type, code in codebooks.CODEBOOKS.items()}

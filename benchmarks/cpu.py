@@ -1,0 +1,107 @@
+"""qcli on this CPU beside torch, bitsandbytes and llama.cpp: `make bench`, or
+
+    python benchmarks/cpu.py [--only ops,quantize,generate] [--folder FOLDER] [--llama-cpp PYTHON]
+
+Ratios are of medians in this process, calls in turn. FOLDER (12 GB, made where it lacks) holds the random checkpoints. PYTHON is
+an interpreter with llama-cpp-python and gguf. Prints a table and writes benchmarks/results/cpu-NAME.json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from qcli import console
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from measure import machine, save  # noqa: E402
+
+
+@dataclass
+class Row:
+    """One line of the table: `figures` are times or rates by name, `ratios` what they come to against what must be reached."""
+
+    work: str
+    figures: dict[str, float]
+    ratios: list[dict[str, object]] = field(default_factory=list)
+
+    def compare(
+        self, what: str, found: float, must: float | None, aim: float | None = None, *, at_most: bool = False
+    ) -> "Row":
+        """Adds a ratio: at least `must`, or at most; None where it is shown only."""
+        met = must is None or (found <= must if at_most else found >= must)
+        bound = "" if must is None else f"{'<=' if at_most else '>='} {must:g}"
+        self.ratios.append({"what": what, "found": found, "must": bound, "aim": aim, "met": met})
+        return self
+
+
+def show(rows: list[Row], unit: str) -> None:
+    """Prints the rows as two tables: figures, and ratios."""
+    console.table(
+        "",
+        ("work", unit),
+        [(row.work, ", ".join(f"{name} {value:.4g}" for name, value in row.figures.items())) for row in rows],
+        left=(0, 1),
+    )
+    console.table(
+        "",
+        ("work", "ratio", "found", "must", "aim", ""),
+        [
+            (row.work, r["what"], f"{r['found']:.2f}", r["must"], r["aim"] or "", "" if r["met"] else "falls short")
+            for row in rows
+            for r in row.ratios
+        ],
+        left=(0, 1, 5),
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="ops,quantize,generate")
+    parser.add_argument("--folder", type=Path, help="where the checkpoints are; a temporary one by default")
+    parser.add_argument("--llama-cpp", metavar="PYTHON")
+    options = parser.parse_args()
+    parts = options.only.split(",")
+    result: dict[str, object] = {"machine": machine(), "rows": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        if "ops" in parts:
+            import cpu_ops
+
+            rows = cpu_ops.run(Row)
+            result["rows"] += [asdict(row) for row in rows]
+            show(rows, "milliseconds")
+        if "quantize" in parts:
+            import cpu_models
+
+            rows = cpu_models.quantize(Row, folder)
+            result["rows"] += [asdict(row) for row in rows]
+            show(rows, "seconds")
+        if "generate" in parts:
+            import cpu_models
+
+            other = llama_cpp(options.llama_cpp, cpu_models.small_checkpoint(folder)) if options.llama_cpp else None
+            rows, result["llama_cpp"] = cpu_models.generate(Row, folder, other), other
+            result["rows"] += [asdict(row) for row in rows]
+            show(rows, "tokens per second")
+    if set(parts) == {"ops", "quantize", "generate"}:
+        console.out(f"wrote {save('cpu', result)}")
+
+
+def llama_cpp(python: str, folder: Path) -> dict[str, object]:
+    """What benchmarks/llama_cpp_speed.py finds under the other interpreter."""
+    script = Path(__file__).with_name("llama_cpp_speed.py")
+    command = [python, str(script), str(folder), "--threads", str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()

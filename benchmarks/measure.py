@@ -1,0 +1,74 @@
+"""What the benchmarks share: timing that alternates, weights that no cache keeps, and what machine it was."""
+
+import json
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from itertools import cycle
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def alternate(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, one call after the other in turn, so that a slow moment of the machine meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds + 1):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            if turn:  # the first warms up
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def cache_bytes() -> int:
+    """Bytes of the last-level cache; 32 MiB where the system does not tell."""
+    largest = 0
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        found = re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip())
+        if found:
+            largest = max(largest, int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]])
+    return largest or 32 << 20
+
+
+def copies(make: Callable[[], object], nbytes: int) -> Callable[[], object]:
+    """Gives one copy after the other, of so many that together they are four times the last-level cache."""
+    turns = cycle([make() for _ in range(max(2, -(-4 * cache_bytes() // nbytes)))])
+    return lambda: next(turns)
+
+
+def machine() -> dict[str, object]:
+    """The machine and every version that matters."""
+    from qcli.doctor import cpu_name
+    from qcli.runtime import cpu
+
+    packages = {}
+    for package in ("torch", "bitsandbytes", "transformers"):
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            packages[package] = None
+    return {
+        "cpu": cpu_name(),
+        "variant": cpu.variant(),
+        "threads": torch.get_num_threads(),
+        "last_level_cache_bytes": cache_bytes(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        **packages,
+    }
+
+
+def save(prefix: str, result: dict[str, object]) -> Path:
+    """Writes benchmarks/results/PREFIX-CPU.json and returns its path."""
+    name = re.sub(r"[^a-z0-9]+", "-", str(result["machine"]["cpu"]).lower().replace("(r)", "")).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{prefix}-{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
