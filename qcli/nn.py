@@ -4,14 +4,17 @@ Their parameters and buffers carry the names of the stored tensors with the dots
 (`weight.absmax` is `weight_absmax`), since a module's names may hold none; `stored()` gives the names of the file back.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from qcli.ops.dequantize_4bit import dequantize_4bit
 from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.dequantize_int8 import dequantize_int8
-from qcli.ops.linear_4bit import linear_4bit
-from qcli.ops.linear_int8 import linear_int8
+from qcli.ops import linear_4bit as op_4bit
+from qcli.ops import linear_int8 as op_int8
+from qcli.runtime import cpu
 
 
 class _QuantizedLinear(nn.Module):
@@ -21,9 +24,29 @@ class _QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        self._prepared = None
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _few_tokens(self, x: torch.Tensor, most: int) -> bool:
+        """Whether the CPU kernel may be called at once. A decoding step is made of such calls, on caches that the weights
+        have just filled: going through the op costs a sixth of it."""
+        return cpu.plain(x) and x.shape[-1] == self.in_features and x.numel() <= most * self.in_features
+
+    def _prepare(self, make: Callable[[], object], *tensors: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What `make` returns, made again when one of the tensors has been replaced."""
+        addresses = [tensor if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if self._prepared is None or self._prepared[0] != addresses:
+            self._prepared = addresses, make()
+        return self._prepared[1]
+
+    def _apply(self, *arguments, **options):
+        self._prepared = None  # it keeps its tensors alive
+        return super()._apply(*arguments, **options)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_prepared": None}  # addresses are no use in a copy
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The tensors by their names in a checkpoint, relative to the module."""
@@ -73,8 +96,14 @@ class Linear4bit(_QuantizedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features], in x's dtype."""
-        return linear_4bit(
-            x, self._packed(), self.weight_absmax, self.weight_nested_absmax, self.nested_offset or 0.0,
+        if self._few_tokens(x, op_4bit.FEW_TOKENS):
+            tensors = self.weight, self.weight_absmax, self.weight_nested_absmax, self.bias
+            return self._prepare(lambda: op_4bit.Prepared(*self._arguments(), self.in_features), *tensors)(x)
+        return op_4bit.linear_4bit(x, *self._arguments())
+
+    def _arguments(self) -> tuple:
+        return (
+            self._packed(), self.weight_absmax, self.weight_nested_absmax, self.nested_offset or 0.0,
             self.bias, self.block_size, self.quant_type, self.out_features, self.compute_dtype,
         )  # fmt: skip
 
@@ -123,7 +152,13 @@ class Linear8bit(_QuantizedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features], in x's dtype."""
-        return linear_int8(x, self.weight, self.SCB.view(-1), self.bias, self.threshold)
+        if self._few_tokens(x, op_int8.FEW_TOKENS):
+            tensors = self.weight, self.SCB, self.bias
+            return self._prepare(lambda: op_int8.Prepared(*self._arguments()), *tensors)(x)
+        return op_int8.linear_int8(x, *self._arguments())
+
+    def _arguments(self) -> tuple:
+        return self.weight, self.SCB.view(-1), self.bias, self.threshold
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out_features, in_features]."""

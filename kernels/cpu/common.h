@@ -88,6 +88,17 @@ QCLI_INLINE void from_float(float value, f16* out) {
   out->bits = uint16_t(sign | half);
 }
 
+// A bias in whatever dtype it is stored; none where data is null.
+struct Bias {
+  const void* data;
+  int64_t dtype;
+  QCLI_INLINE float at(int64_t n) const {
+    if (!data) return 0.0f;
+    if (dtype == kFloat32) return static_cast<const float*>(data)[n];
+    return dtype == kBFloat16 ? to_float(static_cast<const bf16*>(data)[n]) : to_float(static_cast<const f16*>(data)[n]);
+  }
+};
+
 // The largest |x| as float32 bits, a NaN above all: unsigned order is the order of magnitudes.
 QCLI_INLINE uint32_t largest_magnitude(const float* x, int64_t count) {
   uint32_t largest = 0;

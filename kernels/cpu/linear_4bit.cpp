@@ -2,19 +2,22 @@
 //
 //   y[t, n] = sum_k x[t, k] * code[c[n, k]] * absmax[(n K + k) / block_size]  +  bias[n]
 //
-// Streams half a byte a weight, and 4 / block_size bytes of absmax (or 1 / block_size nested). 128 weights are 16 lanes of
-// 32 bits, eight codes each: shift j brings the code of element 8 lane + (j ^ 1) to the low four bits, where the look-up
-// reads it. x is laid out to match once, so that the inner loop is shift, look-up, multiply-add. The products of a chunk are
-// scaled by absmax once. Sums are float32, in 16 lanes.
+// Streams half a byte a weight, and 4 / block_size bytes of absmax (or 1 / block_size nested). A chunk of 128 weights is
+// decoded by table look-up and multiplied in 16 lanes, its sums are scaled by absmax once, and rows are summed in float32.
+// x is laid out once as the look-ups find its weights.
 //
-// Multiplying pairs of bfloat16 (AVX512_BF16) needs half the instructions, but vdpbf16ps and word look-ups take twice the
-// cycles: measured on Sapphire Rapids it gains nothing, and would round code values.
+// In a compute dtype of 16 bits, decoding is the limit, not memory: x and codes are then multiplied as 16-bit integers, x with
+// a step for each chunk, its largest magnitude / 32767, codes in steps of 1 / 8064. Both are finer than the dtype: half a step
+// is 2^-16 of the chunk's largest x, 2^-14 of absmax. Otherwise products are float32.
+//
+// Multiplying pairs of bfloat16 (AVX512_BF16) would round as much and is no faster than float32: on Sapphire Rapids and
+// Granite Rapids vdpbf16ps takes two cycles, four times vpdpwssd.
 //
 // Where rows are no multiple of 128, or blocks of none of the sizes below, a row is expanded in L1 and multiplied there.
 
 #include <cstdlib>
 
-#include "simd.h"
+#include "int16.h"
 
 namespace {
 
@@ -26,16 +29,18 @@ constexpr int kPieces = 2;        // of the rows, a thread: each begins with str
 // memory then has as many streams to fetch at once.
 constexpr int kTokens = 4, kRows = 4;
 
+// As qcli/ops/linear_4bit.py lays it out.
 struct Weight {
-  const uint8_t* packed;
-  const float* absmax;         // null where it is nested
-  const uint8_t* nested_codes;
-  const float* nested_absmax;
-  const float* map;
+  const uint8_t* packed;       // [ceil(out_features k / 2)]
+  const float* absmax;         // [blocks]; null where it is nested:
+  const uint8_t* nested_codes;  // [blocks]
+  const float* nested_absmax;  // [ceil(blocks / 256)]
+  const float* map;            // [256]
+  const float* code;           // [16]
+  Bias bias;                   // [out_features]
+  int64_t block_size, out_features, k;
   float offset;
-  int64_t block_size;
-  const float* code;
-  int64_t out_features, k;
+  int32_t coarse;  // the compute dtype has 16 bits
 };
 
 // absmax of blocks first .. first + count.
@@ -62,39 +67,130 @@ QCLI_INLINE const float* scales_of(const Weight& w, int64_t first, int64_t count
   return scratch;
 }
 
-// A chunk of x as the look-ups find its weights: element 8 lane + (j ^ 1) at 16 j + lane.
-template <class T>
-void lay_out(const T* x, float* to) {
-  for (int lane = 0; lane < 16; lane++) {
-    for (int j = 0; j < 8; j++) to[16 * j + lane] = to_float(x[8 * lane + (j ^ 1)]);
+struct Scratch {
+  char* data;
+  explicit Scratch(int64_t bytes) : data(static_cast<char*>(aligned_alloc(64, divide_up(bytes + 64, 64) * 64))) {}
+  ~Scratch() { free(data); }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data);
   }
-}
+};
 
-template <int kT, int kR>
-QCLI_INLINE void add_products(Table16 table, const I32x16* codes, const float* x, int64_t stride, const F32x16* scales,
-                              F32x16 (*totals)[kT]) {
-  F32x16 sums[kR][kT];
-#define QCLI_STEP(j)                                                                       \
-  for (int r = 0; r < kR; r++) {                                                           \
-    const F32x16 weights = look_up<4 * j>(table, codes[r]);                                \
-    for (int t = 0; t < kT; t++) {                                                         \
-      const F32x16 values = load(x + t * stride + 16 * j);                                 \
-      sums[r][t] = j ? fused(weights, values, sums[r][t]) : weights * values;              \
-    }                                                                                      \
+// x in float32. Shift j brings the code of element 8 lane + (j ^ 1) to the low four bits of a lane, where the look-up reads it:
+// that element lies at 16 j + lane.
+class Float32 {
+ public:
+  using Table = Table16;
+  template <class T>
+  Float32(const T* x, int64_t rows, int64_t k) : k_(k), values_(4 * rows * k) {
+    float* to = values_.as<float>();
+    for (int64_t i = 0; i < rows * k; i += kChunk, x += kChunk, to += kChunk) {
+      for (int lane = 0; lane < 16; lane++) {
+        for (int j = 0; j < 8; j++) to[16 * j + lane] = to_float(x[8 * lane + (j ^ 1)]);
+      }
+    }
   }
-  QCLI_STEP(0)
-  QCLI_STEP(1)
-  QCLI_STEP(2)
-  QCLI_STEP(3)
-  QCLI_STEP(4)
-  QCLI_STEP(5)
-  QCLI_STEP(6)
-  QCLI_STEP(7)
-#undef QCLI_STEP
-  for (int r = 0; r < kR; r++) {
-    for (int t = 0; t < kT; t++) totals[r][t] = fused(sums[r][t], scales[r], totals[r][t]);
+  static Table table(const float* code) { return table16(code); }
+
+  // totals += chunk * scales, for the chunk at i of kR rows and of kT tokens from t on.
+  template <int kT, int kR>
+  QCLI_INLINE void add(Table table, const I32x16* chunk, int64_t t, int64_t i, const F32x16* scales, F32x16 (*totals)[kT]) const {
+    const float* x = values_.as<float>() + t * k_ + i;
+    F32x16 sums[kR][kT];
+    add_step<0, kT, kR>(table, chunk, x, sums);
+    add_step<1, kT, kR>(table, chunk, x, sums);
+    add_step<2, kT, kR>(table, chunk, x, sums);
+    add_step<3, kT, kR>(table, chunk, x, sums);
+    add_step<4, kT, kR>(table, chunk, x, sums);
+    add_step<5, kT, kR>(table, chunk, x, sums);
+    add_step<6, kT, kR>(table, chunk, x, sums);
+    add_step<7, kT, kR>(table, chunk, x, sums);
+    for (int r = 0; r < kR; r++) {
+      for (int s = 0; s < kT; s++) totals[r][s] = fused(sums[r][s], scales[r], totals[r][s]);
+    }
   }
-}
+
+ private:
+  template <int j, int kT, int kR>
+  QCLI_INLINE void add_step(Table table, const I32x16* chunk, const float* x, F32x16 (*sums)[kT]) const {
+    for (int r = 0; r < kR; r++) {
+      const F32x16 weights = look_up<4 * j>(table, chunk[r]);
+      for (int s = 0; s < kT; s++) {
+        const F32x16 values = load(x + s * k_ + 16 * j);
+        sums[r][s] = j ? fused(weights, values, sums[r][s]) : weights * values;
+      }
+    }
+  }
+
+  int64_t k_;
+  Scratch values_;
+};
+
+#if defined(QCLI_INT16_PRODUCTS)
+constexpr float kCodeSteps = 8064;  // 8 * 8064 * 32767 is within int32; FP4's codes, of 192nds, stay exact
+constexpr float kSteps = 32767;
+
+// x in 16-bit integers, a step for each chunk.
+class Int16 {
+ public:
+  using Table = Codes16;
+  template <class T>
+  Int16(const T* x, int64_t rows, int64_t k) : k_(k), values_(2 * rows * k), steps_(4 * (rows * k / kChunk)) {
+    int16_t* to = values_.as<int16_t>();
+    float* step = steps_.as<float>();
+    for (int64_t i = 0; i < rows * k; i += kChunk, x += kChunk, to += kChunk) {
+      const float largest = absmax_of(x, kChunk);
+      usable_ &= largest == 0 || (largest > 1e-30f && largest < 1e30f);
+      const F32x16 scale = all(usable_ && largest > 0 ? kSteps / largest : 0.0f);
+      int32_t rounded_x[kChunk];
+      for (int j = 0; j < kChunk; j += 16) store_ints(rounded_x + j, rounded(load(x + j) * scale));
+      for (int j = 0; j < 4; j++) {
+        for (int w = 0; w < 32; w++) to[32 * j + w] = int16_t(rounded_x[element_of(j, w)]);
+      }
+      *step++ = largest / (kSteps * kCodeSteps);
+    }
+  }
+  bool usable() const { return usable_; }  // not with NaN, infinity or magnitudes whose reciprocal is none
+  static Table table(const float* code) {
+    int16_t entries[16];
+    for (int i = 0; i < 16; i++) entries[i] = int16_t(nearbyintf(code[i] * kCodeSteps));
+    return codes16(entries);
+  }
+
+  template <int kT, int kR>
+  QCLI_INLINE void add(Table table, const I32x16* chunk, int64_t t, int64_t i, const F32x16* scales, F32x16 (*totals)[kT]) const {
+    const int16_t* x = values_.as<int16_t>() + t * k_ + i;
+    const float* step = steps_.as<float>() + (t * k_ + i) / kChunk;
+    I32x16 sums[kR][kT];
+    add_half<0, kT, kR>(table, chunk, x, sums);
+    add_half<1, kT, kR>(table, chunk, x, sums);
+    for (int r = 0; r < kR; r++) {
+      for (int s = 0; s < kT; s++) {
+        totals[r][s] = fused(floats(sums[r][s]), scales[r] * all(step[s * (k_ / kChunk)]), totals[r][s]);
+      }
+    }
+  }
+
+ private:
+  template <int kHalf, int kT, int kR>
+  QCLI_INLINE void add_half(Table table, const I32x16* chunk, const int16_t* x, I32x16 (*sums)[kT]) const {
+    for (int r = 0; r < kR; r++) {
+      I16x32 weights[2];
+      look_up_half<kHalf>(table, chunk[r], weights);
+      for (int s = 0; s < kT; s++) {
+        const int16_t* values = x + s * k_ + 32 * kHalf;
+        const I32x16 sum = kHalf ? sums[r][s] : all(int32_t(0));
+        sums[r][s] = add_dot(add_dot(sum, weights[0], load_words(values)), weights[1], load_words(values + 64));
+      }
+    }
+  }
+
+  int64_t k_;
+  Scratch values_, steps_;
+  bool usable_ = true;
+};
+#endif
 
 // The hardware's own prefetching stops at pages and falls behind the arithmetic.
 QCLI_INLINE I32x16 load_chunk(const uint8_t* p) {
@@ -108,22 +204,22 @@ struct Row {
   int64_t into_block;   // where in its first block it begins
 };
 
-// kR rows by kT tokens; x is laid out in chunks, `stride` floats a token. sums[r][t].
-template <int kT, int kR>
-void products(const Weight& w, const Row* rows, const float* x, int64_t stride, float (*sums)[kTokens]) {
-  const Table16 table = table16(w.code);
+// kR rows by kT tokens from t on: sums[r][s].
+template <int kT, int kR, class X>
+void products(const Weight& w, const Row* rows, const X& x, int64_t t, float (*sums)[kTokens]) {
+  const typename X::Table table = X::table(w.code);
   F32x16 totals[kR][kT];
   for (int r = 0; r < kR; r++) {
-    for (int t = 0; t < kT; t++) totals[r][t] = all(0.0f);
+    for (int s = 0; s < kT; s++) totals[r][s] = all(0.0f);
   }
   const auto add = [&](int64_t i, const auto& scale_of) {
-    I32x16 codes[kR];
-    F32x16 scale[kR];
+    I32x16 chunk[kR];
+    F32x16 scales[kR];
     for (int r = 0; r < kR; r++) {
-      codes[r] = load_chunk(rows[r].packed + i / 2);
-      scale[r] = scale_of(rows[r]);
+      chunk[r] = load_chunk(rows[r].packed + i / 2);
+      scales[r] = scale_of(rows[r]);
     }
-    add_products<kT, kR>(table, codes, x + i, stride, scale, totals);
+    x.template add<kT, kR>(table, chunk, t, i, scales, totals);
   };
   if (w.block_size == 64) {
     for (int64_t i = 0; i < w.k; i += kChunk) {
@@ -139,28 +235,28 @@ void products(const Weight& w, const Row* rows, const float* x, int64_t stride, 
     }
   }
   for (int r = 0; r < kR; r++) {
-    for (int t = 0; t < kT; t++) sums[r][t] = sum_lanes(totals[r][t]);
+    for (int s = 0; s < kT; s++) sums[r][s] = sum_lanes(totals[r][s]);
   }
 }
 
-template <int kT>
-void products(int count, const Weight& w, const Row* rows, const float* x, int64_t stride, float (*sums)[kTokens]) {
+template <int kT, class X>
+void products(int count, const Weight& w, const Row* rows, const X& x, int64_t t, float (*sums)[kTokens]) {
   if (count == 4 && kT <= 2) {
-    products<kT, 4>(w, rows, x, stride, sums);
+    products<kT, 4>(w, rows, x, t, sums);
     return;
   }
   for (int r = 0; r < count; r += 2) {
-    (count - r > 1 ? products<kT, 2> : products<kT, 1>)(w, rows + r, x, stride, sums + r);
+    (count - r > 1 ? products<kT, 2, X> : products<kT, 1, X>)(w, rows + r, x, t, sums + r);
   }
 }
 
-void products(int tokens, int count, const Weight& w, const Row* rows, const float* x, int64_t stride,
-              float (*sums)[kTokens]) {
+template <class X>
+void products(int tokens, int count, const Weight& w, const Row* rows, const X& x, int64_t t, float (*sums)[kTokens]) {
   switch (tokens) {
-    case 1: products<1>(count, w, rows, x, stride, sums); break;
-    case 2: products<2>(count, w, rows, x, stride, sums); break;
-    case 3: products<3>(count, w, rows, x, stride, sums); break;
-    default: products<kTokens>(count, w, rows, x, stride, sums); break;
+    case 1: products<1>(count, w, rows, x, t, sums); break;
+    case 2: products<2>(count, w, rows, x, t, sums); break;
+    case 3: products<3>(count, w, rows, x, t, sums); break;
+    default: products<kTokens>(count, w, rows, x, t, sums); break;
   }
 }
 
@@ -190,99 +286,88 @@ float dot(const float* x, const float* w, int64_t padded) {
   return sum_lanes(a + b);
 }
 
-struct Scratch {
-  float* data;
-  explicit Scratch(int64_t count) : data(static_cast<float*>(aligned_alloc(64, divide_up(count * 4 + 64, 64) * 64))) {}
-  ~Scratch() { free(data); }
-};
-
 template <class T>
-QCLI_INLINE void put(const float* sums, int tokens, const float* bias, int64_t n, int64_t out_features, T* y) {
-  for (int t = 0; t < tokens; t++) from_float(bias ? sums[t] + bias[n] : sums[t], &y[t * out_features + n]);
+QCLI_INLINE void put(const float* sums, int tokens, const Weight& w, int64_t n, T* y) {
+  const float bias = w.bias.at(n);
+  for (int t = 0; t < tokens; t++) from_float(sums[t] + bias, &y[t * w.out_features + n]);
 }
 
-template <class T>
-void linear_in_chunks(const T* x, int64_t rows, const Weight& w, const float* bias, T* y, int threads) {
+template <class T, class X>
+void linear_in_chunks(const X& x, int64_t tokens, const Weight& w, T* y, int threads) {
   const int64_t k = w.k, bs = w.block_size;
-  const Scratch laid_out(rows * k);
-  for (int64_t r = 0; r < rows; r++) {
-    for (int64_t i = 0; i < k; i += kChunk) lay_out(x + r * k + i, laid_out.data + r * k + i);
-  }
-  const float* tokens = laid_out.data;
-  parallel(w.out_features, divide_up(w.out_features, kPieces * larger(threads, 1)), threads, [=, &w](int64_t first, int64_t last) {
+  parallel(w.out_features, divide_up(w.out_features, kPieces * larger(threads, 1)), threads, [=, &w, &x](int64_t first, int64_t last) {
     const int64_t most = divide_up(k, bs) + 1, apart = divide_up(last - first, kRows);
-    const Scratch scratch(kRows * most);
+    const Scratch scratch(4 * kRows * most);
     for (int64_t i = first; i < first + apart; i++) {
-      Row together[kRows];
+      Row rows[kRows];
       int count = 0;
       for (int64_t n = i; n < last; n += apart, count++) {
         const int64_t start = n * k, block = start / bs;
-        const float* scales = scales_of(w, block, divide_up(start + k, bs) - block, scratch.data + count * most);
-        together[count] = {w.packed + start / 2, scales, start - block * bs};
+        const float* scales = scales_of(w, block, divide_up(start + k, bs) - block, scratch.as<float>() + count * most);
+        rows[count] = {w.packed + start / 2, scales, start - block * bs};
       }
-      for (int64_t t = 0; t < rows; t += kTokens) {
-        const int some = int(smaller<int64_t>(kTokens, rows - t));
+      for (int64_t t = 0; t < tokens; t += kTokens) {
+        const int some = int(smaller<int64_t>(kTokens, tokens - t));
         float sums[kRows][kTokens];
-        products(some, count, w, together, tokens + t * k, k, sums);
-        for (int r = 0; r < count; r++) put(sums[r], some, bias, i + r * apart, w.out_features, y + t * w.out_features);
+        products(some, count, w, rows, x, t, sums);
+        for (int r = 0; r < count; r++) put(sums[r], some, w, i + r * apart, y + t * w.out_features);
       }
     }
   });
 }
 
 template <class T>
-void linear_by_rows(const T* x, int64_t rows, const Weight& w, const float* bias, T* y, int threads) {
+void linear_by_rows(const T* x, int64_t tokens, const Weight& w, T* y, int threads) {
   const int64_t k = w.k, padded = divide_up(k, 32) * 32;
-  const Scratch wide(rows * padded);
-  for (int64_t r = 0; r < rows; r++) {
-    for (int64_t i = 0; i < padded; i++) wide.data[r * padded + i] = i < k ? to_float(x[r * k + i]) : 0.0f;
+  const Scratch wide(4 * tokens * padded);
+  for (int64_t t = 0; t < tokens; t++) {
+    float* to = wide.as<float>() + t * padded;
+    for (int64_t i = 0; i < padded; i++) to[i] = i < k ? to_float(x[t * k + i]) : 0.0f;
   }
   float pairs[256][2];
   for (int byte = 0; byte < 256; byte++) {
     pairs[byte][0] = w.code[byte >> 4];
     pairs[byte][1] = w.code[byte & 15];
   }
-  const float* tokens = wide.data;
+  const float* values = wide.as<float>();
   parallel(w.out_features, divide_up(w.out_features, kPieces * larger(threads, 1)), threads, [=, &w, &pairs](int64_t first, int64_t last) {
-    const Scratch row(padded), scratch(k / w.block_size + 2);
-    for (int64_t i = k; i < padded; i++) row.data[i] = 0;
+    const Scratch expanded(4 * padded), scratch(4 * (k / w.block_size + 2));
+    float* row = expanded.as<float>();
+    for (int64_t i = k; i < padded; i++) row[i] = 0;
     for (int64_t n = first; n < last; n++) {
       const int64_t first_block = n * k / w.block_size, blocks = divide_up((n + 1) * k, w.block_size) - first_block;
-      expand_row(w, n, scales_of(w, first_block, blocks, scratch.data), first_block, pairs, row.data);
-      for (int64_t r = 0; r < rows; r++) {
-        const float sum = dot(tokens + r * padded, row.data, padded);
-        put(&sum, 1, bias, n, w.out_features, y + r * w.out_features);
+      expand_row(w, n, scales_of(w, first_block, blocks, scratch.as<float>()), first_block, pairs, row);
+      for (int64_t t = 0; t < tokens; t++) {
+        const float sum = dot(values + t * padded, row, padded);
+        put(&sum, 1, w, n, y + t * w.out_features);
       }
     }
   });
 }
 
 template <class T>
-void linear(const void* input, int64_t rows, const Weight& w, const float* bias, void* output, int threads) {
+void linear(const void* input, int64_t tokens, const Weight& w, void* output, int threads) {
   const T* x = static_cast<const T*>(input);
   T* y = static_cast<T*>(output);
-  const bool chunked = w.k % kChunk == 0 && (w.block_size == 64 || w.block_size == 32 || w.block_size % kChunk == 0);
-  (chunked ? linear_in_chunks<T> : linear_by_rows<T>)(x, rows, w, bias, y, threads);
+  if (w.k % kChunk || (w.block_size != 32 && w.block_size != 64 && w.block_size % kChunk)) {
+    linear_by_rows(x, tokens, w, y, threads);
+    return;
+  }
+#if defined(QCLI_INT16_PRODUCTS)
+  if (w.coarse) {
+    const Int16 laid_out(x, tokens, w.k);
+    if (laid_out.usable()) {
+      linear_in_chunks(laid_out, tokens, w, y, threads);
+      return;
+    }
+  }
+#endif
+  linear_in_chunks(Float32(x, tokens, w.k), tokens, w, y, threads);
 }
 
 }  // namespace
 
-// x [rows, k] of `dtype`; packed uint8 [ceil(out_features k / 2)]; absmax float32 [blocks], or its uint8 codes where
-// nested_absmax float32 [ceil(blocks / 256)] is not null; map float32 [256]; code float32 [16]; bias float32 [out_features]
-// or null; y [rows, out_features] of `dtype`.
-QCLI_KERNEL(linear_4bit)
-(const void* x, int dtype, int64_t rows, const uint8_t* packed, const void* absmax, const float* nested_absmax,
- const float* map, float offset, const float* bias, int64_t block_size, const float* code, int64_t out_features, int64_t k,
- void* y, int threads) {
-  const Weight weight = {packed,
-                         nested_absmax ? nullptr : static_cast<const float*>(absmax),
-                         static_cast<const uint8_t*>(absmax),
-                         nested_absmax,
-                         map,
-                         offset,
-                         block_size,
-                         code,
-                         out_features,
-                         k};
-  QCLI_DISPATCH(dtype, linear, x, rows, weight, bias, y, threads)
+// x [tokens, k] and y [tokens, out_features] of `dtype`.
+QCLI_KERNEL(linear_4bit)(const void* x, int dtype, int64_t tokens, const void* weight, void* y, int threads) {
+  QCLI_DISPATCH(dtype, linear, x, tokens, *static_cast<const Weight*>(weight), y, threads)
 }

@@ -2,13 +2,13 @@
 //
 //   y = int32(q_x q_w^T) * absmax_x / 127^2 * absmax_w  +  x[:, outliers] W[:, outliers]^T  +  bias
 //
-// For a few tokens the weight is streamed once: K bytes a row against 2 K operations a token, so memory sets the pace. VNNI
+// For a few tokens x is quantized here and the weight streamed once: K bytes a row against 2 K operations a token, so memory sets the pace. VNNI
 // multiplies unsigned by signed bytes, hence (q_x + 128) q_w, less 128 times the row's sum, in wrapping integers.
 // For many tokens the integer product is the caller's (torch._int_mm), and the rest is one pass over it.
 
 #include <cstdlib>
 
-#include "simd.h"
+#include "int8_rows.h"
 
 namespace {
 
@@ -17,10 +17,19 @@ namespace {
 constexpr int kTokens = 4, kRows = 4;
 constexpr int kPieces = 2;  // of the rows, a thread: each begins with streams that memory does not foresee
 
+// As qcli/ops/linear_int8.py lays it out.
+struct Weight {
+  const int8_t* q;     // [out_features, k]
+  const float* scale;  // [out_features]
+  Bias bias;           // [out_features]
+  int64_t out_features, k;
+  float threshold;
+};
+
 struct Outliers {
   int64_t count;
   const int64_t* columns;  // [count], ascending
-  const float* x;          // [rows, count]
+  const float* x;          // [tokens, count]
 };
 
 // A weight in the activation's dtype, as the definition has it.
@@ -130,72 +139,116 @@ void products(int tokens, int count, const uint8_t* x, int64_t padded, const int
   }
 }
 
-template <class T>
-void linear(const int8_t* q, const float* absmax, int64_t rows, const int8_t* weight, const float* scale,
-            const Outliers& outliers, const float* bias, int64_t out_features, int64_t k, void* output, int threads) {
-  T* y = static_cast<T*>(output);
-  const int64_t padded = divide_up(k, kWidth) * kWidth;
-  uint8_t* x = static_cast<uint8_t*>(malloc(rows * padded + 1));
-  for (int64_t t = 0; t < rows; t++) {
-    uint8_t* to = x + t * padded;
-    for (int64_t i = 0; i < k; i++) to[i] = uint8_t(q[t * k + i] + kShift);
-    memset(to + k, 0, padded - k);
+// x in int8, and its outliers apart.
+class Tokens {
+ public:
+  template <class T>
+  Tokens(const T* x, int64_t tokens, int64_t k, float threshold)
+      : padded_(divide_up(k, kWidth) * kWidth),
+        q_(static_cast<uint8_t*>(malloc(tokens * padded_ + 1))),
+        absmax_(static_cast<float*>(malloc(tokens * sizeof(float) + 1))) {
+    uint8_t* marks = static_cast<uint8_t*>(calloc(k + 1, 1));
+    int64_t count = 0;
+    for (int64_t t = 0; t < tokens; t++) {
+      absmax_[t] = threshold > 0 ? find_outliers(x + t * k, k, threshold, marks) : absmax_of(x + t * k, k);
+    }
+    for (int64_t i = 0; i < k; i++) count += marks[i];
+    columns_ = static_cast<int64_t*>(malloc(count * sizeof(int64_t) + 1));
+    kept_ = static_cast<float*>(malloc(tokens * count * sizeof(float) + 1));
+    for (int64_t i = 0, o = 0; o < count; i++) {
+      if (marks[i]) columns_[o++] = i;
+    }
+    for (int64_t t = 0; t < tokens; t++) {
+      int8_t* q = reinterpret_cast<int8_t*>(q_) + t * padded_;
+      quantize_row(x + t * k, k, absmax_[t], q);
+      for (int64_t o = 0; o < count; o++) {
+        kept_[t * count + o] = to_float(x[t * k + columns_[o]]);
+        q[columns_[o]] = 0;
+      }
+      for (int64_t i = 0; i < k; i++) q[i] = int8_t(uint8_t(q[i]) + kShift);
+      memset(q + k, 0, padded_ - k);
+    }
+    outliers_ = {count, columns_, kept_};
+    free(marks);
   }
-  const auto put = [=, &outliers](int64_t n, int64_t t, int32_t sum) {
-    const int8_t* w = weight + n * k;
-    const float step = scale[n] * float(1.0 / 127);
+  ~Tokens() {
+    free(q_);
+    free(absmax_);
+    free(columns_);
+    free(kept_);
+  }
+  const uint8_t* q(int64_t t) const { return q_ + t * padded_; }
+  int64_t padded() const { return padded_; }
+  float absmax(int64_t t) const { return absmax_[t]; }
+  const Outliers& outliers() const { return outliers_; }
+
+ private:
+  int64_t padded_;
+  uint8_t* q_;
+  float* absmax_;
+  int64_t* columns_;
+  float* kept_;
+  Outliers outliers_;
+};
+
+template <class T>
+void linear(const void* input, int64_t tokens, const Weight& w, void* output, int threads) {
+  T* y = static_cast<T*>(output);
+  const Tokens x(static_cast<const T*>(input), tokens, w.k, w.threshold);
+  const Outliers& outliers = x.outliers();
+  const auto put = [=, &w, &x, &outliers](int64_t n, int64_t t, int32_t sum) {
+    const float step = w.scale[n] * float(1.0 / 127);
     float others = 0;
     for (int64_t o = 0; o < outliers.count; o++) {
-      others += outliers.x[t * outliers.count + o] * kept<T>(w[outliers.columns[o]], step);
+      others += outliers.x[t * outliers.count + o] * kept<T>(w.q[n * w.k + outliers.columns[o]], step);
     }
-    if (bias) others += bias[n];
-    finish(sum, absmax[t], scale[n], others, &y[t * out_features + n]);
+    finish(sum, x.absmax(t), w.scale[n], others + w.bias.at(n), &y[t * w.out_features + n]);
   };
-  parallel(out_features, divide_up(out_features, kPieces * larger(threads, 1)), threads, [=](int64_t first, int64_t last) {
+  parallel(w.out_features, divide_up(w.out_features, kPieces * larger(threads, 1)), threads, [=, &w, &x](int64_t first, int64_t last) {
     const int64_t apart = divide_up(last - first, kRows);
     for (int64_t i = first; i < first + apart; i++) {
       const int8_t* together[kRows];
       int count = 0;
-      for (int64_t n = i; n < last; n += apart) together[count++] = weight + n * k;
-      for (int64_t t = 0; t < rows; t += kTokens) {
-        const int some = int(smaller<int64_t>(kTokens, rows - t));
+      for (int64_t n = i; n < last; n += apart) together[count++] = w.q + n * w.k;
+      for (int64_t t = 0; t < tokens; t += kTokens) {
+        const int some = int(smaller<int64_t>(kTokens, tokens - t));
         int32_t sums[kRows][kTokens];
-        products(some, count, x + t * padded, padded, together, k, sums);
+        products(some, count, x.q(t), x.padded(), together, w.k, sums);
         for (int r = 0; r < count; r++) {
           for (int s = 0; s < some; s++) put(i + r * apart, t + s, sums[r][s]);
         }
       }
     }
   });
-  free(x);
 }
 
 template <class T>
-void epilogue(const int32_t* sums, const float* absmax, int64_t rows, const int8_t* weight, const float* scale,
-              const Outliers& outliers, const float* bias, int64_t out_features, int64_t k, void* output, int threads) {
+void epilogue(const int32_t* sums, const float* absmax, int64_t tokens, const Weight& w, const Outliers& outliers, void* output,
+              int threads) {
   constexpr int64_t kTile = 64;
   T* y = static_cast<T*>(output);
-  parallel(divide_up(out_features, kTile), 1, threads, [=, &outliers](int64_t first, int64_t last) {
+  parallel(divide_up(w.out_features, kTile), 1, threads, [=, &w, &outliers](int64_t first, int64_t last) {
     float* kept_w = static_cast<float*>(malloc(outliers.count * kTile * sizeof(float) + 1));
     for (int64_t tile = first; tile < last; tile++) {
-      const int64_t start = tile * kTile, width = smaller(kTile, out_features - start);
+      const int64_t start = tile * kTile, width = smaller(kTile, w.out_features - start);
+      float bias[kTile];
+      for (int64_t i = 0; i < width; i++) bias[i] = w.bias.at(start + i);
       for (int64_t o = 0; o < outliers.count; o++) {
         for (int64_t i = 0; i < width; i++) {
-          const float step = scale[start + i] * float(1.0 / 127);
-          kept_w[o * kTile + i] = kept<T>(weight[(start + i) * k + outliers.columns[o]], step);
+          const float step = w.scale[start + i] * float(1.0 / 127);
+          kept_w[o * kTile + i] = kept<T>(w.q[(start + i) * w.k + outliers.columns[o]], step);
         }
       }
-      for (int64_t r = 0; r < rows; r++) {
+      for (int64_t t = 0; t < tokens; t++) {
         float others[kTile] = {};
         for (int64_t o = 0; o < outliers.count; o++) {
-          const float value = outliers.x[r * outliers.count + o];
+          const float value = outliers.x[t * outliers.count + o];
           for (int64_t i = 0; i < width; i++) others[i] += value * kept_w[o * kTile + i];
         }
-        if (bias) {
-          for (int64_t i = 0; i < width; i++) others[i] += bias[start + i];
+        const int64_t place = t * w.out_features + start;
+        for (int64_t i = 0; i < width; i++) {
+          finish(sums[place + i], absmax[t], w.scale[start + i], others[i] + bias[i], &y[place + i]);
         }
-        const int64_t place = r * out_features + start;
-        for (int64_t i = 0; i < width; i++) finish(sums[place + i], absmax[r], scale[start + i], others[i], &y[place + i]);
       }
     }
     free(kept_w);
@@ -204,22 +257,16 @@ void epilogue(const int32_t* sums, const float* absmax, int64_t rows, const int8
 
 }  // namespace
 
-// q int8 [rows, k] and absmax float32 [rows] from quantize_int8; weight int8 [out_features, k]; scale float32
-// [out_features]; outlier_columns int64 [outliers]; outlier_x float32 [rows, outliers]; bias float32 or null;
-// y [rows, out_features] of `dtype`.
-QCLI_KERNEL(linear_int8)
-(const int8_t* q, const float* absmax, int64_t rows, const int8_t* weight, const float* scale, int64_t outliers,
- const int64_t* outlier_columns, const float* outlier_x, const float* bias, int64_t out_features, int64_t k, int dtype,
- void* y, int threads) {
-  const Outliers kept_apart = {outliers, outlier_columns, outlier_x};
-  QCLI_DISPATCH(dtype, linear, q, absmax, rows, weight, scale, kept_apart, bias, out_features, k, y, threads)
+// x [tokens, k] and y [tokens, out_features] of `dtype`.
+QCLI_KERNEL(linear_int8)(const void* x, int dtype, int64_t tokens, const void* weight, void* y, int threads) {
+  QCLI_DISPATCH(dtype, linear, x, tokens, *static_cast<const Weight*>(weight), y, threads)
 }
 
-// The same from the integer product, sums int32 [rows, out_features].
+// The same from the integer product, sums int32 [tokens, out_features], and what quantize_int8 made of x: absmax float32
+// [tokens], and outliers, their columns int64 [outliers] and values float32 [tokens, outliers].
 QCLI_KERNEL(linear_int8_epilogue)
-(const int32_t* sums, const float* absmax, int64_t rows, const int8_t* weight, const float* scale, int64_t outliers,
- const int64_t* outlier_columns, const float* outlier_x, const float* bias, int64_t out_features, int64_t k, int dtype,
- void* y, int threads) {
-  const Outliers kept_apart = {outliers, outlier_columns, outlier_x};
-  QCLI_DISPATCH(dtype, epilogue, sums, absmax, rows, weight, scale, kept_apart, bias, out_features, k, y, threads)
+(const int32_t* sums, const float* absmax, int64_t tokens, const void* weight, int64_t outliers, const int64_t* columns,
+ const float* values, int dtype, void* y, int threads) {
+  const Outliers apart = {outliers, columns, values};
+  QCLI_DISPATCH(dtype, epilogue, sums, absmax, tokens, *static_cast<const Weight*>(weight), apart, y, threads)
 }

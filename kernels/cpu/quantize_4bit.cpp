@@ -10,6 +10,7 @@
 namespace {
 
 constexpr float kSmallestReciprocal = 1e-38f;
+constexpr int64_t kAhead = 2048;  // bytes
 
 struct Codes {
   const float* thresholds;  // 15, ascending
@@ -67,6 +68,7 @@ void quantize(const void* input, int64_t count, int64_t block_size, const Codes&
     for (int64_t b = begin; b < end; b++) {
       const int64_t start = b * block_size, length = smaller(block_size, count - start);
       const T* block = x + start;
+      for (int64_t i = 0; i < length; i += 64 / sizeof(T)) __builtin_prefetch(block + kAhead / sizeof(T) + i);
       uint8_t* out = packed + start / 2;
       const float largest = absmax[b] = absmax_of(block, length);
       const bool partial = length < block_size, tiny = largest > 0 && largest < kSmallestReciprocal;

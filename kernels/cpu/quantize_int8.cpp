@@ -5,47 +5,9 @@
 // One pass finds outliers and absmax, a second, from cache where rows are few, writes q. Without a threshold both are done
 // row by row.
 
-#include <cstdlib>
-
-#include "simd.h"
+#include "int8_rows.h"
 
 namespace {
-
-// Marks the outlier columns of a row; returns the largest magnitude of the rest.
-template <class T>
-float find_outliers(const T* row, int64_t columns, float threshold, uint8_t* outliers) {
-  const float largest = absmax_of(row, columns);
-  if (largest < threshold) return largest;  // not where it is NaN
-  uint32_t kept = 0;
-  for (int64_t i = 0; i < columns; i++) {
-    const float magnitude = std::fabs(to_float(row[i]));
-    if (magnitude >= threshold) {
-      __atomic_store_n(&outliers[i], uint8_t(1), __ATOMIC_RELAXED);  // by any row, in any order
-    } else {
-      kept = larger(kept, to_bits(magnitude));
-    }
-  }
-  return from_bits(kept > kInfinity ? kNaN : kept);
-}
-
-template <class T>
-void quantize_row(const T* row, int64_t columns, float absmax, int8_t* q) {
-  if (!(absmax > 0 && absmax < from_bits(kInfinity))) {
-    memset(q, 0, columns);
-    return;
-  }
-  // 127 / absmax may overflow below 1e-30; a power of two is exact.
-  const float boost = absmax < 1e-30f ? 0x1p100f : 1.0f, scale = 1.0f / (absmax * boost) * 127.0f;
-  int64_t i = 0;
-  for (; i + 16 <= columns; i += 16) store_bytes(q + i, rounded(load(row + i) * all(boost) * all(scale)));
-  if (i < columns) {
-    T rest[16] = {};
-    int8_t bytes[16];
-    memcpy(rest, row + i, (columns - i) * sizeof(T));
-    store_bytes(bytes, rounded(load(rest) * all(boost) * all(scale)));
-    memcpy(q + i, bytes, columns - i);
-  }
-}
 
 template <class T>
 void quantize(const void* input, int64_t rows, int64_t columns, float threshold, int8_t* q, float* absmax,

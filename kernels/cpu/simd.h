@@ -51,6 +51,7 @@ QCLI_INLINE I32x16 load_bytes(const uint8_t* p) {
   return {_mm512_cvtepu8_epi32(load_sixteen_bytes(p))};
 }
 QCLI_INLINE void store(float* p, F32x16 x) { _mm512_storeu_ps(p, x.v); }
+QCLI_INLINE void store_ints(int32_t* p, I32x16 x) { _mm512_storeu_si512(p, x.v); }
 QCLI_INLINE void store(bf16* p, F32x16 x) {
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -152,6 +153,10 @@ QCLI_INLINE I32x16 load_bytes(const uint8_t* p) {
 QCLI_INLINE void store(float* p, F32x16 x) {
   _mm256_storeu_ps(p, x.a);
   _mm256_storeu_ps(p + 8, x.b);
+}
+QCLI_INLINE void store_ints(int32_t* p, I32x16 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.b);
 }
 QCLI_INLINE __m256i rounded_bf16(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);

@@ -27,35 +27,56 @@ def _fake(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type
 FEW_TOKENS = 16  # up to so many the fused kernel is the faster one
 _PANEL_BYTES = 4 << 20  # of the expanded weight: what the cache keeps until it is multiplied, and worth a product
 
-_kernel = cpu.kernel("linear_4bit", "piqppppfpqpqqp")
+_kernel = cpu.kernel("linear_4bit", "piqpp")
 _CODES = {quant_type: cpu.address(code) for quant_type, code in codebooks.CODEBOOKS.items()}
 _MAP = cpu.address(codebooks.DYNAMIC_MAP)
 
 
-def _cpu(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype):
-    op, in_features = "linear_4bit", x.shape[-1]
-    if block_size < 2 or block_size % 2:
-        raise ValueError(f"{op}: block_size is {block_size}, expected an even number")
-    count = blocks(out_features * in_features, block_size)
-    packed = cpu.require(op, "packed", packed, torch.uint8, (out_features * in_features + 1) // 2)
-    absmax = cpu.require(op, "absmax", absmax, torch.float32 if nested_absmax is None else torch.uint8, count)
-    if nested_absmax is not None:
-        nested_absmax = cpu.require(op, "nested_absmax", nested_absmax, torch.float32, blocks(count, GROUP_SIZE))
-    rows = x.reshape(-1, in_features).contiguous()
-    y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
-    tokens = rows.shape[0]
-    if tokens <= FEW_TOKENS:
-        if bias is not None:
-            bias = cpu.require(op, "bias", bias.float(), torch.float32, out_features)
-        _kernel(
-            rows, cpu.dtype_code(op, x), tokens, packed, absmax, nested_absmax, _MAP,
-            offset, bias, block_size, _CODES[quant_type], out_features, in_features, y,
-        )  # fmt: skip
-    else:
+class Prepared:
+    """A weight checked and laid out for the CPU kernel of a few tokens. Takes the op's arguments, and raises as it does."""
+
+    def __init__(
+        self, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype, in_features
+    ):
+        op = "linear_4bit"
+        if block_size < 2 or block_size % 2:
+            raise ValueError(f"{op}: block_size is {block_size}, expected an even number")
+        count = blocks(out_features * in_features, block_size)
+        packed = cpu.require(op, "packed", packed, torch.uint8, (out_features * in_features + 1) // 2)
+        absmax = cpu.require(op, "absmax", absmax, torch.float32 if nested_absmax is None else torch.uint8, count)
         if nested_absmax is not None:
-            absmax = dequantize_absmax(absmax, nested_absmax, offset)
-        dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 and cpu.native_bfloat16() else torch.float32
-        _by_panels(rows.to(dtype), packed, absmax, bias, block_size, quant_type, y.view(-1, out_features))
+            nested_absmax = cpu.require(op, "nested_absmax", nested_absmax, torch.float32, blocks(count, GROUP_SIZE))
+        if bias is not None:
+            bias = cpu.require(op, "bias", bias, bias.dtype, out_features)
+        self.in_features, self.out_features = in_features, out_features
+        self._weight = cpu.Record(
+            "pppppppqqqqfi",
+            packed, *((absmax, None) if nested_absmax is None else (None, absmax)), nested_absmax, _MAP, _CODES[quant_type],
+            bias, 0 if bias is None else cpu.dtype_code(op, bias, "bias"), block_size, out_features, in_features,
+            offset, compute_dtype != torch.float32,
+        )  # fmt: skip
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] of up to FEW_TOKENS rows, to [..., out_features]."""
+        x = x.contiguous()
+        y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
+        tokens = x.numel() // self.in_features
+        _kernel(x.data_ptr(), cpu.dtype_code("linear_4bit", x), tokens, self._weight.address, y.data_ptr())
+        return y
+
+
+def _cpu(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype):
+    in_features = x.shape[-1]
+    weight = (packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype)
+    prepared = Prepared(*weight, in_features)
+    if x.numel() <= FEW_TOKENS * in_features:
+        return prepared(x)
+    if nested_absmax is not None:
+        absmax = dequantize_absmax(absmax, nested_absmax, offset)
+    dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 and cpu.native_bfloat16() else torch.float32
+    y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
+    rows = x.reshape(-1, in_features).to(dtype)
+    _by_panels(rows, packed.contiguous(), absmax.contiguous(), bias, block_size, quant_type, y.view(-1, out_features))
     return y
 
 

@@ -69,28 +69,51 @@ def _fake(x, weight, scale, bias, threshold):
 
 FEW_TOKENS = 16  # up to so many the weight is streamed once, and torch's product is the slower one
 
-_few = cpu.kernel("linear_int8", "ppqppqpppqqip")
-_epilogue = cpu.kernel("linear_int8_epilogue", "ppqppqpppqqip")
+_few = cpu.kernel("linear_int8", "piqpp")
+_epilogue = cpu.kernel("linear_int8_epilogue", "ppqpqppip")
+
+
+class Prepared:
+    """A weight checked and laid out for the CPU kernels. Takes the op's arguments, and raises as it does."""
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float):
+        op = "linear_int8"
+        self.out_features, self.in_features = weight.shape
+        weight = cpu.require(op, "weight", weight, torch.int8, 0)
+        scale = cpu.require(op, "scale", scale.float(), torch.float32, self.out_features)
+        if bias is not None:
+            bias = cpu.require(op, "bias", bias, bias.dtype, self.out_features)
+        self._weight = cpu.Record(
+            "pppqqqf",
+            weight, scale, bias, 0 if bias is None else cpu.dtype_code(op, bias, "bias"),
+            self.out_features, self.in_features, threshold,
+        )  # fmt: skip
+        self.address = self._weight.address
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] of up to FEW_TOKENS rows, to [..., out_features]."""
+        x = x.contiguous()
+        y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
+        tokens = x.numel() // self.in_features
+        _few(x.data_ptr(), cpu.dtype_code("linear_int8", x), tokens, self.address, y.data_ptr())
+        return y
 
 
 def _cpu(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float
 ) -> torch.Tensor:
-    op, (out_features, in_features) = "linear_int8", weight.shape
+    prepared = Prepared(weight, scale, bias, threshold)
+    in_features = prepared.in_features
+    if x.numel() <= FEW_TOKENS * in_features:
+        return prepared(x)
     rows = x.reshape(-1, in_features)
-    weight = cpu.require(op, "weight", weight, torch.int8, 0)
-    scale = cpu.require(op, "scale", scale.float(), torch.float32, out_features)
-    if bias is not None:
-        bias = cpu.require(op, "bias", bias.float(), torch.float32, out_features)
     q, absmax, outliers = quantize_int8(rows, threshold)
     columns = outliers.nonzero().view(-1)
     kept = rows.index_select(1, columns).float()
-    y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
-    few = len(rows) <= FEW_TOKENS
-    product = q if few else int8_product(q, weight)
-    (_few if few else _epilogue)(
-        product, absmax, len(rows), weight, scale, columns.numel(), columns, kept, bias, out_features, in_features,
-        cpu.dtype_code(op, x), y,
+    y = torch.empty(*x.shape[:-1], prepared.out_features, dtype=x.dtype)
+    _epilogue(
+        int8_product(q, weight), absmax, len(rows), prepared.address, columns.numel(), columns, kept,
+        cpu.dtype_code("linear_int8", x), y,
     )  # fmt: skip
     return y
 

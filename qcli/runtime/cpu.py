@@ -7,6 +7,7 @@ Threads are those of torch: its OpenMP pool, and torch.get_num_threads() of them
 
 import ctypes
 import os
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -139,15 +140,42 @@ def kernel(name: str, signature: str) -> Callable[..., None]:
     return call
 
 
+class Record:
+    """A struct that a kernel reads, and the tensors that it points into.
+
+    A letter of `layout` per value, as in `kernel`, in C's own alignment.
+    """
+
+    def __init__(self, layout: str, *values: torch.Tensor | int | float | None):
+        self.tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        numbers = [v.data_ptr() if isinstance(v, torch.Tensor) else v or 0 for v in values]
+        self._bytes = ctypes.create_string_buffer(struct.pack(f"@{layout.replace('p', 'P')}", *numbers))
+        self.address = ctypes.addressof(self._bytes)
+
+
+def plain(x: torch.Tensor) -> bool:
+    """Whether a kernel may be called without the op around it, whose dispatch costs as much as a small product: x lies on the
+    CPU, and nothing records what happens to it, be it autograd, a compiler or a tracer."""
+    return (
+        type(x) is torch.Tensor
+        and x.is_cpu
+        and _variant is not None
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
 def address(table: np.ndarray) -> int:
     """Where a table of codebooks.py lies, for a kernel to read. It must live as long as the process."""
     return table.ctypes.data
 
 
-def dtype_code(op: str, x: torch.Tensor) -> int:
+def dtype_code(op: str, x: torch.Tensor, name: str = "x") -> int:
     """The number of x's dtype in the kernels. Raises TypeError."""
     if x.dtype not in DTYPES:
-        raise TypeError(f"{op}: x is {x.dtype}, expected float32, bfloat16 or float16")
+        raise TypeError(f"{op}: {name} is {x.dtype}, expected float32, bfloat16 or float16")
     return DTYPES[x.dtype]
 
 
