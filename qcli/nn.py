@@ -4,7 +4,7 @@ Their parameters and buffers carry the names of the stored tensors with the dots
 (`weight.absmax` is `weight_absmax`), since a module's names may hold none; `stored()` gives the names of the file back.
 """
 
-from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import nn
@@ -12,8 +12,8 @@ from torch import nn
 from qcli.ops.dequantize_4bit import dequantize_4bit
 from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.dequantize_int8 import dequantize_int8
-from qcli.ops import linear_4bit as op_4bit
-from qcli.ops import linear_int8 as op_int8
+from qcli.ops.linear_4bit import Prepared4bit, linear_4bit
+from qcli.ops.linear_int8 import PreparedInt8, linear_int8
 from qcli.runtime import cpu
 
 
@@ -29,17 +29,18 @@ class _QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
-    def _few_tokens(self, x: torch.Tensor, most: int) -> bool:
-        """Whether the CPU kernel may be called at once. A decoding step is made of such calls, on caches that the weights
-        have just filled: going through the op costs a sixth of it."""
-        return cpu.plain(x) and x.shape[-1] == self.in_features and x.numel() <= most * self.in_features
-
-    def _prepare(self, make: Callable[[], object], *tensors: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What `make` returns, made again when one of the tensors has been replaced."""
-        addresses = [tensor if tensor is None else tensor.data_ptr() for tensor in tensors]
-        if self._prepared is None or self._prepared[0] != addresses:
-            self._prepared = addresses, make()
-        return self._prepared[1]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] to [..., out_features], in x's dtype."""
+        few = self._prepare.MOST_TOKENS * self.in_features
+        if not cpu.plain(x) or x.shape[-1] != self.in_features or x.numel() > few:
+            return self._op(x, *self._arguments())
+        # A decoding step is made of such calls, each on caches that weights have just filled: the way through the op, and
+        # its checks, would take a sixth of it.
+        tensors = chain(self._parameters.values(), self._buffers.values())
+        addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
+        if self._prepared is None or self._prepared[0] != addresses:  # a tensor may have been replaced
+            self._prepared = addresses, self._prepare(self.in_features, *self._arguments())
+        return self._prepared[1](x)
 
     def _apply(self, *arguments, **options):
         self._prepared = None  # it keeps its tensors alive
@@ -64,6 +65,8 @@ class Linear4bit(_QuantizedLinear):
     `tensors` maps attribute names (weight, weight_absmax, weight_quant_map, weight_quant_state, and with double quantization
     weight_nested_absmax, weight_nested_quant_map) to the tensors as stored; meta tensors will do until they are loaded.
     """
+
+    _op, _prepare = staticmethod(linear_4bit), Prepared4bit
 
     def __init__(
         self,
@@ -94,13 +97,6 @@ class Linear4bit(_QuantizedLinear):
         double = ", double_quant" if self.weight_nested_absmax is not None else ""
         return f"{super().extra_repr()}, {self.quant_type}, block_size={self.block_size}{double}"
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] to [..., out_features], in x's dtype."""
-        if self._few_tokens(x, op_4bit.FEW_TOKENS):
-            tensors = self.weight, self.weight_absmax, self.weight_nested_absmax, self.bias
-            return self._prepare(lambda: op_4bit.Prepared(*self._arguments(), self.in_features), *tensors)(x)
-        return op_4bit.linear_4bit(x, *self._arguments())
-
     def _arguments(self) -> tuple:
         return (
             self._packed(), self.weight_absmax, self.weight_nested_absmax, self.nested_offset or 0.0,
@@ -129,6 +125,8 @@ class Linear4bit(_QuantizedLinear):
 class Linear8bit(_QuantizedLinear):
     """An LLM.int8() weight: int8 [out_features, in_features] and SCB float32 [out_features], its rows' absmax."""
 
+    _op, _prepare = staticmethod(linear_int8), PreparedInt8
+
     def __init__(
         self,
         in_features: int,
@@ -149,13 +147,6 @@ class Linear8bit(_QuantizedLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, threshold={self.threshold}"
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] to [..., out_features], in x's dtype."""
-        if self._few_tokens(x, op_int8.FEW_TOKENS):
-            tensors = self.weight, self.SCB, self.bias
-            return self._prepare(lambda: op_int8.Prepared(*self._arguments()), *tensors)(x)
-        return op_int8.linear_int8(x, *self._arguments())
 
     def _arguments(self) -> tuple:
         return self.weight, self.SCB.view(-1), self.bias, self.threshold

@@ -24,7 +24,6 @@ def _fake(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-FEW_TOKENS = 16  # up to so many the fused kernel is the faster one
 _PANEL_BYTES = 4 << 20  # of the expanded weight: what the cache keeps until it is multiplied, and worth a product
 
 _kernel = cpu.kernel("linear_4bit", "piqpp")
@@ -32,11 +31,23 @@ _CODES = {quant_type: cpu.address(code) for quant_type, code in codebooks.CODEBO
 _MAP = cpu.address(codebooks.DYNAMIC_MAP)
 
 
-class Prepared:
+class Prepared4bit:
     """A weight checked and laid out for the CPU kernel of a few tokens. Takes the op's arguments, and raises as it does."""
 
+    MOST_TOKENS = 16  # beyond it panels are faster
+
     def __init__(
-        self, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype, in_features
+        self,
+        in_features,
+        packed,
+        absmax,
+        nested_absmax,
+        offset,
+        bias,
+        block_size,
+        quant_type,
+        out_features,
+        compute_dtype,
     ):
         op = "linear_4bit"
         if block_size < 2 or block_size % 2:
@@ -57,19 +68,18 @@ class Prepared:
         )  # fmt: skip
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] of up to FEW_TOKENS rows, to [..., out_features]."""
-        x = x.contiguous()
-        y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
+        """x [..., in_features] to [..., out_features]."""
+        y = x.new_empty((*x.shape[:-1], self.out_features))
         tokens = x.numel() // self.in_features
-        _kernel(x.data_ptr(), cpu.dtype_code("linear_4bit", x), tokens, self._weight.address, y.data_ptr())
+        _kernel(x.contiguous(), cpu.dtype_code("linear_4bit", x), tokens, self._weight.address, y)
         return y
 
 
 def _cpu(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype):
     in_features = x.shape[-1]
     weight = (packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype)
-    prepared = Prepared(*weight, in_features)
-    if x.numel() <= FEW_TOKENS * in_features:
+    prepared = Prepared4bit(in_features, *weight)
+    if x.numel() <= prepared.MOST_TOKENS * in_features:
         return prepared(x)
     if nested_absmax is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, offset)

@@ -67,19 +67,20 @@ def _fake(x, weight, scale, bias, threshold):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-FEW_TOKENS = 16  # up to so many the weight is streamed once, and torch's product is the slower one
-
 _few = cpu.kernel("linear_int8", "piqpp")
 _epilogue = cpu.kernel("linear_int8_epilogue", "ppqpqppip")
 
 
-class Prepared:
+class PreparedInt8:
     """A weight checked and laid out for the CPU kernels. Takes the op's arguments, and raises as it does."""
 
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float):
-        op = "linear_int8"
-        self.out_features, self.in_features = weight.shape
-        weight = cpu.require(op, "weight", weight, torch.int8, 0)
+    MOST_TOKENS = 16  # up to so many the weight is streamed once, and torch's product is the slower one
+
+    def __init__(
+        self, in_features: int, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float
+    ):
+        op, self.in_features, self.out_features = "linear_int8", in_features, weight.shape[0]
+        weight = cpu.require(op, "weight", weight, torch.int8, self.out_features * in_features)
         scale = cpu.require(op, "scale", scale.float(), torch.float32, self.out_features)
         if bias is not None:
             bias = cpu.require(op, "bias", bias, bias.dtype, self.out_features)
@@ -91,20 +92,19 @@ class Prepared:
         self.address = self._weight.address
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] of up to FEW_TOKENS rows, to [..., out_features]."""
-        x = x.contiguous()
-        y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
+        """x [..., in_features] to [..., out_features]."""
+        y = x.new_empty((*x.shape[:-1], self.out_features))
         tokens = x.numel() // self.in_features
-        _few(x.data_ptr(), cpu.dtype_code("linear_int8", x), tokens, self.address, y.data_ptr())
+        _few(x.contiguous(), cpu.dtype_code("linear_int8", x), tokens, self.address, y)
         return y
 
 
 def _cpu(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float
 ) -> torch.Tensor:
-    prepared = Prepared(weight, scale, bias, threshold)
-    in_features = prepared.in_features
-    if x.numel() <= FEW_TOKENS * in_features:
+    in_features = x.shape[-1]
+    prepared = PreparedInt8(in_features, weight, scale, bias, threshold)
+    if x.numel() <= prepared.MOST_TOKENS * in_features:
         return prepared(x)
     rows = x.reshape(-1, in_features)
     q, absmax, outliers = quantize_int8(rows, threshold)

@@ -25,6 +25,7 @@ REFERENCE = "reference"
 # As in kernels/cpu/common.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+_NUMBERS = {int, float, bool, type(None)}  # all but tensors: quicker than isinstance
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_int64, "f": ctypes.c_float}
 
 
@@ -134,7 +135,7 @@ def kernel(name: str, signature: str) -> Callable[..., None]:
         if function is None:
             function = functions[_variant] = getattr(_library(), f"qcli_{name}_{_variant}")
             function.argtypes, function.restype = argtypes, None
-        values = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
+        values = [value if type(value) in _NUMBERS else value.data_ptr() for value in arguments]
         function(*values, torch.get_num_threads())
 
     return call
@@ -180,8 +181,10 @@ def dtype_code(op: str, x: torch.Tensor, name: str = "x") -> int:
 
 
 def require(op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int) -> torch.Tensor:
-    """The tensor, contiguous. Raises ValueError unless it has the dtype and at least as many elements: a kernel reads
-    and writes where it is told to."""
+    """The tensor, contiguous. Raises ValueError unless it lies on the CPU with that dtype and at least as many elements: a
+    kernel reads and writes where it is told to."""
+    if not tensor.is_cpu:
+        raise ValueError(f"{op}: {name} lies on {tensor.device}, expected cpu")
     if tensor.dtype != dtype or tensor.numel() < numel:
         raise ValueError(f"{op}: {name} has {tensor.numel()} elements of {tensor.dtype}, expected {numel} of {dtype}")
     return tensor.contiguous()
