@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int64_t kStrip = 64;  // columns: 3 KiB of sums
+constexpr int64_t kRowsAhead = 16;
 
 template <class T>
 void measure(const void* input, int64_t rows, int64_t columns, float threshold, double* stats, int threads) {
@@ -23,6 +24,8 @@ void measure(const void* input, int64_t rows, int64_t columns, float threshold, 
       }
       for (int64_t r = 0; r < rows; r++) {
         const T* row = x + r * columns + start;
+        const T* later = row + kRowsAhead * columns;
+        for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(later + i);
         for (int64_t i = 0; i < width; i++) {
           const float value = to_float(row[i]);
           const double wide = value, squared = wide * wide;
