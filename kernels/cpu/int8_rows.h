@@ -31,7 +31,10 @@ void quantize_row(const T* row, int64_t columns, float absmax, int8_t* q) {
   // 127 / absmax may overflow below 1e-30; a power of two is exact.
   const float boost = absmax < 1e-30f ? 0x1p100f : 1.0f, scale = 1.0f / (absmax * boost) * 127.0f;
   int64_t i = 0;
-  for (; i + 16 <= columns; i += 16) store_bytes(q + i, rounded(load(row + i) * all(boost) * all(scale)));
+  for (; i + 16 <= columns; i += 16) {
+    __builtin_prefetch(row + columns + i);  // the next row
+    store_bytes(q + i, rounded(load(row + i) * all(boost) * all(scale)));
+  }
   if (i < columns) {
     T rest[16] = {};
     int8_t bytes[16];

@@ -54,7 +54,7 @@ def expand(
 def _cpu(
     packed: torch.Tensor, absmax: torch.Tensor, block_size: int, quant_type: str, shape: list[int], dtype: torch.dtype
 ) -> torch.Tensor:
-    out = torch.empty(shape, dtype=dtype)
+    out = cpu.empty(shape, dtype)
     expand(packed, absmax, block_size, quant_type, 0, out)
     return out
 

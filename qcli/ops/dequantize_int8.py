@@ -23,7 +23,7 @@ def _cpu(q: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     op, (rows, columns) = "dequantize_int8", q.shape
     q = cpu.require(op, "q", q, torch.int8, 0)
     absmax = cpu.require(op, "absmax", absmax.float(), torch.float32, rows)
-    out = q.new_empty(q.shape, dtype=dtype)
+    out = cpu.empty(q.shape, dtype)
     _kernel(q, absmax, rows, columns, cpu.dtype_code(op, out), out)
     return out
 

@@ -54,7 +54,7 @@ _kernel = cpu.kernel("quantize_int8", "piqqfppp")
 
 def _cpu(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x, dtype, columns = x.contiguous(), cpu.dtype_code("quantize_int8", x), x.shape[-1]
-    q = torch.empty(x.shape, dtype=torch.int8)
+    q = cpu.empty(x.shape, torch.int8)
     absmax = torch.empty(x.shape[:-1].numel(), dtype=torch.float32)
     outliers = torch.zeros(columns, dtype=torch.bool)
     _kernel(x, dtype, absmax.numel(), columns, threshold, q, absmax, outliers)

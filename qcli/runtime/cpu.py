@@ -8,7 +8,7 @@ Threads are those of torch: its OpenMP pool, and torch.get_num_threads() of them
 import ctypes
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ REFERENCE = "reference"
 # As in kernels/cpu/common.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+_HUGE_FROM = 8 << 20  # bytes
 _NUMBERS = {int, float, bool, type(None)}  # all but tensors: quicker than isinstance
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_int64, "f": ctypes.c_float}
 
@@ -51,6 +52,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     except OSError as e:
         return None, f"cannot be loaded: {e}"
     library.qcli_variants.restype = ctypes.c_char_p
+    library.qcli_prefer_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.qcli_prefer_huge_pages.restype = None
     library.qcli_use_openmp.argtypes = [ctypes.c_void_p]
     library.qcli_use_openmp(_torch_openmp())
     return library, None
@@ -139,6 +142,15 @@ def kernel(name: str, signature: str) -> Callable[..., None]:
         function(*values, torch.get_num_threads())
 
     return call
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A new tensor for a kernel to fill. Where it is large, faults at its pages cost more than the kernel: they are huge
+    where the system grants it."""
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.nbytes >= _HUGE_FROM:
+        _library().qcli_prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 class Record:
