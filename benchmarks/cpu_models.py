@@ -1,5 +1,6 @@
 """The rows of benchmarks/cpu.py that take whole models: quantizing a checkpoint, and generating."""
 
+import logging
 import os
 import shutil
 import time
@@ -109,6 +110,9 @@ def write_once(path: Path, size: int) -> None:
 def generate(row, folder: Path, other: dict | None) -> list:
     """Decode and prefill of a 1.1B Llama beside transformers with bitsandbytes, and llama.cpp where `other` has it."""
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)  # bitsandbytes warns of casts at every call
+    has_fused = bnb.nn.modules.has_avx512bf16()
     source, rows = small_checkpoint(folder), []
     found = {}
     for name, bits in (("NF4", 4), ("LLM.int8()", 8)):
@@ -126,7 +130,7 @@ def generate(row, folder: Path, other: dict | None) -> list:
         found[f"{name} bitsandbytes"] = bitsandbytes_speed(
             folder / f"1.1b-{bits}", fused=False, new=3 if bits == 4 else 16
         )
-    if bnb.nn.modules.has_avx512bf16():
+    if has_fused:
         found["NF4 bitsandbytes fused"] = bitsandbytes_speed(folder / "1.1b-4", fused=True, new=NEW)
     limit = bandwidth / streamed
     ours = found["NF4"]["decode"]
@@ -139,12 +143,12 @@ def generate(row, folder: Path, other: dict | None) -> list:
         decoded.compare("faster than its AVX512_BF16 path", ours / found["NF4 bitsandbytes fused"]["decode"], None)
     ours = found["LLM.int8()"]["prefill"]
     filled = row(
-        "generate LLM.int8(), prefill of 128", {**_column(found, "LLM", "prefill"), **_theirs(other, "prefill")}
+        "generate LLM.int8(), prefill of 128", {**_column(found, "LLM.int8()", "prefill"), **_theirs(other, "prefill")}
     )
     filled.compare("faster than bitsandbytes", ours / found["LLM.int8() bitsandbytes"]["prefill"], 1)
     rest = [
         row("generate NF4, prefill of 128", {**_column(found, "NF4", "prefill"), **_theirs(other, "prefill")}),
-        row("generate LLM.int8(), decode", {**_column(found, "LLM", "decode"), **_theirs(other, "decode")}),
+        row("generate LLM.int8(), decode", {**_column(found, "LLM.int8()", "decode"), **_theirs(other, "decode")}),
     ]
     if other:
         decoded.compare("faster than llama.cpp Q4_0", found["NF4"]["decode"] / other["Q4_0"]["decode"], None, 1)
@@ -155,13 +159,10 @@ def generate(row, folder: Path, other: dict | None) -> list:
     return [*rows, decoded, filled, *rest]
 
 
-def _column(found: dict, prefix: str, what: str) -> dict[str, float]:
-    named = {
-        name.replace("NF4", "qcli").replace("LLM.int8()", "qcli"): v[what]
-        for name, v in found.items()
-        if name.startswith(prefix)
-    }
-    return {name.removeprefix("qcli ") or "qcli": value for name, value in named.items()}
+def _column(found: dict, method: str, what: str) -> dict[str, float]:
+    """What each library reaches with the method."""
+    own = [name for name in found if name.startswith(method)]
+    return {name.removeprefix(method).strip() or "qcli": found[name][what] for name in own}
 
 
 def _theirs(other: dict | None, what: str) -> dict[str, float]:

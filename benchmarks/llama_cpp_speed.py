@@ -3,6 +3,10 @@
     python -m venv other && other/bin/pip install llama-cpp-python gguf
     other/bin/python benchmarks/llama_cpp_speed.py FOLDER [--threads 2]
 
+Built from source, llama.cpp takes what the compiler says this CPU has. Where a virtual machine announces AMX but faults on it,
+leave that out: CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON
+-DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" with `pip install --no-binary llama-cpp-python`.
+
 FOLDER holds a config.json as benchmarks/make_checkpoint.py writes it; the GGUF files are made beside it. Prints one JSON object:
 per type, decode tokens per second after the prompt and prefill tokens per second over it.
 """
