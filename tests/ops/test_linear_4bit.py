@@ -4,6 +4,7 @@ import torch
 
 from qcli import codebooks
 from qcli.ops import linear_4bit as module
+from qcli.ops.dequantize_4bit import dequantize_4bit
 from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.linear_4bit import cases, linear_4bit
 from qcli.ops.quantize_4bit import quantize_4bit
@@ -80,6 +81,42 @@ def test_any_shape_and_block_size(tokens, in_features, block_size, nested):
     x = torch.randn(tokens, in_features, generator=generator)
     bias = torch.randn(37, generator=generator)
     check(x, packed, absmax, nested_absmax, offset, bias, block_size, "nf4", 37, torch.float32)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 16])
+def test_16_bit_compute_dtypes(tokens, dtype, quant_type):
+    """Where kernels multiply 16-bit integers: magnitudes of x far apart, within a chunk of it and between them."""
+    generator = torch.Generator().manual_seed(tokens)
+    for in_features in (128, 256, 384):
+        for block_size in (32, 64, 96, 128, 256, 512, 4096):
+            weight = torch.randn(21, in_features, generator=generator)
+            packed, absmax = quantize_4bit(weight, block_size, quant_type)
+            x = torch.randn(tokens, in_features, generator=generator)
+            x[:, 5] *= 60
+            x[:, :100] *= 2.0**-12
+            x[0, 100:] = 0
+            bias = torch.randn(21, generator=generator).to(dtype)
+            check(x.to(dtype), packed, absmax, None, 0.0, bias, block_size, quant_type, 21, dtype)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e36, 1e-40])
+def test_values_that_have_no_step_in_16_bits(value):
+    generator = torch.Generator().manual_seed(4)
+    packed, absmax = quantize_4bit(torch.randn(16, 256, generator=generator) * 1e-3, 64, "nf4")
+    x = torch.randn(3, 256, generator=generator).bfloat16()
+    x[1] = value
+    arguments = (packed, absmax, None, 0.0, None, 64, "nf4", 16, torch.bfloat16)
+    y = linear_4bit(x, *arguments)
+    with cpu.using(None):
+        expected = linear_4bit(x.float(), *arguments[:-1], torch.float32).double()
+        weight = dequantize_4bit(packed, absmax, 64, "nf4", [16, 256], torch.float32).double()
+    assert torch.equal(y[[0, 2]].isfinite(), expected[[0, 2]].isfinite())
+    assert torch.equal(y[1].isfinite(), expected.bfloat16()[1].isfinite())
+    bound = 3 * HALF_ULP[torch.bfloat16] * (x.double().abs() @ weight.abs().t()) + 1e-40
+    finite = y.isfinite()
+    assert ((y.double() - expected).abs() <= bound)[finite].all()
 
 
 def test_many_panels(monkeypatch):

@@ -74,3 +74,24 @@ def test_tensors_are_checked_before_a_kernel_sees_them():
     with pytest.raises(TypeError, match="op: x is torch.int64"):
         cpu.dtype_code("op", torch.ones(3, dtype=torch.int64))
     assert cpu.require("op", "x", torch.ones(4, 4).t()[1:], torch.float32, 12).is_contiguous()
+
+
+@BUILT
+def test_large_results_are_ordinary_tensors():
+    for shape in ((0,), (3, 5), (9 << 20,)):
+        tensor = cpu.empty(shape, torch.uint8)
+        assert tensor.shape == shape and tensor.dtype == torch.uint8
+        assert (tensor.fill_(7) == 7).all()
+
+
+def test_a_record_has_the_alignment_of_c():
+    import ctypes
+
+    class Expected(ctypes.Structure):
+        _fields_ = [("p", ctypes.c_void_p), ("f", ctypes.c_float), ("q", ctypes.c_int64), ("i", ctypes.c_int)]
+
+    tensor = torch.ones(2)
+    record = cpu.Record("pfqi", tensor, 0.5, -3, True)
+    found = Expected.from_address(record.address)
+    assert (found.p, found.f, found.q, found.i) == (tensor.data_ptr(), 0.5, -3, 1)
+    assert Expected.from_address(cpu.Record("pfqi", None, 0.0, 0, 0).address).p is None
