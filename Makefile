@@ -33,8 +33,9 @@ sanitize: $(VENV)/tested
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	QCLI_CPU_LIBRARY=build/sanitize/libqcli_cpu.so $(BIN)/python -m pytest -q tests/ops
 
+# ARGS="--folder FOLDER" keeps the checkpoints that it makes (12 GB), ARGS="--llama-cpp PYTHON" puts llama.cpp beside qcli.
 bench: $(VENV)/tested
-	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 # Installed with the torch of constraints.txt first: without the pin pip may bring gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard kernels/*.txt kernels/cpu/*)

@@ -130,5 +130,6 @@ def _cuda(gpus: list[str]) -> list[Finding]:
         ("nvcc", shutil.which("nvcc"), "install the CUDA toolkit and put its bin folder on PATH"),
         ("PyCUDA", _version("pycuda"), "pip install 'qcli[cuda]'"),
     ):
-        found.append(Finding(name, value or "not installed", advice if gpus and not value else None))
+        absent = "not installed" if gpus else "not installed, and of no use without a GPU"
+        found.append(Finding(name, value or absent, advice if gpus and not value else None))
     return found
