@@ -29,9 +29,9 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration: "0.4 s", "12 s", "3 min 20 s", "2 h 05 min"."""
+    """A duration: "0.04 s", "4.2 s", "12 s", "3 min 20 s", "2 h 05 min"."""
     if seconds < 10:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2f} s"
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 3600:
