@@ -8,6 +8,7 @@ an interpreter with llama-cpp-python and gguf. Prints a table and writes benchma
 
 import argparse
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--llama-cpp", metavar="PYTHON")
     options = parser.parse_args()
     parts = options.only.split(",")
+    logging.disable(logging.WARNING)  # bitsandbytes warns at its import, and of casts at every call
     result: dict[str, object] = {"machine": machine(), "rows": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)

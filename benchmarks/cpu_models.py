@@ -1,6 +1,5 @@
 """The rows of benchmarks/cpu.py that take whole models: quantizing a checkpoint, and generating."""
 
-import logging
 import os
 import shutil
 import time
@@ -111,7 +110,6 @@ def generate(row, folder: Path, other: dict | None) -> list:
     """Decode and prefill of a 1.1B Llama beside transformers with bitsandbytes, and llama.cpp where `other` has it."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)  # bitsandbytes warns of casts at every call
     has_fused = bnb.nn.modules.has_avx512bf16()
     source, rows = small_checkpoint(folder), []
     found = {}

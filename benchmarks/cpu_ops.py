@@ -1,7 +1,6 @@
 """The ops rows of benchmarks/cpu.py: a layer of 11008 x 4096 (the MLP of a 7B Llama)."""
 
 import copy
-import logging
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
@@ -34,7 +33,6 @@ def nf4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, floa
 def run(row) -> list:
     """The rows."""
     torch.manual_seed(0)
-    logging.disable(logging.WARNING)  # bitsandbytes warns of casts at every call
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         return [*quantize_rows(row), *dequantize_rows(row), *linear_4bit_rows(row), *linear_int8_rows(row)]
 

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 
+from qcli.doctor import cpu_name
+from qcli.runtime import cpu
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -27,27 +30,14 @@ def alternate(functions: dict[str, Callable[[], object]], rounds: int) -> dict[s
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def cache_bytes() -> int:
-    """Bytes of the last-level cache; 32 MiB where the system does not tell."""
-    largest = 0
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        found = re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip())
-        if found:
-            largest = max(largest, int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]])
-    return largest or 32 << 20
-
-
 def copies(make: Callable[[], object], nbytes: int) -> Callable[[], object]:
     """Gives one copy after the other, of so many that together they are four times the last-level cache."""
-    turns = cycle([make() for _ in range(max(2, -(-4 * cache_bytes() // nbytes)))])
+    turns = cycle([make() for _ in range(max(2, -(-4 * cpu.last_level_cache() // nbytes)))])
     return lambda: next(turns)
 
 
 def machine() -> dict[str, object]:
     """The machine and every version that matters."""
-    from qcli.doctor import cpu_name
-    from qcli.runtime import cpu
-
     packages = {}
     for package in ("torch", "bitsandbytes", "transformers"):
         try:
@@ -58,7 +48,7 @@ def machine() -> dict[str, object]:
         "cpu": cpu_name(),
         "variant": cpu.variant(),
         "threads": torch.get_num_threads(),
-        "last_level_cache_bytes": cache_bytes(),
+        "last_level_cache_bytes": cpu.last_level_cache(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         **packages,

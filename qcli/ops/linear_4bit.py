@@ -24,7 +24,8 @@ def _fake(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-_PANEL_BYTES = 4 << 20  # of the expanded weight: what the cache keeps until it is multiplied, and worth a product
+# Of the expanded weight: what the cache keeps until it is multiplied, and enough for torch's product to reach its speed.
+_PANEL_BYTES = min(max(2 << 20, cpu.last_level_cache() // 2), 16 << 20)
 
 _kernel = cpu.kernel("linear_4bit", "piqpp")
 _CODES = {quant_type: cpu.address(code) for quant_type, code in codebooks.CODEBOOKS.items()}

@@ -7,6 +7,7 @@ Threads are those of torch: its OpenMP pool, and torch.get_num_threads() of them
 
 import ctypes
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -122,6 +123,16 @@ def using(name: str | None) -> Iterator[None]:
 def native_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 itself, so that a product in it is faster than one in float32."""
     return bool(_library() and _library().qcli_native_bfloat16())
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache; 8 MiB where the system does not tell."""
+    largest = 0
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        found = re.fullmatch(r"(\d+)([KMG]?)", file.read_text().strip())
+        if found:
+            largest = max(largest, int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]])
+    return largest or 8 << 20
 
 
 def kernel(name: str, signature: str) -> Callable[..., None]:

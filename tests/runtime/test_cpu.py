@@ -95,3 +95,17 @@ def test_a_record_has_the_alignment_of_c():
     found = Expected.from_address(record.address)
     assert (found.p, found.f, found.q, found.i) == (tensor.data_ptr(), 0.5, -3, 1)
     assert Expected.from_address(cpu.Record("pfqi", None, 0.0, 0, 0).address).p is None
+
+
+def test_the_largest_cache():
+    size = cpu.last_level_cache()
+    assert size >= 1 << 18
+    stated = [int(value) for value in re.findall(r"LEVEL[234]_CACHE_SIZE +(\d+)", _getconf())]
+    assert not any(stated) or size == max(stated)
+
+
+def _getconf() -> str:
+    try:
+        return subprocess.run(["getconf", "-a"], capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        return ""
