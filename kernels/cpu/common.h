@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #ifndef QCLI_VARIANT
@@ -87,6 +88,21 @@ QCLI_INLINE void from_float(float value, f16* out) {
   }
   out->bits = uint16_t(sign | half);
 }
+
+// Memory for the time of a call, at a cache line's start.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : data_(aligned_alloc(64, divide_up(bytes + 1, 64) * 64)) {}
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { free(data_); }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_;
+};
 
 // A bias in whatever dtype it is stored; none where data is null.
 struct Bias {

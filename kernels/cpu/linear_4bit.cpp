@@ -10,12 +10,10 @@
 // a step for each chunk, its largest magnitude / 32767, codes in steps of 1 / 8064. Both are finer than the dtype: half a step
 // is 2^-16 of the chunk's largest x, 2^-14 of absmax. Otherwise products are float32.
 //
-// Multiplying pairs of bfloat16 (AVX512_BF16) would round as much and is no faster than float32: on Sapphire Rapids and
-// Granite Rapids vdpbf16ps takes two cycles, four times vpdpwssd.
+// Multiplying pairs of bfloat16 (AVX512_BF16) would round as much and is no faster than float32: vdpbf16ps takes two cycles
+// where vpdpwssd takes half of one (Xeon with AMX).
 //
 // Where rows are no multiple of 128, or blocks of none of the sizes below, a row is expanded in L1 and multiplied there.
-
-#include <cstdlib>
 
 #include "int16.h"
 
@@ -31,13 +29,13 @@ constexpr int kTokens = 4, kRows = 4;
 
 // As qcli/ops/linear_4bit.py lays it out.
 struct Weight {
-  const uint8_t* packed;       // [ceil(out_features k / 2)]
-  const float* absmax;         // [blocks]; null where it is nested:
+  const uint8_t* packed;        // [ceil(out_features k / 2)]
+  const float* absmax;          // [blocks]; null where it is nested:
   const uint8_t* nested_codes;  // [blocks]
-  const float* nested_absmax;  // [ceil(blocks / 256)]
-  const float* map;            // [256]
-  const float* code;           // [16]
-  Bias bias;                   // [out_features]
+  const float* nested_absmax;   // [ceil(blocks / 256)]
+  const float* map;             // [256]
+  const float* code;            // [16]
+  Bias bias;                    // [out_features]
   int64_t block_size, out_features, k;
   float offset;
   int32_t coarse;  // the compute dtype has 16 bits
@@ -66,16 +64,6 @@ QCLI_INLINE const float* scales_of(const Weight& w, int64_t first, int64_t count
   }
   return scratch;
 }
-
-struct Scratch {
-  char* data;
-  explicit Scratch(int64_t bytes) : data(static_cast<char*>(aligned_alloc(64, divide_up(bytes + 64, 64) * 64))) {}
-  ~Scratch() { free(data); }
-  template <class T>
-  T* as() const {
-    return reinterpret_cast<T*>(data);
-  }
-};
 
 // x in float32. Shift j brings the code of element 8 lane + (j ^ 1) to the low four bits of a lane, where the look-up reads it:
 // that element lies at 16 j + lane.

@@ -6,8 +6,6 @@
 // multiplies unsigned by signed bytes, hence (q_x + 128) q_w, less 128 times the row's sum, in wrapping integers.
 // For many tokens the integer product is the caller's (torch._int_mm), and the rest is one pass over it.
 
-#include <cstdlib>
-
 #include "int8_rows.h"
 
 namespace {
@@ -144,50 +142,38 @@ class Tokens {
  public:
   template <class T>
   Tokens(const T* x, int64_t tokens, int64_t k, float threshold)
-      : padded_(divide_up(k, kWidth) * kWidth),
-        q_(static_cast<uint8_t*>(malloc(tokens * padded_ + 1))),
-        absmax_(static_cast<float*>(malloc(tokens * sizeof(float) + 1))) {
-    uint8_t* marks = static_cast<uint8_t*>(calloc(k + 1, 1));
+      : padded_(divide_up(k, kWidth) * kWidth), q_(tokens * padded_), absmax_(4 * tokens), columns_(8 * k), kept_(4 * tokens * k) {
+    const Scratch marks(k);
+    uint8_t* mark = marks.as<uint8_t>();
+    memset(mark, 0, k);
+    for (int64_t t = 0; t < tokens; t++) {
+      const T* row = x + t * k;
+      absmax_.as<float>()[t] = threshold > 0 ? find_outliers(row, k, threshold, mark) : absmax_of(row, k);
+    }
     int64_t count = 0;
-    for (int64_t t = 0; t < tokens; t++) {
-      absmax_[t] = threshold > 0 ? find_outliers(x + t * k, k, threshold, marks) : absmax_of(x + t * k, k);
+    for (int64_t i = 0; i < k; i++) {
+      if (mark[i]) columns_.as<int64_t>()[count++] = i;
     }
-    for (int64_t i = 0; i < k; i++) count += marks[i];
-    columns_ = static_cast<int64_t*>(malloc(count * sizeof(int64_t) + 1));
-    kept_ = static_cast<float*>(malloc(tokens * count * sizeof(float) + 1));
-    for (int64_t i = 0, o = 0; o < count; i++) {
-      if (marks[i]) columns_[o++] = i;
-    }
+    outliers_ = {count, columns_.as<int64_t>(), kept_.as<float>()};
     for (int64_t t = 0; t < tokens; t++) {
-      int8_t* q = reinterpret_cast<int8_t*>(q_) + t * padded_;
-      quantize_row(x + t * k, k, absmax_[t], q);
+      int8_t* q = q_.as<int8_t>() + t * padded_;
+      quantize_row(x + t * k, k, absmax(t), q);
       for (int64_t o = 0; o < count; o++) {
-        kept_[t * count + o] = to_float(x[t * k + columns_[o]]);
-        q[columns_[o]] = 0;
+        kept_.as<float>()[t * count + o] = to_float(x[t * k + outliers_.columns[o]]);
+        q[outliers_.columns[o]] = 0;
       }
       for (int64_t i = 0; i < k; i++) q[i] = int8_t(uint8_t(q[i]) + kShift);
       memset(q + k, 0, padded_ - k);
     }
-    outliers_ = {count, columns_, kept_};
-    free(marks);
   }
-  ~Tokens() {
-    free(q_);
-    free(absmax_);
-    free(columns_);
-    free(kept_);
-  }
-  const uint8_t* q(int64_t t) const { return q_ + t * padded_; }
+  const uint8_t* q(int64_t t) const { return q_.as<uint8_t>() + t * padded_; }
   int64_t padded() const { return padded_; }
-  float absmax(int64_t t) const { return absmax_[t]; }
+  float absmax(int64_t t) const { return absmax_.as<float>()[t]; }
   const Outliers& outliers() const { return outliers_; }
 
  private:
   int64_t padded_;
-  uint8_t* q_;
-  float* absmax_;
-  int64_t* columns_;
-  float* kept_;
+  Scratch q_, absmax_, columns_, kept_;
   Outliers outliers_;
 };
 
@@ -228,7 +214,8 @@ void epilogue(const int32_t* sums, const float* absmax, int64_t tokens, const We
   constexpr int64_t kTile = 64;
   T* y = static_cast<T*>(output);
   parallel(divide_up(w.out_features, kTile), 1, threads, [=, &w, &outliers](int64_t first, int64_t last) {
-    float* kept_w = static_cast<float*>(malloc(outliers.count * kTile * sizeof(float) + 1));
+    const Scratch scratch(4 * outliers.count * kTile);
+    float* kept_w = scratch.as<float>();
     for (int64_t tile = first; tile < last; tile++) {
       const int64_t start = tile * kTile, width = smaller(kTile, w.out_features - start);
       float bias[kTile];
@@ -251,7 +238,6 @@ void epilogue(const int32_t* sums, const float* absmax, int64_t tokens, const We
         }
       }
     }
-    free(kept_w);
   });
 }
 
