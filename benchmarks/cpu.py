@@ -2,7 +2,8 @@
 
     python benchmarks/cpu.py [--only ops,quantize,generate] [--folder FOLDER] [--llama-cpp PYTHON]
 
-Ratios are of medians in this process, calls in turn. FOLDER (12 GB, made where it lacks) holds the random checkpoints. PYTHON is
+Ratios are of medians in this process; calls of ops and reads and writes are in turn, libraries that run a whole model or hold a
+weight of their own come one after the other. FOLDER (12 GB, made where it lacks) holds the random checkpoints. PYTHON is
 an interpreter with llama-cpp-python and gguf. Prints a table and writes benchmarks/results/cpu-NAME.json.
 """
 

@@ -38,10 +38,9 @@ def _cpu() -> list[Finding]:
 
     kernels = Finding("CPU kernels", f"{cpu.variant()} (of {', '.join(cpu.variants())})")
     if cpu.problem():
-        kernels = Finding(
-            "CPU kernels", f"{cpu.problem()}; plain torch serves, many times slower",
-            "install g++ or clang++ (apt install g++) and then qcli again: pip install --force-reinstall --no-deps .",
-        )  # fmt: skip
+        again = "qcli again: pip install --force-reinstall --no-deps ."
+        advice = f"install {again}" if cpu.path() else f"install g++ or clang++ (apt install g++) and then {again}"
+        kernels = Finding("CPU kernels", f"{cpu.problem()}; plain torch serves, many times slower", advice)
     elif cpu.variant() is None:
         kernels = Finding("CPU kernels", f"off: {cpu.CHOICE}={cpu.REFERENCE}", f"unset {cpu.CHOICE}")
     threads, cores = (

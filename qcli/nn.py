@@ -20,11 +20,12 @@ from qcli.runtime import cpu
 class _QuantizedLinear(nn.Module):
     """in_features, out_features and bias as in nn.Linear."""
 
+    _prepared = None  # a CPU kernel's view of the weight, with the addresses of the tensors it was made from
+
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
-        self._prepared = None
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -32,22 +33,31 @@ class _QuantizedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features], in x's dtype."""
         few = self._prepare.MOST_TOKENS * self.in_features
-        if not cpu.plain(x) or x.shape[-1] != self.in_features or x.numel() > few:
+        if not cpu.plain(x) or not 0 < x.numel() <= few or x.shape[-1] != self.in_features:
             return self._op(x, *self._arguments())
         # A decoding step is made of such calls, each on caches that weights have just filled: the way through the op, and
-        # its checks, would take a sixth of it.
+        # its checks, would take a tenth of it.
         tensors = chain(self._parameters.values(), self._buffers.values())
         addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
-        if self._prepared is None or self._prepared[0] != addresses:  # a tensor may have been replaced
-            self._prepared = addresses, self._prepare(self.in_features, *self._arguments())
-        return self._prepared[1](x)
+        kept = self._prepared
+        if kept is None or kept[0] != addresses:  # a tensor may have been replaced
+            kept = addresses, self._prepare(self.in_features, *self._arguments())
+            if kept[1].addresses <= set(addresses):  # not where it holds copies, which changes in place would not reach
+                self.__dict__["_prepared"] = kept
+        return kept[1](x)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self.__dict__.pop("_prepared", None)
+        super().__setattr__(name, value)
 
     def _apply(self, *arguments, **options):
-        self._prepared = None  # it keeps its tensors alive
+        self.__dict__.pop("_prepared", None)  # it keeps its tensors alive
         return super()._apply(*arguments, **options)
 
     def __getstate__(self):
-        return {**self.__dict__, "_prepared": None}  # addresses are no use in a copy
+        return {
+            name: value for name, value in self.__dict__.items() if name != "_prepared"
+        }  # addresses mean nothing there
 
     def stored(self) -> dict[str, torch.Tensor]:
         """The tensors by their names in a checkpoint, relative to the module."""

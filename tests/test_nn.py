@@ -93,10 +93,36 @@ def test_tensors_that_are_replaced_or_changed_are_noticed(make):
             else:
                 setattr(module, name, replaced)
             assert torch.equal(module(x), by_op(module, x)), name
-        assert torch.equal(module(x), by_op(other, x)) or make is four_bit  # whose offset is a number
+        if make is four_bit:
+            module.nested_offset = other.nested_offset
+        assert torch.equal(module(x), by_op(other, x))
         module.bias.zero_()
         assert torch.equal(module(x), by_op(module, x))
         module.load_state_dict(make(2).state_dict())
+        assert torch.equal(module(x), by_op(module, x))
+
+
+@pytest.mark.parametrize(
+    "make, name, value",
+    [(eight_bit, "threshold", 0.5), (four_bit, "compute_dtype", torch.float32), (four_bit, "nested_offset", 3.0)],
+)
+def test_a_setting_that_changes_is_noticed(make, name, value):
+    module, x = make(), inputs()
+    with torch.no_grad():
+        before = module(x)
+        setattr(module, name, value)
+        assert torch.equal(module(x), by_op(module, x)) and not torch.equal(module(x), before)
+
+
+def test_what_had_to_be_copied_is_not_kept():
+    """A weight that is not contiguous, scales that are not float32: changes in place reach the next call."""
+    module, x = eight_bit(), inputs()
+    module.weight.data = module.weight.data.t().contiguous().t()
+    module.SCB = module.SCB.double()
+    with torch.no_grad():
+        module(x)
+        module.weight.data.mul_(-1)
+        module.SCB.mul_(2)
         assert torch.equal(module(x), by_op(module, x))
 
 
@@ -135,6 +161,18 @@ def test_what_records_a_call_sees_the_op():
 
 
 @BUILT
+def test_transforms_and_modes_see_the_op():
+    module, x = four_bit(), inputs()
+    with torch.no_grad():
+        expected = module(x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            module(x)
+        assert "qcli::linear_4bit" in {event.key for event in profile.key_averages()}
+        assert torch.equal(torch.func.vmap(module)(x), expected)
+        assert torch.equal(module(torch._neg_view(x)), module(-x))
+
+
+@BUILT
 def test_a_weight_that_is_elsewhere_is_refused():
     module = four_bit()
     module.weight_absmax = module.weight_absmax.to("meta")
@@ -143,8 +181,8 @@ def test_a_weight_that_is_elsewhere_is_refused():
 
 
 def test_an_input_of_the_wrong_width_is_refused():
-    with torch.no_grad():
-        with pytest.raises((ValueError, RuntimeError)):
-            four_bit()(torch.ones(1, IN * 2))
-        with pytest.raises((ValueError, RuntimeError)):
-            eight_bit()(torch.ones(1, IN * 2))
+    for make in MAKERS:
+        for width in (IN * 2, IN // 2):
+            for tokens in (1, 40):
+                with torch.no_grad(), pytest.raises((ValueError, RuntimeError)):
+                    make()(torch.ones(tokens, width))

@@ -1,5 +1,6 @@
 """A run that is killed loses nothing, and what it finishes is byte for byte what an uninterrupted run writes."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -115,6 +116,26 @@ def interrupted(whole, tmp_path, monkeypatch):
     # An interrupt syncs what is finished; of the others that were in work some may be.
     assert sorted(entry["unit"] for entry in journal(tmp_path)) == sorted(calls[:5] + calls[6:])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sync_that_failed_is_not_made_good_by_the_next(whole, tmp_path, monkeypatch):
+    """After an error the system may drop what it had to write, and call the next fdatasync of the file a success."""
+    sync, failed = os.fdatasync, []
+
+    def fdatasync(fd):
+        if not failed and os.readlink(f"/proc/self/fd/{fd}").endswith(".safetensors"):
+            failed.append(fd)
+            raise OSError(errno.EIO, "Input/output error")
+        sync(fd)
+
+    monkeypatch.setattr(staging, "SYNC_SECONDS", 0)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fdatasync", fdatasync)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            qcli.quantize(str(whole / "model"), tmp_path / "out", settings={"max_shard_size": "60kB"})
+    assert failed and (tmp_path / "out.partial" / ".qcli" / "journal.jsonl").read_bytes() == b""
+    qcli.quantize(str(whole / "model"), tmp_path / "out", settings={"max_shard_size": "60kB"})
+    assert digest(tmp_path / "out") == digest(whole / "out")
 
 
 def test_a_cut_journal_line_is_no_promise(whole, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ void measure(const void* input, int64_t rows, int64_t columns, float threshold, 
           sum[i] += wide;
           square[i] += squared;
           fourth[i] += squared * squared;
-          large[i] += std::fabs(value) >= threshold;
+          large[i] += __builtin_fabsf(value) >= threshold;
         }
       }
       for (int64_t i = 0; i < width; i++) {

@@ -2,14 +2,17 @@
 //
 // Each op is one file, compiled once per instruction set ("variant") under the names qcli_<op>_<variant>. All that is not
 // such a symbol lives in an unnamed namespace: an inline function shared by the variants would be merged into one by the
-// linker, and might then run AVX-512 on a CPU without it. For the same reason no template of the standard library is used.
+// linker, and might then run AVX-512 on a CPU without it. For the same reason nothing of the standard library is used that is
+// a template or inline there, such as std::fabs.
 //
 // Floating-point contraction is off (-ffp-contract=off) where results must be the same bits on every variant; the
 // products of linear_4bit ask for fused multiply-add by name.
 #pragma once
 
-#include <cmath>
+#include <math.h>
+
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -92,7 +95,12 @@ QCLI_INLINE void from_float(float value, f16* out) {
 // Memory for the time of a call, at a cache line's start.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : data_(aligned_alloc(64, divide_up(bytes + 1, 64) * 64)) {}
+  explicit Scratch(int64_t bytes) : data_(aligned_alloc(64, divide_up(bytes + 1, 64) * 64)) {
+    if (!data_) {
+      fprintf(stderr, "qcli: no memory for %lld bytes of scratch\n", static_cast<long long>(bytes));
+      abort();
+    }
+  }
   Scratch(const Scratch&) = delete;
   ~Scratch() { free(data_); }
   template <class T>

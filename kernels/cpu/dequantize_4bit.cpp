@@ -48,7 +48,7 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t block_size, 
       int64_t begin = larger(start, b * block_size);
       const int64_t end = smaller(start + count, (b + 1) * block_size);
       const float scale = absmax[b];
-      if (begin % 2 || !std::isfinite(scale)) {  // one by one also keeps a NaN one when it is rounded
+      if (begin % 2 || !__builtin_isfinite(scale)) {  // one by one also keeps a NaN one when it is rounded
         one_by_one(packed, absmax, block_size, code, begin, end, out + (begin - start));
         continue;
       }

@@ -22,13 +22,13 @@ void block_one_by_one(const T* x, int64_t start, int64_t length, const uint8_t* 
   for (int64_t i = start; i < start + length; i++) {
     const double w = to_float(x[i]), c = code[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4];
     curves += c * c;
-    if (!std::isfinite(w)) {
+    if (!__builtin_isfinite(w)) {
       sums->nonfinite++;
       continue;
     }
     norm += w * w;
     const double difference = w - double(float(c) * scale);
-    if (!std::isfinite(difference)) continue;
+    if (!__builtin_isfinite(difference)) continue;
     error += difference * difference;
     slopes += c * difference;
   }

@@ -36,13 +36,13 @@ void measure(const void* input, int64_t rows, int64_t columns, const int8_t* q, 
       }
       for (; i < columns; i++) {
         const double w = to_float(row[i]);
-        if (!std::isfinite(w)) {
+        if (!__builtin_isfinite(w)) {
           nonfinite++;
           continue;
         }
         const double difference = w - codes[i] * (double(scale) / 127);
         norm += w * w;
-        if (std::isfinite(difference)) error += difference * difference;
+        if (__builtin_isfinite(difference)) error += difference * difference;
       }
       sums[3 * r] = error;
       sums[3 * r + 1] = norm;

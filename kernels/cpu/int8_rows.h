@@ -12,7 +12,7 @@ float find_outliers(const T* row, int64_t columns, float threshold, uint8_t* out
   if (largest < threshold) return largest;  // not where it is NaN
   uint32_t kept = 0;
   for (int64_t i = 0; i < columns; i++) {
-    const float magnitude = std::fabs(to_float(row[i]));
+    const float magnitude = __builtin_fabsf(to_float(row[i]));
     if (magnitude >= threshold) {
       __atomic_store_n(&outliers[i], uint8_t(1), __ATOMIC_RELAXED);  // by any row, in any order
     } else {

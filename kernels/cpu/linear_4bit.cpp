@@ -6,9 +6,10 @@
 // decoded by table look-up and multiplied in 16 lanes, its sums are scaled by absmax once, and rows are summed in float32.
 // x is laid out once as the look-ups find its weights.
 //
-// In a compute dtype of 16 bits, decoding is the limit, not memory: x and codes are then multiplied as 16-bit integers, x with
-// a step for each chunk, its largest magnitude / 32767, codes in steps of 1 / 8064. Both are finer than the dtype: half a step
-// is 2^-16 of the chunk's largest x, 2^-14 of absmax. Otherwise products are float32.
+// Products are float32. With the compute dtype bfloat16 they are of 16-bit integers, since decoding, not memory, is the limit:
+// codes in steps of 1 / 8064, x of each chunk in steps of its largest magnitude / 32767. Half a step of a code is finer than
+// bfloat16's rounding of it, and the steps of x cost no more than that as long as no chunk has an outlier of kOutlier times
+// the mean magnitude of the rest: with one, products are float32 too.
 //
 // Multiplying pairs of bfloat16 (AVX512_BF16) would round as much and is no faster than float32: vdpbf16ps takes two cycles
 // where vpdpwssd takes half of one (Xeon with AMX).
@@ -38,7 +39,7 @@ struct Weight {
   Bias bias;                    // [out_features]
   int64_t block_size, out_features, k;
   float offset;
-  int32_t coarse;  // the compute dtype has 16 bits
+  int32_t coarse;  // the compute dtype is bfloat16
 };
 
 // absmax of blocks first .. first + count.
@@ -118,6 +119,7 @@ class Float32 {
 #if defined(QCLI_INT16_PRODUCTS)
 constexpr float kCodeSteps = 8064;  // 8 * 8064 * 32767 is within int32; FP4's codes, of 192nds, stay exact
 constexpr float kSteps = 32767;
+constexpr float kOutlier = 64;
 
 // x in 16-bit integers, a step for each chunk.
 class Int16 {
@@ -129,7 +131,10 @@ class Int16 {
     float* step = steps_.as<float>();
     for (int64_t i = 0; i < rows * k; i += kChunk, x += kChunk, to += kChunk) {
       const float largest = absmax_of(x, kChunk);
-      usable_ &= largest == 0 || (largest > 1e-30f && largest < 1e30f);
+      F32x16 sum = all(0.0f);
+      for (int j = 0; j < kChunk; j += 16) sum = sum + magnitudes(load(x + j));
+      const float others = (sum_lanes(sum) - largest) / (kChunk - 1);
+      usable_ &= largest == 0 || (largest > 1e-30f && largest < 1e30f && largest <= kOutlier * others);
       const F32x16 scale = all(usable_ && largest > 0 ? kSteps / largest : 0.0f);
       int32_t rounded_x[kChunk];
       for (int j = 0; j < kChunk; j += 16) store_ints(rounded_x + j, rounded(load(x + j) * scale));
@@ -139,7 +144,7 @@ class Int16 {
       *step++ = largest / (kSteps * kCodeSteps);
     }
   }
-  bool usable() const { return usable_; }  // not with NaN, infinity or magnitudes whose reciprocal is none
+  bool usable() const { return usable_; }  // not with outliers, NaN, infinity or magnitudes whose reciprocal is none
   static Table table(const float* code) {
     int16_t entries[16];
     for (int i = 0; i < 16; i++) entries[i] = int16_t(nearbyintf(code[i] * kCodeSteps));

@@ -142,19 +142,18 @@ class Tokens {
  public:
   template <class T>
   Tokens(const T* x, int64_t tokens, int64_t k, float threshold)
-      : padded_(divide_up(k, kWidth) * kWidth), q_(tokens * padded_), absmax_(4 * tokens), columns_(8 * k), kept_(4 * tokens * k) {
-    const Scratch marks(k);
-    uint8_t* mark = marks.as<uint8_t>();
-    memset(mark, 0, k);
-    for (int64_t t = 0; t < tokens; t++) {
-      const T* row = x + t * k;
-      absmax_.as<float>()[t] = threshold > 0 ? find_outliers(row, k, threshold, mark) : absmax_of(row, k);
+      : padded_(divide_up(k, kWidth) * kWidth),
+        q_(tokens * padded_),
+        absmax_(4 * tokens),
+        marks_(k),
+        count_(mark(x, tokens, k, threshold)),
+        columns_(8 * count_),
+        kept_(4 * tokens * count_),
+        outliers_{count_, columns_.as<int64_t>(), kept_.as<float>()} {
+    const int64_t count = count_;
+    for (int64_t i = 0, o = 0; o < count; i++) {
+      if (marks_.as<uint8_t>()[i]) columns_.as<int64_t>()[o++] = i;
     }
-    int64_t count = 0;
-    for (int64_t i = 0; i < k; i++) {
-      if (mark[i]) columns_.as<int64_t>()[count++] = i;
-    }
-    outliers_ = {count, columns_.as<int64_t>(), kept_.as<float>()};
     for (int64_t t = 0; t < tokens; t++) {
       int8_t* q = q_.as<int8_t>() + t * padded_;
       quantize_row(x + t * k, k, absmax(t), q);
@@ -172,8 +171,23 @@ class Tokens {
   const Outliers& outliers() const { return outliers_; }
 
  private:
+  // Finds absmax of the tokens, marks their outlier columns and counts those.
+  template <class T>
+  int64_t mark(const T* x, int64_t tokens, int64_t k, float threshold) {
+    uint8_t* marks = marks_.as<uint8_t>();
+    memset(marks, 0, k);
+    for (int64_t t = 0; t < tokens; t++, x += k) {
+      absmax_.as<float>()[t] = threshold > 0 ? find_outliers(x, k, threshold, marks) : absmax_of(x, k);
+    }
+    int64_t count = 0;
+    for (int64_t i = 0; i < k; i++) count += marks[i];
+    return count;
+  }
+
   int64_t padded_;
-  Scratch q_, absmax_, columns_, kept_;
+  Scratch q_, absmax_, marks_;
+  int64_t count_;
+  Scratch columns_, kept_;
   Outliers outliers_;
 };
 

@@ -67,12 +67,12 @@ QCLI_KERNEL(fold_absmax)
 (const float* absmax, int64_t count, int64_t half, double* folded, double* sum, int64_t* finite, int) {
   int64_t kept = 0;
   for (int64_t i = 0; i < half; i++) {
-    const bool good = i < count && std::isfinite(absmax[i]);
+    const bool good = i < count && __builtin_isfinite(absmax[i]);
     folded[i] = good ? double(absmax[i]) : 0.0;
     kept += good;
   }
   for (int64_t i = half; i < count; i++) {
-    const bool good = std::isfinite(absmax[i]);
+    const bool good = __builtin_isfinite(absmax[i]);
     folded[i - half] += good ? double(absmax[i]) : 0.0;
     kept += good;
   }

@@ -112,9 +112,7 @@ QCLI_INLINE float sum_lanes(F32x16 x) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
-QCLI_INLINE bool any_at_least(F32x16 x, float bound) {
-  return _mm512_cmp_ps_mask(_mm512_abs_ps(x.v), _mm512_set1_ps(bound), _CMP_GE_OQ) != 0;
-}
+QCLI_INLINE F32x16 magnitudes(F32x16 x) { return {_mm512_abs_ps(x.v)}; }
 
 #elif defined(__AVX2__)
 
@@ -245,11 +243,9 @@ QCLI_INLINE float sum_lanes(F32x16 x) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
-QCLI_INLINE bool any_at_least(F32x16 x, float bound) {
-  const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)), least = _mm256_set1_ps(bound);
-  const __m256 a = _mm256_cmp_ps(_mm256_and_ps(x.a, mask), least, _CMP_GE_OQ);
-  const __m256 b = _mm256_cmp_ps(_mm256_and_ps(x.b, mask), least, _CMP_GE_OQ);
-  return _mm256_movemask_ps(_mm256_or_ps(a, b)) != 0;
+QCLI_INLINE F32x16 magnitudes(F32x16 x) {
+  const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  return {_mm256_and_ps(x.a, mask), _mm256_and_ps(x.b, mask)};
 }
 
 #else
@@ -367,7 +363,7 @@ QCLI_INLINE F32x16 gather(const float* base, I32x16 index) {
 QCLI_INLINE I32x16 rounded(F32x16 x) {
   I32x16 r;
   // Beyond int32 as the vector instructions have it.
-  QCLI_LANES(i) r.v[i] = std::fabs(x.v[i]) < 0x1p31f ? int32_t(nearbyintf(x.v[i])) : INT32_MIN;
+  QCLI_LANES(i) r.v[i] = __builtin_fabsf(x.v[i]) < 0x1p31f ? int32_t(nearbyintf(x.v[i])) : INT32_MIN;
   return r;
 }
 QCLI_INLINE I32x16 as_ints(F32x16 x) {
@@ -396,11 +392,6 @@ QCLI_INLINE float sum_lanes(F32x16 x) {
     for (int i = 0; i < width; i++) x.v[i] += x.v[i + width];
   }
   return x.v[0];
-}
-QCLI_INLINE bool any_at_least(F32x16 x, float bound) {
-  bool found = false;
-  QCLI_LANES(i) found |= std::fabs(x.v[i]) >= bound;
-  return found;
 }
 
 #endif

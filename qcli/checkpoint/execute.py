@@ -36,17 +36,16 @@ def execute(plan: Plan, staging: Staging, device: torch.device, advance: Callabl
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with Pipeline(threads + 1) as pipeline:
-            for file in plan.source.files:
-                units = [u for u in plan.units if u.file == file and u.index not in staging.done]
-                if units:
-                    with plan.source.open(file) as fd:
-                        for unit in units:
-                            for task in UnitWork(plan, staging, device, tell, fd, unit).tasks():
-                                pipeline.submit(task)
-                        pipeline.drain()
-                    staging.sync()
-                plan.source.release(file)
+        for file in plan.source.files:
+            units = [u for u in plan.units if u.file == file and u.index not in staging.done]
+            if units:
+                # The file is closed once no thread reads from it, whatever ends this.
+                with plan.source.open(file) as fd, Pipeline(threads + 1) as pipeline:
+                    for unit in units:
+                        for task in UnitWork(plan, staging, device, tell, fd, unit).tasks():
+                            pipeline.submit(task)
+                staging.sync()
+            plan.source.release(file)
     finally:
         torch.set_num_threads(threads)
     staging.sync()
@@ -98,7 +97,8 @@ class UnitWork:
             work(start, count)
         with self.lock:
             self.left -= 1
-        if not self.left:
+            last = not self.left
+        if last:
             self._finish()
 
     def _grain(self) -> int:

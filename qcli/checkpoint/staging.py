@@ -43,6 +43,7 @@ class Staging:
         self._waiting: list[tuple[int, ErrorSums]] = []
         self._unsynced, self._synced_at = 0, time.monotonic()
         self._noting, self._syncing = threading.Lock(), threading.Lock()
+        self._failed: CheckpointError | None = None
 
     @property
     def downloads(self) -> Path:
@@ -171,6 +172,8 @@ class Staging:
         """Brings written data to the disk, then the journal entries that speak of it; unless, after another thread's sync
         has ended, it is needed no more."""
         with self._syncing:
+            if self._failed:  # data that a sync lost may not be lost a second time: nothing more is promised
+                raise self._failed
             if not still():
                 return
             with self._noting:  # others go on writing: what they add is the next sync's
@@ -184,10 +187,11 @@ class Staging:
                     lines = "".join(
                         json.dumps({"unit": index, **vars(errors)}, allow_nan=True) + "\n" for index, errors in waiting
                     )
-                    os.write(self._journal, lines.encode())
+                    _write_all(self._journal, lines.encode())
                     os.fdatasync(self._journal)
             except OSError as e:
-                raise self._full(e, _JOURNAL) from e
+                self._failed = self._full(e, _JOURNAL)
+                raise self._failed from e
             self.done.update(waiting)
             self._synced_at = time.monotonic()
 
@@ -230,6 +234,11 @@ class Staging:
                 kept,
             )
         return CheckpointError(f"cannot write {self.folder / file}: {error.strerror}", kept)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
 
 
 def exists_error(final: Path) -> CheckpointError:

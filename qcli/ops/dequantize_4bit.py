@@ -45,8 +45,8 @@ def expand(
     op, end = "dequantize_4bit", start + out.numel()
     if block_size < 2 or block_size % 2:
         raise ValueError(f"{op}: block_size is {block_size}, expected an even number")
-    packed = cpu.require(op, "packed", packed, torch.uint8, (end + 1) // 2)
-    absmax = cpu.require(op, "absmax", absmax, torch.float32, blocks(end, block_size))
+    packed = cpu.require(op, "packed", packed, torch.uint8, (end + 1) // 2, at_least=True)
+    absmax = cpu.require(op, "absmax", absmax, torch.float32, blocks(end, block_size), at_least=True)
     code = cpu.address(codebooks.CODEBOOKS[quant_type])
     _kernel(packed, absmax, block_size, code, start, out.numel(), cpu.dtype_code(op, out), out)
 

@@ -23,7 +23,7 @@ _kernel = cpu.kernel("dequantize_absmax", "pppfqp")
 
 def _cpu(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: float) -> torch.Tensor:
     op, count = "dequantize_absmax", codes.numel()
-    codes = cpu.require(op, "codes", codes, torch.uint8, 0)
+    codes = cpu.require(op, "codes", codes, torch.uint8, codes.numel())
     nested_absmax = cpu.require(op, "nested_absmax", nested_absmax, torch.float32, blocks(count, _quantize.GROUP_SIZE))
     absmax = _fake(codes, nested_absmax, offset)
     _kernel(codes, nested_absmax, cpu.address(codebooks.DYNAMIC_MAP), offset, count, absmax)

@@ -21,7 +21,7 @@ _kernel = cpu.kernel("dequantize_int8", "ppqqip")
 
 def _cpu(q: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     op, (rows, columns) = "dequantize_int8", q.shape
-    q = cpu.require(op, "q", q, torch.int8, 0)
+    q = cpu.require(op, "q", q, torch.int8, q.numel())
     absmax = cpu.require(op, "absmax", absmax.float(), torch.float32, rows)
     out = cpu.empty(q.shape, dtype)
     _kernel(q, absmax, rows, columns, cpu.dtype_code(op, out), out)

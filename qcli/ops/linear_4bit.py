@@ -65,8 +65,10 @@ class Prepared4bit:
             "pppppppqqqqfi",
             packed, *((absmax, None) if nested_absmax is None else (None, absmax)), nested_absmax, _MAP, _CODES[quant_type],
             bias, 0 if bias is None else cpu.dtype_code(op, bias, "bias"), block_size, out_features, in_features,
-            offset, compute_dtype != torch.float32,
+            offset, compute_dtype == torch.bfloat16,
         )  # fmt: skip
+
+        self.addresses = self._weight.addresses
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features]."""
@@ -79,6 +81,8 @@ class Prepared4bit:
 def _cpu(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype):
     in_features = x.shape[-1]
     weight = (packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype)
+    if not in_features:
+        return _reference(x, *weight)
     prepared = Prepared4bit(in_features, *weight)
     if x.numel() <= prepared.MOST_TOKENS * in_features:
         return prepared(x)

@@ -17,6 +17,7 @@ from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.quantize_int8 import quantize_int8
 from qcli.runtime import cpu
 
+_LONGEST = 1 << 17  # of a sum of products of int8 within int32
 _EXACT_IN_FLOAT32 = 1024  # products of int8 that float32 adds without rounding: 1024 * 128^2 = 2^24
 
 
@@ -80,6 +81,10 @@ class PreparedInt8:
         self, in_features: int, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float
     ):
         op, self.in_features, self.out_features = "linear_int8", in_features, weight.shape[0]
+        if in_features >= _LONGEST:
+            raise ValueError(
+                f"{op}: x has {in_features} columns, expected fewer than {_LONGEST}: int32 sums would overflow"
+            )
         weight = cpu.require(op, "weight", weight, torch.int8, self.out_features * in_features)
         scale = cpu.require(op, "scale", scale.float(), torch.float32, self.out_features)
         if bias is not None:
@@ -89,7 +94,7 @@ class PreparedInt8:
             weight, scale, bias, 0 if bias is None else cpu.dtype_code(op, bias, "bias"),
             self.out_features, self.in_features, threshold,
         )  # fmt: skip
-        self.address = self._weight.address
+        self.address, self.addresses = self._weight.address, self._weight.addresses
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features]."""
@@ -103,6 +108,8 @@ def _cpu(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float
 ) -> torch.Tensor:
     in_features = x.shape[-1]
+    if not in_features:
+        return _reference(x, weight, scale, bias, threshold)
     prepared = PreparedInt8(in_features, weight, scale, bias, threshold)
     if x.numel() <= prepared.MOST_TOKENS * in_features:
         return prepared(x)

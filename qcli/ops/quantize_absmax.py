@@ -44,7 +44,7 @@ _fold = cpu.kernel("fold_absmax", "pqqppp")
 
 
 def _folded(absmax: torch.Tensor) -> float:
-    absmax, count = cpu.require("mean_absmax", "absmax", absmax, torch.float32, 0), absmax.numel()
+    absmax, count = cpu.require("mean_absmax", "absmax", absmax, torch.float32, absmax.numel()), absmax.numel()
     half = max(1, (1 << (count - 1).bit_length()) // 2)
     scratch, total = torch.empty(half, dtype=torch.float64), torch.empty((), dtype=torch.float64)
     finite = torch.empty((), dtype=torch.int64)
@@ -74,7 +74,7 @@ _kernel = cpu.kernel("quantize_absmax", "pqfppp")
 
 
 def _cpu(absmax: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
-    absmax = cpu.require("quantize_absmax", "absmax", absmax, torch.float32, 0)
+    absmax = cpu.require("quantize_absmax", "absmax", absmax, torch.float32, absmax.numel())
     codes, nested_absmax = _fake(absmax, offset)
     _kernel(absmax, absmax.numel(), offset, cpu.address(codebooks.DYNAMIC_THRESHOLDS), codes, nested_absmax)
     return codes, nested_absmax

@@ -52,11 +52,14 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
         library = ctypes.CDLL(str(path()))
     except OSError as e:
         return None, f"cannot be loaded: {e}"
-    library.qcli_variants.restype = ctypes.c_char_p
-    library.qcli_prefer_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    library.qcli_prefer_huge_pages.restype = None
-    library.qcli_use_openmp.argtypes = [ctypes.c_void_p]
-    library.qcli_use_openmp(_torch_openmp())
+    try:
+        library.qcli_variants.restype = ctypes.c_char_p
+        library.qcli_prefer_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        library.qcli_prefer_huge_pages.restype = None
+        library.qcli_use_openmp.argtypes = [ctypes.c_void_p]
+        library.qcli_use_openmp(_torch_openmp())
+    except AttributeError:
+        return None, f"{path()} is not of this version of qcli"
     return library, None
 
 
@@ -95,7 +98,8 @@ def _chosen() -> str | None:
         return None
     if wanted not in known:
         raise UsageError(
-            f"the environment variable {CHOICE} is {wanted!r}",
+            f"the environment variable {CHOICE} is {wanted!r}"
+            + (f"; the CPU kernels: {problem()}" if problem() else ""),
             f"On this CPU: {', '.join([*known, REFERENCE])}; unset it for the best of them.",
         )
     return wanted
@@ -171,7 +175,8 @@ class Record:
     """
 
     def __init__(self, layout: str, *values: torch.Tensor | int | float | None):
-        self.tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        self._tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        self.addresses = {tensor.data_ptr() for tensor in self._tensors}
         numbers = [v.data_ptr() if isinstance(v, torch.Tensor) else v or 0 for v in values]
         self._bytes = ctypes.create_string_buffer(struct.pack(f"@{layout.replace('p', 'P')}", *numbers))
         self.address = ctypes.addressof(self._bytes)
@@ -179,7 +184,7 @@ class Record:
 
 def plain(x: torch.Tensor) -> bool:
     """Whether a kernel may be called without the op around it, whose dispatch costs as much as a small product: x lies on the
-    CPU, and nothing records what happens to it, be it autograd, a compiler or a tracer."""
+    CPU as it is, and nothing records or transforms what happens to it: no autograd, compiler, tracer, mode or profiler."""
     return (
         type(x) is torch.Tensor
         and x.is_cpu
@@ -188,6 +193,10 @@ def plain(x: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._autograd._profiler_enabled()
+        and not x.is_neg()
     )
 
 
@@ -203,11 +212,13 @@ def dtype_code(op: str, x: torch.Tensor, name: str = "x") -> int:
     return DTYPES[x.dtype]
 
 
-def require(op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int) -> torch.Tensor:
-    """The tensor, contiguous. Raises ValueError unless it lies on the CPU with that dtype and at least as many elements: a
-    kernel reads and writes where it is told to."""
+def require(
+    op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int, *, at_least: bool = False
+) -> torch.Tensor:
+    """The tensor, contiguous. Raises ValueError unless it lies on the CPU with that dtype and so many elements: a kernel
+    reads and writes where it is told to."""
     if not tensor.is_cpu:
         raise ValueError(f"{op}: {name} lies on {tensor.device}, expected cpu")
-    if tensor.dtype != dtype or tensor.numel() < numel:
+    if tensor.dtype != dtype or tensor.numel() < numel or (tensor.numel() != numel and not at_least):
         raise ValueError(f"{op}: {name} has {tensor.numel()} elements of {tensor.dtype}, expected {numel} of {dtype}")
     return tensor.contiguous()

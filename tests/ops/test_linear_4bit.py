@@ -119,6 +119,25 @@ def test_values_that_have_no_step_in_16_bits(value):
     assert ((y.double() - expected).abs() <= bound)[finite].all()
 
 
+@pytest.mark.parametrize("outlier", [20, 60, 100, 2e3, 1e6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_outlier_does_not_coarsen_its_neighbours(outlier, dtype):
+    """Where its own weights are zero, nothing of the outlier covers the rounding of the rest: root mean square, against the
+    rounding of the weight to the dtype."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(256, 512, generator=generator)
+    weight[:, 7] = 0
+    packed, absmax = quantize_4bit(weight, 64, "nf4")
+    weight = dequantize_4bit(packed, absmax, 64, "nf4", [256, 512], torch.float32).double()
+    x = torch.randn(1, 512, generator=generator)
+    x[:, 7] = min(outlier, 6e4)
+    x = x.to(dtype)
+    y = linear_4bit(x, packed, absmax, None, 0.0, None, 64, "nf4", 256, dtype).double()
+    exact, rounded = x.double() @ weight.t(), x.double() @ weight.to(dtype).double().t()
+    error, of_result = (rounded - exact).square().mean(), (exact.to(dtype).double() - exact).square().mean()
+    assert (y - exact).square().mean() <= 2 * (error + of_result)
+
+
 def test_many_panels(monkeypatch):
     monkeypatch.setattr(module, "_PANEL_BYTES", 10_000)
     generator = torch.Generator().manual_seed(1)

@@ -41,6 +41,13 @@ def test_a_library_that_cannot_be_loaded_leaves_the_reference(tmp_path):
     assert found.startswith("None cannot be loaded: ") and "broken.so" in found
 
 
+def test_a_library_of_another_version_leaves_the_reference():
+    import ctypes.util
+
+    found = chosen(QCLI_CPU_LIBRARY=ctypes.util.find_library("c"))
+    assert found.startswith("None ") and found.endswith("is not of this version of qcli")
+
+
 def test_a_name_that_is_no_variant(monkeypatch):
     monkeypatch.setenv("QCLI_CPU_ISA", "neon")
     with pytest.raises(UsageError) as e:
@@ -69,6 +76,9 @@ def test_using_ends_with_what_was_before():
 def test_tensors_are_checked_before_a_kernel_sees_them():
     with pytest.raises(ValueError, match="op: x has 3 elements of torch.float32, expected 4 of torch.float32"):
         cpu.require("op", "x", torch.ones(3), torch.float32, 4)
+    with pytest.raises(ValueError, match="has 5 elements of torch.float32, expected 4"):
+        cpu.require("op", "x", torch.ones(5), torch.float32, 4)
+    assert cpu.require("op", "x", torch.ones(5), torch.float32, 4, at_least=True).numel() == 5
     with pytest.raises(ValueError, match="expected 1 of torch.uint8"):
         cpu.require("op", "x", torch.ones(3), torch.uint8, 1)
     with pytest.raises(TypeError, match="op: x is torch.int64"):
