@@ -50,7 +50,7 @@ def machine() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "last_level_cache_bytes": cpu.last_level_cache(),
         "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.machine()}",
         **packages,
     }
 
