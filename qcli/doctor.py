@@ -39,7 +39,12 @@ def _cpu() -> list[Finding]:
     kernels = Finding("CPU kernels", f"{cpu.variant()} (of {', '.join(cpu.variants())})")
     if cpu.problem():
         again = "qcli again: pip install --force-reinstall --no-deps ."
-        advice = f"install {again}" if cpu.path() else f"install g++ or clang++ (apt install g++) and then {again}"
+        if os.environ.get(cpu.OTHER):
+            advice = f"unset {cpu.OTHER}"
+        elif cpu.path():
+            advice = f"install {again}"
+        else:
+            advice = f"install g++ or clang++ (apt install g++) and then {again}"
         kernels = Finding("CPU kernels", f"{cpu.problem()}; plain torch serves, many times slower", advice)
     elif cpu.variant() is None:
         kernels = Finding("CPU kernels", f"off: {cpu.CHOICE}={cpu.REFERENCE}", f"unset {cpu.CHOICE}")

@@ -24,9 +24,18 @@ def test_the_table_and_what_to_do_about_a_choice(cli):
         assert "off: QCLI_CPU_ISA=reference" in done.stdout and "CPU kernels: unset QCLI_CPU_ISA" in done.stdout
 
 
-def test_without_a_compiler(cli, tmp_path):
+def test_a_library_that_is_not_there(cli, tmp_path):
     done = cli("doctor", env={"QCLI_CPU_LIBRARY": str(tmp_path / "none.so")})
-    assert "plain torch serves" in done.stdout and "apt install g++" in done.stdout
+    assert "plain torch serves" in done.stdout and "CPU kernels: unset QCLI_CPU_LIBRARY" in done.stdout
+
+
+@pytest.mark.parametrize("there, advice", [(None, "apt install g++"), ("libqcli_cpu.so", "install qcli again")])
+def test_without_a_compiler(there, advice, monkeypatch):
+    monkeypatch.setattr(cpu, "problem", lambda: "not built")
+    monkeypatch.setattr(cpu, "path", lambda: there)
+    monkeypatch.delenv("QCLI_CPU_LIBRARY", raising=False)
+    found = {entry.name: entry for entry in doctor._cpu()}["CPU kernels"]
+    assert "plain torch serves" in found.value and advice in found.advice
 
 
 def test_an_unknown_variant_is_a_sentence(cli):

@@ -20,6 +20,7 @@ import torch
 from qcli.errors import UsageError
 
 LIBRARY = "libqcli_cpu.so"
+OTHER = "QCLI_CPU_LIBRARY"
 CHOICE = "QCLI_CPU_ISA"
 REFERENCE = "reference"
 
@@ -34,8 +35,8 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_int64, "f": cty
 @cache
 def path() -> Path | None:
     """The compiled library, None where the package was installed without a compiler. QCLI_CPU_LIBRARY names another."""
-    if os.environ.get("QCLI_CPU_LIBRARY"):
-        return Path(os.environ["QCLI_CPU_LIBRARY"])
+    if os.environ.get(OTHER):
+        return Path(os.environ[OTHER])
     import qcli
 
     # An editable install keeps compiled files apart from the sources: the package then has two folders.
