@@ -112,7 +112,7 @@ def generate(row, folder: Path, other: dict | None) -> list:
     transformers.logging.disable_progress_bar()
     has_fused = bnb.nn.modules.has_avx512bf16()
     source, rows = small_checkpoint(folder), []
-    found = {}
+    found, bandwidths = {}, []
     for name, bits in (("NF4", 4), ("LLM.int8()", 8)):
         output = folder / f"1.1b-{bits}"
         if not output.exists():
@@ -122,15 +122,15 @@ def generate(row, folder: Path, other: dict | None) -> list:
         if bits == 4:
             streamed = streamed_bytes(model)
         del model
-    with torch.inference_mode():
-        bandwidth = read_bandwidth()
+        bandwidths.append(read_bandwidth())
     for name, bits in (("NF4", 4), ("LLM.int8()", 8)):
         found[f"{name} bitsandbytes"] = bitsandbytes_speed(
             folder / f"1.1b-{bits}", fused=False, new=3 if bits == 4 else 16
         )
     if has_fused:
         found["NF4 bitsandbytes fused"] = bitsandbytes_speed(folder / "1.1b-4", fused=True, new=NEW)
-    limit = bandwidth / streamed
+    # The best of several moments: a slow one would flatter.
+    limit = max(*bandwidths, read_bandwidth()) / streamed
     ours = found["NF4"]["decode"]
     decoded = row(
         "generate NF4, decode", {"limit": limit, **_column(found, "NF4", "decode"), **_theirs(other, "decode")}

@@ -41,7 +41,8 @@ def read_bandwidth() -> float:
     """Bytes per second at which nn.Linear in float32 reads its weight for one token."""
     weight, x = torch.randn(N, K), torch.randn(1, K)
     full = copies(lambda: weight.clone(), 4 * WEIGHTS)
-    return 4 * WEIGHTS / alternate({"": lambda: torch.nn.functional.linear(x, full())}, 30)[""]
+    with torch.inference_mode():
+        return 4 * WEIGHTS / alternate({"": lambda: torch.nn.functional.linear(x, full())}, 30)[""]
 
 
 def quantize_rows(row):
