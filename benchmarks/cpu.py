@@ -90,7 +90,7 @@ def main() -> None:
         if "generate" in parts:
             import cpu_models
 
-            other = llama_cpp(options.llama_cpp, cpu_models.small_checkpoint(folder)) if options.llama_cpp else None
+            other = llama_cpp(options.llama_cpp, cpu_models.checkpoint(folder, "1.1b")) if options.llama_cpp else None
             rows, result["llama_cpp"] = cpu_models.generate(Row, folder, other), other
             result["rows"] += [asdict(row) for row in rows]
             show(rows, "tokens per second")

@@ -23,43 +23,24 @@ from qcli.quantization import make_plan, run_plan
 PROMPT, NEW = 128, 48
 
 
-def large_checkpoint(folder: Path) -> Path:
-    """8 GB of bfloat16: layers of an 8B Llama."""
-    path = folder / "8gb"
-    if not path.exists():
-        make_checkpoint(
-            path,
-            layers=17,
-            hidden=4096,
-            intermediate=14336,
-            vocabulary=32000,
-            heads=32,
-            kv_heads=8,
-            shard_size=5 * 10**9,
-        )
-    return path
+SHAPES = {
+    # 8 GB of bfloat16: layers of an 8B Llama.
+    "8gb": {"layers": 17, "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8},
+    "1.1b": {"layers": 22, "hidden": 2048, "intermediate": 5632, "heads": 32, "kv_heads": 4},
+}
 
 
-def small_checkpoint(folder: Path) -> Path:
-    """A 1.1B Llama: 22 layers, 2048 wide, MLP 5632, 4 of 32 heads for keys and values."""
-    path = folder / "1.1b"
+def checkpoint(folder: Path, name: str) -> Path:
+    """A Llama of random weights, made where it lacks."""
+    path = folder / name
     if not path.exists():
-        make_checkpoint(
-            path,
-            layers=22,
-            hidden=2048,
-            intermediate=5632,
-            vocabulary=32000,
-            heads=32,
-            kv_heads=4,
-            shard_size=5 * 10**9,
-        )
+        make_checkpoint(path, vocabulary=32000, shard_size=5 * 10**9, **SHAPES[name])
     return path
 
 
 def quantize(row, folder: Path) -> list:
     """`qcli quantize` against reading the source once and writing the output once, with as many syncs."""
-    source, output, rows = large_checkpoint(folder), folder / "out", []
+    source, output, rows = checkpoint(folder, "8gb"), folder / "out", []
     files = sorted(source.glob("*.safetensors"))
     for bits in (4, 8):
         shutil.rmtree(output, ignore_errors=True)
@@ -111,7 +92,7 @@ def generate(row, folder: Path, other: dict | None) -> list:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     has_fused = bnb.nn.modules.has_avx512bf16()
-    source, rows = small_checkpoint(folder), []
+    source, rows = checkpoint(folder, "1.1b"), []
     found, bandwidths = {}, []
     for name, bits in (("NF4", 4), ("LLM.int8()", 8)):
         output = folder / f"1.1b-{bits}"

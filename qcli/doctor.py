@@ -48,10 +48,8 @@ def _cpu() -> list[Finding]:
         kernels = Finding("CPU kernels", f"{cpu.problem()}; plain torch serves, many times slower", advice)
     elif cpu.variant() is None:
         kernels = Finding("CPU kernels", f"off: {cpu.CHOICE}={cpu.REFERENCE}", f"unset {cpu.CHOICE}")
-    threads, cores = (
-        torch.get_num_threads(),
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    )
+    threads = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return [
         Finding("CPU", f"{cpu_name()}, {cores} cores"),

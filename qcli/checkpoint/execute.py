@@ -65,14 +65,8 @@ class UnitWork:
         fd: int,
         unit: Unit,
     ):
-        self.plan, self.staging, self.device, self.advance, self.fd, self.unit = (
-            plan,
-            staging,
-            device,
-            advance,
-            fd,
-            unit,
-        )
+        self.plan, self.staging, self.device = plan, staging, device
+        self.advance, self.fd, self.unit = advance, fd, unit
         self.lock = threading.Lock()
         self.nonfinite = self.overflowed = 0
         self.places = {o.name: o.start for o in unit.outputs}

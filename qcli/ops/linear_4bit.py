@@ -33,7 +33,7 @@ _MAP = cpu.address(codebooks.DYNAMIC_MAP)
 
 
 class Prepared4bit:
-    """A weight checked and laid out for the CPU kernel of a few tokens. Takes the op's arguments, and raises as it does."""
+    """A weight checked and laid out for the CPU kernel of a few tokens. Takes what the op takes after x, and raises as it does."""
 
     MOST_TOKENS = 16  # beyond it panels are faster
 

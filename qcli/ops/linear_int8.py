@@ -73,7 +73,7 @@ _epilogue = cpu.kernel("linear_int8_epilogue", "ppqpqppip")
 
 
 class PreparedInt8:
-    """A weight checked and laid out for the CPU kernels. Takes the op's arguments, and raises as it does."""
+    """A weight checked and laid out for the CPU kernels. Takes what the op takes after x, and raises as it does."""
 
     MOST_TOKENS = 16  # up to so many the weight is streamed once, and torch's product is the slower one
 
