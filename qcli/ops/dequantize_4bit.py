@@ -8,7 +8,7 @@ from qcli import codebooks
 from qcli.ops import quantize_4bit as _quantize
 from qcli.ops._library import blocks, define
 from qcli.packing import unpack_4bit
-from qcli.runtime import cpu
+from qcli.runtime import cpu, cuda
 
 
 def _reference(
@@ -59,12 +59,34 @@ def _cpu(
     return out
 
 
+_kernel_cuda = cuda.kernel("dequantize_4bit", "ppqitp")
+
+
+def _cuda(
+    packed: torch.Tensor, absmax: torch.Tensor, block_size: int, quant_type: str, shape: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    op, count = "dequantize_4bit", prod(shape)
+    if block_size < 2 or block_size % 2:
+        raise ValueError(f"{op}: block_size is {block_size}, expected an even number")
+    out = packed.new_empty(shape, dtype=dtype)
+    packed = cuda.require(op, "packed", packed, torch.uint8, (count + 1) // 2, out.device)
+    absmax = cuda.require(op, "absmax", absmax, torch.float32, blocks(count, block_size), out.device)
+    if count:
+        grid = min(blocks(count, 8 * 256 * 4), 32 * cuda.multiprocessors(out))
+        _kernel_cuda(
+            (f"DTYPE={cuda.type_name(op, out, 'dtype')}", f"BLOCK_SIZE={block_size}"), (grid,), 256, 0,
+            packed, absmax, count, block_size, codebooks.CODEBOOKS[quant_type].tobytes(), out,
+        )  # fmt: skip
+    return out
+
+
 _op = define(
     "dequantize_4bit(Tensor packed, Tensor absmax, int block_size, str quant_type, SymInt[] shape, ScalarType dtype) "
     "-> Tensor",
     _reference,
     _fake,
     _cpu,
+    _cuda,
 )
 
 

@@ -18,7 +18,7 @@ import torch
 from qcli import codebooks
 from qcli.ops._library import blocks, define
 from qcli.packing import pack_4bit
-from qcli.runtime import cpu
+from qcli.runtime import cpu, cuda
 
 _SMALLEST_RECIPROCAL = 1e-38
 _CELLS = 1024
@@ -102,7 +102,49 @@ def _cpu(x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.Tenso
     return packed, absmax
 
 
-_op = define("quantize_4bit(Tensor x, int block_size, str quant_type) -> (Tensor, Tensor)", _reference, _fake, _cpu)
+_kernel_cuda = cuda.kernel("quantize_4bit", "pqitipp")
+
+
+def _warp_table(quant_type: str) -> bytes:
+    """The kernel's 32 cells: 16 of |v| for v >= 0, then 16 for v < 0. Per cell the threshold in it (infinity where there is
+    none), and the code up to it plus 16 times the code above it."""
+    thresholds, order = codebooks.THRESHOLDS[quant_type], codebooks.ORDER[quant_type]
+    inside, codes = np.full(32, np.inf, dtype=np.float32), np.zeros(32, dtype=np.uint32)
+    for cell in range(32):
+        near, far = np.float32(cell % 16 / 16), np.float32((cell % 16 + 1) / 16)
+        low, high = (near, far) if cell < 16 else (-far, -near)
+        # What some v of the cell exceeds and another does not; below zero the cell ends before its upper edge.
+        last = np.nextafter(high, np.float32(-np.inf))
+        (found,) = np.nonzero((thresholds >= low) & (thresholds < last))
+        assert len(found) <= 1
+        rank = np.count_nonzero(thresholds < low)
+        if len(found):
+            inside[cell] = thresholds[found[0]]
+        codes[cell] = order[rank] | order[rank + len(found)] << 4
+    return inside.tobytes() + codes.tobytes()
+
+
+_WARP_TABLES = {quant_type: _warp_table(quant_type) for quant_type in codebooks.THRESHOLDS}
+
+
+def _cuda(x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if block_size < 2 or block_size % 2:
+        raise ValueError(f"quantize_4bit: block_size is {block_size}, expected an even number")
+    x, dtype = cuda.aligned(x), cuda.type_name("quantize_4bit", x)
+    packed, absmax = _fake(x, block_size, quant_type)
+    if x.numel():
+        warps = max(blocks(x.numel(), 256), absmax.numel() if block_size > 256 else 1)
+        grid = min(blocks(warps, 8), 64 * cuda.multiprocessors(x))
+        _kernel_cuda(
+            (f"DTYPE={dtype}", f"BLOCK_SIZE={block_size}"), (grid,), 256, 0,
+            x, x.numel(), block_size, _WARP_TABLES[quant_type], codebooks.ZERO_CODE[quant_type], packed, absmax,
+        )  # fmt: skip
+    return packed, absmax
+
+
+_op = define(
+    "quantize_4bit(Tensor x, int block_size, str quant_type) -> (Tensor, Tensor)", _reference, _fake, _cpu, _cuda
+)
 
 
 def quantize_4bit(x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:

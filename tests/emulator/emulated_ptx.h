@@ -1,0 +1,2 @@
+// The twins of kernels/cuda/ptx.cuh.
+#pragma once
