@@ -8,7 +8,7 @@ from qcli.ops.dequantize_4bit import dequantize_4bit, expand
 from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import GROUP_SIZE, mean_absmax, quantize_absmax
-from qcli.runtime import cpu
+from qcli.runtime import cpu, cuda
 
 
 def _reference(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype):
@@ -110,12 +110,53 @@ def _by_panels(x, packed, absmax, bias, block_size, quant_type, y):
         y[:, start : start + step] = torch.nn.functional.linear(x, part, some)
 
 
+_FEW = 8  # tokens: what one tensor-core product takes
+
+_few_cuda = cuda.kernel("linear_4bit", "pipppfpqittp")
+_CODE_BYTES = {quant_type: code.tobytes() for quant_type, code in codebooks.CODEBOOKS.items()}
+_MAP_BYTES = codebooks.DYNAMIC_MAP.tobytes()
+
+
+def _cuda(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype):
+    op, device, in_features = "linear_4bit", x.device, x.shape[-1]
+    tokens = x.numel() // in_features if in_features else 0
+    fused = compute_dtype == torch.float16 or compute_dtype == torch.bfloat16 and cuda.capability(x) >= (8, 0)
+    if not fused or not 0 < tokens <= _FEW or block_size % 32 or in_features % block_size or not out_features:
+        return _reference(
+            x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype
+        )
+    count = out_features * in_features // block_size
+    packed = cuda.require(op, "packed", packed, torch.uint8, (out_features * in_features + 1) // 2, device)
+    nested = nested_absmax is not None
+    absmax = cuda.require(op, "absmax", absmax, torch.uint8 if nested else torch.float32, count, device)
+    if nested:
+        nested_absmax = cuda.require(
+            op, "nested_absmax", nested_absmax, torch.float32, blocks(count, GROUP_SIZE), device
+        )
+    if bias is not None:
+        bias = cuda.require(op, "bias", bias.to(compute_dtype), compute_dtype, out_features, device)
+    rows = cuda.aligned(x.reshape(-1, in_features).to(compute_dtype))
+    y = rows.new_empty((tokens, out_features))
+    tiles = blocks(out_features, 16)
+    # As many rounds as two blocks a multiprocessor need, and no more blocks than fill them.
+    rounds = blocks(tiles, 2 * cuda.multiprocessors(x))
+    _few_cuda(
+        (f"DTYPE={cuda.TYPES[compute_dtype]}", f"BLOCK_SIZE={block_size}", f"NESTED={int(nested)}",
+            f"FULL={int(in_features % (128 if block_size % 64 else 256) == 0)}"),
+        (blocks(tiles, rounds),), 256, 32768 + 8192 + 1024,
+        rows, tokens, packed, absmax, nested_absmax if nested else 0, offset, 0 if bias is None else bias, out_features,
+        in_features, _CODE_BYTES[quant_type], _MAP_BYTES, y,
+    )  # fmt: skip
+    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
 _op = define(
     "linear_4bit(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, float offset, Tensor? bias, "
     "int block_size, str quant_type, int out_features, ScalarType compute_dtype) -> Tensor",
     _reference,
     _fake,
     _cpu,
+    _cuda,
 )
 
 
