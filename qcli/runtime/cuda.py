@@ -34,6 +34,9 @@ class Backend(Protocol):
     def capability(self, device: torch.device) -> tuple[int, int]:
         """Its compute capability."""
 
+    def shared_memory(self, device: torch.device) -> int:
+        """Bytes of shared memory of a multiprocessor."""
+
 
 _backend: Backend | None = None
 
@@ -62,6 +65,11 @@ def multiprocessors(x: torch.Tensor) -> int:
 def capability(x: torch.Tensor) -> tuple[int, int]:
     """Compute capability of x's device."""
     return _backend.capability(x.device)
+
+
+def shared_memory(x: torch.Tensor) -> int:
+    """Bytes of shared memory of a multiprocessor of x's device."""
+    return _backend.shared_memory(x.device)
 
 
 def kernel(source: str, signature: str, entry: str | None = None) -> Callable[..., None]:

@@ -68,6 +68,9 @@ class Emulator:
     def capability(self, device: torch.device) -> tuple[int, int]:
         return 9, 0
 
+    def shared_memory(self, device: torch.device) -> int:
+        return 228 << 10
+
     def function(self, source: str, entry: str, constants: tuple[str, ...], device: torch.device):
         function = getattr(self._library(source, constants), f"emulate_{entry}")
         function.restype = ctypes.c_char_p
