@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+import numpy as np
 import torch
 
 # As kernels/cuda/common.cuh knows them.
@@ -107,6 +108,17 @@ def kernel(source: str, signature: str, entry: str | None = None) -> Callable[..
         backend.launch(function, (*grid, 1, 1)[:3], (threads, 1, 1), shared, packed, device)
 
     return launch
+
+
+_tables: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+
+def table(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A table of codebooks.py on the device, copied there once."""
+    key = (id(values), device)
+    if key not in _tables:
+        _tables[key] = torch.from_numpy(values).to(device)
+    return _tables[key]
 
 
 def type_name(op: str, x: torch.Tensor, name: str = "x") -> str:
