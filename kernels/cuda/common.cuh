@@ -122,6 +122,16 @@ __device__ inline void store8<float>(float* to, const float (&from)[8]) {
   }
 }
 
+// Four values to an address that is a multiple of four of them.
+template <class T>
+__device__ inline void store4(T* to, const float (&from)[4]) {
+  __stcs(reinterpret_cast<uint2*>(to), make_uint2(pack2<T>(from[0], from[1]), pack2<T>(from[2], from[3])));
+}
+template <>
+__device__ inline void store4<float>(float* to, const float (&from)[4]) {
+  __stcs(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
+}
+
 // |x| as an integer: of non-negative floats the order is the same, and a NaN is above infinity, so that a maximum keeps it.
 __device__ inline uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 

@@ -11,9 +11,8 @@
 //
 // Rounding follows the reference bit by bit: the reciprocal is rounded, then its product with 127, and rows below 1e-30, whose
 // reciprocal would overflow, are scaled by 2^100 first. A row with NaN or infinity has that as its absmax, and q 0.
-#include "common.cuh"
+#include "linear_int8.cuh"
 
-using Scalar = DTYPE;
 constexpr int THREADS = 256;
 
 KERNEL void __launch_bounds__(THREADS)
@@ -37,19 +36,6 @@ KERNEL void __launch_bounds__(THREADS)
       }
     }
   }
-}
-
-struct RowScale {
-  float boost, scale;
-};
-
-__device__ inline RowScale row_scale(float absmax) {
-  const float boost = absmax < 1e-30f ? 1.2676506002282294e30f : 1.0f;
-  return {boost, absmax > 0.0f ? __fmul_rn(__frcp_rn(__fmul_rn(absmax, boost)), 127.0f) : 0.0f};
-}
-
-__device__ inline int quantized(float value, const RowScale& s) {
-  return __float2int_rn(__fmul_rn(__fmul_rn(value, s.boost), s.scale));  // a NaN gives 0
 }
 
 KERNEL void __launch_bounds__(THREADS)
