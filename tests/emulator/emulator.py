@@ -53,6 +53,7 @@ class Emulator:
 
     def __init__(self, folder: Path, *, sanitize: bool = False, sources: Path = KERNELS):
         self.folder, self.sources, self.order = folder, sources, "forward"
+        self.of = 9, 0  # the compute capability that host code is told
         self.flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-frounding-math"]
         self.flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-variable"]
         self.flags += ["-DQCLI_EMULATOR", "-I", str(HERE), "-I", str(KERNELS), "-isystem", str(cuda_headers())]
@@ -66,7 +67,7 @@ class Emulator:
         return 2  # few, so that blocks take several turns
 
     def capability(self, device: torch.device) -> tuple[int, int]:
-        return 9, 0
+        return self.of
 
     def shared_memory(self, device: torch.device) -> int:
         return 228 << 10
