@@ -7,6 +7,7 @@
 // activation_stats: a thread follows a channel down a slice of the rows, so a warp reads whole lines; sums are float64.
 // merge_stats: a thread merges a channel's slices, in their order, so that the result does not depend on who came first.
 // Bytes moved: sizeof(DTYPE) per element. A channel with a NaN has NaN as minimum, maximum and sums.
+// prebuilt: DTYPE={float,__half,__nv_bfloat16}
 #include "common.cuh"
 
 using Scalar = DTYPE;
