@@ -22,20 +22,35 @@ constexpr int THREADS = 256;
 constexpr int SUMS_PITCH = ROWS + 4;
 constexpr int GROUPS = TOKENS / 8;
 
-__device__ inline void begin_turn(unsigned char* stage, const Scalar* x, int tokens, const uint8_t* packed, long long first_row,
-                                  long long rows, int columns, int turn) {
-  constexpr int CODES_PIECES = COLUMNS / 32, X_PIECES = COLUMNS / 8;  // of 16 bytes in a row
-  for (int i = threadIdx.x; i < ROWS * CODES_PIECES; i += THREADS) {
-    const int row = i / CODES_PIECES, piece = i % CODES_PIECES, column = turn * COLUMNS + piece * 32;
-    const bool valid = column < columns;
-    const uint8_t* from = packed + min(first_row + row, rows - 1) * (columns / 2) + (valid ? column / 2 : 0);
-    copy_async(stage + row * CODES_PITCH + piece * 16, from, valid);
+// What a thread copies of each turn: the same 16 bytes of a row of W, and of the row 32 further, and so for x.
+struct Source {
+  const uint8_t* packed;  // the block's first row
+  const Scalar* x;
+  uint32_t code, value;         // offsets of the thread's first 16 bytes: in bytes, in values
+  uint32_t code_row, value_row; // the thread's first rows
+  uint32_t rows, tokens;        // that there are
+};
+
+constexpr int CODES_PIECES = COLUMNS / 32, X_PIECES = COLUMNS / 8;  // of 16 bytes in a row of a turn
+constexpr int CODES_STEP = THREADS / CODES_PIECES, X_STEP = THREADS / X_PIECES;
+
+__device__ inline void begin_turn(unsigned char* stage, const Source& from, int columns, int turn) {
+  const uint32_t code_piece = threadIdx.x % CODES_PIECES, x_piece = threadIdx.x % X_PIECES;
+  const bool code_valid = turn * COLUMNS + int(code_piece) * 32 < columns;
+  const bool x_valid = turn * COLUMNS + int(x_piece) * 8 < columns;
+  uint32_t offset = from.code + turn * (COLUMNS / 2);
+#pragma unroll
+  for (int i = 0; i < ROWS / CODES_STEP; ++i, offset += CODES_STEP * (columns / 2)) {
+    const uint32_t row = from.code_row + i * CODES_STEP;
+    const bool valid = code_valid && row < from.rows;
+    copy_async(stage + row * CODES_PITCH + code_piece * 16, valid ? from.packed + offset : from.packed, valid);
   }
-  for (int i = threadIdx.x; i < TOKENS * X_PIECES; i += THREADS) {
-    const int token = i / X_PIECES, piece = i % X_PIECES, column = turn * COLUMNS + piece * 8;
-    const bool valid = token < tokens && (column < columns);
-    const Scalar* from = x + (valid ? (long long)token * columns + column : 0);
-    copy_async(stage + CODES_BYTES + token * X_PITCH + piece * 16, from, valid);
+  offset = from.value + turn * COLUMNS;
+#pragma unroll
+  for (int i = 0; i < TOKENS / X_STEP; ++i, offset += X_STEP * columns) {
+    const uint32_t token = from.value_row + i * X_STEP;
+    const bool valid = x_valid && token < from.tokens;
+    copy_async(stage + CODES_BYTES + token * X_PITCH + x_piece * 16, valid ? from.x + offset : from.x, valid);
   }
 }
 
@@ -56,9 +71,16 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
   const uint32_t mine = shared_address(table + lane);
   const Scales scales = {absmax, nested, offset};
 
+  Source source = {packed + first_row * (columns / 2), x};
+  source.code_row = threadIdx.x / CODES_PIECES;
+  source.value_row = threadIdx.x / X_PIECES;
+  source.code = source.code_row * (columns / 2) + threadIdx.x % CODES_PIECES * 16;
+  source.value = source.value_row * columns + threadIdx.x % X_PIECES * 8;
+  source.rows = uint32_t(min(rows - first_row, (long long)ROWS));
+  source.tokens = uint32_t(tokens);
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) {
-    if (s < turns) begin_turn(stages + s * STAGE_BYTES, x, tokens, packed, first_row, rows, columns, s);
+    if (s < turns) begin_turn(stages + s * STAGE_BYTES, source, columns, s);
     commit_copies();
   }
   fill_table(table, codebook);
@@ -84,7 +106,7 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     wait_for_copies<STAGES - 2>();
     __syncthreads();  // this turn is there, and all have left the one before
     const int ahead = turn + STAGES - 1;
-    if (ahead < turns) begin_turn(stages + ahead % STAGES * STAGE_BYTES, x, tokens, packed, first_row, rows, columns, ahead);
+    if (ahead < turns) begin_turn(stages + ahead % STAGES * STAGE_BYTES, source, columns, ahead);
     commit_copies();
     const unsigned char* stage = stages + turn % STAGES * STAGE_BYTES;
     float scale[4];

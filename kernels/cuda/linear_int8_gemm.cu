@@ -23,17 +23,22 @@ constexpr int KEPT_PITCH = KEPT + 8;  // values, so that eight rows meet differe
 // Where 16 bytes of a stage's row lie.
 __device__ inline int place(int row, int piece) { return row * DEPTH + 16 * (piece ^ (row / 2 & 3)); }
 
-__device__ inline void begin_stage(unsigned char* stage, const int8_t* q, const int8_t* weight, long long first_token,
-                                   long long first_row, long long tokens, long long rows, int columns, int column) {
-  constexpr int PIECES = DEPTH / 16;
+// The block's part of x or W: 128 rows, of which `rows` are there.
+struct Part {
+  const int8_t* first;
+  uint32_t rows;
+};
+
+constexpr int PIECES = DEPTH / 16, STEP = THREADS / PIECES;  // of 16 bytes in a stage's row; rows between those of a thread
+
+__device__ inline void begin_stage(unsigned char* stage, const Part& part, uint32_t columns, uint32_t column) {
+  const uint32_t piece = threadIdx.x % PIECES, first = threadIdx.x / PIECES;
+  const bool inside = column + 16 * piece < columns;
 #pragma unroll
-  for (int i = 0; i < (TILE_M + TILE_N) * PIECES / THREADS; ++i) {
-    const int index = i * THREADS + threadIdx.x, row = index / PIECES, piece = index % PIECES;
-    const bool of_x = row < TILE_M;
-    const long long number = of_x ? first_token + row : first_row + row - TILE_M;
-    const bool valid = number < (of_x ? tokens : rows) && column + 16 * piece < columns;
-    const int8_t* from = (of_x ? q : weight) + (valid ? number * columns + column + 16 * piece : 0);
-    copy_async(stage + place(row, piece), from, valid);
+  for (int i = 0; i < TILE_M / STEP; ++i) {
+    const uint32_t row = first + i * STEP;
+    const bool valid = inside && row < part.rows;
+    copy_async(stage + place(row, piece), part.first + (valid ? row * columns + column + 16 * piece : 0), valid);
   }
 }
 
@@ -41,18 +46,24 @@ KERNEL void __launch_bounds__(THREADS, 2)
     linear_int8_gemm(const int8_t* __restrict__ q, const float* __restrict__ x_absmax, const int8_t* __restrict__ weight,
                      const float* __restrict__ scale, const Scalar* __restrict__ x, const int* __restrict__ list,
                      const int* __restrict__ count, const Bias* __restrict__ bias, long long tokens, long long rows,
-                     int columns, Scalar* __restrict__ y) {
+                     uint32_t columns, Scalar* __restrict__ y) {
   DYNAMIC_SHARED(unsigned char, stages);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int warp_m = warp % 2 * WARP_M, warp_n = warp / 2 * WARP_N;
   const long long first_token = (long long)blockIdx.x * TILE_M, first_row = (long long)blockIdx.y * TILE_N;
-  const int turns = (columns + DEPTH - 1) / DEPTH;
+  const int turns = int((columns + DEPTH - 1) / DEPTH);
 
+  static_assert(TILE_M == TILE_N, "both parts are copied alike");
+  const Part of_x = {q + first_token * columns, uint32_t(min(tokens - first_token, (long long)TILE_M))};
+  const Part of_w = {weight + first_row * columns, uint32_t(min(rows - first_row, (long long)TILE_N))};
+  auto begin = [&](int turn) {
+    unsigned char* stage = stages + turn % STAGES * STAGE_BYTES;
+    begin_stage(stage, of_x, columns, turn * DEPTH);
+    begin_stage(stage + TILE_M * DEPTH, of_w, columns, turn * DEPTH);
+  };
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) {
-    if (s < turns) {
-      begin_stage(stages + s * STAGE_BYTES, q, weight, first_token, first_row, tokens, rows, columns, s * DEPTH);
-    }
+    if (s < turns) begin(s);
     commit_copies();
   }
   int sum[WARP_M / 16][WARP_N / 8][4] = {};
@@ -60,10 +71,7 @@ KERNEL void __launch_bounds__(THREADS, 2)
     wait_for_copies<STAGES - 2>();
     __syncthreads();  // this stage is there, and all have left the one before
     const int ahead = turn + STAGES - 1;
-    if (ahead < turns) {
-      begin_stage(stages + ahead % STAGES * STAGE_BYTES, q, weight, first_token, first_row, tokens, rows, columns,
-                  ahead * DEPTH);
-    }
+    if (ahead < turns) begin(ahead);
     commit_copies();
     const unsigned char* stage = stages + turn % STAGES * STAGE_BYTES;
 #pragma unroll
@@ -107,19 +115,18 @@ KERNEL void __launch_bounds__(THREADS, 2)
   wait_for_copies<0>();
   Scalar* x_kept = reinterpret_cast<Scalar*>(stages);    // [TILE_M][KEPT_PITCH]
   Scalar* w_kept = x_kept + TILE_M * KEPT_PITCH;         // [TILE_N][KEPT_PITCH]
-  const int outliers = count ? *count : 0;
-  for (int first = 0; first < outliers; first += KEPT) {
+  const uint32_t outliers = count ? *count : 0;
+  for (uint32_t first = 0; first < outliers; first += KEPT) {
     __syncthreads();  // the stages, or the columns before, have been read
-    for (int i = threadIdx.x; i < (TILE_M + TILE_N) * KEPT; i += THREADS) {
-      const int row = i / KEPT, j = first + i % KEPT;
-      const bool of_x = row < TILE_M;
-      const long long number = of_x ? first_token + row : first_row + row - TILE_M;
-      Scalar value = from_float<Scalar>(0.0f);
-      if (j < outliers && number < (of_x ? tokens : rows)) {
-        const long long at = number * columns + list[j];
-        value = of_x ? x[at] : dequantized(weight[at], __ldg(scale + number));
+    for (uint32_t i = threadIdx.x; i < TILE_M * KEPT; i += THREADS) {
+      const uint32_t row = i / KEPT, column = first + i % KEPT < outliers ? list[first + i % KEPT] : columns;
+      Scalar value = from_float<Scalar>(0.0f), factor = value;
+      if (column < columns && row < of_x.rows) value = x[first_token * columns + row * columns + column];
+      if (column < columns && row < of_w.rows) {
+        factor = dequantized(of_w.first[row * columns + column], __ldg(scale + first_row + row));
       }
       x_kept[row * KEPT_PITCH + i % KEPT] = value;
+      w_kept[row * KEPT_PITCH + i % KEPT] = factor;
     }
     __syncthreads();
     auto pair = [&](const Scalar* of, int row, int column) {

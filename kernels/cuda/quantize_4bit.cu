@@ -8,9 +8,9 @@
 // shuffles, one 4-byte store. Other block sizes, the end of the tensor and its partial block: a warp per block, which reads
 // twice. Bytes moved: count * (sizeof(DTYPE) + 0.5) + 4 * count / block_size.
 //
-// The code of v = x / absmax is found by one comparison. [-1, 1] is cut in 32 cells, 16 by |v| for v >= 0 and 16 below;
-// every cell of both data types holds at most one of the 15 thresholds. Each lane keeps one cell's threshold and the codes
-// on its two sides; two shuffles look them up. Rounding follows the reference bit by bit: the products are never fused.
+// The code of v = x / absmax is found by one comparison. [-1, 1] is cut in 32 cells of 1/16; every cell of both data types holds
+// at most one of the 15 thresholds. Each lane keeps one cell's threshold and the codes on its two sides; two shuffles look them
+// up. Rounding follows the reference bit by bit: the products are never fused.
 // prebuilt: DTYPE={float,__half,__nv_bfloat16} BLOCK_SIZE={64,}
 #include "common.cuh"
 
@@ -26,62 +26,70 @@ constexpr bool BY_LANES = BLOCK_SIZE >= 16 && BLOCK_SIZE <= SPAN && (BLOCK_SIZE 
 
 // Every lane of the warp must call it. A NaN gets the first code, as where all comparisons fail.
 __device__ inline uint32_t code_of(float v, float threshold, uint32_t codes) {
-  // floor(16 |v|) in the last bits of 2^23 + 16 |v|.
-  uint32_t cell = __float_as_uint(__fmaf_rz(fabsf(v), 16.0f, 8388608.0f)) - 0x4b000000u;
-  cell = (cell < 15 ? cell : 15) + (v >= 0.0f ? 0 : 16);
+  const float inside = fminf(fmaxf(v, -1.0f), 0.99999994f);  // rounding takes v beyond 1
+  // floor(16 v) + 16 is in the last bits of their sum with 2^23, and a shuffle looks at no others.
+  const uint32_t cell = __float_as_uint(__fmaf_rd(inside, 16.0f, 8388624.0f));
   const float limit = __shfl_sync(WHOLE_WARP, threshold, cell);
   const uint32_t both = __shfl_sync(WHOLE_WARP, codes, cell);
   return v > limit ? both >> 4 : both & 15;
 }
 
-__device__ inline float scaled(float x, float absmax, float reciprocal) {
-  const bool tiny = absmax < SMALLEST_RECIPROCAL && absmax > 0.0f;  // its reciprocal may overflow
-  return tiny ? __fdiv_rn(x, absmax) : __fmul_rn(x, reciprocal);
-}
+// A block whose reciprocal may overflow.
+__device__ inline bool is_tiny(float absmax) { return absmax < SMALLEST_RECIPROCAL && absmax > 0.0f; }
 __device__ inline float reciprocal_of(float absmax) {
   return __frcp_rn(absmax < SMALLEST_RECIPROCAL ? SMALLEST_RECIPROCAL : absmax);
 }
 
-__device__ void quantize_span(const Scalar* x, long long start, int lane, float threshold, uint32_t codes, uint8_t* packed,
-                              float* absmax) {
-  constexpr int LANES = BY_LANES ? BLOCK_SIZE / 8 : 32;
-  float values[8];
-  load8(x + start + lane * 8, values);
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) largest = max(largest, magnitude(values[i]));
-  const float scale = __uint_as_float(group_max(largest, LANES));
-  const float reciprocal = reciprocal_of(scale);
-  uint32_t word = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t code = code_of(scaled(values[i], scale, reciprocal), threshold, codes);
-    word |= code << (8 * (i / 2) + (i % 2 ? 0 : 4));
-  }
-  reinterpret_cast<uint32_t*>(packed + start / 2)[lane] = word;
-  if (lane % LANES == 0) absmax[start / (LANES * 8) + lane / LANES] = scale;
-}
-
-__device__ void quantize_block(const Scalar* x, long long start, int length, bool whole, int lane, float threshold,
-                               uint32_t codes, uint32_t zero_code, uint8_t* packed, float* absmax) {
+// A block by a warp, whatever its length. Not inlined, for a division is long.
+__device__ __noinline__ void quantize_block(const Scalar* x, long long start, int length, bool whole, float threshold,
+                                            uint32_t codes, uint32_t zero_code, uint8_t* packed, float* absmax) {
+  const int lane = threadIdx.x % 32;
   uint32_t largest = 0;
   for (int i = lane; i < length; i += 32) largest = max(largest, magnitude(to_float(x[start + i])));
   const float scale = __uint_as_float(group_max(largest, 32));
   const float reciprocal = reciprocal_of(scale);
+  // The last, partial block is divided, as in bitsandbytes' CPU path.
+  const bool quotient = whole ? is_tiny(scale) : scale != 0.0f;
+#pragma unroll 1
   for (int base = 0; base < length; base += 64) {
     uint32_t pair[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int i = base + 2 * lane + j;
       const float value = i < length ? to_float(x[start + i]) : 0.0f;
-      // The last, partial block is divided, as in bitsandbytes' CPU path.
-      const float v = whole ? scaled(value, scale, reciprocal) : scale == 0.0f ? value : __fdiv_rn(value, scale);
+      const float v = quotient ? __fdiv_rn(value, scale) : whole ? __fmul_rn(value, reciprocal) : value;
       const uint32_t code = code_of(v, threshold, codes);
       pair[j] = i < length ? code : zero_code;
     }
     if (base + 2 * lane < length) packed[(start + base) / 2 + lane] = uint8_t(pair[0] << 4 | pair[1]);
   }
   if (lane == 0) *absmax = scale;
+}
+
+__device__ inline void quantize_span(const Scalar* x, long long start, float threshold, uint32_t codes, uint32_t zero_code,
+                                     uint8_t* packed, float* absmax) {
+  constexpr int LANES = BY_LANES ? BLOCK_SIZE / 8 : 32;
+  const int lane = threadIdx.x % 32;
+  float values[8];
+  load8(x + start + lane * 8, values);
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) largest = max(largest, magnitude(values[i]));
+  const float scale = __uint_as_float(group_max(largest, LANES));
+  if (__ballot_sync(WHOLE_WARP, is_tiny(scale))) {  // hardly ever
+    for (int i = 0; i < SPAN; i += LANES * 8) {
+      quantize_block(x, start + i, LANES * 8, true, threshold, codes, zero_code, packed, absmax + (start + i) / (LANES * 8));
+    }
+    return;
+  }
+  const float reciprocal = reciprocal_of(scale);
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    word |= code_of(__fmul_rn(values[i], reciprocal), threshold, codes) << (8 * (i / 2) + (i % 2 ? 0 : 4));
+  }
+  reinterpret_cast<uint32_t*>(packed + start / 2)[lane] = word;
+  if (lane % LANES == 0) absmax[start / (LANES * 8) + lane / LANES] = scale;
 }
 
 KERNEL void __launch_bounds__(256)
@@ -97,7 +105,7 @@ KERNEL void __launch_bounds__(256)
   if (BY_LANES) {
     const long long spans = count / SPAN;
     for (long long span = warp; span < spans; span += warps) {
-      quantize_span(x, span * SPAN, lane, threshold, codes, packed, absmax);
+      quantize_span(x, span * SPAN, threshold, codes, zero_code, packed, absmax);
     }
     begin = spans * (SPAN / size);
   }
@@ -105,7 +113,6 @@ KERNEL void __launch_bounds__(256)
   for (long long block = begin + warp; block < blocks; block += warps) {
     const long long start = block * size;
     const bool whole = count - start >= size;
-    quantize_block(x, start, whole ? size : int(count - start), whole, lane, threshold, codes, zero_code, packed,
-                   absmax + block);
+    quantize_block(x, start, whole ? size : int(count - start), whole, threshold, codes, zero_code, packed, absmax + block);
   }
 }

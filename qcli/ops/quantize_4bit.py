@@ -106,16 +106,14 @@ _kernel_cuda = cuda.kernel("quantize_4bit", "pqitipp")
 
 
 def _warp_table(quant_type: str) -> bytes:
-    """The kernel's 32 cells: 16 of |v| for v >= 0, then 16 for v < 0. Per cell the threshold in it (infinity where there is
-    none), and the code up to it plus 16 times the code above it."""
+    """The kernel's 32 cells of [-1, 1): per cell the threshold in it (infinity where there is none), and the code up to it plus
+    16 times the code above it."""
     thresholds, order = codebooks.THRESHOLDS[quant_type], codebooks.ORDER[quant_type]
     inside, codes = np.full(32, np.inf, dtype=np.float32), np.zeros(32, dtype=np.uint32)
     for cell in range(32):
-        near, far = np.float32(cell % 16 / 16), np.float32((cell % 16 + 1) / 16)
-        low, high = (near, far) if cell < 16 else (-far, -near)
-        # What some v of the cell exceeds and another does not; below zero the cell ends before its upper edge.
-        last = np.nextafter(high, np.float32(-np.inf))
-        (found,) = np.nonzero((thresholds >= low) & (thresholds < last))
+        low, high = np.float32((cell - 16) / 16), np.float32((cell - 15) / 16)
+        # A threshold that the largest v of the cell does not exceed decides nothing there.
+        (found,) = np.nonzero((thresholds >= low) & (thresholds < np.nextafter(high, np.float32(-1))))
         assert len(found) <= 1
         rank = np.count_nonzero(thresholds < low)
         if len(found):

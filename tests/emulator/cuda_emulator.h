@@ -311,6 +311,7 @@ inline const char* launch(F* kernel, const unsigned* grid, const unsigned* threa
     return emulator::launch<decltype(kernel)>(kernel, grid, threads, shared, bytes, length, order);                    \
   }
 
+#define __noinline__ __attribute__((noinline))
 #define threadIdx (emulator::block->current->thread)
 #define blockIdx (emulator::block->index)
 #define blockDim (emulator::block->size)
@@ -362,8 +363,8 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
-inline float __fmaf_rz(float a, float b, float c) {
-  fesetround(FE_TOWARDZERO);
+inline float __fmaf_rd(float a, float b, float c) {
+  fesetround(FE_DOWNWARD);
   volatile float sum = fmaf(a, b, c);
   fesetround(FE_TONEAREST);
   return sum;

@@ -1,0 +1,126 @@
+// Int8 weights times activations as they are, for up to eight tokens: y[m, n] = absmax_w[n] / 127 * sum over k of x[m, k] q[n, k],
+// plus bias[n]. The bytes are those of LLM.int8(), without the error of quantizing x and without a step for outliers.
+//
+//   x       DTYPE (__half, __nv_bfloat16) [tokens, columns], columns a multiple of 16
+//   weight  int8 [rows, columns], scale float32 [rows], its rows' absmax
+//   bias    BIAS [rows], or null;  y DTYPE [tokens, rows]
+//   FULL    1 where columns are a multiple of 256, else 0
+//
+// The limit is the bandwidth at which the weight is read, one byte an element. Blocks, warps and turns are those of
+// linear_int8.cu; the product is in 16 bits (mma m16n8k16), so lane (g, t)'s four consecutive k of a step are two registers of
+// two values. An int8 becomes a 16-bit float without a conversion: its bits, put where the mantissa ends, make a number of a known
+// exponent, from which one subtraction for two values takes the rest.
+// prebuilt: DTYPE={__half,__nv_bfloat16} FULL={0,1}
+#include "linear_int8.cuh"
+
+constexpr int WARPS = 8;
+constexpr int THREADS = WARPS * 32;
+constexpr int TILE = 16;
+constexpr int CHUNK = 64;
+constexpr int TURN = 4;
+constexpr int MOST = 8;  // tokens
+
+// Two of four int8, the first two or the last, exactly.
+__device__ inline uint32_t widen(uint32_t four, int half, __half) {
+  // 1024 + (q + 128), less 1152.
+  const uint32_t bits = __byte_perm(four ^ 0x80808080u, 0x64646464u, half ? 0x4342 : 0x4140);
+  const uint32_t less = 0x64806480u;
+  const __half2 pair = __hsub2(*reinterpret_cast<const __half2*>(&bits), *reinterpret_cast<const __half2*>(&less));
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline uint32_t widen(uint32_t four, int half, __nv_bfloat16) {
+  // A mantissa has room for seven bits: 128 + (q mod 128), less 128 or, below zero, 256.
+  const uint32_t apart = __byte_perm(four, 0, half ? 0x4342 : 0x4140);
+  const uint32_t bits = (apart & 0x007f007fu) | 0x43004300u, less = (apart & 0x00800080u) | 0x43004300u;
+  const __nv_bfloat162 pair =
+      __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&bits), *reinterpret_cast<const __nv_bfloat162*>(&less));
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+KERNEL void __launch_bounds__(THREADS, 2)
+    linear_w8a16(const Scalar* __restrict__ x, int tokens, const int8_t* __restrict__ weight, const float* __restrict__ scale,
+                 const Bias* __restrict__ bias, long long rows, int columns, Scalar* __restrict__ y) {
+  __shared__ float sums[2][WARPS][MOST * TILE];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int chunks = (columns + CHUNK - 1) / CHUNK, turns = (chunks + TURN - 1) / TURN;
+  const long long tiles = (rows + TILE - 1) / TILE;
+  const Scalar* token = x + (long long)g * columns + 16 * t;
+
+  // This warp's loads, one turn after the other over all of the block's tiles, a turn ahead. Rows and chunks beyond the last
+  // give nothing, or what is not stored.
+  uint4 next[TURN][2];
+  const int8_t* from[2];
+  auto go_to = [&](long long tile) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) from[r] = weight + min(tile * TILE + g + 8 * r, rows - 1) * columns + 16 * t;
+  };
+  auto load = [&](int turn) {
+#pragma unroll
+    for (int c = 0; c < TURN; ++c) {
+      const int column = (turn * TURN + c) * CHUNK;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const bool valid = FULL || column + 16 * t < columns;
+        next[c][r] = valid ? load_once(reinterpret_cast<const uint4*>(from[r] + column)) : make_uint4(0, 0, 0, 0);
+      }
+    }
+  };
+  go_to(blockIdx.x);
+  if (warp < turns) load(warp);
+
+  int parity = 0;
+  for (long long tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    float total[4] = {0, 0, 0, 0};
+    for (int turn = warp; turn < turns; turn += WARPS) {
+      uint4 words[TURN][2];
+#pragma unroll
+      for (int c = 0; c < TURN; ++c) {
+        words[c][0] = next[c][0];
+        words[c][1] = next[c][1];
+      }
+      const bool last = turn + WARPS >= turns;
+      if (last) go_to(tile + gridDim.x);
+      load(last ? warp : turn + WARPS);
+#pragma unroll
+      for (int c = 0; c < TURN; ++c) {
+        const int column = (turn * TURN + c) * CHUNK;
+        uint32_t b[8] = {};
+        if (g < tokens && (FULL || column + 16 * t < columns)) {
+          const uint4* values = reinterpret_cast<const uint4*>(token + column);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const uint4 bits = __ldg(values + i);
+            b[4 * i] = bits.x;
+            b[4 * i + 1] = bits.y;
+            b[4 * i + 2] = bits.z;
+            b[4 * i + 3] = bits.w;
+          }
+        }
+        const uint32_t of_row[2][4] = {{words[c][0].x, words[c][0].y, words[c][0].z, words[c][0].w},
+                                       {words[c][1].x, words[c][1].y, words[c][1].z, words[c][1].w}};
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+          const uint32_t a[4] = {widen(of_row[0][s], 0, Scalar()), widen(of_row[1][s], 0, Scalar()),
+                                 widen(of_row[0][s], 1, Scalar()), widen(of_row[1][s], 1, Scalar())};
+          mma_16x8x16(total, a, b[2 * s], b[2 * s + 1], Scalar());
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[parity][warp][(2 * t + i % 2) * TILE + g + 8 * (i / 2)] = total[i];
+    __syncthreads();
+    if (threadIdx.x < MOST * TILE) {
+      const int m = threadIdx.x / TILE;
+      const long long row = tile * TILE + threadIdx.x % TILE;
+      if (m < tokens && row < rows) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < WARPS; ++i) sum += sums[parity][i][threadIdx.x];
+        sum = __fmul_rn(sum, __fmul_rn(__ldg(scale + row), 1.0f / 127));
+        if (bias) sum += to_float(bias[row]);
+        y[m * rows + row] = from_float<Scalar>(sum);
+      }
+    }
+    parity ^= 1;  // so the next tile's sums need not wait until these are read
+  }
+}
