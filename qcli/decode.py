@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qcli import decode_graph
+from qcli import decode_graph, out_of_memory
+from qcli.devices import gpus_of
 from qcli.errors import UsageError
 
 DEFAULT_NEW_TOKENS = 128
@@ -114,7 +115,7 @@ def generate(
 ) -> Generation:
     """Continues `prompt_ids`; `on_token` hears of each new id at once, end tokens included.
 
-    Raises UsageError for a prompt that leaves no room in the model's context.
+    Raises UsageError for a prompt that leaves no room in the model's context, DeviceError where a GPU's memory does not do.
     """
     config = model.config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None)
@@ -128,7 +129,8 @@ def generate(
             )
         limit = min(limit, context - len(prompt_ids))
     ends = end_tokens(model, tokenizer)
-    ids = torch.tensor([prompt_ids], device=model.device)
+    # Weights that accelerate brings in only for their product are on "meta"; its hooks move the ids then.
+    ids = torch.tensor([prompt_ids], device="cpu" if model.device.type == "meta" else model.device)
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     pad = model.generation_config.pad_token_id
@@ -136,8 +138,14 @@ def generate(
     if pad is None and ends:
         options["pad_token_id"] = min(ends)  # one sequence is never padded; transformers warns all the same
     heard = _Streamer(on_token, ends)
-    with torch.inference_mode():
-        _decode(model, ids, heard, options)
+    free = out_of_memory.free_memory(gpus_of(model))
+    try:
+        with torch.inference_mode():
+            _decode(model, ids, heard, options)
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory.is_one(e):
+            raise
+        raise out_of_memory.while_generating(model, len(prompt_ids), limit, free) from e
     started = heard.captured_at or heard.started
     first = heard.first_at or time.monotonic()
     return Generation(

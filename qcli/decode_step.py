@@ -14,6 +14,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from qcli import out_of_memory
+
 # Lengths of a cache are multiples of it. A step attends to so many places at first, masked beyond the text, and to twice as
 # many each time that the text outgrows them, by a new capture.
 SPAN = 256
@@ -96,9 +98,9 @@ class Decoder:
         self.replay: Step | None = None
         try:
             self._capture(prompt_tokens)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as e:
+            if out_of_memory.is_one(e):
+                raise
             raise Unsupported from e
 
     def prefill(self, ids: torch.Tensor, options: dict) -> None:

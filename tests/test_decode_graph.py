@@ -101,7 +101,7 @@ SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 60, "top_p": 0.95, "m
 WINDOW = {"sliding_window": 8}
 CASES = {
     "llama": {}, "gpt2": {}, "qwen2": {}, "qwen3": {}, "mistral": WINDOW, "gemma2": WINDOW, "gemma3_text": WINDOW, "phi3": {},
-    "gpt_neox": {}, "gptj": {}, "stablelm": {}, "olmo2": {}, "cohere": {}, "starcoder2": WINDOW,
+    "gpt_neox": {}, "stablelm": {}, "olmo2": {}, "cohere": {}, "starcoder2": WINDOW,
 }  # fmt: skip
 
 
