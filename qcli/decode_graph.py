@@ -5,11 +5,14 @@ ended is noticed by then, and the id that was one too many is dropped. Prompts a
 """
 
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -27,6 +30,7 @@ _RULES = {
     MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
 }  # fmt: skip
 _STOPS = {EosTokenCriteria, MaxLengthCriteria}
+_MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
 
 
 def capture_for(model) -> Capture | None:
@@ -45,22 +49,32 @@ def capture_for(model) -> Capture | None:
 
 def _cuda_capture(device: torch.device, stream) -> Capture:
     def capture(rehearse: Step, step: Step) -> Step:
-        stream.wait_stream(torch.cuda.current_stream(device))
-        mode = torch.cuda.get_sync_debug_mode()
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            rehearse()  # compiles and loads every kernel, which a capture does not allow
-            torch.cuda.set_sync_debug_mode("error")  # a wait for the host shows here, where it does no harm
-            try:
-                rehearse()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            step()
+        with torch.cuda.device(device):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                rehearse()  # compiles and loads every kernel, which a capture does not allow
+                with _no_waits():
+                    rehearse()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                step()
         return graph.replay
 
     return capture
+
+
+@contextmanager
+def _no_waits() -> Iterator[None]:
+    """Makes torch raise RuntimeError where it would wait for the GPU: here that does no harm, in a capture it would."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls this mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def supported(model) -> bool:
@@ -103,7 +117,7 @@ def generate(model, ids: torch.Tensor, capture: Capture, hear: Callable[[int], b
     def decode(_, input_ids, *, logits_processor, stopping_criteria, generation_config, **inputs):
         if not _RULES.issuperset(map(type, logits_processor)) or not _STOPS.issuperset(map(type, stopping_criteria)):
             raise Unsupported
-        if generation_config.num_beams > 1 or generation_config.num_return_sequences > 1:
+        if generation_config.get_generation_mode() not in _MODES or len(input_ids) != 1:
             raise Unsupported
         count, length = input_ids.shape[1], generation_config.max_length
         decoder = Decoder(model, count, length, logits_processor, generation_config.do_sample, capture)
@@ -120,15 +134,18 @@ def generate(model, ids: torch.Tensor, capture: Capture, hear: Callable[[int], b
 def _run(decoder: Decoder, ids: torch.Tensor, limit: int, hear: Callable[[int], bool], keep: dict) -> None:
     """At most `limit` ids, each heard after the launch of the step behind it."""
     reader = _Reader(limit, decoder.token.device)
-    for i in range(limit):
-        if i:
-            decoder.advance()
-        else:
-            decoder.prefill(ids, keep)
-        reader.send(i, decoder.token)
-        if i and hear(reader.get(i - 1)):
-            return
-    hear(reader.get(limit - 1))
+    try:
+        for i in range(limit):
+            if i:
+                decoder.advance()
+            else:
+                decoder.prefill(ids, keep)
+            reader.send(i, decoder.token)
+            if i and hear(reader.get(i - 1)):
+                return
+        hear(reader.get(limit - 1))
+    finally:
+        reader.wait()  # a graph that still runs must not be destroyed
 
 
 class _Reader:
@@ -149,3 +166,8 @@ class _Reader:
         if self.cuda:
             self.events.pop(i).synchronize()
         return int(self.ids[i])
+
+    def wait(self) -> None:
+        """Until everything sent has arrived."""
+        for event in self.events.values():
+            event.synchronize()

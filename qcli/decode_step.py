@@ -125,7 +125,6 @@ class Decoder:
 
     def _capture(self, place: int) -> None:
         """Captures a step that reaches `place` and beyond."""
-        self.replay = None  # its memory goes first
         self.places.span = max(self.places.span, SPAN)
         while self.places.span <= place:
             self.places.span *= 2
