@@ -1,111 +1,17 @@
-"""The captured step, with stand-ins for a CUDA graph that run on a CPU: one calls the step, one replays what it recorded."""
+"""The captured step, with stand-ins for a CUDA graph: one calls the step, one replays the ops that it recorded."""
 
 import copy
-from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as t
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 import qcli
 from qcli import decode, decode_graph, decode_step
+from tests.captures import CASES, GREEDY, SAMPLED, WINDOW, call_it, ours, record_it, small, theirs
 from tests.conftest import ROOT
-from tests.models import ARCHITECTURES
 
 DEMO = ROOT / "examples" / "demo-model"
-aten = torch.ops.aten
-WAITS = {aten.item, aten.is_nonzero, aten._local_scalar_dense, aten.nonzero, aten.masked_select}  # for the host
-
-
-def call_it(rehearse, step):
-    rehearse()
-    return step
-
-
-class Tape(TorchDispatchMode):
-    """Records the ops of a step with the numbers in them, as a graph does, and does them again."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        # lift_fresh makes a tensor of a number of Python's; of a bool it is `mask[...] = 0`, a mere fill on CUDA.
-        if op.overloadpacket in WAITS or (op is aten.lift_fresh.default and args[0].dtype != torch.bool):
-            raise RuntimeError(f"{op} would wait for the host")
-        result = op(*args, **(kwargs or {}))
-        self.calls.append((op, args, kwargs or {}, result))
-        return result
-
-    def replay(self):
-        made = {}  # what stands now for each result of the recording
-
-        def now(tensor):
-            return made.get(id(tensor), tensor)
-
-        for op, args, kwargs, recorded in self.calls:
-            args, kwargs = tree_map_only(torch.Tensor, now, (args, kwargs))
-            result = op(*args, **kwargs)
-            before = recorded if isinstance(recorded, (tuple, list)) else [recorded]
-            after = result if isinstance(result, (tuple, list)) else [result]
-            made.update({id(b): a for b, a in zip(before, after) if isinstance(b, torch.Tensor)})
-
-
-def record_it(rehearse, step):
-    rehearse()
-    with Tape() as tape:
-        step()
-    return tape.replay
-
-
-def small(name, **changes):
-    """A model in float32, where no two sums of another order give another token."""
-    torch.manual_seed(0)
-    model_class, config, _ = ARCHITECTURES[name]
-    config = config()
-    config.update(changes)
-    model = model_class(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter += 0.1 * torch.randn_like(parameter)
-        for module in model.base_model.modules():
-            if isinstance(module, (torch.nn.Linear, t.pytorch_utils.Conv1D)):
-                module.weight *= 6  # as they come, attention hardly moves what is said
-    return model
-
-
-def theirs(model, prompt, **options):
-    ids = torch.tensor([prompt], device=model.device)
-    torch.manual_seed(7)
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
-
-
-def ours(model, prompt, capture, **options):
-    heard = []
-
-    def hear(token):
-        heard.append(token)
-        ends = options.get("eos_token_id") or []
-        return token in ends
-
-    torch.manual_seed(7)
-    with torch.inference_mode():
-        ids = torch.tensor([prompt], device=model.device)
-        decode_graph.generate(model, ids, capture, hear, lambda: None, **options)
-    return heard
-
-
-GREEDY = {"do_sample": False, "repetition_penalty": 1.3}  # without the penalty random models say one word
-SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 60, "top_p": 0.95, "min_p": 0.001}
-WINDOW = {"sliding_window": 8}
-CASES = {
-    "llama": {}, "gpt2": {}, "qwen2": {}, "qwen3": {}, "mistral": WINDOW, "gemma2": WINDOW, "gemma3_text": WINDOW, "phi3": {},
-    "gpt_neox": {}, "stablelm": {}, "olmo2": {}, "cohere": {}, "starcoder2": WINDOW,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -272,100 +178,3 @@ def test_models_stay_as_they_were():
     ours(model, [1, 2], call_it, max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert model.config.to_dict() == before[0]
     assert all(torch.equal(v, before[1][k]) for k, v in model.state_dict().items())
-
-
-class FakeCuda:
-    """What a capture asks of torch.cuda, in the order in which it does."""
-
-    def __init__(self, monkeypatch):
-        self.said, self.mode = [], 0
-        names = ("device", "stream", "graph", "Stream", "CUDAGraph", "current_stream", "get_sync_debug_mode")
-        for name in (*names, "set_sync_debug_mode"):
-            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-
-    @contextmanager
-    def _within(self, name):
-        self.said.append(f"+{name}")
-        yield
-        self.said.append(f"-{name}")
-
-    def device(self, device):
-        return self._within("device")
-
-    def stream(self, stream):
-        return self._within("stream")
-
-    def graph(self, graph, stream):
-        return self._within("graph")
-
-    def Stream(self, device=None):
-        return SimpleNamespace(wait_stream=lambda other: self.said.append("side waits"))
-
-    def current_stream(self):
-        return SimpleNamespace(wait_stream=lambda other: self.said.append("main waits"))
-
-    def CUDAGraph(self):
-        return SimpleNamespace(replay=lambda: self.said.append("replay"))
-
-    def get_sync_debug_mode(self):
-        return self.mode
-
-    def set_sync_debug_mode(self, mode):
-        self.mode = mode
-
-
-def test_a_capture_rehearses_twice_on_the_side(monkeypatch):
-    """Once to load kernels, once with torch refusing to wait; what is captured runs on the same stream."""
-    cuda, modes = FakeCuda(monkeypatch), []
-    capture = decode_graph._cuda_capture(torch.device("cuda", 0), torch.cuda.Stream())
-    replay = capture(lambda: (cuda.said.append("rehearse"), modes.append(cuda.mode)), lambda: cuda.said.append("step"))
-    replay()
-    assert modes == [0, "error"] and cuda.mode == 0
-    assert cuda.said == [
-        "+device", "side waits", "+stream", "rehearse", "rehearse", "-stream", "main waits", "+graph", "step", "-graph",
-        "-device", "replay",
-    ]  # fmt: skip
-
-
-def test_a_rehearsal_that_waits_leaves_torch_as_it_was(monkeypatch):
-    cuda = FakeCuda(monkeypatch)
-
-    def rehearse():
-        if cuda.mode == "error":
-            raise RuntimeError("called a synchronizing CUDA operation")
-
-    with pytest.raises(RuntimeError):
-        decode_graph._cuda_capture(torch.device("cuda", 0), torch.cuda.Stream())(rehearse, lambda: None)
-    assert cuda.mode == 0 and "+graph" not in cuda.said
-
-
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@GPU
-@pytest.mark.parametrize("name", CASES)
-def test_a_cuda_graph_says_what_transformers_says(name, monkeypatch):
-    monkeypatch.setattr(decode_step, "SPAN", 8)
-    model = small(name, **CASES[name]).cuda()
-    options = GREEDY | {"max_new_tokens": 24, "eos_token_id": None}
-    for prompt in ([5], list(range(1, 20))):
-        assert ours(model, prompt, decode_graph.capture_for(model), **options) == theirs(model, prompt, **options)
-
-
-@GPU
-def test_a_seed_means_the_same_text_on_a_gpu():
-    model = small("llama").cuda()
-    options = SAMPLED | {"max_new_tokens": 40, "eos_token_id": None}
-    first, second = (ours(model, [1, 2, 3], decode_graph.capture_for(model), **options) for _ in range(2))
-    assert first == second and len(set(first)) > 5
-
-
-@GPU
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_models_on_a_gpu(bits):
-    """Captured where kernels serve; else as transformers does it. The same tokens as without a capture."""
-    model, tokenizer = qcli.load(str(DEMO), bits=bits, device="cuda", dtype="float32")
-    prompt, sampling = tokenizer("One rainy day")["input_ids"], decode.Sampling(temperature=0, max_new_tokens=40)
-    result = decode.generate(model, tokenizer, prompt, sampling, lambda token: None)
-    assert result.token_ids == theirs(model, prompt, max_new_tokens=40, do_sample=False)
-    assert (result.capture_seconds is not None) == (decode_graph.capture_for(model) is not None)

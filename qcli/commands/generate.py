@@ -42,14 +42,15 @@ def generate(
         str | None, typer.Option(help="auto splits the model over GPUs and CPU memory.", show_default=False)
     ] = None,
     max_memory: Annotated[
-        str | None, typer.Option(help="Limits of --device-map: 0=20GB,1=20GB,cpu=30GB.", show_default=False)
+        str | None, typer.Option(help="Limits of --device-map, such as 0=20GB,cpu=30GB.", show_default=False)
     ] = None,
-    int8_activations: Annotated[
+    no_int8_activations: Annotated[
         bool,
         typer.Option(
-            help="8-bit models: round what flows between layers to int8 too, as LLM.int8() does. Without, only weights are 8-bit."
+            "--no-int8-activations",
+            help="8-bit models: only weights are 8-bit; what flows between layers stays 16-bit.",
         ),
-    ] = True,
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
@@ -71,7 +72,7 @@ def generate(
         device=device,
         device_map=device_map,
         max_memory=max_memory,
-        int8_activations=int8_activations,
+        int8_activations=not no_int8_activations,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
