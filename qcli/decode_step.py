@@ -5,7 +5,9 @@ A step reads its input where the last one wrote its output:
   token     int64 [1, 1]       the id to read next; the step puts the one that it chose there
   position  int64 []           where that id stands in the text; its keys and values go to the same place of the cache
   history   int64 [1, length]  every id so far, then copies of the first: rules ask which ids occurred, not how often
-  cache     per layer keys and values [1, heads, length, head_dim], of which a step attends to the first `span`
+  cache     per layer keys and values [1, heads, span, head_dim], of which the mask leaves those of the text
+
+A text that outgrows the span gets one twice as long, and a new capture with it.
 """
 
 from collections.abc import Callable
@@ -16,8 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qcli import out_of_memory
 
-# Lengths of a cache are multiples of it. A step attends to so many places at first, masked beyond the text, and to twice as
-# many each time that the text outgrows them, by a new capture.
+# Places of a cache to begin with, doubled until the prompt fits. Attention reads all of them at each step.
 SPAN = 256
 
 Step = Callable[[], None]
@@ -30,15 +31,15 @@ class Unsupported(Exception):
 
 
 class _Places:
-    """What the layers of a cache have in common: where the next token goes and how far a step looks."""
+    """What the layers of a cache have in common: how many places they have and where the next token goes."""
 
-    def __init__(self, length: int, device: torch.device):
-        self.length, self.span, self.prefilling = length, 0, False
+    def __init__(self, device: torch.device):
+        self.span, self.prefilling = SPAN, False
         self.position = torch.zeros((), dtype=torch.int64, device=device)
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values of one layer, full length whatever its window: which places count is the mask's affair.
+    """Keys and values of one layer, of the whole text whatever its window: which places count is the mask's affair.
 
     A prefill attends to its own keys and values, as in transformers' own cache; they are only noted here.
     """
@@ -50,11 +51,20 @@ class _Layer(CacheLayerMixin):
         self.places = places
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        def empty(like):  # zeros, for a masked NaN would still be one
-            batch, heads, _, head_dim = like.shape
-            return like.new_zeros(batch, heads, self.places.length, head_dim)
+        self.keys, self.values = self._of_span(key_states[:, :, :0]), self._of_span(value_states[:, :, :0])
+        self.is_initialized = True
 
-        self.keys, self.values, self.is_initialized = empty(key_states), empty(value_states), True
+    def stretch(self) -> None:
+        """Makes room for the span of now."""
+        if self.is_initialized:
+            self.keys = self._of_span(self.keys)
+            self.values = self._of_span(self.values)
+
+    def _of_span(self, old: torch.Tensor) -> torch.Tensor:
+        batch, heads, count, head_dim = old.shape
+        new = old.new_zeros(batch, heads, self.places.span, head_dim)  # zeros, for a masked NaN would still be one
+        new[:, :, :count] = old
+        return new
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__):
         if not self.is_initialized:
@@ -64,10 +74,10 @@ class _Layer(CacheLayerMixin):
             self.keys[:, :, :count].copy_(key_states)
             self.values[:, :, :count].copy_(value_states)
             return key_states, value_states
-        place, span = self.places.position.view(1), self.places.span
+        place = self.places.position.view(1)
         self.keys.index_copy_(2, place, key_states)
         self.values.index_copy_(2, place, value_states)
-        return self.keys[:, :, :span], self.values[:, :, :span]
+        return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (query_length if self.places.prefilling else self.places.span), 0
@@ -76,7 +86,7 @@ class _Layer(CacheLayerMixin):
         return 0 if self.places.prefilling else self.places.position
 
     def get_max_length(self) -> int:
-        return self.places.length
+        return self.places.span
 
 
 class Decoder:
@@ -87,13 +97,13 @@ class Decoder:
     """
 
     def __init__(self, model, prompt_tokens: int, length: int, rules, sampled: bool, capture: Capture):
-        length = -(-length // SPAN) * SPAN
+        self.length = -(-length // SPAN) * SPAN
         self.model, self.rules, self.sampled, self.capture = model, rules, sampled, capture
-        self.places = _Places(length, model.device)
+        self.places = _Places(model.device)
         layers = len(DynamicCache(config=model.config).layers)
         self.cache = Cache(layers=[_Layer(self.places) for _ in range(layers)])
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        self.history = torch.zeros(1, length, dtype=torch.int64, device=model.device)
+        self.history = torch.zeros(1, self.length, dtype=torch.int64, device=model.device)
         self.at = 0  # the position, as the host counts it
         self.replay: Step | None = None
         try:
@@ -125,10 +135,11 @@ class Decoder:
 
     def _capture(self, place: int) -> None:
         """Captures a step that reaches `place` and beyond."""
-        self.places.span = max(self.places.span, SPAN)
         while self.places.span <= place:
             self.places.span *= 2
-        self.places.span = min(self.places.span, self.places.length)
+        self.places.span = min(self.places.span, self.length)
+        for layer in self.cache.layers:
+            layer.stretch()
         state = (self.token, self.places.position, self.history)
         before = [tensor.clone() for tensor in state]
 

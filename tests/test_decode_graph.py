@@ -33,27 +33,22 @@ def test_hybrid_layers_with_a_window_of_their_own():
     assert ours(model, [3, 1, 4], record_it, **options) == theirs(model, [3, 1, 4], **options)
 
 
-def test_attention_that_is_looks_at_spans_only(monkeypatch):
-    """A capture for each doubling, none for more places than the text can fill."""
+def test_a_cache_doubles_when_it_is_full(monkeypatch):
+    """A capture for each size, none for more places than the text can fill; attention reads no more than there are."""
     monkeypatch.setattr(decode_step, "SPAN", 8)
     spans = []
 
     def capture(rehearse, step):
-        spans.append(places(step).span)
-        return call_it(rehearse, step)
+        rehearse()
+        decoder = step.__self__
+        spans.append(decoder.places.span)
+        assert all(layer.keys.shape[2] == layer.values.shape[2] == spans[-1] for layer in decoder.cache.layers)
+        return step
 
-    def places(step):
-        return step.__self__.places
-
-    model = small("llama")
-    ours(model, [1] * 5, capture, max_new_tokens=2, do_sample=False, eos_token_id=None)
-    assert spans == [8]
-    spans.clear()
-    ours(model, [1] * 5, capture, max_new_tokens=35, do_sample=False, eos_token_id=None)
-    assert spans == [8, 16, 32, 40]
-    spans.clear()
-    ours(model, [1] * 20, capture, max_new_tokens=10, do_sample=False, eos_token_id=None)
-    assert spans == [32]
+    for prompt, new, expected in ((5, 2, [8]), (5, 35, [8, 16, 32, 40]), (20, 10, [32]), (7, 1, [8]), (8, 8, [16])):
+        spans.clear()
+        ours(small("llama"), [1] * prompt, capture, max_new_tokens=new, do_sample=False, eos_token_id=None)
+        assert spans == expected
 
 
 @pytest.mark.parametrize("bits", [4, 8, None])
