@@ -103,7 +103,8 @@ def parse_max_memory(text: str | Mapping[int | str, int | str]) -> dict[int | st
 
 def gpus_of(model) -> list[int]:
     """The GPUs that a loaded transformers model lies on, by index."""
-    return _gpus(getattr(model, "hf_device_map", None) and model.hf_device_map.values() or [model.device])
+    places = getattr(model, "hf_device_map", None) or {"": model.device}
+    return _gpus(places.values())
 
 
 def _gpus(places: Iterable[object]) -> list[int]:

@@ -91,7 +91,8 @@ def load(
         except (RuntimeError, MemoryError, LoadingStopped) as e:
             if not isinstance(e, LoadingStopped) and not out_of_memory.is_one(e):
                 raise
-            raise out_of_memory.while_loading(source, layout(), wanted, dtype, free) from e
+            split = device_map is not None
+            raise out_of_memory.while_loading(source, layout(), wanted, dtype, free, split) from e
         _check_complete(model, info)
         tokenizer = _tokenizer(source, trust_remote_code)
     if not int8_activations:

@@ -1,5 +1,6 @@
 """What was needed, what was free and which option would fit: the message of a model that does not find room on its GPUs."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -13,7 +14,7 @@ from qcli.errors import DeviceError
 from qcli.nn import Linear4bit, Linear8bit
 from qcli.sizes import format_bytes
 
-# Of a product with NF4 and double quantization, of LLM.int8() without its scales, in bits per weight.
+# Bits per weight of LLM.int8(), its scales aside, and of NF4 with double quantization in blocks of 64 (4 + 8/64 + 32/(64*256)).
 _BITS = {8: 8.0, 4: 4.127}
 
 Free = dict[int, tuple[int, int]]  # GPU -> bytes that are free, bytes that it has
@@ -50,7 +51,7 @@ def weight_bytes(source: Source, layout: Layout, method: str | None, dtype: str)
         linear = layout.linears.get(name)
         if made and linear and not layout.skipped(linear.module, None):
             specs = made.outputs(name, linear.out_features, linear.in_features, info.dtype)
-            total += sum(_numel(spec.shape) * dtypes.ITEMSIZE[spec.dtype] for spec in specs)
+            total += sum(math.prod(spec.shape) * dtypes.ITEMSIZE[spec.dtype] for spec in specs)
         elif dtype != "auto" and info.dtype in dtypes.FLOATS and not source.config.get("quantization_config"):
             total += info.numel * dtypes.ITEMSIZE[dtypes.CODES[dtype]]
         else:
@@ -58,18 +59,17 @@ def weight_bytes(source: Source, layout: Layout, method: str | None, dtype: str)
     return total
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def while_loading(source: Source, layout: Layout, method: str | None, dtype: str, free: Free) -> DeviceError:
-    """The error for weights that found no room on the GPUs; `free` is what there was before."""
+def while_loading(
+    source: Source, layout: Layout, method: str | None, dtype: str, free: Free, split: bool
+) -> DeviceError:
+    """The error for weights that found no room on the GPUs; `free` is what there was before, `split` whether a device map
+    was asked for."""
     needed = weight_bytes(source, layout, method, dtype)
     message = f"out of memory: the weights of {source.label} need {format_bytes(needed)}{_had(free)}"
-    return DeviceError(message, _smaller(source, layout, method, dtype, sum(left for left, _ in free.values())))
+    other = "--device-map auto, which keeps a part in the CPU's memory"
+    if split:
+        other = "a --max-memory that leaves more room on each GPU"
+    return DeviceError(message, _smaller(source, layout, method, dtype, sum(left for left, _ in free.values()), other))
 
 
 def without_room(source: Source, layout: Layout, method: str | None, dtype: str, given: str) -> DeviceError:
@@ -78,17 +78,16 @@ def without_room(source: Source, layout: Layout, method: str | None, dtype: str,
     message = (
         f"the weights of {source.label} need {format_bytes(needed)} and do not fit {given}; qcli keeps none on disk"
     )
-    return DeviceError(message, _smaller(source, layout, method, dtype, None))
+    return DeviceError(message, _smaller(source, layout, method, dtype, math.inf, "a larger --max-memory"))
 
 
-def _smaller(source: Source, layout: Layout, method: str | None, dtype: str, room: int | None) -> str:
-    """Which options make it fit `room` bytes, or where that is None how much they would need."""
+def _smaller(source: Source, layout: Layout, method: str | None, dtype: str, room: float, other: str) -> str:
+    """Which numbers of bits make it fit `room` bytes, and the other way out."""
     sizes = {}
     if not source.config.get("quantization_config"):
         current = methods.method_class(method).bits if method else 16
         sizes = {b: weight_bytes(source, layout, methods.DEFAULT_BY_BITS[b], dtype) for b in (8, 4) if b < current}
-    fits = [f"--bits {bits} ({format_bytes(size)})" for bits, size in sizes.items() if room is None or size < room]
-    other = "a larger --max-memory" if room is None else "--device-map auto, which keeps a part in the CPU's memory"
+    fits = [f"--bits {bits} ({format_bytes(size)})" for bits, size in sizes.items() if size < room]
     return f"Try {' or '.join([*fits, other])}."
 
 

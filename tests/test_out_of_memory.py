@@ -56,6 +56,14 @@ def test_while_quantizing(free, monkeypatch):
     assert "--bits" not in stopped.value.hint and "--device-map auto" in stopped.value.hint
 
 
+def test_while_loading_a_split_model(free, monkeypatch):
+    free(500_000)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", fail)
+    with pytest.raises(DeviceError) as stopped:
+        qcli.load(str(DEMO), device_map="auto", max_memory="cpu=1GB")
+    assert stopped.value.hint == "Try a --max-memory that leaves more room on each GPU."
+
+
 def test_other_errors_stay_what_they_are(monkeypatch):
     def load(*arguments, **options):
         raise RuntimeError("shapes differ")
