@@ -1,6 +1,7 @@
-"""Token by token through a model: prefill, then one token at a time over the model's own cache. Prints nothing.
+"""Token by token through a model: prefill, then one token at a time. Prints nothing.
 
-The loop and the sampling rules are transformers' `generate`; each token is handed out as soon as it is known.
+On CUDA the step of a token is captured (decode_graph.py) where that can be. Elsewhere the loop is transformers' `generate`,
+over the model's own cache; rules of sampling are its own everywhere.
 """
 
 import time
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qcli import decode_graph, out_of_memory
+from qcli.devices import gpus_of
 from qcli.errors import UsageError
 
 DEFAULT_NEW_TOKENS = 128
@@ -53,6 +56,7 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     finished: bool  # by an end token, not by the limit
+    capture_seconds: float | None = None  # what capturing the step took, before the prefill; None where it was not
 
     @property
     def prefill_rate(self) -> float:
@@ -67,22 +71,32 @@ class Generation:
 
 
 class _Streamer:
-    """What transformers calls with the prompt first and then with each token."""
+    """Notes each token and when it came. transformers calls `put` with the prompt first and then with each token."""
 
-    def __init__(self, on_token: Callable[[int], None], skip_prompt: bool):
-        self.on_token, self.prompt_is_next = on_token, skip_prompt
+    def __init__(self, on_token: Callable[[int], None], ends: set[int]):
+        self.on_token, self.ends, self.prompt_is_next = on_token, ends, True
         self.token_ids: list[int] = []
-        self.first_at = self.last_at = None
+        self.started = time.monotonic()
+        self.first_at = self.last_at = self.captured_at = None
+
+    def ready(self) -> None:
+        """Called when a step is captured; the prefill follows."""
+        self.captured_at = time.monotonic()
+
+    def hear(self, token: int) -> bool:
+        """Notes a token; whether it ends the text."""
+        self.last_at = time.monotonic()
+        self.first_at = self.first_at or self.last_at
+        self.token_ids.append(token)
+        self.on_token(token)
+        return token in self.ends
 
     def put(self, value: torch.Tensor) -> None:
         if self.prompt_is_next:
             self.prompt_is_next = False
             return
-        self.last_at = time.monotonic()
-        self.first_at = self.first_at or self.last_at
         for token in value.reshape(-1).tolist():
-            self.token_ids.append(token)
-            self.on_token(token)
+            self.hear(token)
 
     def end(self) -> None:
         """Called after the last token."""
@@ -101,7 +115,7 @@ def generate(
 ) -> Generation:
     """Continues `prompt_ids`; `on_token` hears of each new id at once, end tokens included.
 
-    Raises UsageError for a prompt that leaves no room in the model's context.
+    Raises UsageError for a prompt that leaves no room in the model's context, DeviceError where a GPU's memory does not do.
     """
     config = model.config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None)
@@ -115,21 +129,44 @@ def generate(
             )
         limit = min(limit, context - len(prompt_ids))
     ends = end_tokens(model, tokenizer)
-    ids = torch.tensor([prompt_ids], device=model.device)
-    streamer = _Streamer(on_token, skip_prompt=True)
+    # Weights that accelerate brings in only for their product are on "meta"; its hooks move the ids then.
+    ids = torch.tensor([prompt_ids], device="cpu" if model.device.type == "meta" else model.device)
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     pad = model.generation_config.pad_token_id
     options = sampling.options() | {"max_new_tokens": limit, "eos_token_id": sorted(ends) or None}
     if pad is None and ends:
         options["pad_token_id"] = min(ends)  # one sequence is never padded; transformers warns all the same
-    started = time.monotonic()
-    with torch.inference_mode():
-        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
-    first = streamer.first_at or time.monotonic()
-    last = streamer.last_at or first
-    finished = bool(streamer.token_ids) and streamer.token_ids[-1] in ends
-    return Generation(streamer.token_ids, len(prompt_ids), first - started, last - first, finished)
+    heard = _Streamer(on_token, ends)
+    free = out_of_memory.free_memory(gpus_of(model))
+    try:
+        with torch.inference_mode():
+            _decode(model, ids, heard, options)
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory.is_one(e):
+            raise
+        raise out_of_memory.while_generating(model, len(prompt_ids), limit, free) from e
+    started = heard.captured_at or heard.started
+    first = heard.first_at or time.monotonic()
+    return Generation(
+        heard.token_ids,
+        len(prompt_ids),
+        prefill_seconds=first - started,
+        decode_seconds=(heard.last_at or first) - first,
+        finished=bool(heard.token_ids) and heard.token_ids[-1] in ends,
+        capture_seconds=heard.captured_at and started - heard.started,
+    )
+
+
+def _decode(model, ids: torch.Tensor, heard: _Streamer, options: dict[str, object]) -> None:
+    capture = decode_graph.capture_for(model)
+    if capture is not None:
+        try:
+            decode_graph.generate(model, ids, capture, heard.hear, heard.ready, **options)
+            return
+        except decode_graph.Unsupported:
+            heard.started = time.monotonic()
+    model.generate(ids, attention_mask=torch.ones_like(ids), streamer=heard, **options)
 
 
 class TextStream:

@@ -1,6 +1,10 @@
-"""Where tensors are worked on."""
+"""Where tensors are worked on, and where the parts of a model go."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from qcli.errors import DeviceError, UsageError
+from qcli.sizes import format_bytes, parse_size
 
 
 def pick_device(device: str):
@@ -13,3 +17,104 @@ def pick_device(device: str):
         built = "was built without CUDA" if torch.version.cuda is None else "finds no GPU"
         raise DeviceError(f"--device cuda: torch {torch.__version__} {built}", "Use --device cpu, or leave it out.")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the modules of a model go, as transformers' from_pretrained takes it; `max_memory` in bytes per GPU or "cpu"."""
+
+    device_map: object
+    max_memory: dict[int | str, int] | None = None
+
+    def arguments(self) -> dict[str, object]:
+        """For from_pretrained."""
+        given = {} if self.max_memory is None else {"max_memory": dict(self.max_memory)}
+        return {"device_map": self.device_map} | given
+
+    def gpus(self) -> list[int]:
+        """The GPUs that it may use, by index."""
+        import torch
+
+        if self.device_map != "auto":
+            return _gpus(self.device_map.values())
+        return _gpus(range(torch.cuda.device_count()) if self.max_memory is None else self.max_memory)
+
+    def limits(self) -> str:
+        """What was given, in words."""
+        if self.device_map != "auto":
+            return "where the device map puts them"
+        if self.max_memory is None:
+            return "what is free on the GPUs and the CPU"
+        names = {name: "the CPU" if name == "cpu" else f"GPU {name}" for name in self.max_memory}
+        given = ", ".join(f"{format_bytes(size)} on {names[name]}" for name, size in self.max_memory.items())
+        return (
+            given if len(names) < 2 else f"{given}, which must leave room for the largest layer that moves between them"
+        )
+
+
+def place(
+    device: str, device_map: str | dict | None, max_memory: str | Mapping[int | str, int | str] | None
+) -> Placement:
+    """The placement for `--device`, `--device-map` (auto, or a dict of module to device) and `--max-memory`.
+
+    Raises UsageError, DeviceError.
+    """
+    if device_map is None:
+        if max_memory is not None:
+            raise UsageError("--max-memory was given without --device-map", "Add --device-map auto.")
+        return Placement({"": pick_device(device)})
+    if device != "auto":
+        raise UsageError(f"--device {device} and --device-map were both given", "Leave out one of the two.")
+    if isinstance(device_map, dict):
+        if max_memory is not None:
+            raise UsageError("max_memory was given with a device_map that leaves nothing to decide", "Leave out one.")
+        return Placement(device_map)
+    if device_map != "auto":
+        raise UsageError(f"--device-map is {device_map!r}, expected auto")
+    return Placement("auto", None if max_memory is None else parse_max_memory(max_memory))
+
+
+def parse_max_memory(text: str | Mapping[int | str, int | str]) -> dict[int | str, int]:
+    """Bytes per GPU index or "cpu", of "0=20GB,cpu=30GB" or a dict of the same. Raises UsageError, DeviceError."""
+    import torch
+
+    hint = "Write it as 0=20GB,1=20GiB,cpu=30GB; GPUs by number."
+    entries = text.items() if isinstance(text, Mapping) else [e.partition("=")[::2] for e in text.split(",")]
+    limits: dict[int | str, int] = {}
+    for name, size in entries:
+        name = str(name).strip()
+        if name != "cpu" and not name.isdecimal():
+            raise UsageError(f"--max-memory names the device {name!r}, expected a GPU's number or cpu", hint)
+        if str(size).strip() == "":
+            raise UsageError(f"--max-memory has no size for {name}", hint)
+        key = name if name == "cpu" else int(name)
+        if key in limits:
+            raise UsageError(f"--max-memory names {name} twice", hint)
+        limits[key] = parse_size(str(size), f"--max-memory of {name}")
+    count = torch.cuda.device_count()
+    missing = [key for key in limits if key != "cpu" and key >= count]
+    if missing:
+        there = (
+            "there is none" if not count else f"there are {count}, from 0 on" if count > 1 else "there is only GPU 0"
+        )
+        raise DeviceError(f"--max-memory names GPU {missing[0]}, and {there}", "Name what `qcli doctor` shows.")
+    return limits
+
+
+def gpus_of(model) -> list[int]:
+    """The GPUs that a loaded transformers model lies on, by index."""
+    places = getattr(model, "hf_device_map", None) or {"": model.device}
+    return _gpus(places.values())
+
+
+def _gpus(places: Iterable[object]) -> list[int]:
+    import torch
+
+    found = set()
+    for name in places:
+        if isinstance(name, str) and not name.startswith("cuda"):
+            continue
+        device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
+        if device.type == "cuda":
+            found.add(torch.cuda.current_device() if device.index is None else device.index)
+    return sorted(found)

@@ -6,20 +6,22 @@ model never exists in memory.
 """
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 import transformers
 
-from qcli import methods
+from qcli import methods, out_of_memory
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.linears import Layout, find_linears
 from qcli.checkpoint.safetensors_file import read_into
 from qcli.checkpoint.source import Source, open_source
-from qcli.devices import pick_device
-from qcli.errors import CheckpointError
-from qcli.quantizer import NAME, PARTS_4BIT, QcliConfig
+from qcli.devices import place
+from qcli.errors import CheckpointError, UsageError
+from qcli.nn import Linear8bit
+from qcli.quantizer import NAME, PARTS_4BIT, LoadingStopped, NoRoom, QcliConfig
 from qcli.settings import one_of
 
 
@@ -30,6 +32,9 @@ def load(
     method: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    device_map: str | dict | None = None,
+    max_memory: str | Mapping[int | str, int | str] | None = None,
+    int8_activations: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ):
@@ -37,11 +42,14 @@ def load(
 
     A checkpoint quantized by qcli, or by transformers with bitsandbytes, is run as it is stored. `bits` (8 or 4) or `method`
     quantizes an unquantized one as it is read. `dtype` is that of everything unquantized: auto keeps the config's.
+    `device_map` "auto" splits the model over GPUs and CPU memory by accelerate's rules, quantized on each; `max_memory` limits
+    it per GPU or "cpu": {0: "20GB", "cpu": 30 * 10**9}, or "0=20GB,cpu=30GB". Without `int8_activations` an LLM.int8() model
+    keeps its activations in 16 bits.
 
     Raises UsageError, CheckpointError (missing, extra and misshaped tensors together), HubError, DeviceError.
     """
     one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
-    target = pick_device(device)
+    placement = place(device, device_map, max_memory)
     source = open_source(model, revision, trust_remote_code=trust_remote_code)
     if source.problems:
         raise CheckpointError(f"{model}: {source.problems[0]}", "Fetch the model again.")
@@ -58,21 +66,49 @@ def load(
     for name in source.extra_files:
         source.extra_path(name)
     folder = source.config_folder
+    free = out_of_memory.free_memory(placement.gpus())
+
+    def layout() -> Layout:
+        return find_linears(source, trust_remote_code=trust_remote_code)
+
     with _quiet():
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if stored:
-            layout = find_linears(source, trust_remote_code=trust_remote_code)
-            config.quantization_config = _read_stored(source, layout, stored, dtype)
+            config.quantization_config = _read_stored(source, layout(), stored, dtype)
         elif wanted:
             options["quantization_config"] = QcliConfig(method=wanted)
-        loaded, info = _model_class(config, trust_remote_code).from_pretrained(
-            folder, config=config, device_map={"": target}, output_loading_info=True, ignore_mismatched_sizes=True,
-            trust_remote_code=trust_remote_code, use_safetensors=files[0].suffix == ".safetensors", **options,
-        )  # fmt: skip
+        try:
+            loaded, info = _model_class(config, trust_remote_code).from_pretrained(
+                folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True,
+                trust_remote_code=trust_remote_code, use_safetensors=files[0].suffix == ".safetensors",
+                **placement.arguments(), **options,
+            )  # fmt: skip
+            if "disk" in (getattr(loaded, "hf_device_map", None) or {}).values():
+                raise NoRoom
+        except NoRoom:
+            raise out_of_memory.without_room(source, layout(), wanted, dtype, placement.limits()) from None
+        except (RuntimeError, MemoryError, LoadingStopped) as e:
+            if not isinstance(e, LoadingStopped) and not out_of_memory.is_one(e):
+                raise
+            split = device_map is not None
+            raise out_of_memory.while_loading(source, layout(), wanted, dtype, free, split) from e
         _check_complete(model, info)
         tokenizer = _tokenizer(source, trust_remote_code)
+    if not int8_activations:
+        _keep_activations(model, loaded)
     return loaded.eval(), tokenizer
+
+
+def _keep_activations(label: str, loaded: torch.nn.Module) -> None:
+    modules = [module for module in loaded.modules() if isinstance(module, Linear8bit)]
+    if not modules:
+        raise UsageError(
+            f"--no-int8-activations: {label} is not in LLM.int8()",
+            "Leave it out, or add --bits 8 to an unquantized model.",
+        )
+    for module in modules:
+        module.activations_in_int8 = False
 
 
 def _model_class(config, trust_remote_code: bool):
@@ -111,17 +147,19 @@ def _check_complete(label: str, info: dict) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps transformers' bars and advice off while it loads."""
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Keeps transformers' bars and advice, and accelerate's, off while it loads."""
+    models, hooks = transformers.utils.logging, logging.getLogger("accelerate")
+    verbosity, level, bars = models.get_verbosity(), hooks.level, models.is_progress_bar_enabled()
+    models.set_verbosity_error()
+    hooks.setLevel(logging.ERROR)
+    models.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        models.set_verbosity(verbosity)
+        hooks.setLevel(level)
         if bars:
-            logging.enable_progress_bar()
+            models.enable_progress_bar()
 
 
 def _read_stored(source: Source, layout: Layout, stored: dict, dtype: str) -> dict:

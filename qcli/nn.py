@@ -14,6 +14,7 @@ from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.linear_4bit import Prepared4bit, linear_4bit
 from qcli.ops.linear_int8 import PreparedInt8, linear_int8
+from qcli.ops.linear_w8a16 import linear_w8a16
 from qcli.runtime import cpu
 
 
@@ -42,7 +43,9 @@ class _QuantizedLinear(nn.Module):
         kept = self._prepared
         if kept is None or kept[0] != addresses:  # a tensor may have been replaced
             kept = addresses, self._prepare(self.in_features, *self._arguments())
-            if kept[1].addresses <= set(addresses):  # not where it holds copies, which changes in place would not reach
+            # Not where it holds copies, which changes in place would not reach, nor where accelerate's hooks bring the
+            # weight and take it away again: what is kept would keep it alive.
+            if kept[1].addresses <= set(addresses) and "_hf_hook" not in self.__dict__:
                 self.__dict__["_prepared"] = kept
         return kept[1](x)
 
@@ -133,8 +136,12 @@ class Linear4bit(_QuantizedLinear):
 
 
 class Linear8bit(_QuantizedLinear):
-    """An LLM.int8() weight: int8 [out_features, in_features] and SCB float32 [out_features], its rows' absmax."""
+    """An LLM.int8() weight: int8 [out_features, in_features] and SCB float32 [out_features], its rows' absmax.
 
+    With `activations_in_int8` false the input is not rounded to int8 either (W8A16): nearer to the unquantized model.
+    """
+
+    activations_in_int8 = True
     _op, _prepare = staticmethod(linear_int8), PreparedInt8
 
     def __init__(
@@ -156,7 +163,14 @@ class Linear8bit(_QuantizedLinear):
                 self.register_buffer(name, tensor)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, threshold={self.threshold}"
+        kind = f"threshold={self.threshold}" if self.activations_in_int8 else "activations_in_int8=False"
+        return f"{super().extra_repr()}, {kind}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] to [..., out_features], in x's dtype."""
+        if self.activations_in_int8:
+            return super().forward(x)
+        return linear_w8a16(x, self.weight, self.SCB.view(-1), self.bias)
 
     def _arguments(self) -> tuple:
         return self.weight, self.SCB.view(-1), self.bias, self.threshold

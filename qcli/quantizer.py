@@ -7,13 +7,21 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qcli import methods
+from qcli import methods, out_of_memory
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.linears import Layout
 from qcli.nn import Linear4bit, Linear8bit
 
 NAME = "qcli"
 PARTS_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")  # companions of a weight, after the dot
+
+
+class NoRoom(Exception):
+    """The device map leaves modules to the disk."""
+
+
+class LoadingStopped(BaseException):
+    """Carries its cause past transformers, which notes down every Exception of a conversion and reads on."""
 
 
 @register_quantization_config(NAME)
@@ -91,6 +99,15 @@ class QcliQuantizer(HfQuantizer):
         states = [f"weight.quant_state.bitsandbytes__{name}$" for name in ("nf4", "fp4")]
         return renamings + [WeightRenaming(state, "weight_quant_state") for state in states]
 
+    def validate_environment(self, *_, device_map=None, **__):
+        """Called with what was asked for, and again once each module has its device."""
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise NoRoom
+
+    def param_element_size(self, model, param_name: str, param: torch.Tensor) -> float:
+        """Bytes, for device maps: a weight that is yet to be quantized has its final shape, but not its final dtype."""
+        return 1 if self.param_needs_quantization(model, param_name) else param.element_size()
+
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         path, _, name = param_name.rpartition(".")
         return name == "weight" and hasattr(model.get_submodule(path), "quantize_with")
@@ -118,27 +135,40 @@ class _Quantize(ConversionOps):
     """Quantizes one weight between the file and the module."""
 
     def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
-        ((name, value),) = input_dict.items()
-        value = value[0] if isinstance(value, list) else value
-        path = name.rpartition(".")[0]
-        module = model.get_submodule(path)
-        method, code, transposed = module.quantize_with
-        if transposed:
-            value = value.t().contiguous()
-        stream = method.stream("weight", module.out_features, module.in_features, code, value.device)
-        tensors = dict(_pieces(stream, value, method.granularity(module.in_features)))
-        tensors |= stream.finish().tensors
-        if method.bits == 4:
-            module.nested_offset = stream.nested_offset
-        shape = module.weight.shape
-        return {
-            f"{path}.{_attribute(key)}": (tensor.view(shape) if key == "weight" else tensor).to(value.device)
-            for key, tensor in tensors.items()
-        }
+        try:
+            return _quantized(input_dict, model)
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory.is_one(e):
+                raise
+            raise LoadingStopped from e
 
 
-def _pieces(stream, value: torch.Tensor, grain: int):
+def _quantized(input_dict: dict, model) -> dict[str, torch.Tensor]:
+    """The tensors of a module, of its one weight."""
+    ((name, value),) = input_dict.items()
+    value = value[0] if isinstance(value, list) else value
+    path = name.rpartition(".")[0]
+    module = model.get_submodule(path)
+    method, code, transposed = module.quantize_with
+    if transposed:
+        value = value.t().contiguous()
+    stream = method.stream("weight", module.out_features, module.in_features, code, value.device)
+    weight = _fed(stream, value, method.granularity(module.in_features), module.weight.shape)
+    tensors = {"weight": weight} | stream.finish().tensors
+    if method.bits == 4:
+        module.nested_offset = stream.nested_offset
+    return {f"{path}.{_attribute(key)}": tensor.to(value.device) for key, tensor in tensors.items()}
+
+
+def _fed(stream, value: torch.Tensor, grain: int, shape: torch.Size) -> torch.Tensor:
+    """What the stream makes of `value`, in place at once: never twice in memory."""
     flat = value.reshape(-1)
     step = max((1 << 21) // grain, 1) * grain
-    parts = [piece for i, chunk in enumerate(flat.split(step)) for _, _, piece in stream.feed(chunk, i * step)]
-    yield "weight", torch.cat([part.reshape(-1) for part in parts])
+    made, filled = None, 0
+    for i, chunk in enumerate(flat.split(step)):
+        for _, _, piece in stream.feed(chunk, i * step):
+            if made is None:
+                made = torch.empty(shape, dtype=piece.dtype, device=piece.device)
+            made.view(-1)[filled : filled + piece.numel()] = piece.reshape(-1)
+            filled += piece.numel()
+    return made

@@ -73,11 +73,12 @@ def costs(held_out, base):
     """name -> (mean loss added, its paired standard error)."""
     original, reference = base
     result = {}
-    for name in ("plain int8", "llm-int8", "paper", "nf4"):
+    for name in ("plain int8", "llm-int8", "paper", "w8a16", "nf4"):
         model, _ = qcli.load(str(FOLDER), dtype="float32", device="cpu", bits=4 if name == "nf4" else 8)
         for path, module in model.named_modules():
             if isinstance(module, Linear8bit):
                 module.threshold = 0.0 if name == "plain int8" else THRESHOLD
+                module.activations_in_int8 = name != "w8a16"
                 if name == "paper":
                     module.forward = paper_form(module, original.get_submodule(path).weight)
         added = losses(model, held_out[0]) - reference
@@ -104,6 +105,10 @@ def test_llm_int8_costs_at_most_a_third_of_it(costs):
 def test_the_papers_form_costs_nothing_beyond_the_paired_error(costs):
     mean, error = costs["paper"]
     assert abs(mean) <= 2 * error
+
+
+def test_whole_activations_cost_no_more_than_llm_int8(costs):
+    assert costs["w8a16"][0] <= sum(costs["llm-int8"])
 
 
 def test_nf4_costs_something_small(costs):

@@ -9,6 +9,7 @@ import torch
 from qcli.nn import Linear4bit, Linear8bit
 from qcli.ops.linear_4bit import linear_4bit
 from qcli.ops.linear_int8 import linear_int8
+from qcli.ops.linear_w8a16 import linear_w8a16
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
 from qcli.ops.quantize_int8 import quantize_int8
@@ -186,3 +187,14 @@ def test_an_input_of_the_wrong_width_is_refused():
             for tokens in (1, 40):
                 with torch.no_grad(), pytest.raises((ValueError, RuntimeError)):
                     make()(torch.ones(tokens, width))
+
+
+def test_whole_activations_go_to_the_op_for_them():
+    module, x = eight_bit(), inputs()
+    with torch.no_grad():
+        before = module(x)
+        module.activations_in_int8 = False
+        assert torch.equal(module(x), linear_w8a16(x, module.weight, module.SCB, module.bias))
+        assert not torch.equal(module(x), before) and "activations_in_int8=False" in repr(module)
+        module.activations_in_int8 = True
+        assert torch.equal(module(x), before)

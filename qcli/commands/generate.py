@@ -38,6 +38,19 @@ def generate(
         str, typer.Option(help="Of all that is not quantized: auto, bfloat16, float16, float32.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device_map: Annotated[
+        str | None, typer.Option(help="auto splits the model over GPUs and CPU memory.", show_default=False)
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Limits of --device-map, such as 0=20GB,cpu=30GB.", show_default=False)
+    ] = None,
+    no_int8_activations: Annotated[
+        bool,
+        typer.Option(
+            "--no-int8-activations",
+            help="8-bit models: only weights are 8-bit; what flows between layers stays 16-bit.",
+        ),
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
@@ -57,6 +70,9 @@ def generate(
         method=method,
         dtype=dtype,
         device=device,
+        device_map=device_map,
+        max_memory=max_memory,
+        int8_activations=not no_int8_activations,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
@@ -140,14 +156,15 @@ def _answer(model, tokenizer, ids: list[int], sampling, json: bool) -> str:
 
 
 def _stats(model, result) -> dict[str, object]:
+    from qcli.devices import gpus_of
     from qcli.process import peak_memory
 
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     peak = peak_memory()
-    if model.device.type == "cuda":
+    if gpus := gpus_of(model):
         import torch
 
-        peak = torch.cuda.max_memory_allocated(model.device)
+        peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
     rate = result.decode_rate
     return {
         "prompt_tokens": result.prompt_tokens,
@@ -155,6 +172,7 @@ def _stats(model, result) -> dict[str, object]:
         "finished": result.finished,
         "prefill_tokens_per_second": round(result.prefill_rate, 2),
         "decode_tokens_per_second": None if rate is None else round(rate, 2),
+        "capture_seconds": result.capture_seconds and round(result.capture_seconds, 3),
         "peak_memory_bytes": peak,
         "weight_bytes": weights,
     }
