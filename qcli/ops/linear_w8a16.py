@@ -8,8 +8,10 @@ Sums are float32, the step of a row multiplies its sum, and y is rounded once to
 
 import torch
 
-from qcli.ops._library import define
+from qcli.ops._library import blocks, define
+from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.quantize_int8 import quantize_int8
+from qcli.runtime import cuda
 
 _ROWS = 512  # of the weight that are float32 at a time
 
@@ -27,7 +29,39 @@ def _fake(x, weight, scale, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-_op = define("linear_w8a16(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor", _reference, _fake)
+_FEW = 8  # tokens of the CUDA kernel
+_kernel_cuda = cuda.kernel("linear_w8a16", "pipppqip")
+
+
+def _cuda(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    op, device, (out_features, in_features) = "linear_w8a16", x.device, weight.shape
+    tokens = x.numel() // in_features if in_features else 0
+    if x.dtype == torch.float32 or not tokens or not out_features:
+        return _reference(x, weight, scale, bias)
+    on_tensor_cores = x.dtype == torch.float16 or cuda.capability(x) >= (8, 0)
+    if tokens > _FEW or in_features % 16 or not on_tensor_cores:
+        wide = dequantize_int8(weight, scale, x.dtype)
+        return torch.nn.functional.linear(x, wide, None if bias is None else bias.to(x.dtype))
+    constants = (f"DTYPE={cuda.type_name(op, x)}", f"FULL={int(in_features % 256 == 0)}")
+    weight = cuda.require(op, "weight", weight, torch.int8, out_features * in_features, device)
+    scale = cuda.require(op, "scale", scale.float(), torch.float32, out_features, device)
+    if bias is not None:
+        if bias.dtype != x.dtype:
+            constants += (f"BIAS={cuda.type_name(op, bias, 'bias')}",)
+        bias = cuda.require(op, "bias", bias, bias.dtype, out_features, device)
+    y = x.new_empty((*x.shape[:-1], out_features))
+    tiles = blocks(out_features, 16)
+    grid = blocks(tiles, blocks(tiles, 2 * cuda.multiprocessors(x)))
+    _kernel_cuda(
+        constants, (grid,), 256, 0,
+        cuda.aligned(x), tokens, weight, scale, 0 if bias is None else bias, out_features, in_features, y,
+    )  # fmt: skip
+    return y
+
+
+_op = define(
+    "linear_w8a16(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor", _reference, _fake, None, _cuda
+)
 
 
 def linear_w8a16(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
