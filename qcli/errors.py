@@ -33,6 +33,10 @@ class DeviceError(QcliError):
     """The requested device is not there."""
 
 
+class KernelError(QcliError):
+    """A CUDA kernel cannot be compiled, loaded or launched."""
+
+
 class NonFiniteError(QcliError):
     """A weight holds NaN or infinity."""
 
