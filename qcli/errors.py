@@ -57,3 +57,7 @@ class Interrupted(QcliError):
     """Ctrl-C or SIGTERM stopped the run."""
 
     exit_code = 130
+
+
+class QcliWarning(UserWarning):
+    """Something works less well than it could; a sentence on what and how to mend it."""

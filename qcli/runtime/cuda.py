@@ -13,23 +13,20 @@ Nothing here is imported or touched before a tensor on a GPU asks.
 """
 
 import atexit
-import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
 
-from qcli.errors import KernelError
-from qcli.runtime import nvcc
+from qcli.errors import KernelError, QcliWarning
+from qcli.runtime import nvcc, problems
+from qcli.runtime.arguments import packer
 
 # As kernels/cuda/common.cuh knows them.
 TYPES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
-
-_PLAIN = {int, float, bool, bytes}  # all but tensors: quicker than isinstance
-_CODES = {"p": "P", "i": "i", "q": "q", "f": "f"}
 
 
 class Backend(Protocol):
@@ -53,17 +50,12 @@ class Backend(Protocol):
         """Its compute capability."""
 
 
-class KernelsWarning(UserWarning):
-    """A GPU is there and the CUDA kernels cannot serve it."""
-
-
 class _Device:
-    """One GPU: its primary context, our streams on it, or the problem with it."""
+    """One GPU: torch's context on it, our streams, or the problem with it."""
 
     def __init__(self):
         self.problem: KernelError | None = None
-        self.index: int | None = None
-        self.driver = self.context = None
+        self.context = None
         self.streams: dict[int, object] = {0: None}  # by handle, those that PyCUDA can launch on
         self.capture_streams: dict[int, torch.cuda.Stream] = {}  # by thread
         self.beside: dict[int, tuple[object, torch.cuda.Stream]] = {}  # by the handle of the foreign stream
@@ -71,77 +63,92 @@ class _Device:
     def open(self, index: int) -> None:
         """Raises KernelError where no kernel can run."""
         if torch.version.cuda is None:
-            raise KernelError("this torch was built without CUDA", "install a CUDA build of torch: " + TORCH)
+            raise KernelError("this torch was built without CUDA", problems.TORCH)
         self.driver, self.index = _import_driver(), index
+        self.current = getattr(torch._C, "_cuda_getCurrentRawStream", None) or _current_stream
         torch.cuda.init()
-        capability = torch.cuda.get_device_capability(index)
-        if capability < OLDEST:
-            raise KernelError(
-                f"the GPU has compute capability {capability[0]}.{capability[1]}, expected {OLDEST[0]}.{OLDEST[1]} or later"
-            )
-        if nvcc.find() is None and not nvcc.complete(capability):
+        properties = torch.cuda.get_device_properties(index)
+        self.multiprocessors = properties.multi_processor_count
+        self.capability = properties.major, properties.minor
+        if self.capability < nvcc.OLDEST:
+            found, oldest = (".".join(map(str, capability)) for capability in (self.capability, nvcc.OLDEST))
+            raise KernelError(f"{properties.name} has compute capability {found}, the kernels need {oldest} or later")
+        if nvcc.find() is None and not nvcc.complete(self.capability):
             nvcc.require()
         try:
             self.driver.init()
             self.context = self.driver.Device(index).retain_primary_context()
         except self.driver.Error as e:
-            raise KernelError(f"the driver gives PyCUDA no context: {e}", DRIVER) from e
+            raise KernelError(f"PyCUDA gets no context of the driver: {e}", problems.DRIVER) from e
         self.load("probe", "probe", ())
 
     def close(self) -> None:
-        """Gives the context back. PyCUDA releases a primary context rightly only where it is pushed, and clears up
-        modules and streams without complaint only after that."""
-        if self.context is not None:
-            self.context.push()
-            self.context.detach()
+        """Gives the context back. PyCUDA releases a primary context where it is pushed, whatever the thread, and does not
+        complain of modules and streams that live on."""
         self.problem = KernelError("the process is ending")
+        if self.context is not None:
+            with suppress(self.driver.Error):  # the GPU may have failed before
+                self.context.push()
+                self.context.detach()
+
+    @contextmanager
+    def _entered(self, task: str) -> Iterator[None]:
+        self.context.push()
+        try:
+            yield
+        except self.driver.Error as e:
+            raise KernelError(f"the driver of cuda:{self.index} cannot {task}: {e}", problems.DRIVER) from e
+        finally:
+            self.context.pop()
 
     def load(self, source: str, entry: str, constants: tuple[str, ...]) -> "_Function":
         """Raises KernelError."""
-        image = nvcc.image(source, constants, torch.cuda.get_device_capability(self.index))
-        self.context.push()
-        try:
-            return _Function(self, f"{source}.cu: {entry}", self.driver.module_from_buffer(image).get_function(entry))
-        except self.driver.Error as e:
-            raise KernelError(f"the driver refuses {source}.cu: {entry}: {e}", DRIVER) from e
-        finally:
-            self.context.pop()
+        image = nvcc.image(source, constants, self.capability)
+        with self._entered(f"load {entry} of {source}.cu"):
+            return _Function(self, entry, self.driver.module_from_buffer(image).get_function(entry))
 
     def stream(self) -> tuple[object, torch.cuda.Stream]:
-        """A new stream, as PyCUDA and as torch know it. It does not wait for the default stream."""
-        self.context.push()
-        try:
+        """A new stream as PyCUDA and as torch know it, which does not wait for the default stream."""
+        with self._entered("make a stream"):
             made = self.driver.Stream(1)
-        finally:
-            self.context.pop()
         return made, torch.cuda.get_stream_from_external(made.handle, self.index)
 
 
 class _Function:
-    """A loaded kernel. `name` is for messages, `room` the bytes of dynamic shared memory that it may have as of now."""
+    """A loaded kernel. `room` is how many bytes of dynamic shared memory it may have as of now."""
 
-    def __init__(self, device: _Device, name: str, function):
-        attribute = device.driver.function_attribute
-        self.device, self.name, self.function, self.launch = device, name, function, function._launch_kernel
-        self.room = function.get_attribute(attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES)
+    def __init__(self, device: _Device, entry: str, function):
+        self.device, self.entry, self.function, self.launch = device, entry, function, function._launch_kernel
+        self.limit = device.driver.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self.room = function.get_attribute(self.limit)
 
     def run(self, grid: tuple, block: tuple, arguments: bytes, shared: int, stream) -> None:
-        device = self.device
-        device.context.push()
+        context = self.device.context
+        context.push()
         try:
             if shared > self.room:
-                attribute = device.driver.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES
-                self.function.set_attribute(attribute, shared)
+                self.function.set_attribute(self.limit, shared)
                 self.room = shared
             self.launch(grid, block, arguments, shared, stream)
-        except device.driver.Error as e:
-            raise KernelError(
-                f"{self.name} failed on cuda:{device.index} with grid {grid}, block {block} and {shared} bytes of dynamic"
-                f" shared memory: {e}",
-                "If an earlier kernel failed, CUDA_LAUNCH_BLOCKING=1 shows which.",
-            ) from e
+        except self.device.driver.Error as e:
+            sizes = f"grid {grid}, block {block}, {shared} bytes of dynamic shared memory"
+            hint = "If an earlier kernel may be the cause, CUDA_LAUNCH_BLOCKING=1 shows which."
+            raise KernelError(f"{self.entry} on cuda:{self.device.index} ({sizes}): {e}", hint) from e
         finally:
-            device.context.pop()
+            context.pop()
+
+
+def _import_driver():
+    """pycuda.driver. Raises KernelError with what is wrong with PyCUDA."""
+    try:
+        import pycuda.driver as driver
+    except Exception as e:  # a module compiled for another numpy raises more than ImportError
+        raise problems.of_import(e) from e
+    return driver
+
+
+def _current_stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
 
 
 class PyCuda:
@@ -150,13 +157,10 @@ class PyCuda:
     def __init__(self):
         self._devices: dict[torch.device, _Device] = {}
         self._lock = threading.RLock()
-        self._told: set[str] = set()
 
     def serves(self, device: torch.device) -> bool:
-        """Whether kernels run on that device. Where they cannot on a GPU, a KernelsWarning tells why, once."""
-        if device.type != "cuda":
-            return False
-        return (self._devices.get(device) or self._open(device)).problem is None
+        """As in Backend. A GPU that kernels cannot run on is told of in a warning, once."""
+        return device.type == "cuda" and self.problem(device) is None
 
     def problem(self, device: torch.device) -> KernelError | None:
         """Why kernels do not run on that GPU."""
@@ -173,15 +177,14 @@ class PyCuda:
                 opened.open(device.index)
             except KernelError as e:
                 opened.problem = e
-                if str(e) not in self._told:  # several GPUs mostly share theirs
-                    self._told.add(str(e))
-                    text = f"CUDA kernels cannot run and plain torch serves, more slowly: {e}"
-                    warnings.warn(f"{text}. {e.hint or ''}".rstrip(), KernelsWarning, stacklevel=2)
             self._devices[device] = opened
+            if e := opened.problem:
+                text = f"no CUDA kernels, plain torch serves in their place, more slowly: {e.message}"
+                warnings.warn(f"{text}; {e.hint}" if e.hint else text, QcliWarning, stacklevel=3)
             return opened
 
     def close(self) -> None:
-        """Gives every context back: PyCUDA must have done so before the interpreter ends."""
+        """Gives every context back, which PyCUDA wants done before the interpreter ends."""
         for device in self._devices.values():
             device.close()
 
@@ -194,8 +197,7 @@ class PyCuda:
         self, function: _Function, grid: tuple, block: tuple, shared: int, arguments: bytes, device: torch.device
     ) -> None:
         """As in Backend. Raises KernelError."""
-        streams = function.device.streams
-        handle = _current_stream(device.index)
+        handle, streams = function.device.current(device.index), function.device.streams
         if handle in streams:
             function.run(grid, block, arguments, shared, streams[handle])
             return
@@ -212,23 +214,23 @@ class PyCuda:
             return device.beside[handle]
 
     def capture_stream(self, device: torch.device) -> torch.cuda.Stream:
-        """A stream that kernels are launched on directly. Each thread has its own: during a capture another thread's
-        work would become part of the graph."""
+        """As the function of that name. Raises KernelError."""
         with self._lock:
-            opened, thread = self._devices[device], threading.get_ident()
+            opened, thread = self._devices.get(device) or self._open(device), threading.get_ident()
+            if opened.problem:
+                raise opened.problem
             if thread not in opened.capture_streams:
-                ours, adopted = opened.stream()
+                ours, opened.capture_streams[thread] = opened.stream()
                 opened.streams[ours.handle] = ours
-                opened.capture_streams[thread] = adopted
             return opened.capture_streams[thread]
 
     def multiprocessors(self, device: torch.device) -> int:
         """As in Backend."""
-        return torch.cuda.get_device_properties(device).multi_processor_count
+        return self._devices[device].multiprocessors
 
     def capability(self, device: torch.device) -> tuple[int, int]:
         """As in Backend."""
-        return torch.cuda.get_device_capability(device)
+        return self._devices[device].capability
 
 
 _backend: Backend | None = PyCuda()
@@ -260,6 +262,22 @@ def capability(x: torch.Tensor) -> tuple[int, int]:
     return _backend.capability(x.device)
 
 
+def problem(device: torch.device) -> KernelError | None:
+    """Why the reference serves a GPU, None where the kernels do."""
+    return _backend.problem(device)
+
+
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream to capture a CUDA graph of kernels on, with torch.cuda.graph(graph, stream=...): they are launched on it
+    directly. Each thread has its own, for during a capture another thread's work would become part of the graph.
+
+    Run every kernel once before the capture: loading one is not allowed in it. Raises KernelError where none can run.
+    """
+    return _backend.capture_stream(
+        device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+    )
+
+
 def kernel(source: str, signature: str, entry: str | None = None) -> Callable[..., None]:
     """The kernel `entry` (by default of the file's name) of kernels/cuda/SOURCE.cu.
 
@@ -270,19 +288,8 @@ def kernel(source: str, signature: str, entry: str | None = None) -> Callable[..
 
     Tensors must be contiguous and of the sizes that the kernel states: nothing is checked from here on.
     """
-    entry = entry or source
-    layouts: dict[tuple[int, ...], struct.Struct] = {}
+    entry, pack = entry or source, packer(signature)
     functions: dict[tuple, object] = {}
-    tables = [i for i, letter in enumerate(signature) if letter == "t"]
-
-    def layout(arguments) -> struct.Struct:
-        sizes = tuple(len(arguments[i]) for i in tables)
-        if sizes not in layouts:
-            lengths = iter(sizes)
-            # A table begins at a multiple of its elements' 4 bytes, which struct knows only of numbers.
-            codes = (f"0i{next(lengths)}s" if letter == "t" else _CODES[letter] for letter in signature)
-            layouts[sizes] = struct.Struct("@" + "".join(codes))
-        return layouts[sizes]
 
     def launch(constants: tuple[str, ...], grid: tuple[int, ...], threads: int, shared: int, *arguments) -> None:
         device, backend = arguments[0].device, _backend
@@ -290,9 +297,7 @@ def kernel(source: str, signature: str, entry: str | None = None) -> Callable[..
         function = functions.get(key)
         if function is None:
             function = functions[key] = backend.function(source, entry, constants, device)
-        values = [value if type(value) in _PLAIN else value.data_ptr() for value in arguments]
-        packed = layout(arguments).pack(*values)
-        backend.launch(function, (*grid, 1, 1)[:3], (threads, 1, 1), shared, packed, device)
+        backend.launch(function, (*grid, 1, 1)[:3], (threads, 1, 1), shared, pack(arguments), device)
 
     return launch
 

@@ -23,10 +23,11 @@ from pathlib import Path
 
 import qcli
 from qcli.errors import KernelError
+from qcli.runtime import problems
 
 CACHE = "QCLI_CACHE"
+OLDEST = (7, 5)  # compute capability: nvcc 13 knows none before
 FLAGS = ("-std=c++17", "-O3")
-INSTALL = "install NVIDIA's CUDA toolkit and put the folder of its nvcc on PATH"
 
 ARCHITECTURES = "architectures"  # the file that names those of the prebuilt images beside it, in order
 
@@ -103,7 +104,9 @@ def require() -> str:
     """As `find`. Raises KernelError where there is none."""
     compiler = find()
     if compiler is None:
-        raise KernelError("no nvcc to compile the CUDA kernels with, and none came compiled with this package", INSTALL)
+        raise KernelError(
+            "no nvcc to compile the CUDA kernels with, and none came compiled with this package", problems.NVCC
+        )
     return compiler
 
 
@@ -116,7 +119,7 @@ def version(compiler: str) -> str:
     def ask() -> bytes:
         found = re.search(r"V(\d+\.\d+\.\d+)", _run([compiler, "--version"], "asked for its version").stdout)
         if not found:
-            raise KernelError(f"{compiler} --version tells no version: it is not NVIDIA's nvcc", INSTALL)
+            raise KernelError(f"{compiler} --version tells no version: it is not NVIDIA's nvcc", problems.NVCC)
         return found[1].encode()
 
     return _cached(f"nvcc-{key}.version", ask).decode()
@@ -135,7 +138,7 @@ def _run(command: list[str], task: str) -> subprocess.CompletedProcess:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except OSError as e:
-        raise KernelError(f"{command[0]} cannot run, {task}: {e.strerror}", INSTALL) from e
+        raise KernelError(f"{command[0]} cannot run, {task}: {e.strerror}", problems.NVCC) from e
     if done.returncode:
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         first = next(
