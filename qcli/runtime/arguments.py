@@ -1,14 +1,19 @@
-"""The arguments of a CUDA kernel as the driver takes them: one buffer, each argument at a multiple of its own size."""
+"""The arguments of a CUDA kernel: what ops check of them, and the buffer in which the driver takes them."""
 
 import struct
 from collections.abc import Callable, Sequence
+
+import torch
+
+# As kernels/cuda/common.cuh knows them.
+TYPES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 
 _PLAIN = {int, float, bool, bytes}  # all but tensors: quicker than isinstance
 _CODES = {"p": "P", "i": "i", "q": "q", "f": "f"}
 
 
 def packer(signature: str) -> Callable[[Sequence], bytes]:
-    """A function that packs arguments; `signature` is as in `cuda.kernel`."""
+    """A function that packs arguments, each at a multiple of its own size; `signature` is as in `cuda.kernel`."""
     tables = [i for i, letter in enumerate(signature) if letter == "t"]
     layouts: dict[tuple[int, ...], struct.Struct] = {}
 
@@ -25,3 +30,28 @@ def packer(signature: str) -> Callable[[Sequence], bytes]:
         return layouts[sizes].pack(*[v if type(v) in _PLAIN else v.data_ptr() for v in arguments])
 
     return pack
+
+
+def type_name(op: str, x: torch.Tensor, name: str = "x") -> str:
+    """The C++ name of x's dtype. Raises TypeError."""
+    if x.dtype not in TYPES:
+        raise TypeError(f"{op}: {name} is {x.dtype}, expected float32, bfloat16 or float16")
+    return TYPES[x.dtype]
+
+
+def require(
+    op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int, device: torch.device
+) -> torch.Tensor:
+    """The tensor, contiguous and aligned to 16 bytes. Raises ValueError unless it lies on `device` with that dtype and so
+    many elements: a kernel reads and writes where it is told to."""
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} lies on {tensor.device}, expected {device}")
+    if tensor.dtype != dtype or tensor.numel() != numel:
+        raise ValueError(f"{op}: {name} has {tensor.numel()} elements of {tensor.dtype}, expected {numel} of {dtype}")
+    return aligned(tensor)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, contiguous and beginning at a multiple of 16 bytes, as vector loads want it."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor

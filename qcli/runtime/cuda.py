@@ -23,10 +23,20 @@ import torch
 
 from qcli.errors import KernelError, QcliWarning
 from qcli.runtime import nvcc, problems
-from qcli.runtime.arguments import packer
+from qcli.runtime.arguments import TYPES, aligned, packer, require, type_name
 
-# As kernels/cuda/common.cuh knows them.
-TYPES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+__all__ = [
+    "TYPES",
+    "aligned",
+    "capability",
+    "capture_stream",
+    "kernel",
+    "multiprocessors",
+    "problem",
+    "require",
+    "serves",
+]
+__all__ += ["type_name", "using"]
 
 
 class Backend(Protocol):
@@ -55,7 +65,7 @@ class _Device:
 
     def __init__(self):
         self.problem: KernelError | None = None
-        self.context = None
+        self.context = None  # as PyCUDA has it
         self.streams: dict[int, object] = {0: None}  # by handle, those that PyCUDA can launch on
         self.capture_streams: dict[int, torch.cuda.Stream] = {}  # by thread
         self.beside: dict[int, tuple[object, torch.cuda.Stream]] = {}  # by the handle of the foreign stream
@@ -300,28 +310,3 @@ def kernel(source: str, signature: str, entry: str | None = None) -> Callable[..
         backend.launch(function, (*grid, 1, 1)[:3], (threads, 1, 1), shared, pack(arguments), device)
 
     return launch
-
-
-def type_name(op: str, x: torch.Tensor, name: str = "x") -> str:
-    """The C++ name of x's dtype. Raises TypeError."""
-    if x.dtype not in TYPES:
-        raise TypeError(f"{op}: {name} is {x.dtype}, expected float32, bfloat16 or float16")
-    return TYPES[x.dtype]
-
-
-def require(
-    op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int, device: torch.device
-) -> torch.Tensor:
-    """The tensor, contiguous and aligned to 16 bytes. Raises ValueError unless it lies on `device` with that dtype and so
-    many elements: a kernel reads and writes where it is told to."""
-    if tensor.device != device:
-        raise ValueError(f"{op}: {name} lies on {tensor.device}, expected {device}")
-    if tensor.dtype != dtype or tensor.numel() != numel:
-        raise ValueError(f"{op}: {name} has {tensor.numel()} elements of {tensor.dtype}, expected {numel} of {dtype}")
-    return aligned(tensor)
-
-
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, contiguous and beginning at a multiple of 16 bytes, as vector loads want it."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
