@@ -35,8 +35,9 @@ __all__ = [
     "problem",
     "require",
     "serves",
+    "type_name",
+    "using",
 ]
-__all__ += ["type_name", "using"]
 
 
 class Backend(Protocol):

@@ -57,14 +57,15 @@ def image(source: str, constants: tuple[str, ...], capability: tuple[int, int]) 
     found = _prebuilt(source, constants, capability)
     if found is not None:
         return found
-    path, compiler, arch = _path(source), require(), architecture(capability)
-    key = _key(source, constants, arch, version(compiler))
-    return _cached(f"{source}-{key}.cubin", lambda: build(path, constants, ["-cubin", f"-arch={arch}"]))
+    arch = architecture(capability)
+    key = _key(source, constants, arch, version(require()))
+    return _cached(f"{source}-{key}.cubin", lambda: build(source, constants, ["-cubin", f"-arch={arch}"]))
 
 
 def complete(capability: tuple[int, int]) -> bool:
-    """Whether the package carries every image that the sources ask for: then nvcc is not needed."""
-    return all(_prebuilt(name, constants, capability) for name in sources() for constants in instances(name))
+    """Whether the package carries an image for that GPU of every source: then nvcc is not needed."""
+    listed = {source: instances(source) for source in sources()}
+    return all(listed.values()) and all(_prebuilt(s, c, capability) for s, every in listed.items() for c in every)
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -105,7 +106,7 @@ def require() -> str:
     compiler = find()
     if compiler is None:
         raise KernelError(
-            "no nvcc to compile the CUDA kernels with, and none came compiled with this package", problems.NVCC
+            "no nvcc to compile the CUDA kernels with, and they did not come compiled with this package", problems.NVCC
         )
     return compiler
 
@@ -125,8 +126,14 @@ def version(compiler: str) -> str:
     return _cached(f"nvcc-{key}.version", ask).decode()
 
 
-def build(path: Path, constants: tuple[str, ...], target: list[str]) -> bytes:
+def targets() -> list[str]:
+    """The architectures that nvcc compiles for, such as sm_80. Raises KernelError."""
+    return _run([require(), "--list-gpu-code"], "asked for its targets").stdout.split()
+
+
+def build(source: str, constants: tuple[str, ...], target: list[str]) -> bytes:
     """What nvcc makes of a source for `target`, its options for the kind of image and architecture. Raises KernelError."""
+    path = _path(source)
     with tempfile.TemporaryDirectory(prefix="qcli-") as scratch:
         output = Path(scratch, "image")
         defined = [f"-D{constant}" for constant in constants]

@@ -53,7 +53,15 @@ class Emulator:
 
     def __init__(self, folder: Path, *, sanitize: bool = False, sources: Path = KERNELS):
         self.folder, self.sources, self.order = folder, sources, "forward"
-        self.flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-frounding-math"]
+        self.flags = [
+            "-std=c++17",
+            "-O1",
+            "-g",
+            "-fPIC",
+            "-ffp-contract=off",
+            "-fno-strict-aliasing",
+            "-frounding-math",
+        ]
         self.flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-variable"]
         self.flags += ["-DQCLI_EMULATOR", "-I", str(HERE), "-I", str(KERNELS), "-isystem", str(cuda_headers())]
         self.flags += SANITIZERS if sanitize else []
@@ -92,7 +100,16 @@ class Emulator:
             unit = f'#include "{path}"\n' + "".join(f"EMULATE({entry})\n" for entry in entries)
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = library.with_suffix(f".{os.getpid()}")
-            command = ["g++", *self.flags, *self._precompiled(), *(f"-D{c}" for c in constants), "-shared", "-x", "c++", "-"]
+            command = [
+                "g++",
+                *self.flags,
+                *self._precompiled(),
+                *(f"-D{c}" for c in constants),
+                "-shared",
+                "-x",
+                "c++",
+                "-",
+            ]
             subprocess.run([*command, "-o", str(partial)], input=unit, text=True, check=True)
             partial.replace(library)
         return ctypes.CDLL(str(library))
