@@ -26,6 +26,7 @@ from qcli.errors import KernelError
 from qcli.runtime import problems
 
 CACHE = "QCLI_CACHE"
+USUAL = Path("/usr/local/cuda/bin/nvcc")
 OLDEST = (7, 5)  # compute capability: nvcc 13 knows none before
 FLAGS = ("-std=c++17", "-O3")
 
@@ -90,7 +91,7 @@ def find() -> str | None:
     """nvcc: of CUDA_HOME, on PATH, in the toolkit's usual folder, or of PyPI's packages."""
     places = [Path(os.environ["CUDA_HOME"], "bin/nvcc")] if os.environ.get("CUDA_HOME") else []
     places += [Path(path) for path in [shutil.which("nvcc")] if path]
-    places += [Path("/usr/local/cuda/bin/nvcc"), *_packaged()]
+    places += [USUAL, *_packaged()]
     return next((str(place) for place in places if os.access(place, os.X_OK)), None)
 
 

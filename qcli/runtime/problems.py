@@ -20,8 +20,21 @@ _IMPORT = (
     (r"", "cannot be imported", PYCUDA_AGAIN),
 )
 
+# The same of nvcc's first error.
+_COMPILE = (
+    (r"Unsupported gpu architecture", "install a version of NVIDIA's CUDA toolkit that knows this GPU"),
+    (r"host compiler|gcc|g\+\+.*not found", "nvcc needs a C++ compiler: apt install g++"),
+    (r"unsupported (GNU|clang) version", "install an older g++ and name it: export NVCC_PREPEND_FLAGS='-ccbin g++-12'"),
+    (r"cuda\w*\.h|crt/|nv/target", "the toolkit lacks its headers: install it whole"),
+)
+
 
 def of_import(error: Exception) -> KernelError:
     """What is wrong with PyCUDA where importing it raised `error`."""
     what, hint = next((what, hint) for pattern, what, hint in _IMPORT if re.search(pattern, str(error)))
     return KernelError(f"PyCUDA {what} ({error})", hint)
+
+
+def cure_of_compile(line: str) -> str | None:
+    """What mends it where nvcc's first error is this line; None where it is the kernel that is wrong."""
+    return next((hint for pattern, hint in _COMPILE if re.search(pattern, line)), None)
