@@ -149,13 +149,10 @@ def _run(command: list[str], task: str) -> subprocess.CompletedProcess:
         raise KernelError(f"{command[0]} cannot run, {task}: {e.strerror}", problems.NVCC) from e
     if done.returncode:
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        first = next(
-            (line for line in lines if re.search(r"\b(error|fatal)\b", line)), lines[0] if lines else "no output"
-        )
-        defined = " ".join(word[2:] for word in command if word.startswith("-D"))
-        raise KernelError(
-            f"nvcc failed (exit {done.returncode}) {task}{f' with {defined}' if defined else ''}: {first}"
-        )
+        first = next((line for line in lines if re.search(r"\b(error|fatal)\b", line)), (lines or ["no output"])[0])
+        defined = [word[2:] for word in command if word.startswith("-D")]
+        subject = f"{task} with {' '.join(defined)}" if defined else task
+        raise KernelError(f"nvcc failed (exit {done.returncode}) {subject}: {first}", problems.cure_of_compile(first))
     return done
 
 

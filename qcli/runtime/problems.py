@@ -23,9 +23,9 @@ _IMPORT = (
 # The same of nvcc's first error.
 _COMPILE = (
     (r"Unsupported gpu architecture", "install a version of NVIDIA's CUDA toolkit that knows this GPU"),
-    (r"host compiler|gcc|g\+\+.*not found", "nvcc needs a C++ compiler: apt install g++"),
+    (r"host compiler", "nvcc needs a C++ compiler: apt install g++"),
     (r"unsupported (GNU|clang) version", "install an older g++ and name it: export NVCC_PREPEND_FLAGS='-ccbin g++-12'"),
-    (r"cuda\w*\.h|crt/|nv/target", "the toolkit lacks its headers: install it whole"),
+    (r"fatal error: (cuda|crt|nv/|cooperative)", "the toolkit lacks its headers: install it whole"),
 )
 
 

@@ -156,8 +156,31 @@ def test_a_failed_compile_is_a_sentence(place):
         "nvcc failed (exit 2) compiling some.cu with DTYPE=float BLOCK_SIZE=64: "
         'some.cu(3): error: "x" is undefined'
     )  # fmt: skip
+    assert e.value.hint is None
     (place / "fails").unlink()
     assert some()  # nothing of the failure is kept
+
+
+@pytest.mark.parametrize(
+    "output, cure",
+    [
+        (
+            "nvcc fatal   : Unsupported gpu architecture 'sm_120'",
+            "a version of NVIDIA's CUDA toolkit that knows this GPU",
+        ),
+        (
+            "gcc: No such file or directory\nnvcc fatal   : Failed to preprocess host compiler properties.",
+            "apt install g++",
+        ),
+        ("host_config.h:164:2: error: #error -- unsupported GNU version! gcc versions later", "-ccbin g++-12"),
+        ("probe.cu:3:10: fatal error: cuda_bf16.h: No such file or directory", "lacks its headers"),
+    ],
+)
+def test_what_a_toolkit_lacks_is_named_with_its_cure(output, cure, place):
+    (place / "fails").write_text(output + "\n")
+    with pytest.raises(KernelError) as e:
+        some()
+    assert output.splitlines()[-1] in e.value.message and cure in e.value.hint
 
 
 def test_an_nvcc_that_cannot_run(place):
@@ -296,7 +319,10 @@ def test_the_real_nvcc(place, monkeypatch):
     for capability in ((8, 0), (9, 0)):
         image = some(("DTYPE=__half", "BLOCK_SIZE=64"), capability)
         assert image[:4] == b"\x7fELF" and b"some" in image
-    with pytest.raises(KernelError, match=r'some.cu with DTYPE=strange BLOCK_SIZE=1: .*error: identifier "strange"'):
+    with pytest.raises(
+        KernelError, match=r"compiling some.cu with DTYPE=strange BLOCK_SIZE=1: \S*some.cu\(3\): error: "
+    ):
         some(("DTYPE=strange", "BLOCK_SIZE=1"))
-    with pytest.raises(KernelError, match="compiling some.cu with DTYPE=float BLOCK_SIZE=1: nvcc fatal .*sm_10'"):
+    with pytest.raises(KernelError, match="compiling some.cu with DTYPE=float BLOCK_SIZE=1: nvcc fatal .*sm_10'") as e:
         some(("DTYPE=float", "BLOCK_SIZE=1"), (1, 0))
+    assert "that knows this GPU" in e.value.hint
