@@ -8,12 +8,12 @@ import torch
 # As kernels/cuda/common.cuh knows them.
 TYPES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 
-_PLAIN = {int, float, bool, bytes}  # all but tensors: quicker than isinstance
 _CODES = {"p": "P", "i": "i", "q": "q", "f": "f"}
 
 
 def packer(signature: str) -> Callable[[Sequence], bytes]:
     """A function that packs arguments, each at a multiple of its own size; `signature` is as in `cuda.kernel`."""
+    pointers = [i for i, letter in enumerate(signature) if letter == "p"]
     tables = [i for i, letter in enumerate(signature) if letter == "t"]
     layouts: dict[tuple[int, ...], struct.Struct] = {}
 
@@ -24,10 +24,14 @@ def packer(signature: str) -> Callable[[Sequence], bytes]:
         return struct.Struct("@" + "".join(codes))
 
     def pack(arguments: Sequence) -> bytes:
-        sizes = tuple([len(arguments[i]) for i in tables])
+        values = list(arguments)
+        for i in pointers:
+            if type(values[i]) is not int:
+                values[i] = values[i].data_ptr()
+        sizes = tuple([len(values[i]) for i in tables])
         if sizes not in layouts:
             layouts[sizes] = layout(sizes)
-        return layouts[sizes].pack(*[v if type(v) in _PLAIN else v.data_ptr() for v in arguments])
+        return layouts[sizes].pack(*values)
 
     return pack
 

@@ -97,20 +97,22 @@ class _Device:
         """Gives the context back. PyCUDA releases a primary context where it is pushed, whatever the thread, and does not
         complain of modules and streams that live on."""
         self.problem = KernelError("the process is ending")
-        if self.context is not None:
+        context, self.context = self.context, None
+        if context is not None:
             with suppress(self.driver.Error):  # the GPU may have failed before
-                self.context.push()
-                self.context.detach()
+                context.push()
+                context.detach()
 
     @contextmanager
     def _entered(self, task: str) -> Iterator[None]:
-        self.context.push()
+        context = self.context
+        context.push()
         try:
             yield
         except self.driver.Error as e:
             raise KernelError(f"the driver of cuda:{self.index} cannot {task}: {e}", problems.DRIVER) from e
         finally:
-            self.context.pop()
+            context.pop()
 
     def load(self, source: str, entry: str, constants: tuple[str, ...]) -> "_Function":
         """Raises KernelError."""
@@ -299,15 +301,15 @@ def kernel(source: str, signature: str, entry: str | None = None) -> Callable[..
 
     Tensors must be contiguous and of the sizes that the kernel states: nothing is checked from here on.
     """
-    entry, pack = entry or source, packer(signature)
+    entry, pack, ones = entry or source, packer(signature), (1, 1)
     functions: dict[tuple, object] = {}
 
     def launch(constants: tuple[str, ...], grid: tuple[int, ...], threads: int, shared: int, *arguments) -> None:
         device, backend = arguments[0].device, _backend
-        key = (backend, device, constants)
+        key = backend, device, constants
         function = functions.get(key)
         if function is None:
             function = functions[key] = backend.function(source, entry, constants, device)
-        backend.launch(function, (*grid, 1, 1)[:3], (threads, 1, 1), shared, pack(arguments), device)
+        backend.launch(function, (grid + ones)[:3], (threads, 1, 1), shared, pack(arguments), device)
 
     return launch

@@ -3,10 +3,14 @@
 `Gpu` keeps what both share: each thread's stack of contexts in the driver, the streams, what was launched. `pycuda()` is a
 module like pycuda.driver, after its C++ sources: a stack of contexts per thread beside the driver's, which must be empty
 where a thread ends; streams that only it makes and only it accepts; modules and streams that want a context pushed.
-`torch_parts()` are the functions of torch.
+`torch_parts()` are the functions of torch. `driver_library()` compiles libcuda.c, for the real PyCUDA.
 """
 
+import re
+import subprocess
 import threading
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -258,3 +262,28 @@ class Tensor:
     def data_ptr(self) -> int:
         """As torch's."""
         return self._address
+
+
+def driver_library(folder: Path) -> Path:
+    """Compiles a libcuda.so.1 with every function that the PyCUDA installed here wants to find in it; returns its path."""
+    source = Path(__file__).with_name("libcuda.c").read_text()
+    module = next(Path(find_spec("pycuda").origin).parent.glob("_driver*.so")).read_bytes()
+    wanted = {name.decode() for name in re.findall(rb"(?<=\0)cu[A-Z]\w+(?=\0)", module)}
+    missing = sorted(wanted - set(re.findall(r"^int (\w+)\(", source, re.MULTILINE)))
+    source += "".join(f"int {name}(void) {{ return 801; }}\n" for name in missing)
+    output = folder / "libcuda.so.1"
+    command = [
+        "gcc",
+        "-O2",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        "-Wl,-soname,libcuda.so.1",
+        "-x",
+        "c",
+        "-",
+        "-o",
+        str(output),
+    ]
+    subprocess.run(command, input=source, text=True, check=True)
+    return output

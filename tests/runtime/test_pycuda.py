@@ -1,7 +1,6 @@
 """The launcher through the real PyCUDA, on a driver library that only answers and notes what it was asked (libcuda.c)."""
 
 import os
-import re
 import shutil
 import struct
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.runtime.fake_gpu import driver_library
 
 pytestmark = pytest.mark.skipif(
     find_spec("pycuda") is None or shutil.which("gcc") is None, reason="needs PyCUDA and a C compiler"
@@ -37,17 +37,8 @@ ARGUMENTS = struct.pack("@Pqif8s", 0x7000, 5, -1, 0.5, b"eight by").hex()
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
-    """The folder of a libcuda.so.1 with every function that this PyCUDA wants to find in it."""
-    folder = tmp_path_factory.mktemp("driver")
-    source = Path(__file__).with_name("libcuda.c").read_text()
-    module = next(Path(find_spec("pycuda").origin).parent.glob("_driver*.so")).read_bytes()
-    wanted = {name.decode() for name in re.findall(rb"(?<=\0)cu[A-Z]\w+(?=\0)", module)}
-    missing = sorted(wanted - set(re.findall(r"^int (\w+)\(", source, re.MULTILINE)))
-    source += "".join(f"int {name}(void) {{ return 801; }}\n" for name in missing)
-    output = str(folder / "libcuda.so.1")
-    command = ["gcc", "-shared", "-fPIC", "-pthread", "-Wl,-soname,libcuda.so.1", "-x", "c", "-", "-o", output]
-    subprocess.run(command, input=source, text=True, check=True)
-    return folder
+    """The folder of a libcuda.so.1."""
+    return driver_library(tmp_path_factory.mktemp("driver")).parent
 
 
 @pytest.fixture
