@@ -7,7 +7,7 @@ from qcli.errors import KernelError
 DRIVER = "install or update NVIDIA's driver; a container must be started with the GPU: docker run --gpus all"
 NVCC = "install NVIDIA's CUDA toolkit and put the folder of its nvcc on PATH"
 PYCUDA = "pip install 'qcli[cuda]'"
-PYCUDA_AGAIN = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary pycuda pycuda"
+PYCUDA_AGAIN = "pip install --force-reinstall --no-deps --no-cache-dir pycuda"
 TORCH = "install a CUDA build of torch: https://pytorch.org/get-started"
 
 # A pattern in what importing PyCUDA raises, what that means, what to do. The first that fits.

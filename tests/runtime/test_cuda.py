@@ -338,7 +338,7 @@ class Broken:
             "finds no driver", "--gpus all",
         ),
         (ImportError("_driver.so: undefined symbol: cuCtxCreate_v4"), "another version of CUDA", "--force-reinstall"),
-        (ImportError("libcurand.so.10: cannot open shared object file"), "another version of CUDA", "--no-binary pycuda"),
+        (ImportError("libcurand.so.10: cannot open shared object file"), "another version of CUDA", "--no-cache-dir pycuda"),
         (ModuleNotFoundError("No module named 'pycuda._driver'"), "another Python or numpy", "--force-reinstall"),
         (ImportError("numpy.core.multiarray failed to import"), "another Python or numpy", "--force-reinstall"),
         (ValueError("numpy.ndarray size changed"), "another Python or numpy", "--force-reinstall"),
