@@ -67,10 +67,9 @@ __device__ inline uint32_t pack2<__nv_bfloat16>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// Eight values from an address that is a multiple of 16, read once: the caches need not keep them.
+// Eight values from an address that is a multiple of 16; the caches keep them.
 template <class T>
-__device__ inline void load8(const T* from, float (&to)[8]) {
-  const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(from));
+__device__ inline void expand8(uint4 bits, float (&to)[8]) {
   const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -79,16 +78,33 @@ __device__ inline void load8(const T* from, float (&to)[8]) {
     to[2 * i + 1] = pair.y;
   }
 }
-template <>
-__device__ inline void load8<float>(const float* from, float (&to)[8]) {
+__device__ inline void expand8(const float4 (&four)[2], float (&to)[8]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const float4 four = __ldcs(reinterpret_cast<const float4*>(from) + i);
-    to[4 * i] = four.x;
-    to[4 * i + 1] = four.y;
-    to[4 * i + 2] = four.z;
-    to[4 * i + 3] = four.w;
+    to[4 * i] = four[i].x;
+    to[4 * i + 1] = four[i].y;
+    to[4 * i + 2] = four[i].z;
+    to[4 * i + 3] = four[i].w;
   }
+}
+template <class T>
+__device__ inline void load8_kept(const T* from, float (&to)[8]) {
+  expand8<T>(__ldg(reinterpret_cast<const uint4*>(from)), to);
+}
+template <>
+__device__ inline void load8_kept<float>(const float* from, float (&to)[8]) {
+  const float4* fours = reinterpret_cast<const float4*>(from);
+  expand8({__ldg(fours), __ldg(fours + 1)}, to);
+}
+// The same, read once: the caches need not keep them.
+template <class T>
+__device__ inline void load8(const T* from, float (&to)[8]) {
+  expand8<T>(__ldcs(reinterpret_cast<const uint4*>(from)), to);
+}
+template <>
+__device__ inline void load8<float>(const float* from, float (&to)[8]) {
+  const float4* fours = reinterpret_cast<const float4*>(from);
+  expand8({__ldcs(fours), __ldcs(fours + 1)}, to);
 }
 
 // Eight values to an address that is a multiple of 16.
@@ -104,6 +120,16 @@ __device__ inline void store8<float>(float* to, const float (&from)[8]) {
   for (int i = 0; i < 2; ++i) {
     __stcs(reinterpret_cast<float4*>(to) + i, make_float4(from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]));
   }
+}
+
+// Four values to an address that is a multiple of four of them.
+template <class T>
+__device__ inline void store4(T* to, const float (&from)[4]) {
+  __stcs(reinterpret_cast<uint2*>(to), make_uint2(pack2<T>(from[0], from[1]), pack2<T>(from[2], from[3])));
+}
+template <>
+__device__ inline void store4<float>(float* to, const float (&from)[4]) {
+  __stcs(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
 }
 
 // |x| as an integer: of non-negative floats the order is the same, and a NaN is above infinity, so that a maximum keeps it.

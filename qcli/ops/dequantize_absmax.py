@@ -5,7 +5,7 @@ import torch
 from qcli import codebooks
 from qcli.ops import quantize_absmax as _quantize
 from qcli.ops._library import blocks, define
-from qcli.runtime import cpu
+from qcli.runtime import cpu, cuda
 
 
 def _reference(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: float) -> torch.Tensor:
@@ -30,7 +30,24 @@ def _cpu(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: float) -> tor
     return absmax
 
 
-_op = define("dequantize_absmax(Tensor codes, Tensor nested_absmax, float offset) -> Tensor", _reference, _fake, _cpu)
+_kernel_cuda = cuda.kernel("dequantize_absmax", "pppfqp")
+
+
+def _cuda(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: float) -> torch.Tensor:
+    op, count, device = "dequantize_absmax", codes.numel(), codes.device
+    codes = cuda.require(op, "codes", codes, torch.uint8, count, device)
+    groups = blocks(count, _quantize.GROUP_SIZE)
+    nested_absmax = cuda.require(op, "nested_absmax", nested_absmax, torch.float32, groups, device)
+    absmax = _fake(codes, nested_absmax, offset)
+    if count:
+        table = cuda.table(codebooks.DYNAMIC_MAP, device)
+        _kernel_cuda((), (groups,), 256, 0, codes, nested_absmax, table, offset, count, absmax)
+    return absmax
+
+
+_op = define(
+    "dequantize_absmax(Tensor codes, Tensor nested_absmax, float offset) -> Tensor", _reference, _fake, _cpu, _cuda
+)
 
 
 def dequantize_absmax(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: float) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 
 from qcli.ops import quantize_int8 as _quantize
 from qcli.ops._library import define
-from qcli.runtime import cpu
+from qcli.runtime import cpu, cuda
 
 
 def _reference(q: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -28,7 +28,21 @@ def _cpu(q: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     return out
 
 
-_op = define("dequantize_int8(Tensor q, Tensor absmax, ScalarType dtype) -> Tensor", _reference, _fake, _cpu)
+_kernel_cuda = cuda.kernel("dequantize_int8", "ppqip")
+
+
+def _cuda(q: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    op, (rows, columns) = "dequantize_int8", q.shape
+    q = cuda.require(op, "q", q, torch.int8, q.numel(), q.device)
+    absmax = cuda.require(op, "absmax", absmax.float(), torch.float32, rows, q.device)
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    if q.numel():
+        grid = min(rows, 32 * cuda.multiprocessors(q))
+        _kernel_cuda((f"DTYPE={cuda.type_name(op, out, 'dtype')}",), (grid,), 256, 0, q, absmax, rows, columns, out)
+    return out
+
+
+_op = define("dequantize_int8(Tensor q, Tensor absmax, ScalarType dtype) -> Tensor", _reference, _fake, _cpu, _cuda)
 
 
 def dequantize_int8(q: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -8,7 +8,7 @@ from qcli.ops.dequantize_4bit import dequantize_4bit, expand
 from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import GROUP_SIZE, mean_absmax, quantize_absmax
-from qcli.runtime import cpu
+from qcli.runtime import cpu, cuda
 
 
 def _reference(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype):
@@ -110,12 +110,67 @@ def _by_panels(x, packed, absmax, bias, block_size, quant_type, y):
         y[:, start : start + step] = torch.nn.functional.linear(x, part, some)
 
 
+_FEW, _BATCH = 8, 64  # tokens that the two CUDA kernels take
+_few_cuda, _batch_cuda = (cuda.kernel(name, "pipppfpqittp") for name in ("linear_4bit", "linear_4bit_batch"))
+_CODE_BYTES = {quant_type: code.tobytes() for quant_type, code in codebooks.CODEBOOKS.items()}
+_MAP_BYTES = codebooks.DYNAMIC_MAP.tobytes()
+_TABLE = 256 * 32 * 4  # bytes of shared memory
+
+
+def _cuda(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype):
+    op, device, in_features = "linear_4bit", x.device, x.shape[-1]
+    tokens = x.numel() // in_features if in_features else 0
+    on_tensor_cores = compute_dtype == torch.float16 or (
+        compute_dtype == torch.bfloat16 and cuda.capability(x) >= (8, 0)
+    )
+    fits = block_size % 32 == 0 and in_features % block_size == 0
+    if not on_tensor_cores or not fits or not 0 < tokens <= _BATCH or not out_features:
+        return _reference(
+            x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype
+        )
+    count, nested = out_features * in_features // block_size, nested_absmax is not None
+    packed = cuda.require(op, "packed", packed, torch.uint8, (out_features * in_features + 1) // 2, device)
+    absmax = cuda.require(op, "absmax", absmax, torch.uint8 if nested else torch.float32, count, device)
+    if nested:
+        groups = blocks(count, GROUP_SIZE)
+        nested_absmax = cuda.require(op, "nested_absmax", nested_absmax, torch.float32, groups, device)
+    if bias is not None:
+        bias = cuda.require(op, "bias", bias.to(compute_dtype), compute_dtype, out_features, device)
+    rows = cuda.aligned(x.reshape(-1, in_features).to(compute_dtype))
+    y = rows.new_empty((tokens, out_features))
+    turn = 4 * (32 if block_size % 64 else 64)
+    constants = (
+        f"DTYPE={cuda.TYPES[compute_dtype]}", f"BLOCK_SIZE={block_size}", f"NESTED={int(nested)}",
+        f"FULL={int(in_features % turn == 0)}",
+    )  # fmt: skip
+    arguments = (
+        rows, tokens, packed, absmax, nested_absmax if nested else 0, offset, 0 if bias is None else bias, out_features,
+        in_features, _CODE_BYTES[quant_type], _MAP_BYTES, y,
+    )  # fmt: skip
+    if tokens <= _FEW:
+        tiles = blocks(out_features, 16)
+        # As many rounds as two blocks a multiprocessor need, and no more blocks than fill them.
+        grid = blocks(tiles, blocks(tiles, 2 * cuda.multiprocessors(x)))
+        _few_cuda(constants, (grid,), 256, _TABLE + 2 * 8 * 16 * 8 * 4 + 1024, *arguments)
+    else:
+        most = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+        stage = 64 * (turn // 2 + 32) + most * (turn * 2 + 16)
+        # Two stages at least; a third where two blocks still share a multiprocessor.
+        stages = 3 if 2 * (_TABLE + 3 * stage + 2048) <= cuda.shared_memory(x) else 2
+        shared = _TABLE + 1024 + max(stages * stage, 4 * most * 68 * 4)
+        _batch_cuda(
+            (*constants, f"TOKENS={most}", f"STAGES={stages}"), (blocks(out_features, 64),), 256, shared, *arguments
+        )
+    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
 _op = define(
     "linear_4bit(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, float offset, Tensor? bias, "
     "int block_size, str quant_type, int out_features, ScalarType compute_dtype) -> Tensor",
     _reference,
     _fake,
     _cpu,
+    _cuda,
 )
 
 

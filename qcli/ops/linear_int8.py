@@ -12,10 +12,10 @@ from functools import cache
 
 import torch
 
-from qcli.ops._library import define
+from qcli.ops._library import blocks, define
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.quantize_int8 import quantize_int8
-from qcli.runtime import cpu
+from qcli.runtime import cpu, cuda
 
 _LONGEST = 1 << 17  # of a sum of products of int8 within int32
 _EXACT_IN_FLOAT32 = 1024  # products of int8 that float32 adds without rounding: 1024 * 128^2 = 2^24
@@ -125,11 +125,75 @@ def _cpu(
     return y
 
 
+_FEW = 8  # tokens of the kernel that does all at once
+_few_cuda = cuda.kernel("linear_int8", "pipppqifp")
+_list_cuda = cuda.kernel("linear_int8_epilogue", "pipp", "list_outliers")
+_gemm_cuda = cuda.kernel("linear_int8_gemm", "ppppppppqqip")
+_epilogue_cuda = cuda.kernel("linear_int8_epilogue", "ppppppppqqip")
+
+
+def _cuda(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float
+) -> torch.Tensor:
+    op, device, (out_features, in_features) = "linear_int8", x.device, weight.shape
+    if in_features >= _LONGEST:
+        raise ValueError(
+            f"{op}: x has {in_features} columns, expected fewer than {_LONGEST}: int32 sums would overflow"
+        )
+    tokens = x.numel() // in_features if in_features else 0
+    if not tokens or not out_features:
+        return _reference(x, weight, scale, bias, threshold)
+    constants = (f"DTYPE={cuda.type_name(op, x)}",)
+    weight = cuda.require(op, "weight", weight, torch.int8, out_features * in_features, device)
+    scale = cuda.require(op, "scale", scale.float(), torch.float32, out_features, device)
+    if bias is not None:
+        constants += (f"BIAS={cuda.type_name(op, bias, 'bias')}",)
+        bias = cuda.require(op, "bias", bias, bias.dtype, out_features, device)
+    rows = cuda.aligned(x.reshape(-1, in_features))
+    y = x.new_empty((*x.shape[:-1], out_features))
+    shared = _few_shared(tokens, in_features)
+    if tokens <= _FEW and in_features % 16 == 0 and 2 * (shared + 1024) <= cuda.shared_memory(x):
+        tiles = blocks(out_features, 16)
+        grid = blocks(tiles, blocks(tiles, 2 * cuda.multiprocessors(x)))
+        _few_cuda(
+            (*constants, f"FULL={int(in_features % 256 == 0)}"), (grid,), 256, shared,
+            rows, tokens, weight, scale, 0 if bias is None else bias, out_features, in_features, threshold, y,
+        )  # fmt: skip
+        return y
+    q, absmax, outliers = quantize_int8(rows, threshold)
+    found = count = 0
+    if threshold > 0:
+        found, count = (torch.empty(n, dtype=torch.int32, device=device) for n in (in_features, 1))
+        _list_cuda(constants, (1,), 1024, 0, outliers, in_features, found, count)
+    rest = (0 if bias is None else bias, tokens, out_features, in_features, y)
+    if _fuses(x, in_features):
+        grid = (blocks(tokens, 128), blocks(out_features, 128))
+        _gemm_cuda(constants, grid, 256, 4 * 256 * 64, q, absmax, weight, scale, rows, found, count, *rest)
+    else:
+        product = int8_product(q, weight).contiguous()
+        grid = (blocks(out_features, 128), blocks(tokens, 32))
+        _epilogue_cuda(constants, grid, 256, 0, product, absmax, scale, rows, weight, found, count, *rest)
+    return y
+
+
+def _fuses(x: torch.Tensor, columns: int) -> bool:
+    """Whether our own int8 product, with all that follows in it, takes the place of cuBLAS's. Up to capability 8.9 its
+    instructions are the fastest there are; from 9.0 on cuBLAS has faster ones."""
+    return (8, 0) <= cuda.capability(x) < (9, 0) and x.dtype != torch.float32 and columns % 16 == 0
+
+
+def _few_shared(tokens: int, columns: int) -> int:
+    """Bytes of shared memory of linear_int8.cu: sums of products and of outliers, absmax, q, the outliers' mask."""
+    pitch = (columns + 63) // 128 * 128 + 64
+    return 2 * 8 * 8 * 16 * 4 + 16 * 8 * 16 * 4 + 32 + 16 + tokens * pitch + blocks(columns, 32) * 4
+
+
 _op = define(
     "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, float threshold) -> Tensor",
     _reference,
     _fake,
     _cpu,
+    _cuda,
 )
 
 

@@ -17,7 +17,7 @@ import torch
 
 from qcli import codebooks
 from qcli.ops._library import blocks, define
-from qcli.runtime import cpu
+from qcli.runtime import cpu, cuda
 
 GROUP_SIZE = 256
 
@@ -80,7 +80,21 @@ def _cpu(absmax: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tenso
     return codes, nested_absmax
 
 
-_op = define("quantize_absmax(Tensor absmax, float offset) -> (Tensor, Tensor)", _reference, _fake, _cpu)
+_kernel_cuda = cuda.kernel("quantize_absmax", "pqfppp")
+
+
+def _cuda(absmax: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+    absmax = cuda.require("quantize_absmax", "absmax", absmax, torch.float32, absmax.numel(), absmax.device)
+    codes, nested_absmax = _fake(absmax, offset)
+    if absmax.numel():
+        thresholds = cuda.table(codebooks.DYNAMIC_THRESHOLDS, absmax.device)
+        _kernel_cuda(
+            (), (nested_absmax.numel(),), 256, 0, absmax, absmax.numel(), offset, thresholds, codes, nested_absmax
+        )
+    return codes, nested_absmax
+
+
+_op = define("quantize_absmax(Tensor absmax, float offset) -> (Tensor, Tensor)", _reference, _fake, _cpu, _cuda)
 
 
 def quantize_absmax(absmax: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,8 +11,8 @@ first, which is exact. A row with NaN or infinity has that as its absmax, and q 
 
 import torch
 
-from qcli.ops._library import define
-from qcli.runtime import cpu
+from qcli.ops._library import blocks, define
+from qcli.runtime import cpu, cuda
 
 
 def _reference(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -61,7 +61,28 @@ def _cpu(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor,
     return q, absmax, outliers
 
 
-_op = define("quantize_int8(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)", _reference, _fake, _cpu)
+_find_cuda = cuda.kernel("quantize_int8", "pqifp", "find_outliers")
+_kernel_cuda = cuda.kernel("quantize_int8", "pqifppp")
+
+
+def _cuda(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    op, columns = "quantize_int8", x.shape[-1]
+    constants = (f"DTYPE={cuda.type_name(op, x)}",)
+    x, rows = cuda.aligned(x), x.shape[:-1].numel()
+    q, absmax, outliers = _fake(x, threshold)
+    outliers.zero_()
+    marks = outliers if threshold > 0 else 0
+    if x.numel():
+        if threshold > 0:
+            across = blocks(columns, 256 * 8)
+            down = min(rows, max(1, 16 * cuda.multiprocessors(x) // across))
+            _find_cuda(constants, (across, down), 256, 0, x, rows, columns, threshold, outliers)
+        grid = min(rows, 32 * cuda.multiprocessors(x))
+        _kernel_cuda(constants, (grid,), 256, 0, x, rows, columns, threshold, marks, q, absmax)
+    return q, absmax, outliers
+
+
+_op = define("quantize_int8(Tensor x, float threshold) -> (Tensor, Tensor, Tensor)", _reference, _fake, _cpu, _cuda)
 
 
 def quantize_int8(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

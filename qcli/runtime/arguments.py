@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 # As kernels/cuda/common.cuh knows them.
@@ -34,6 +35,17 @@ def packer(signature: str) -> Callable[[Sequence], bytes]:
         return layouts[sizes].pack(*values)
 
     return pack
+
+
+_tables: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+
+def table(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A table of codebooks.py on the device, copied there once."""
+    key = (id(values), device)
+    if key not in _tables:
+        _tables[key] = torch.from_numpy(values).to(device)
+    return _tables[key]
 
 
 def type_name(op: str, x: torch.Tensor, name: str = "x") -> str:

@@ -23,21 +23,9 @@ import torch
 
 from qcli.errors import KernelError, QcliWarning
 from qcli.runtime import nvcc, problems
-from qcli.runtime.arguments import TYPES, aligned, packer, require, type_name
+from qcli.runtime.arguments import TYPES, aligned, packer, require, table, type_name
 
-__all__ = [
-    "TYPES",
-    "aligned",
-    "capability",
-    "capture_stream",
-    "kernel",
-    "multiprocessors",
-    "problem",
-    "require",
-    "serves",
-    "type_name",
-    "using",
-]
+__all__ = ["TYPES", "aligned", "require", "table", "type_name"]  # what ops need beside the functions below
 
 
 class Backend(Protocol):
@@ -60,6 +48,9 @@ class Backend(Protocol):
     def capability(self, device: torch.device) -> tuple[int, int]:
         """Its compute capability."""
 
+    def shared_memory(self, device: torch.device) -> int:
+        """Bytes of shared memory of a multiprocessor."""
+
 
 class _Device:
     """One GPU: torch's context on it, our streams, or the problem with it."""
@@ -81,6 +72,7 @@ class _Device:
         properties = torch.cuda.get_device_properties(index)
         self.multiprocessors = properties.multi_processor_count
         self.capability = properties.major, properties.minor
+        self.shared_memory = properties.shared_memory_per_multiprocessor
         if self.capability < nvcc.OLDEST:
             found, oldest = (".".join(map(str, capability)) for capability in (self.capability, nvcc.OLDEST))
             raise KernelError(f"{properties.name} has compute capability {found}, the kernels need {oldest} or later")
@@ -245,6 +237,10 @@ class PyCuda:
         """As in Backend."""
         return self._devices[device].capability
 
+    def shared_memory(self, device: torch.device) -> int:
+        """As in Backend."""
+        return self._devices[device].shared_memory
+
 
 _backend: Backend | None = PyCuda()
 
@@ -273,6 +269,11 @@ def multiprocessors(x: torch.Tensor) -> int:
 def capability(x: torch.Tensor) -> tuple[int, int]:
     """Compute capability of x's device."""
     return _backend.capability(x.device)
+
+
+def shared_memory(x: torch.Tensor) -> int:
+    """Bytes of shared memory of a multiprocessor of x's device."""
+    return _backend.shared_memory(x.device)
 
 
 def problem(device: torch.device) -> KernelError | None:

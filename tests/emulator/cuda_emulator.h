@@ -85,11 +85,10 @@ struct Warp {
   alignas(16) unsigned char slots[2][WARP][32];
 };
 
-// A copy that cp.async has begun: it takes place when it is waited for.
+// Sixteen bytes that cp.async copies: when they are waited for.
 struct Copy {
   void* to;
-  const void* from;
-  size_t bytes, zeros;
+  const void* from;  // null for zeros
   int group;
 };
 

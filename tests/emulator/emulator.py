@@ -53,15 +53,8 @@ class Emulator:
 
     def __init__(self, folder: Path, *, sanitize: bool = False, sources: Path = KERNELS):
         self.folder, self.sources, self.order = folder, sources, "forward"
-        self.flags = [
-            "-std=c++17",
-            "-O1",
-            "-g",
-            "-fPIC",
-            "-ffp-contract=off",
-            "-fno-strict-aliasing",
-            "-frounding-math",
-        ]
+        self.of = 9, 0  # the compute capability that host code is told
+        self.flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-frounding-math"]
         self.flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-variable"]
         self.flags += ["-DQCLI_EMULATOR", "-I", str(HERE), "-I", str(KERNELS), "-isystem", str(cuda_headers())]
         self.flags += SANITIZERS if sanitize else []
@@ -74,7 +67,10 @@ class Emulator:
         return 2  # few, so that blocks take several turns
 
     def capability(self, device: torch.device) -> tuple[int, int]:
-        return 9, 0
+        return self.of
+
+    def shared_memory(self, device: torch.device) -> int:
+        return 228 << 10
 
     def function(self, source: str, entry: str, constants: tuple[str, ...], device: torch.device):
         function = getattr(self._library(source, constants), f"emulate_{entry}")
@@ -100,16 +96,7 @@ class Emulator:
             unit = f'#include "{path}"\n' + "".join(f"EMULATE({entry})\n" for entry in entries)
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = library.with_suffix(f".{os.getpid()}")
-            command = [
-                "g++",
-                *self.flags,
-                *self._precompiled(),
-                *(f"-D{c}" for c in constants),
-                "-shared",
-                "-x",
-                "c++",
-                "-",
-            ]
+            command = ["g++", *self.flags, *self._precompiled(), *(f"-D{c}" for c in constants), "-shared", "-x", "c++", "-"]
             subprocess.run([*command, "-o", str(partial)], input=unit, text=True, check=True)
             partial.replace(library)
         return ctypes.CDLL(str(library))

@@ -241,7 +241,9 @@ def torch_parts(gpu: Gpu, current: Current) -> list[tuple[object, str, object]]:
         return TorchStream(gpu, handle, index(device))
 
     major, minor = gpu.capability
-    properties = SimpleNamespace(name="Fake GPU", major=major, minor=minor, multi_processor_count=132)
+    properties = SimpleNamespace(
+        name="Fake GPU", major=major, minor=minor, multi_processor_count=132, shared_memory_per_multiprocessor=233472
+    )
     return [
         (torch.version, "cuda", "13.0"),
         (torch._C, "_cuda_getCurrentRawStream", lambda device: current.handles[device]),

@@ -76,6 +76,7 @@ def test_the_primary_context_is_retained_once_and_the_probe_runs_through(there):
     ]
     assert ("cuModuleLoadDataEx", b"probe") in there.gpu.calls and there.gpu.launches == []
     assert (cuda.multiprocessors(Tensor(1)), cuda.capability(Tensor(1))) == (132, (9, 0))
+    assert cuda.shared_memory(Tensor(1)) == 233472
 
 
 def test_a_launch(there):

@@ -1,0 +1,152 @@
+// The product with a 4-bit weight for up to eight tokens: y[m, n] = sum over k of x[m, k] W[n, k], plus bias[n].
+//
+//   x     DTYPE (__half, __nv_bfloat16) [tokens, columns]
+//   bias  DTYPE [rows], or null
+//   y     DTYPE [tokens, rows];  the weight as in linear_4bit.cuh
+//
+// The limit is the bandwidth at which the weight is read: 0.5 bytes and 4 / block_size (NESTED: 1 / block_size) per element. One
+// token costs as much as eight. A block takes 16 rows at a time, its warps share the columns, four chunks a turn, with the
+// next turn's loads under way; their sums meet in shared memory. Blocks stay until no rows are left, for filling the table
+// costs about as much as a tile.
+#include "linear_4bit.cuh"
+
+constexpr int WARPS = 8;
+
+// The part of the weight that a lane reads: rows g and g + 8 of a tile.
+struct Rows {
+  const uint8_t* packed[2];  // at the lane's place in the first chunk
+  uint32_t block[2];         // the number of the row's first block
+};
+
+// Rows beyond the last read the last: what comes of them is not stored.
+__device__ inline Rows rows_of(const uint8_t* packed, long long tile, long long rows, int columns, int g, int t) {
+  Rows r;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const long long row = min(tile * TILE + g + 8 * i, rows - 1);
+    r.packed[i] = packed + row * (columns / 2) + t * (CHUNK / 8);
+    r.block[i] = uint32_t(row * (columns / BLOCK_SIZE));
+  }
+  return r;
+}
+
+__device__ inline void load_codes(const Rows& rows, int chunk, Codes& codes) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const uint8_t* from = rows.packed[r] + chunk * (CHUNK / 2);
+    if constexpr (WORDS == 2) {
+      const uint2 pair = load_once(reinterpret_cast<const uint2*>(from));
+      codes.word[r][0] = pair.x;
+      codes.word[r][1] = pair.y;
+    } else {
+      codes.word[r][0] = load_once(reinterpret_cast<const uint32_t*>(from));
+    }
+  }
+}
+
+KERNEL void __launch_bounds__(WARPS * 32, 2)
+    linear_4bit(const Scalar* __restrict__ x, int tokens, const uint8_t* __restrict__ packed, const void* __restrict__ absmax,
+                const float* __restrict__ nested, float offset, const Scalar* __restrict__ bias, long long rows,
+                int columns, const __grid_constant__ Codebook codebook, const __grid_constant__ DynamicMap dynamic_map,
+                Scalar* __restrict__ y) {
+  DYNAMIC_SHARED(uint32_t, table);
+  float* sums = reinterpret_cast<float*>(table + TABLE);  // [2][WARPS][TILE * 8]
+  float* map = sums + 2 * WARPS * TILE * 8;               // [256]
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int chunks = columns / CHUNK, turns = (chunks + TURN - 1) / TURN;
+  const long long tiles = (rows + TILE - 1) / TILE;
+  const uint32_t mine = shared_address(table + lane);
+  const Scales scales = {absmax, nested, offset};
+  const Scalar* token = x + (long long)g * columns + t * (CHUNK / 4);
+
+  fill_table(table, codebook);
+#if NESTED
+  for (int i = threadIdx.x; i < 256; i += blockDim.x) map[i] = dynamic_map.value[i];
+#endif
+  __syncthreads();
+
+  // This warp's work, one turn after the other over all of the block's tiles, each loaded one turn ahead. After the last the
+  // last rows are loaded once more, for nothing.
+  Codes next[TURN];
+  RawScale next_scale[2][TURN];
+  Rows from = rows_of(packed, blockIdx.x, rows, columns, g, t);
+  auto load = [&](int turn) {
+#pragma unroll
+    for (int c = 0; c < TURN; ++c) load_codes(from, FULL ? turn * TURN + c : min(turn * TURN + c, chunks - 1), next[c]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if constexpr (FULL && BLOCK_SIZE == CHUNK) {
+        load_scales(scales, from.block[r] + turn * TURN, next_scale[r]);
+      } else {
+#pragma unroll
+        for (int c = 0; c < TURN; ++c) {
+          next_scale[r][c] = load_scale(scales, from.block[r] + min(turn * TURN + c, chunks - 1) * CHUNK / BLOCK_SIZE);
+        }
+      }
+    }
+  };
+  int parity = 0;
+  if (warp < turns) load(warp);
+  for (long long tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    float total[4] = {0, 0, 0, 0};
+    for (int turn = warp; turn < turns; turn += WARPS) {
+      Codes codes[TURN];
+      float scale[2][TURN];
+#pragma unroll
+      for (int c = 0; c < TURN; ++c) {
+        codes[c] = next[c];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float value = absmax_of(next_scale[r][c], map, offset);
+          scale[r][c] = FULL || turn * TURN + c < chunks ? value : 0.0f;
+        }
+      }
+      const bool last = turn + WARPS >= turns;
+      if (last) from = rows_of(packed, tile + gridDim.x, rows, columns, g, t);
+      load(last ? warp : turn + WARPS);
+      uint32_t b[2][2 * STEPS] = {};  // x of this chunk and of the next
+      auto load_tokens = [&](int c) {
+        const int chunk = FULL ? turn * TURN + c : min(turn * TURN + c, chunks - 1);
+        const uint4* values = reinterpret_cast<const uint4*>(token + chunk * CHUNK);
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+          const uint4 bits = g < tokens ? __ldg(values + i) : make_uint4(0, 0, 0, 0);
+          b[c % 2][4 * i] = bits.x;
+          b[c % 2][4 * i + 1] = bits.y;
+          b[c % 2][4 * i + 2] = bits.z;
+          b[c % 2][4 * i + 3] = bits.w;
+        }
+      };
+      load_tokens(0);
+#pragma unroll
+      for (int c = 0; c < TURN; ++c) {
+        if (c + 1 < TURN) load_tokens(c + 1);
+        float sum[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int s = 0; s < STEPS; ++s) {
+          uint32_t a[4];
+          decode(mine, codes[c], s, a);
+          mma_16x8x16(sum, a, b[c % 2][2 * s], b[c % 2][2 * s + 1], Scalar());
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[i] = fmaf(scale[i / 2][c], sum[i], total[i]);
+      }
+    }
+    // [token][row], so that neighbouring threads write neighbouring rows.
+    float* here = sums + parity * WARPS * TILE * 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) here[warp * TILE * 8 + (2 * t + i % 2) * TILE + g + 8 * (i / 2)] = total[i];
+    __syncthreads();
+    if (threadIdx.x < TILE * 8) {
+      const long long row = tile * TILE + threadIdx.x % TILE;
+      const int m = threadIdx.x / TILE;
+      if (row < rows && m < tokens) {
+        float sum = bias ? to_float(bias[row]) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < WARPS; ++i) sum += here[i * TILE * 8 + threadIdx.x];
+        y[(long long)m * rows + row] = from_float<Scalar>(sum);
+      }
+    }
+    parity ^= 1;  // so the next tile's sums need not wait until these are read
+  }
+}

@@ -1,0 +1,154 @@
+// The product with a 4-bit weight for 9 to 64 tokens: as linear_4bit.cu, whose sizes and names it shares.
+//
+//   TOKENS  16, 32 or 64: the most tokens of a launch
+//   STAGES  turns in shared memory at once
+//
+// Here every element of W meets TOKENS of x, so x is what would be read too often: a block takes 64 rows, four times as many,
+// and its x once for all of them. Per turn of four chunks, W and x come by cp.async, STAGES - 1 turns ahead. Of the eight warps
+// two share the rows and four the chunks; a warp decodes 32 rows of its chunk once, and multiplies them with eight tokens after
+// eight. The four partial sums meet in shared memory. Rows of both tiles are padded so that a warp's loads meet no bank twice.
+#include "linear_4bit.cuh"
+
+constexpr int ROWS = 64;
+constexpr int COLUMNS = TURN * CHUNK;            // of a turn
+constexpr int CODES_PITCH = COLUMNS / 2 + 32;    // bytes
+constexpr int X_PITCH = COLUMNS * 2 + 16;        // bytes
+constexpr int CODES_BYTES = ROWS * CODES_PITCH;  // of a stage
+constexpr int STAGE_BYTES = CODES_BYTES + TOKENS * X_PITCH;
+constexpr int THREADS = 256;
+constexpr int SUMS_PITCH = ROWS + 4;
+constexpr int GROUPS = TOKENS / 8;
+
+__device__ inline void begin_turn(unsigned char* stage, const Scalar* x, int tokens, const uint8_t* packed, long long first_row,
+                                  long long rows, int columns, int turn) {
+  constexpr int CODES_PIECES = COLUMNS / 32, X_PIECES = COLUMNS / 8;  // of 16 bytes in a row
+  for (int i = threadIdx.x; i < ROWS * CODES_PIECES; i += THREADS) {
+    const int row = i / CODES_PIECES, piece = i % CODES_PIECES, column = turn * COLUMNS + piece * 32;
+    const bool valid = FULL || column < columns;
+    const uint8_t* from = packed + min(first_row + row, rows - 1) * (columns / 2) + (valid ? column / 2 : 0);
+    copy_async(stage + row * CODES_PITCH + piece * 16, from, valid);
+  }
+  for (int i = threadIdx.x; i < TOKENS * X_PIECES; i += THREADS) {
+    const int token = i / X_PIECES, piece = i % X_PIECES, column = turn * COLUMNS + piece * 8;
+    const bool valid = token < tokens && (FULL || column < columns);
+    const Scalar* from = x + (valid ? (long long)token * columns + column : 0);
+    copy_async(stage + CODES_BYTES + token * X_PITCH + piece * 16, from, valid);
+  }
+}
+
+KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
+    linear_4bit_batch(const Scalar* __restrict__ x, int tokens, const uint8_t* __restrict__ packed,
+                      const void* __restrict__ absmax, const float* __restrict__ nested, float offset,
+                      const Scalar* __restrict__ bias, long long rows, int columns, const __grid_constant__ Codebook codebook,
+                      const __grid_constant__ DynamicMap dynamic_map, Scalar* __restrict__ y) {
+  DYNAMIC_SHARED(uint32_t, table);
+  float* map = reinterpret_cast<float*>(table + TABLE);  // [256]
+  unsigned char* stages = reinterpret_cast<unsigned char*>(map + 256);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int half = warp % 2, part = warp / 2;  // 32 of the rows, and one of a turn's chunks
+  const int chunks = columns / CHUNK, turns = (chunks + TURN - 1) / TURN;
+  const long long first_row = (long long)blockIdx.x * ROWS;
+  const uint32_t mine = shared_address(table + lane);
+  const Scales scales = {absmax, nested, offset};
+
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; ++s) {
+    if (s < turns) begin_turn(stages + s * STAGE_BYTES, x, tokens, packed, first_row, rows, columns, s);
+    commit_copies();
+  }
+  fill_table(table, codebook);
+#if NESTED
+  map[threadIdx.x] = dynamic_map.value[threadIdx.x];
+#endif
+
+  uint32_t row_block[4];  // of rows g, g + 8, g + 16 and g + 24
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    row_block[r] = uint32_t(min(first_row + half * 32 + r * 8 + g, rows - 1) * (columns / BLOCK_SIZE));
+  }
+  RawScale next_scale[4];
+  auto load = [&](int turn) {
+    const int chunk = min(turn * TURN + part, chunks - 1);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) next_scale[r] = load_scale(scales, row_block[r] + chunk * CHUNK / BLOCK_SIZE);
+  };
+  load(0);
+
+  float total[2][GROUPS][4] = {};
+  for (int turn = 0; turn < turns; ++turn) {
+    wait_for_copies<STAGES - 2>();
+    __syncthreads();  // this turn is there, and all have left the one before
+    const int ahead = turn + STAGES - 1;
+    if (ahead < turns) begin_turn(stages + ahead % STAGES * STAGE_BYTES, x, tokens, packed, first_row, rows, columns, ahead);
+    commit_copies();
+    const unsigned char* stage = stages + turn % STAGES * STAGE_BYTES;
+    float scale[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const float value = absmax_of(next_scale[r], map, offset);
+      scale[r] = FULL || turn * TURN + part < chunks ? value : 0.0f;
+    }
+    load(turn + 1);
+
+    uint32_t a[2][STEPS][4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      Codes codes;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const unsigned char* from =
+            stage + (half * 32 + m * 16 + r * 8 + g) * CODES_PITCH + part * (CHUNK / 2) + t * (CHUNK / 8);
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) codes.word[r][i] = reinterpret_cast<const uint32_t*>(from)[i];
+      }
+#pragma unroll
+      for (int s = 0; s < STEPS; ++s) decode(mine, codes, s, a[m][s]);
+    }
+#pragma unroll
+    for (int n = 0; n < GROUPS; ++n) {
+      const unsigned char* from = stage + CODES_BYTES + (n * 8 + g) * X_PITCH + part * (CHUNK * 2) + t * (CHUNK / 2);
+      uint32_t b[2 * STEPS];
+#pragma unroll
+      for (int i = 0; i < WORDS; ++i) {
+        const uint4 bits = reinterpret_cast<const uint4*>(from)[i];
+        b[4 * i] = bits.x;
+        b[4 * i + 1] = bits.y;
+        b[4 * i + 2] = bits.z;
+        b[4 * i + 3] = bits.w;
+      }
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        float sum[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int s = 0; s < STEPS; ++s) mma_16x8x16(sum, a[m][s], b[2 * s], b[2 * s + 1], Scalar());
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[m][n][i] = fmaf(scale[2 * m + i / 2], sum[i], total[m][n][i]);
+      }
+    }
+  }
+
+  wait_for_copies<0>();
+  __syncthreads();  // the stages are free
+  float* sums = reinterpret_cast<float*>(stages);  // [TURN][TOKENS][SUMS_PITCH]
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < GROUPS; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = n * 8 + 2 * t + i % 2, row = half * 32 + m * 16 + i / 2 * 8 + g;
+        sums[(part * TOKENS + token) * SUMS_PITCH + row] = total[m][n][i];
+      }
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < TOKENS * ROWS; i += THREADS) {
+    const int token = i / ROWS;
+    const long long row = first_row + i % ROWS;
+    if (token >= tokens || row >= rows) continue;
+    float sum = bias ? to_float(bias[row]) : 0.0f;
+#pragma unroll
+    for (int p = 0; p < TURN; ++p) sum += sums[(p * TOKENS + token) * SUMS_PITCH + i % ROWS];
+    y[(long long)token * rows + row] = from_float<Scalar>(sum);
+  }
+}

@@ -1,0 +1,173 @@
+// LLM.int8() for up to eight tokens, from activations to result in one launch; symbols as in linear_int8.cuh.
+//
+//   threshold  magnitude from which an activation is an outlier, 0 for none
+//   FULL       1 where columns are a multiple of 256, else 0; columns are a multiple of 16
+//
+// The limit is the bandwidth at which the weight is read, one byte an element; one token costs as much as eight.
+//   - Every block quantizes the tokens for itself, into shared memory: they are few and lie in L2, and a launch of its own
+//     would cost more. Columns with an outlier are a bit mask there.
+//   - The product is the tensor cores' (mma m16n8k32): 16 rows of W are its A, the tokens its B. Which k an mma calls its 4t is
+//     for A and B to agree on: lane (g, t) takes the 16 consecutive k at 16 t of a chunk of 64, of rows g and g + 8 and of token
+//     g, as they are stored. Nothing is decoded, two instructions multiply 16 bytes of two rows.
+//   - A block takes 16 rows at a time, its warps share the columns, four chunks a turn, the next turn's loads under way. Their
+//     sums meet in shared memory, and with them the outliers' part, in which each thread goes through a 16th of the mask.
+#include "linear_int8.cuh"
+
+constexpr int WARPS = 8;
+constexpr int THREADS = WARPS * 32;
+constexpr int TILE = 16;
+constexpr int CHUNK = 64;
+constexpr int TURN = 4;
+constexpr int MOST = 8;  // tokens
+constexpr int PARTS = THREADS / TILE;
+
+// Rows of q in shared memory begin 64 bytes past a multiple of 128, so that two tokens meet different banks.
+__device__ inline int pitch_of(int columns) { return (columns + 63) / 128 * 128 + 64; }
+
+KERNEL void __launch_bounds__(THREADS, 2)
+    linear_int8(const Scalar* __restrict__ x, int tokens, const int8_t* __restrict__ weight, const float* __restrict__ scale,
+                const Bias* __restrict__ bias, long long rows, int columns, float threshold, Scalar* __restrict__ y) {
+  DYNAMIC_SHARED(unsigned char, bytes);
+  const int pitch = pitch_of(columns), mask_words = (columns + 31) / 32;
+  int* sums = reinterpret_cast<int*>(bytes);                                      // [2][WARPS][MOST][TILE]
+  float* kept = reinterpret_cast<float*>(sums + 2 * WARPS * MOST * TILE);         // [PARTS][MOST][TILE]
+  uint32_t* x_absmax = reinterpret_cast<uint32_t*>(kept + PARTS * MOST * TILE);   // [MOST]
+  uint32_t* any = x_absmax + MOST;                                                // [4], the first one used
+  unsigned char* q = reinterpret_cast<unsigned char*>(any + 4);                   // [tokens][pitch]
+  uint32_t* mask = reinterpret_cast<uint32_t*>(q + tokens * pitch);               // [mask_words]
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int chunks = (columns + CHUNK - 1) / CHUNK, turns = (chunks + TURN - 1) / TURN;
+  const long long tiles = (rows + TILE - 1) / TILE;
+
+  // This warp's loads, one turn after the other over all of the block's tiles, a turn ahead: the first ones before x is looked
+  // at. Rows and chunks beyond the last give nothing, or what is not stored.
+  uint4 next[TURN][2];
+  const int8_t* from[2];
+  auto go_to = [&](long long tile) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) from[r] = weight + min(tile * TILE + g + 8 * r, rows - 1) * columns + 16 * t;
+  };
+  auto load = [&](int turn) {
+#pragma unroll
+    for (int c = 0; c < TURN; ++c) {
+      const int column = (turn * TURN + c) * CHUNK;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const bool valid = FULL || column + 16 * t < columns;
+        next[c][r] = valid ? load_once(reinterpret_cast<const uint4*>(from[r] + column)) : make_uint4(0, 0, 0, 0);
+      }
+    }
+  };
+  go_to(blockIdx.x);
+  if (warp < turns) load(warp);
+
+  if (threadIdx.x < MOST) x_absmax[threadIdx.x] = 0;
+  if (threadIdx.x == 0) *any = 0;
+  for (int i = threadIdx.x; i < mask_words; i += THREADS) mask[i] = 0;
+  __syncthreads();
+  for (int m = 0; m < tokens; ++m) {
+    uint32_t largest = 0;
+    for (int column = threadIdx.x * 8; column < columns; column += THREADS * 8) {
+      float values[8];
+      load8_kept(x + (long long)m * columns + column, values);
+      uint32_t found = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const bool outlier = threshold > 0.0f && fabsf(values[i]) >= threshold;
+        found |= uint32_t(outlier) << i;
+        if (!outlier) largest = max(largest, magnitude(values[i]));
+      }
+      if (found) {
+        atomicOr(mask + column / 32, found << column % 32);
+        *any = 1;
+      }
+    }
+    largest = group_max(largest, 32);
+    if (lane == 0) atomicMax(x_absmax + m, largest);
+  }
+  __syncthreads();
+  for (int m = 0; m < tokens; ++m) {
+    const RowScale factors = row_scale(__uint_as_float(x_absmax[m]));
+    for (int column = threadIdx.x * 8; column < columns; column += THREADS * 8) {
+      float values[8];
+      load8_kept(x + (long long)m * columns + column, values);
+      const uint32_t outliers = mask[column / 32] >> column % 32;
+      uint32_t words[2] = {0, 0};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        words[i / 4] |= (outliers >> i & 1 ? 0u : uint32_t(quantized(values[i], factors)) & 0xff) << 8 * (i % 4);
+      }
+      *reinterpret_cast<uint2*>(q + m * pitch + column) = make_uint2(words[0], words[1]);
+    }
+  }
+  __syncthreads();
+
+  const bool decompose = *any != 0;
+  int parity = 0;
+  for (long long tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    int total[4] = {0, 0, 0, 0};
+    for (int turn = warp; turn < turns; turn += WARPS) {
+      uint4 words[TURN][2];
+#pragma unroll
+      for (int c = 0; c < TURN; ++c) {
+        words[c][0] = next[c][0];
+        words[c][1] = next[c][1];
+      }
+      const bool last = turn + WARPS >= turns;
+      if (last) go_to(tile + gridDim.x);
+      load(last ? warp : turn + WARPS);
+#pragma unroll
+      for (int c = 0; c < TURN; ++c) {
+        const int column = (turn * TURN + c) * CHUNK + 16 * t;
+        uint4 b = make_uint4(0, 0, 0, 0);
+        if (g < tokens && (FULL || column < columns)) b = *reinterpret_cast<const uint4*>(q + g * pitch + column);
+        const uint32_t first[4] = {words[c][0].x, words[c][1].x, words[c][0].y, words[c][1].y};
+        const uint32_t second[4] = {words[c][0].z, words[c][1].z, words[c][0].w, words[c][1].w};
+        mma_16x8x32(total, first, b.x, b.y);
+        mma_16x8x32(total, second, b.z, b.w);
+      }
+    }
+    int* here = sums + parity * WARPS * MOST * TILE;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) here[(warp * MOST + 2 * t + i % 2) * TILE + g + 8 * (i / 2)] = total[i];
+    if (decompose) {
+      const int part = threadIdx.x / TILE;
+      const long long row = min(tile * TILE + threadIdx.x % TILE, rows - 1);
+      const float row_scale_of_w = __ldg(scale + row);
+      float sum[MOST] = {};
+      for (int w = part; w < mask_words; w += PARTS) {
+        for (uint32_t left = mask[w]; left; left &= left - 1) {
+          const int column = w * 32 + __ffs(int(left)) - 1;
+          const float value = to_float(dequantized(__ldg(weight + row * columns + column), row_scale_of_w));
+#pragma unroll
+          for (int m = 0; m < MOST; ++m) {
+            if (m < tokens) sum[m] = fmaf(to_float(x[(long long)m * columns + column]), value, sum[m]);
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < MOST; ++m) kept[(part * MOST + m) * TILE + threadIdx.x % TILE] = sum[m];
+    }
+    __syncthreads();
+    if (threadIdx.x < MOST * TILE) {
+      const int m = threadIdx.x / TILE;
+      const long long row = tile * TILE + threadIdx.x % TILE;
+      if (m < tokens && row < rows) {
+        int product = 0;
+#pragma unroll
+        for (int i = 0; i < WARPS; ++i) product += here[i * MOST * TILE + threadIdx.x];
+        float sum = ordinary(product, __uint_as_float(x_absmax[m]), __ldg(scale + row));
+        if (decompose) {
+          float outliers = 0.0f;
+#pragma unroll
+          for (int i = 0; i < PARTS; ++i) outliers += kept[i * MOST * TILE + threadIdx.x];
+          sum += outliers;
+        }
+        if (bias) sum += to_float(bias[row]);
+        y[m * rows + row] = from_float<Scalar>(sum);
+      }
+    }
+    if (decompose) __syncthreads();  // the next tile overwrites `kept`
+    parity ^= 1;
+  }
+}
