@@ -7,6 +7,7 @@
 // A lane turns four bytes into eight elements, neighbouring lanes neighbouring words, so that loads and stores of a warp are
 // whole lines; UNROLL words are under way at once. Lanes 16 to 31 repeat the codebook, so a shuffle, which takes its lane
 // number modulo 32, looks a code up without masking it. Bytes moved: count * (sizeof(DTYPE) + 0.5) + 4 * count / block_size.
+// prebuilt: DTYPE={float,__half,__nv_bfloat16} BLOCK_SIZE={64,}
 #include "common.cuh"
 
 using Scalar = DTYPE;

@@ -4,6 +4,7 @@
 //   absmax  float32 [count]
 //
 // A block is a group of 256, so all its threads share one nested absmax. Bytes moved: 5 per value.
+// prebuilt:
 #include "common.cuh"
 
 KERNEL void __launch_bounds__(256)

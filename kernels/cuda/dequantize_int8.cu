@@ -5,6 +5,7 @@
 //   out     DTYPE [rows, columns]
 //
 // A block takes a row at a time, a thread eight elements. Bytes moved: 1 + sizeof(DTYPE) per element.
+// prebuilt: DTYPE={float,__half,__nv_bfloat16}
 #include "common.cuh"
 
 using Scalar = DTYPE;

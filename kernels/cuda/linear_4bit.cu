@@ -3,11 +3,13 @@
 //   x     DTYPE (__half, __nv_bfloat16) [tokens, columns]
 //   bias  DTYPE [rows], or null
 //   y     DTYPE [tokens, rows];  the weight as in linear_4bit.cuh
+//   FULL  1 where block_size is CHUNK and columns are a multiple of four of them: no turn is cut short, and one load gets its absmax
 //
 // The limit is the bandwidth at which the weight is read: 0.5 bytes and 4 / block_size (NESTED: 1 / block_size) per element. One
 // token costs as much as eight. A block takes 16 rows at a time, its warps share the columns, four chunks a turn, with the
 // next turn's loads under way; their sums meet in shared memory. Blocks stay until no rows are left, for filling the table
 // costs about as much as a tile.
+// prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={32,64} NESTED={0,1} FULL={0,1}
 #include "linear_4bit.cuh"
 
 constexpr int WARPS = 8;
@@ -19,13 +21,14 @@ struct Rows {
 };
 
 // Rows beyond the last read the last: what comes of them is not stored.
-__device__ inline Rows rows_of(const uint8_t* packed, long long tile, long long rows, int columns, int g, int t) {
+__device__ inline Rows rows_of(const uint8_t* packed, long long tile, long long rows, int columns, int blocks,
+                               int g, int t) {
   Rows r;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const long long row = min(tile * TILE + g + 8 * i, rows - 1);
     r.packed[i] = packed + row * (columns / 2) + t * (CHUNK / 8);
-    r.block[i] = uint32_t(row * (columns / BLOCK_SIZE));
+    r.block[i] = uint32_t(row * blocks);
   }
   return r;
 }
@@ -47,13 +50,14 @@ __device__ inline void load_codes(const Rows& rows, int chunk, Codes& codes) {
 KERNEL void __launch_bounds__(WARPS * 32, 2)
     linear_4bit(const Scalar* __restrict__ x, int tokens, const uint8_t* __restrict__ packed, const void* __restrict__ absmax,
                 const float* __restrict__ nested, float offset, const Scalar* __restrict__ bias, long long rows,
-                int columns, const __grid_constant__ Codebook codebook, const __grid_constant__ DynamicMap dynamic_map,
+                int columns, int block_size, const __grid_constant__ Codebook codebook, const __grid_constant__ DynamicMap dynamic_map,
                 Scalar* __restrict__ y) {
   DYNAMIC_SHARED(uint32_t, table);
   float* sums = reinterpret_cast<float*>(table + TABLE);  // [2][WARPS][TILE * 8]
   float* map = sums + 2 * WARPS * TILE * 8;               // [256]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int chunks = columns / CHUNK, turns = (chunks + TURN - 1) / TURN;
+  const int blocks = columns / block_size, chunks_per_block = block_size / CHUNK;
   const long long tiles = (rows + TILE - 1) / TILE;
   const uint32_t mine = shared_address(table + lane);
   const Scales scales = {absmax, nested, offset};
@@ -69,18 +73,18 @@ KERNEL void __launch_bounds__(WARPS * 32, 2)
   // last rows are loaded once more, for nothing.
   Codes next[TURN];
   RawScale next_scale[2][TURN];
-  Rows from = rows_of(packed, blockIdx.x, rows, columns, g, t);
+  Rows from = rows_of(packed, blockIdx.x, rows, columns, blocks, g, t);
   auto load = [&](int turn) {
 #pragma unroll
     for (int c = 0; c < TURN; ++c) load_codes(from, FULL ? turn * TURN + c : min(turn * TURN + c, chunks - 1), next[c]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if constexpr (FULL && BLOCK_SIZE == CHUNK) {
+      if constexpr (FULL) {
         load_scales(scales, from.block[r] + turn * TURN, next_scale[r]);
       } else {
 #pragma unroll
         for (int c = 0; c < TURN; ++c) {
-          next_scale[r][c] = load_scale(scales, from.block[r] + min(turn * TURN + c, chunks - 1) * CHUNK / BLOCK_SIZE);
+          next_scale[r][c] = load_scale(scales, from.block[r] + min(turn * TURN + c, chunks - 1) / chunks_per_block);
         }
       }
     }
@@ -102,7 +106,7 @@ KERNEL void __launch_bounds__(WARPS * 32, 2)
         }
       }
       const bool last = turn + WARPS >= turns;
-      if (last) from = rows_of(packed, tile + gridDim.x, rows, columns, g, t);
+      if (last) from = rows_of(packed, tile + gridDim.x, rows, columns, blocks, g, t);
       load(last ? warp : turn + WARPS);
       uint32_t b[2][2 * STEPS] = {};  // x of this chunk and of the next
       auto load_tokens = [&](int c) {

@@ -3,7 +3,7 @@
 //   packed  uint8 [rows * columns / 2], two codes a byte, the earlier in the high nibble; W = code value * absmax
 //   absmax  float32 [rows * columns / block_size]; with NESTED its uint8 codes: map[code] * nested[i / 256] + offset
 //
-// Columns are a multiple of CHUNK, FULL is 1 where they are one of TURN * CHUNK, else 0.
+// CHUNK, 32 or 64, divides block_size, which divides columns.
 //
 // What an element costs in instructions counts, for 0.5 bytes must not take longer than they take to arrive:
 //   - Decoding takes half a look-up: a byte is two codes, and a table in shared memory holds the pair of 16-bit values of each
@@ -17,8 +17,6 @@
 #include "common.cuh"
 
 using Scalar = DTYPE;
-static_assert(BLOCK_SIZE >= 32 && BLOCK_SIZE % 32 == 0, "a chunk has one absmax");
-constexpr int CHUNK = BLOCK_SIZE % 64 ? 32 : 64;
 constexpr int WORDS = CHUNK / 32;  // of four bytes, that a lane takes of a row's chunk
 constexpr int STEPS = CHUNK / 16;  // products over a chunk
 constexpr int TILE = 16;           // rows of an mma

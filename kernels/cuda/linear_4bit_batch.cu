@@ -2,11 +2,14 @@
 //
 //   TOKENS  16, 32 or 64: the most tokens of a launch
 //   STAGES  turns in shared memory at once
+//   CHUNK   64
 //
 // Here every element of W meets TOKENS of x, so x is what would be read too often: a block takes 64 rows, four times as many,
 // and its x once for all of them. Per turn of four chunks, W and x come by cp.async, STAGES - 1 turns ahead. Of the eight warps
 // two share the rows and four the chunks; a warp decodes 32 rows of its chunk once, and multiplies them with eight tokens after
 // eight. The four partial sums meet in shared memory. Rows of both tiles are padded so that a warp's loads meet no bank twice.
+// prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={64} NESTED={0,1} TOKENS={16,32} STAGES={2,3}
+// prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={64} NESTED={0,1} TOKENS={64} STAGES={2}
 #include "linear_4bit.cuh"
 
 constexpr int ROWS = 64;
@@ -24,13 +27,13 @@ __device__ inline void begin_turn(unsigned char* stage, const Scalar* x, int tok
   constexpr int CODES_PIECES = COLUMNS / 32, X_PIECES = COLUMNS / 8;  // of 16 bytes in a row
   for (int i = threadIdx.x; i < ROWS * CODES_PIECES; i += THREADS) {
     const int row = i / CODES_PIECES, piece = i % CODES_PIECES, column = turn * COLUMNS + piece * 32;
-    const bool valid = FULL || column < columns;
+    const bool valid = column < columns;
     const uint8_t* from = packed + min(first_row + row, rows - 1) * (columns / 2) + (valid ? column / 2 : 0);
     copy_async(stage + row * CODES_PITCH + piece * 16, from, valid);
   }
   for (int i = threadIdx.x; i < TOKENS * X_PIECES; i += THREADS) {
     const int token = i / X_PIECES, piece = i % X_PIECES, column = turn * COLUMNS + piece * 8;
-    const bool valid = token < tokens && (FULL || column < columns);
+    const bool valid = token < tokens && (column < columns);
     const Scalar* from = x + (valid ? (long long)token * columns + column : 0);
     copy_async(stage + CODES_BYTES + token * X_PITCH + piece * 16, from, valid);
   }
@@ -39,7 +42,8 @@ __device__ inline void begin_turn(unsigned char* stage, const Scalar* x, int tok
 KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     linear_4bit_batch(const Scalar* __restrict__ x, int tokens, const uint8_t* __restrict__ packed,
                       const void* __restrict__ absmax, const float* __restrict__ nested, float offset,
-                      const Scalar* __restrict__ bias, long long rows, int columns, const __grid_constant__ Codebook codebook,
+                      const Scalar* __restrict__ bias, long long rows, int columns, int block_size,
+                      const __grid_constant__ Codebook codebook,
                       const __grid_constant__ DynamicMap dynamic_map, Scalar* __restrict__ y) {
   DYNAMIC_SHARED(uint32_t, table);
   float* map = reinterpret_cast<float*>(table + TABLE);  // [256]
@@ -47,6 +51,7 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int half = warp % 2, part = warp / 2;  // 32 of the rows, and one of a turn's chunks
   const int chunks = columns / CHUNK, turns = (chunks + TURN - 1) / TURN;
+  const int chunks_per_block = block_size / CHUNK;
   const long long first_row = (long long)blockIdx.x * ROWS;
   const uint32_t mine = shared_address(table + lane);
   const Scales scales = {absmax, nested, offset};
@@ -64,13 +69,13 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
   uint32_t row_block[4];  // of rows g, g + 8, g + 16 and g + 24
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    row_block[r] = uint32_t(min(first_row + half * 32 + r * 8 + g, rows - 1) * (columns / BLOCK_SIZE));
+    row_block[r] = uint32_t(min(first_row + half * 32 + r * 8 + g, rows - 1) * (columns / block_size));
   }
   RawScale next_scale[4];
   auto load = [&](int turn) {
     const int chunk = min(turn * TURN + part, chunks - 1);
 #pragma unroll
-    for (int r = 0; r < 4; ++r) next_scale[r] = load_scale(scales, row_block[r] + chunk * CHUNK / BLOCK_SIZE);
+    for (int r = 0; r < 4; ++r) next_scale[r] = load_scale(scales, row_block[r] + chunk / chunks_per_block);
   };
   load(0);
 
@@ -86,7 +91,7 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const float value = absmax_of(next_scale[r], map, offset);
-      scale[r] = FULL || turn * TURN + part < chunks ? value : 0.0f;
+      scale[r] = turn * TURN + part < chunks ? value : 0.0f;
     }
     load(turn + 1);
 

@@ -11,6 +11,7 @@
 //     g, as they are stored. Nothing is decoded, two instructions multiply 16 bytes of two rows.
 //   - A block takes 16 rows at a time, its warps share the columns, four chunks a turn, the next turn's loads under way. Their
 //     sums meet in shared memory, and with them the outliers' part, in which each thread goes through a 16th of the mask.
+// prebuilt: DTYPE={float,__half,__nv_bfloat16} FULL={0,1}
 #include "linear_int8.cuh"
 
 constexpr int WARPS = 8;

@@ -9,6 +9,7 @@
 //
 // linear_int8_epilogue: a block takes 32 tokens of 128 rows, a thread four of each. x and W of 16 outlier columns at a time
 // come to shared memory. Bytes moved: 4 + sizeof(DTYPE) per element of y, which is what the product's own time is far from.
+// prebuilt: DTYPE={float,__half,__nv_bfloat16}
 #include "linear_int8.cuh"
 
 constexpr int LIST_THREADS = 1024;

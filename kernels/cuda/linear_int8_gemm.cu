@@ -11,6 +11,7 @@
 // neighbours share the weight's rows, so that device memory gives each of them once.
 //
 // Operations: 2 tokens rows columns, of the int8 rate; bytes: that of x, W and y once, with no int32 result in between.
+// prebuilt: DTYPE={__half,__nv_bfloat16}
 #include "linear_int8.cuh"
 
 constexpr int TILE_M = 128, TILE_N = 128, DEPTH = 64, STAGES = 4, THREADS = 256;

@@ -11,6 +11,7 @@
 // The code of v = x / absmax is found by one comparison. [-1, 1] is cut in 32 cells, 16 by |v| for v >= 0 and 16 below;
 // every cell of both data types holds at most one of the 15 thresholds. Each lane keeps one cell's threshold and the codes
 // on its two sides; two shuffles look them up. Rounding follows the reference bit by bit: the products are never fused.
+// prebuilt: DTYPE={float,__half,__nv_bfloat16} BLOCK_SIZE={64,}
 #include "common.cuh"
 
 struct SearchTable {

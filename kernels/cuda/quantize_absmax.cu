@@ -6,6 +6,7 @@
 //
 // A block is a group, a thread an element; it finds its code among 255 ascending thresholds by halving. One launch reads a
 // 64th of what the weight's own quantization does. Rounding follows the reference bit by bit.
+// prebuilt:
 #include "common.cuh"
 
 constexpr int GROUP = 256;

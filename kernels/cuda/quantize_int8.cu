@@ -11,6 +11,7 @@
 //
 // Rounding follows the reference bit by bit: the reciprocal is rounded, then its product with 127, and rows below 1e-30, whose
 // reciprocal would overflow, are scaled by 2^100 first. A row with NaN or infinity has that as its absmax, and q 0.
+// prebuilt: DTYPE={float,__half,__nv_bfloat16}
 #include "linear_int8.cuh"
 
 constexpr int THREADS = 256;

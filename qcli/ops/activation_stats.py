@@ -6,8 +6,8 @@ and kurtosis about zero. A channel with a NaN has NaN as minimum, maximum and su
 
 import torch
 
-from qcli.ops._library import define
-from qcli.runtime import cpu
+from qcli.ops._library import blocks, define
+from qcli.runtime import cpu, cuda
 
 FIELDS = ("min", "max", "sum", "sum_squares", "sum_fourths", "count")
 
@@ -38,7 +38,27 @@ def _cpu(x: torch.Tensor, threshold: float) -> torch.Tensor:
     return stats
 
 
-_op = define("activation_stats(Tensor x, float threshold) -> Tensor", _reference, _fake, _cpu)
+_kernel_cuda = cuda.kernel("activation_stats", "pqifqp")
+_merge_cuda = cuda.kernel("activation_stats", "piip", "merge_stats")
+
+
+def _cuda(x: torch.Tensor, threshold: float) -> torch.Tensor:
+    x, channels = x.contiguous(), x.shape[-1]
+    rows, stats = x.shape[:-1].numel(), _fake(x, threshold)
+    if not rows or not channels:
+        return _reference(x, threshold)
+    constants = (f"DTYPE={cuda.type_name('activation_stats', x)}",)
+    across = blocks(channels, 128)
+    # Slices of 64 rows or more, and enough of them to fill the device.
+    slices = min(blocks(rows, 64), max(1, 16 * cuda.multiprocessors(x) // across))
+    partial = stats.new_empty((slices, *stats.shape))
+    step = blocks(rows, slices)
+    _kernel_cuda(constants, (across, slices), 128, 0, x, rows, channels, threshold, step, partial)
+    _merge_cuda(constants, (across,), 128, 0, partial, slices, channels, stats)
+    return stats
+
+
+_op = define("activation_stats(Tensor x, float threshold) -> Tensor", _reference, _fake, _cpu, _cuda)
 
 
 def activation_stats(x: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -111,10 +111,10 @@ def _by_panels(x, packed, absmax, bias, block_size, quant_type, y):
 
 
 _FEW, _BATCH = 8, 64  # tokens that the two CUDA kernels take
-_few_cuda, _batch_cuda = (cuda.kernel(name, "pipppfpqittp") for name in ("linear_4bit", "linear_4bit_batch"))
+_few_cuda, _batch_cuda = (cuda.kernel(name, "pipppfpqiittp") for name in ("linear_4bit", "linear_4bit_batch"))
 _CODE_BYTES = {quant_type: code.tobytes() for quant_type, code in codebooks.CODEBOOKS.items()}
 _MAP_BYTES = codebooks.DYNAMIC_MAP.tobytes()
-_TABLE = 256 * 32 * 4  # bytes of shared memory
+_TABLE = 256 * 32 * 4 + 256 * 4  # bytes of shared memory: pairs of every byte, and the map of double quantization
 
 
 def _cuda(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype):
@@ -123,8 +123,9 @@ def _cuda(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type
     on_tensor_cores = compute_dtype == torch.float16 or (
         compute_dtype == torch.bfloat16 and cuda.capability(x) >= (8, 0)
     )
+    most = _FEW if block_size % 64 or cuda.capability(x) < (8, 0) else _BATCH
     fits = block_size % 32 == 0 and in_features % block_size == 0
-    if not on_tensor_cores or not fits or not 0 < tokens <= _BATCH or not out_features:
+    if not on_tensor_cores or not fits or not 0 < tokens <= most or not out_features:
         return _reference(
             x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype
         )
@@ -138,29 +139,26 @@ def _cuda(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type
         bias = cuda.require(op, "bias", bias.to(compute_dtype), compute_dtype, out_features, device)
     rows = cuda.aligned(x.reshape(-1, in_features).to(compute_dtype))
     y = rows.new_empty((tokens, out_features))
-    turn = 4 * (32 if block_size % 64 else 64)
-    constants = (
-        f"DTYPE={cuda.TYPES[compute_dtype]}", f"BLOCK_SIZE={block_size}", f"NESTED={int(nested)}",
-        f"FULL={int(in_features % turn == 0)}",
-    )  # fmt: skip
+    chunk = 32 if block_size % 64 else 64
+    constants = (f"DTYPE={cuda.TYPES[compute_dtype]}", f"CHUNK={chunk}", f"NESTED={int(nested)}")
     arguments = (
         rows, tokens, packed, absmax, nested_absmax if nested else 0, offset, 0 if bias is None else bias, out_features,
-        in_features, _CODE_BYTES[quant_type], _MAP_BYTES, y,
+        in_features, block_size, _CODE_BYTES[quant_type], _MAP_BYTES, y,
     )  # fmt: skip
     if tokens <= _FEW:
+        full = block_size == chunk and in_features % (4 * chunk) == 0
         tiles = blocks(out_features, 16)
         # As many rounds as two blocks a multiprocessor need, and no more blocks than fill them.
         grid = blocks(tiles, blocks(tiles, 2 * cuda.multiprocessors(x)))
-        _few_cuda(constants, (grid,), 256, _TABLE + 2 * 8 * 16 * 8 * 4 + 1024, *arguments)
+        _few_cuda((*constants, f"FULL={int(full)}"), (grid,), 256, _TABLE + 2 * 8 * 16 * 8 * 4, *arguments)
     else:
         most = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-        stage = 64 * (turn // 2 + 32) + most * (turn * 2 + 16)
-        # Two stages at least; a third where two blocks still share a multiprocessor.
-        stages = 3 if 2 * (_TABLE + 3 * stage + 2048) <= cuda.shared_memory(x) else 2
-        shared = _TABLE + 1024 + max(stages * stage, 4 * most * 68 * 4)
-        _batch_cuda(
-            (*constants, f"TOKENS={most}", f"STAGES={stages}"), (blocks(out_features, 64),), 256, shared, *arguments
-        )
+        stage = 64 * (128 + 32) + most * (512 + 16)
+        # A third stage where two blocks still share a multiprocessor.
+        stages = 3 if most < 64 and 2 * (_TABLE + 3 * stage + 1024) <= cuda.shared_memory(x) else 2
+        shared = _TABLE + max(stages * stage, 4 * most * 68 * 4)
+        grid = (blocks(out_features, 64),)
+        _batch_cuda((*constants, f"TOKENS={most}", f"STAGES={stages}"), grid, 256, shared, *arguments)
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
 
 

@@ -147,7 +147,8 @@ def _cuda(
     weight = cuda.require(op, "weight", weight, torch.int8, out_features * in_features, device)
     scale = cuda.require(op, "scale", scale.float(), torch.float32, out_features, device)
     if bias is not None:
-        constants += (f"BIAS={cuda.type_name(op, bias, 'bias')}",)
+        if bias.dtype != x.dtype:
+            constants += (f"BIAS={cuda.type_name(op, bias, 'bias')}",)
         bias = cuda.require(op, "bias", bias, bias.dtype, out_features, device)
     rows = cuda.aligned(x.reshape(-1, in_features))
     y = x.new_empty((*x.shape[:-1], out_features))
