@@ -37,6 +37,10 @@ class KernelError(QcliError):
     """A CUDA kernel cannot be compiled, loaded or launched."""
 
 
+class NotCompiledError(KernelError):
+    """A CUDA kernel did not come compiled with the package, and nvcc is not there to compile it."""
+
+
 class NonFiniteError(QcliError):
     """A weight holds NaN or infinity."""
 

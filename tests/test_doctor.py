@@ -115,7 +115,7 @@ def test_without_nvcc(gpu_machine, monkeypatch):
     monkeypatch.setattr(nvcc, "complete", lambda capability: False)
     found = gpu_machine()
     assert found["nvcc"].value == "not installed" and "CUDA toolkit" in found["nvcc"].advice
-    assert "no nvcc to compile the CUDA kernels" in found["CUDA kernels"].value and found["CUDA kernels"].advice is None
+    assert "there is no nvcc to compile them" in found["CUDA kernels"].value and found["CUDA kernels"].advice is None
 
 
 def test_without_nvcc_where_the_kernels_came_compiled(gpu_machine, monkeypatch):

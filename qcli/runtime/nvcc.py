@@ -22,7 +22,7 @@ from itertools import product
 from pathlib import Path
 
 import qcli
-from qcli.errors import KernelError
+from qcli.errors import KernelError, NotCompiledError
 from qcli.runtime import problems
 
 CACHE = "QCLI_CACHE"
@@ -103,12 +103,10 @@ def _packaged() -> Iterator[Path]:
 
 
 def require() -> str:
-    """As `find`. Raises KernelError where there is none."""
+    """As `find`. Raises NotCompiledError where there is none."""
     compiler = find()
     if compiler is None:
-        raise KernelError(
-            "no nvcc to compile the CUDA kernels with, and they did not come compiled with this package", problems.NVCC
-        )
+        raise NotCompiledError("CUDA kernels did not come compiled, and there is no nvcc to compile them", problems.NVCC)
     return compiler
 
 

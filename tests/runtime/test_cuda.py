@@ -3,13 +3,15 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from qcli.errors import KernelError, QcliWarning
+from qcli.errors import KernelError, NotCompiledError, QcliWarning
+from qcli.ops._library import _on_cuda
 from qcli.runtime import arguments, cuda, nvcc
 from tests.conftest import ROOT
 from tests.runtime import fake_gpu
@@ -195,8 +197,15 @@ def in_threads(count: int, work) -> list:
 
 
 def test_threads_that_torch_never_touched(there, monkeypatch):
-    asked = []
-    monkeypatch.setattr(nvcc, "image", lambda *what: asked.append(what) or b"image")
+    compiling = threading.Lock()
+
+    def image(*what) -> bytes:
+        assert compiling.acquire(blocking=False), "two threads compile at once"
+        time.sleep(0.001)
+        compiling.release()
+        return b"image"
+
+    monkeypatch.setattr(nvcc, "image", image)
     kernel = cuda.kernel("shared", "pi")
 
     def work(i: int):
@@ -292,13 +301,27 @@ def test_without_nvcc(install, monkeypatch):
     install(Gpu())
     monkeypatch.setattr(nvcc, "find", lambda: None)
     monkeypatch.setattr(nvcc, "complete", lambda capability: False)
-    with pytest.warns(
-        QcliWarning, match="no nvcc to compile the CUDA kernels with.*put the folder of its nvcc on PATH"
-    ):
+    with pytest.warns(QcliWarning, match="there is no nvcc to compile them.*put the folder of its nvcc on PATH"):
         assert not cuda.serves(Tensor(0))
     monkeypatch.setattr(nvcc, "complete", lambda capability: True)
     monkeypatch.setattr(cuda, "_backend", cuda.PyCuda())
     assert cuda.serves(Tensor(0))
+
+
+def test_the_reference_serves_for_a_form_that_did_not_come_compiled(there, monkeypatch):
+    run = _on_cuda(lambda x: some((), (1,), 32, 0, x, 1) or "kernel", lambda x: "reference")
+    assert run(Tensor(0)) == "kernel" and run(torch.ones(1)) == "reference"
+
+    def lacking(*what):
+        raise NotCompiledError("no nvcc", "install it")
+
+    monkeypatch.setattr(nvcc, "image", lacking)
+    another = cuda.kernel("another", "p")
+    with pytest.warns(QcliWarning, match="no nvcc; plain torch serves in its place: install it"):
+        assert _on_cuda(lambda x: another((), (1,), 32, 0, x), lambda x: "reference")(Tensor(0)) == "reference"
+    there.gpu.refuse["cuLaunchKernel"] = "unspecified launch failure"
+    with pytest.raises(KernelError):  # any other failure is one
+        run(Tensor(0))
 
 
 def test_torch_without_cuda(install, monkeypatch):

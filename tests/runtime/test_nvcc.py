@@ -197,7 +197,7 @@ def test_no_nvcc(place, monkeypatch):
     os.remove(place / "bin/nvcc")
     monkeypatch.setenv("PATH", str(place))
     monkeypatch.setattr(nvcc, "USUAL", place / "none")
-    with pytest.raises(KernelError, match="no nvcc to compile the CUDA kernels with") as e:
+    with pytest.raises(KernelError, match="there is no nvcc to compile them") as e:
         some()
     assert "put the folder of its nvcc on PATH" in e.value.hint
 
