@@ -58,6 +58,7 @@ class _Device:
     def __init__(self):
         self.problem: KernelError | None = None
         self.context = None  # as PyCUDA has it
+        self.busy = threading.Lock()  # held while a thread has the context pushed
         self.streams: dict[int, object] = {0: None}  # by handle, those that PyCUDA can launch on
         self.capture_streams: dict[int, torch.cuda.Stream] = {}  # by thread
         self.beside: dict[int, tuple[object, torch.cuda.Stream]] = {}  # by the handle of the foreign stream
@@ -67,7 +68,8 @@ class _Device:
         if torch.version.cuda is None:
             raise KernelError("this torch was built without CUDA", problems.TORCH)
         self.driver, self.index = _import_driver(), index
-        self.current = getattr(torch._C, "_cuda_getCurrentRawStream", None) or _current_stream
+        quick = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+        self.current = quick or (lambda index: torch.cuda.current_stream(index).cuda_stream)
         torch.cuda.init()
         properties = torch.cuda.get_device_properties(index)
         self.multiprocessors = properties.multi_processor_count
@@ -88,8 +90,9 @@ class _Device:
     def close(self) -> None:
         """Gives the context back. PyCUDA releases a primary context where it is pushed, whatever the thread, and does not
         complain of modules and streams that live on."""
-        self.problem = KernelError("the process is ending")
-        context, self.context = self.context, None
+        with self.busy:  # a daemon thread that ends with the interpreter must not have it pushed
+            self.problem = KernelError("the process is ending")
+            context, self.context = self.context, None
         if context is not None:
             with suppress(self.driver.Error):  # the GPU may have failed before
                 context.push()
@@ -97,14 +100,16 @@ class _Device:
 
     @contextmanager
     def _entered(self, task: str) -> Iterator[None]:
-        context = self.context
-        context.push()
-        try:
-            yield
-        except self.driver.Error as e:
-            raise KernelError(f"the driver of cuda:{self.index} cannot {task}: {e}", problems.DRIVER) from e
-        finally:
-            context.pop()
+        with self.busy:
+            if self.context is None:
+                raise self.problem
+            self.context.push()
+            try:
+                yield
+            except self.driver.Error as e:
+                raise KernelError(f"the driver of cuda:{self.index} cannot {task}: {e}", problems.DRIVER) from e
+            finally:
+                self.context.pop()
 
     def load(self, source: str, entry: str, constants: tuple[str, ...]) -> "_Function":
         """Raises KernelError."""
@@ -128,19 +133,22 @@ class _Function:
         self.room = function.get_attribute(self.limit)
 
     def run(self, grid: tuple, block: tuple, arguments: bytes, shared: int, stream) -> None:
-        context = self.device.context
-        context.push()
-        try:
-            if shared > self.room:
-                self.function.set_attribute(self.limit, shared)
-                self.room = shared
-            self.launch(grid, block, arguments, shared, stream)
-        except self.device.driver.Error as e:
-            sizes = f"grid {grid}, block {block}, {shared} bytes of dynamic shared memory"
-            hint = "If an earlier kernel may be the cause, CUDA_LAUNCH_BLOCKING=1 shows which."
-            raise KernelError(f"{self.entry} on cuda:{self.device.index} ({sizes}): {e}", hint) from e
-        finally:
-            context.pop()
+        device = self.device
+        with device.busy:
+            context = device.context
+            if context is None:
+                raise device.problem
+            context.push()
+            try:
+                if shared > self.room:
+                    self.function.set_attribute(self.limit, shared)
+                    self.room = shared
+                self.launch(grid, block, arguments, shared, stream)
+            except device.driver.Error as e:
+                sizes = f"grid {grid}, block {block}, {shared} bytes of dynamic shared memory"
+                raise KernelError(f"{self.entry} on cuda:{device.index} ({sizes}): {e}", problems.LAUNCH) from e
+            finally:
+                context.pop()
 
 
 def _import_driver():
@@ -150,10 +158,6 @@ def _import_driver():
     except Exception as e:  # a module compiled for another numpy raises more than ImportError
         raise problems.of_import(e) from e
     return driver
-
-
-def _current_stream(index: int) -> int:
-    return torch.cuda.current_stream(index).cuda_stream
 
 
 class PyCuda:

@@ -106,7 +106,9 @@ def require() -> str:
     """As `find`. Raises NotCompiledError where there is none."""
     compiler = find()
     if compiler is None:
-        raise NotCompiledError("CUDA kernels did not come compiled, and there is no nvcc to compile them", problems.NVCC)
+        raise NotCompiledError(
+            "CUDA kernels did not come compiled, and there is no nvcc to compile them", problems.NVCC
+        )
     return compiler
 
 

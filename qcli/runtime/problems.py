@@ -5,6 +5,7 @@ import re
 from qcli.errors import KernelError
 
 DRIVER = "install or update NVIDIA's driver; a container must be started with the GPU: docker run --gpus all"
+LAUNCH = "an earlier kernel may be the cause: CUDA_LAUNCH_BLOCKING=1 shows which"
 NVCC = "install NVIDIA's CUDA toolkit and put the folder of its nvcc on PATH"
 PYCUDA = "pip install 'qcli[cuda]'"
 PYCUDA_AGAIN = "pip install --force-reinstall --no-deps --no-cache-dir pycuda"

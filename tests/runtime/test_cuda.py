@@ -251,10 +251,14 @@ def test_a_kernel_that_does_not_load(there):
 
 def test_at_exit_every_context_is_given_back_and_the_reference_serves(there):
     assert there.at_exit == [there.backend.close]
+    run(Tensor(0), 1)
     there.backend.close()
     released = [call for call in there.gpu.calls if call[0] == "cuDevicePrimaryCtxRelease"]
     assert [call[1] for call in released] == [0, 1]
     assert not cuda.serves(Tensor(0)) and cuda.problem(FIRST).message == "the process is ending"
+    with pytest.raises(KernelError, match="the process is ending"):
+        run(Tensor(0), 1)
+    there.backend.close()  # a second time does nothing
 
 
 def test_at_exit_in_another_thread_and_after_a_failure(there):
