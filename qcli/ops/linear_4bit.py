@@ -196,9 +196,14 @@ def cases():
     """(id, arguments) for parity tests and benchmarks."""
     generator = torch.Generator().manual_seed(0)
     shapes = (((1, 128), 48, 64), ((5, 70), 33, 32), ((2, 65, 64), 16, 256))
+    # Whole turns of 256 columns and none, a tile of 16 or 64 rows and a part of one, every number of tokens that matters.
+    more = (
+        ((1, 2304), 40, 64), ((7, 416), 37, 32), ((8, 640), 20, 128), ((12, 320), 70, 64), ((2, 10, 512), 130, 128),
+        ((33, 576), 17, 64),
+    )  # fmt: skip
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for nested in (False, True):
-            for shape, out_features, block_size in shapes:
+            for shape, out_features, block_size in shapes + (more if nested == (dtype == torch.bfloat16) else ()):
                 weight = torch.randn(out_features, shape[-1], generator=generator).to(dtype)
                 packed, absmax = quantize_4bit(weight, block_size, "nf4")
                 offset, nested_absmax = 0.0, None

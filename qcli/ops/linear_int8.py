@@ -208,9 +208,10 @@ def linear_int8(
 def cases():
     """(id, arguments) for parity tests and benchmarks."""
     generator = torch.Generator().manual_seed(0)
+    shapes = (((1, 848), 37), ((8, 1280), 20), ((1, 128), 48), ((5, 70), 33), ((2, 65, 64), 16))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for threshold in (0.0, 6.0):
-            for shape, out_features in (((1, 128), 48), ((5, 70), 33), ((2, 65, 64), 16)):
+            for shape, out_features in shapes:
                 weight, scale, _ = quantize_int8(torch.randn(out_features, shape[-1], generator=generator), 0.0)
                 x = torch.randn(shape, generator=generator)
                 x[..., 5] *= 30

@@ -290,7 +290,9 @@ inline const char* launch(F* kernel, const unsigned* grid, const unsigned* threa
     const unsigned k = unsigned(turn(order, i, blocks, 0));
     b.index = {k % b.grid.x, k / b.grid.x % b.grid.y, k / (b.grid.x * b.grid.y)};
     // Of exactly this size, so that a sanitizer sees what goes beyond.
-    b.dynamic_shared = shared ? static_cast<unsigned char*>(aligned_alloc(16, shared)) : nullptr;
+    void* memory = nullptr;
+    if (shared && posix_memalign(&memory, 16, shared)) abort();
+    b.dynamic_shared = static_cast<unsigned char*>(memory);
     if (shared) memset(b.dynamic_shared, 0xFF, shared);
     if (__start_emulated_shared) memset(__start_emulated_shared, 0xFF, __stop_emulated_shared - __start_emulated_shared);
     start(b, stacks);

@@ -48,13 +48,35 @@ def missing() -> str | None:
     return None if cuda_headers() else "the emulator needs CUDA's headers: pip install nvidia-cuda-runtime"
 
 
+def sanitized() -> dict[str, str]:
+    """The environment of a Python process that loads sanitized kernels: the sanitizer has to be there first."""
+    found = (
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    )
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
 class Emulator:
     """A backend of qcli.runtime.cuda on the CPU. Compiled kernels are kept in `folder`."""
 
     def __init__(self, folder: Path, *, sanitize: bool = False, sources: Path = KERNELS):
         self.folder, self.sources, self.order = folder, sources, "forward"
         self.of = 9, 0  # the compute capability that host code is told
-        self.flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-frounding-math"]
+        self.flags = [
+            "-std=c++17",
+            "-O1",
+            "-g",
+            "-fPIC",
+            "-ffp-contract=off",
+            "-fno-strict-aliasing",
+            "-frounding-math",
+        ]
         self.flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-variable"]
         self.flags += ["-DQCLI_EMULATOR", "-I", str(HERE), "-I", str(KERNELS), "-isystem", str(cuda_headers())]
         self.flags += SANITIZERS if sanitize else []
@@ -96,7 +118,16 @@ class Emulator:
             unit = f'#include "{path}"\n' + "".join(f"EMULATE({entry})\n" for entry in entries)
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = library.with_suffix(f".{os.getpid()}")
-            command = ["g++", *self.flags, *self._precompiled(), *(f"-D{c}" for c in constants), "-shared", "-x", "c++", "-"]
+            command = [
+                "g++",
+                *self.flags,
+                *self._precompiled(),
+                *(f"-D{c}" for c in constants),
+                "-shared",
+                "-x",
+                "c++",
+                "-",
+            ]
             subprocess.run([*command, "-o", str(partial)], input=unit, text=True, check=True)
             partial.replace(library)
         return ctypes.CDLL(str(library))

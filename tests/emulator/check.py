@@ -1,0 +1,43 @@
+"""Runs the kernels of an op over its cases, on the emulator with sanitizers, in every order, and compares with the reference.
+
+    python -m tests.emulator.check FOLDER OP      compiled kernels are kept in FOLDER
+
+Prints a line for each disagreement, and at the end which kernels ran, as JSON. A process of its own, for a sanitizer has to
+be loaded first and ends it at what it finds.
+"""
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from qcli.runtime import cpu, cuda
+from tests.emulator.emulator import ORDERS, Emulator
+from tests.parity import disagreement
+
+# Capabilities below 9.0 take another way through some ops.
+CAPABILITIES = {"linear_int8": [(9, 0), (8, 0)]}
+
+
+def main(folder: str, name: str) -> None:
+    """Checks one op."""
+    torch.set_num_threads(1)
+    emulator = Emulator(Path(folder), sanitize=True)
+    op = import_module(f"qcli.ops.{name}")
+    launches = 0
+    with cuda.using(emulator), cpu.using(None):
+        for case, arguments in op.cases():
+            expected = op._reference(**arguments)
+            for emulator.of in CAPABILITIES.get(name, [(9, 0)]):
+                for emulator.order in ORDERS:
+                    wrong = disagreement(name, arguments, op._cuda(**arguments), expected)
+                    launches += 1
+                    if wrong:
+                        print(f"{name} {case}, {emulator.order}, capability {emulator.of}: {wrong}")
+    print(json.dumps({"launches": launches, "kernels": sorted(emulator.launched)}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

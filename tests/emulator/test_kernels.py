@@ -1,0 +1,51 @@
+"""Every CUDA kernel on the emulator, under AddressSanitizer and UBSan, against the reference of its op."""
+
+import json
+import re
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from qcli import ops
+from tests.conftest import ROOT
+from tests.emulator.emulator import KERNELS, missing, sanitized
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+
+# The kernels that each op's cases must reach.
+REACHED = {
+    "activation_stats": {"activation_stats", "merge_stats"},
+    "dequantize_4bit": {"dequantize_4bit"},
+    "dequantize_absmax": {"dequantize_absmax"},
+    "dequantize_int8": {"dequantize_int8"},
+    "linear_4bit": {"linear_4bit", "linear_4bit_batch"},
+    "linear_int8": {"linear_int8", "linear_int8_epilogue", "linear_int8_gemm", "list_outliers"},
+    "linear_w8a16": {"linear_w8a16"},
+    "quantize_4bit": {"quantize_4bit"},
+    "quantize_absmax": {"quantize_absmax"},
+    "quantize_int8": {"find_outliers", "quantize_int8"},
+}
+
+
+def test_every_kernel_is_reached():
+    kernels = {
+        name
+        for path in KERNELS.glob("*.cu")
+        for name in re.findall(r"^KERNEL\s+void\s+(?:__launch_bounds__\(.*\)\s+)?(\w+)\(", path.read_text(), re.M)
+    }
+    assert kernels == set().union(*REACHED.values())
+    assert set(REACHED) == {name for name in ops.names() if hasattr(import_module(f"qcli.ops.{name}"), "_cuda")}
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_kernels_agree_with_the_reference(name, tmp_path):
+    command = [sys.executable, "-m", "tests.emulator.check", str(tmp_path), name]
+    done = subprocess.run(command, cwd=ROOT, env=sanitized(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    *wrong, summary = done.stdout.strip().splitlines()
+    assert not wrong, "\n".join(wrong[:20])
+    found = json.loads(summary)
+    assert {kernel.rpartition(" ")[2] for kernel in found["kernels"]} == REACHED[name]
+    assert found["launches"] >= 24

@@ -1,0 +1,57 @@
+"""When an implementation of an op agrees with its reference: the same bits where it quantizes, else within its roundings."""
+
+import torch
+
+# Of a result, of what is summed, and of a weight rounded to 16 bits, each half a unit in the last place.
+ROUNDING = {torch.float32: 2.0**-19, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+def flat(result) -> tuple[torch.Tensor, ...]:
+    """The tensors of a result."""
+    return result if isinstance(result, tuple) else (result,)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """For comparing NaN with NaN, and +0 with -0 apart."""
+    return tensor.contiguous().view(torch.uint8) if tensor.numel() else tensor
+
+
+def disagreement(name: str, arguments: dict, ours, expected) -> str | None:
+    """What is wrong with the result `ours` of the op `name`; `expected` is the reference's."""
+    for number, (a, b) in enumerate(zip(flat(ours), flat(expected), strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"result {number} is {a.dtype} {tuple(a.shape)}, expected {b.dtype} {tuple(b.shape)}"
+        wrong = ~_agrees(name, arguments, a.cpu(), b.cpu())
+        if wrong.any():
+            place = wrong.nonzero()[0].tolist()
+            found, wanted = (t.cpu()[tuple(place)].item() if t.dim() else t.item() for t in (a, b))
+            where = f"{int(wrong.sum())} of {wrong.numel()} places, first {place}"
+            return f"result {number} differs at {where}: {found}, expected {wanted}"
+    return None
+
+
+def _agrees(name: str, arguments: dict, ours: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    if "quantize" in name:
+        same = bits(ours) == bits(expected)
+        return same.view(*ours.shape, -1).all(-1) if ours.numel() else same
+    if name == "activation_stats":
+        return torch.isclose(ours, expected, rtol=1e-12, atol=0, equal_nan=True)
+    rounding = ROUNDING[arguments.get("compute_dtype", arguments["x"].dtype)]
+    bound = rounding * (_magnitude(name, arguments) + expected.float().abs()) + 1e-6
+    return (ours.float() - expected.float()).abs() <= bound
+
+
+def _magnitude(name: str, arguments: dict) -> torch.Tensor:
+    """Per element of a product the sum of its terms' magnitudes."""
+    given = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+    x = given["x"].float()
+    if name == "linear_4bit":
+        eye = torch.eye(x.shape[-1])
+        with_absmax = [given[k] for k in ("packed", "absmax", "nested_absmax", "offset")]
+        of_block = [given[k] for k in ("block_size", "quant_type", "out_features")]
+        from qcli.ops.linear_4bit import linear_4bit
+
+        weight = linear_4bit(eye, *with_absmax, None, *of_block, torch.float32).t()
+    else:
+        weight = given["weight"].float() * (given["scale"].float() / 127).unsqueeze(1)
+    return x.abs() @ weight.abs().t()
