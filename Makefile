@@ -22,7 +22,7 @@ check: $(VENV)/checked
 
 # Builds the CPU kernels in place, for work on them in a checkout, and where nvcc is on PATH those for CUDA.
 kernels:
-	cmake -S kernels -B build/kernels -DCMAKE_INSTALL_PREFIX=$(CURDIR) -DQCLI_FATBIN=$(if $(shell command -v nvcc),ON,OFF)
+	cmake -S kernels -B build/kernels -DCMAKE_INSTALL_PREFIX=$(CURDIR) -DQCLI_FATBIN=$(if $(shell command -v nvcc 2>/dev/null),ON,OFF)
 	cmake --build build/kernels
 	cmake --install build/kernels
 

@@ -257,6 +257,11 @@ def test_a_source_lists_its_images(place):
         nvcc.instances("some")
 
 
+def test_every_kernel_lists_its_images():
+    assert nvcc.folder() == ROOT / "kernels/cuda" and len(nvcc.sources()) > 1
+    assert [source for source in nvcc.sources() if not nvcc.instances(source)] == []
+
+
 def test_prebuilt_images_serve_without_nvcc(place, monkeypatch):
     (place / "sources/some.cu").write_text(LINE + SOURCE)
     assert not nvcc.complete((8, 6))
