@@ -20,9 +20,9 @@ check: $(VENV)/checked
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Builds the CPU kernels in place, for work on them in a checkout.
+# Builds the CPU kernels in place, for work on them in a checkout, and where nvcc is on PATH those for CUDA.
 kernels:
-	cmake -S kernels -B build/kernels -DCMAKE_INSTALL_PREFIX=$(CURDIR)
+	cmake -S kernels -B build/kernels -DCMAKE_INSTALL_PREFIX=$(CURDIR) -DQCLI_FATBIN=$(if $(shell command -v nvcc 2>/dev/null),ON,OFF)
 	cmake --build build/kernels
 	cmake --install build/kernels
 

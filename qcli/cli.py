@@ -4,6 +4,7 @@ import functools
 import os
 import signal
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 
 from qcli import __version__, console
-from qcli.errors import QcliError
+from qcli.errors import QcliError, QcliWarning
 
 app = typer.Typer(
     help="Quantize, run and inspect large language models on the hardware you have.",
@@ -67,8 +68,17 @@ def _terminate(signum, frame):
     raise KeyboardInterrupt
 
 
+def _warn(message: Warning, category: type[Warning], filename: str, line: int, *rest) -> None:
+    """Shows a warning of qcli as a sentence, without the line of code that a library's warning comes with."""
+    if issubclass(category, QcliWarning):
+        console.warn(str(message))
+    else:
+        console.say(warnings.formatwarning(message, category, filename, line).rstrip())
+
+
 def main() -> None:
     """Entry point of `qcli`."""
+    warnings.showwarning = _warn
     signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="qcli")
 

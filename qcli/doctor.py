@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import time
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -120,18 +121,52 @@ def _nvidia() -> list[str]:
 def _cuda(gpus: list[str]) -> list[Finding]:
     import torch
 
+    from qcli.runtime import nvcc, problems
+
     found = [Finding("NVIDIA GPU", gpu) for gpu in gpus]
     if not gpus:
         found.append(Finding("NVIDIA GPU", "none that its driver knows: everything runs on the CPU"))
+    elif torch.version.cuda is None:
+        found.append(Finding("GPU in torch", f"torch {torch.__version__} was built without CUDA", problems.TORCH))
     elif not torch.cuda.is_available():
-        built = (
-            f"torch {torch.__version__} was built without CUDA" if torch.version.cuda is None else "torch finds none"
-        )
-        found.append(Finding("GPU in torch", built, "install a CUDA build of torch: https://pytorch.org/get-started"))
-    for name, value, advice in (
-        ("nvcc", shutil.which("nvcc"), "install the CUDA toolkit and put its bin folder on PATH"),
-        ("PyCUDA", _version("pycuda"), "pip install 'qcli[cuda]'"),
-    ):
-        absent = "not installed" if gpus else "not installed, and of no use without a GPU"
-        found.append(Finding(name, value or absent, advice if gpus and not value else None))
+        advice = f"update the driver to one for CUDA {torch.version.cuda}, or install a torch for an older CUDA"
+        if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+            advice = "unset CUDA_VISIBLE_DEVICES"
+        found.append(Finding("GPU in torch", f"torch for CUDA {torch.version.cuda} finds none", advice))
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    pycuda, unused = _version("pycuda"), "not installed, and of no use without a GPU"
+    found.append(_nvcc(devices) if gpus or nvcc.find() else Finding("nvcc", unused))
+    advice = problems.PYCUDA if gpus and not pycuda else None
+    found.append(Finding("PyCUDA", pycuda or ("not installed" if gpus else unused), advice))
+    return found + _cuda_kernels(devices, {entry.advice for entry in found})
+
+
+def _nvcc(devices: list) -> Finding:
+    import torch
+
+    from qcli.errors import KernelError
+    from qcli.runtime import nvcc, problems
+
+    compiler = nvcc.find()
+    try:
+        if compiler:
+            return Finding("nvcc", f"{nvcc.version(compiler)}, {compiler}")
+    except KernelError as e:
+        return Finding("nvcc", e.message, e.hint)
+    if devices and all(nvcc.complete(torch.cuda.get_device_capability(device)) for device in devices):
+        return Finding("nvcc", "not installed, nor needed: the CUDA kernels came compiled")
+    return Finding("nvcc", "not installed", problems.NVCC)
+
+
+def _cuda_kernels(devices: list, given: set[str | None]) -> list[Finding]:
+    """Whether kernels run on each GPU that torch has; what `given` advises already is not said twice."""
+    from qcli.runtime import cuda
+
+    found = []
+    for device in devices:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it would warn of is what is shown here
+            problem = cuda.problem(device)
+        value = f"not on {device}: {problem}; plain torch serves, more slowly" if problem else f"on {device}"
+        found.append(Finding("CUDA kernels", value, problem.hint if problem and problem.hint not in given else None))
     return found

@@ -33,6 +33,14 @@ class DeviceError(QcliError):
     """The requested device is not there."""
 
 
+class KernelError(QcliError):
+    """A CUDA kernel cannot be compiled, loaded or launched."""
+
+
+class NotCompiledError(KernelError):
+    """A CUDA kernel did not come compiled with the package, and nvcc is not there to compile it."""
+
+
 class NonFiniteError(QcliError):
     """A weight holds NaN or infinity."""
 
@@ -53,3 +61,7 @@ class Interrupted(QcliError):
     """Ctrl-C or SIGTERM stopped the run."""
 
     exit_code = 130
+
+
+class QcliWarning(UserWarning):
+    """Something works less well than it could; a sentence on what and how to mend it."""

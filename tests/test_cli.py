@@ -110,3 +110,13 @@ def test_settings_of_a_method_may_be_set(folder, quick_cli, tmp_path):
     )
     assert done.returncode == 0
     assert json.loads((tmp_path / "out/qcli.json").read_text())["options"] == {"block_size": 128, "double_quant": False}
+
+
+def test_warnings_of_qcli_are_sentences(capsys):
+    from qcli.cli import _warn
+    from qcli.errors import QcliWarning
+
+    _warn(QcliWarning("no CUDA kernels"), QcliWarning, "file.py", 7)
+    assert capsys.readouterr().err == "warning: no CUDA kernels\n"
+    _warn(UserWarning("of a library"), UserWarning, "file.py", 7)
+    assert "file.py:7: UserWarning: of a library" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_nothing_points_back_up():
         if not name.startswith("commands/") and name not in ("cli.py", "__main__.py"):
             assert not any(i.startswith(("qcli.commands", "qcli.cli", "qcli.console")) for i in uses), name
         if name.startswith("ops/"):
-            allowed = ("qcli.ops", "qcli.codebooks", "qcli.packing", "qcli.runtime")
+            allowed = ("qcli.ops", "qcli.codebooks", "qcli.packing", "qcli.runtime", "qcli.errors")
             assert all(i.startswith(allowed) for i in uses), (name, uses)
         if name.startswith("formats/"):
             assert all(i.startswith("qcli.formats") for i in uses), (name, uses)

@@ -1,9 +1,11 @@
 """Registration of ops, the same way for all."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
 
+from qcli.errors import NotCompiledError, QcliWarning
 from qcli.runtime import cpu as cpu_runtime
 from qcli.runtime import cuda as cuda_runtime
 
@@ -24,11 +26,24 @@ def define(
         # Looked up at each call, for `using` may change it.
         _LIBRARY.impl(name, lambda *arguments: (cpu if cpu_runtime.variant() else reference)(*arguments), "CPU")
     if cuda is not None:
-        _LIBRARY.impl(
-            name, lambda *arguments: (cuda if cuda_runtime.serves(arguments[0]) else reference)(*arguments), "CUDA"
-        )
+        _LIBRARY.impl(name, _on_cuda(cuda, reference), "CUDA")
     torch.library.register_fake(f"qcli::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.qcli, name).default
+
+
+def _on_cuda(cuda: Callable, reference: Callable) -> Callable:
+    """Calls the kernel where it serves, and the reference elsewhere, also for the rare form of a kernel that a package
+    without nvcc lacks."""
+
+    def run(*arguments):
+        if cuda_runtime.serves(arguments[0]):
+            try:
+                return cuda(*arguments)
+            except NotCompiledError as e:
+                warnings.warn(f"{e}; plain torch serves in its place: {e.hint}", QcliWarning, stacklevel=2)
+        return reference(*arguments)
+
+    return run
 
 
 def blocks(count: int, block_size: int) -> int:

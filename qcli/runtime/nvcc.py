@@ -1,0 +1,267 @@
+"""Images of the CUDA kernels, for a driver to load: one that came with the package, else one of an earlier start, else nvcc's.
+
+Each kernels/cuda/NAME.cu says in comment lines which of its images a package carries:
+
+    // prebuilt: DTYPE={float,__half} BLOCK_SIZE={64,}
+
+is an image for every combination. An empty alternative leaves the constant undefined: by listing it a kernel says that it then
+runs with any value of it, so that image also serves values that are not listed. `// prebuilt:` alone is an image without constants.
+kernels/prebuild.py builds them all. An image's name holds a hash of what it was made of, so a stale one is never found.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+import qcli
+from qcli.errors import KernelError, NotCompiledError
+from qcli.runtime import problems
+
+CACHE = "QCLI_CACHE"
+USUAL = Path("/usr/local/cuda/bin/nvcc")
+OLDEST = (7, 5)  # compute capability: nvcc 13 knows none before
+FLAGS = ("-std=c++17", "-O3")
+
+ARCHITECTURES = "architectures"  # the file that names those of the prebuilt images beside it, in order
+
+_PREBUILT = re.compile(r"^//\s*prebuilt:(.*)$", re.MULTILINE)
+_CHOICE = re.compile(r"(\w+)=\{([^{}]*)\}")
+_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
+_CHECKSUM = hashlib.sha256().digest_size
+
+
+def folder() -> Path:
+    """Where the sources are: kernels/cuda of a checkout, else what was installed with the package."""
+    kernels = Path(__file__).parents[2] / "kernels"
+    installed = Path(__file__).parent / "kernels"
+    return kernels / "cuda" if (kernels / "CMakeLists.txt").exists() else installed
+
+
+def sources() -> list[str]:
+    """The kernels' files there are, by name; `probe` is always one."""
+    return sorted({"probe", *(path.stem for path in folder().glob("*.cu"))})
+
+
+def image(source: str, constants: tuple[str, ...], capability: tuple[int, int]) -> bytes:
+    """A cubin or fatbin of SOURCE.cu with each "NAME=VALUE" of `constants` defined, for a GPU of that compute capability.
+
+    Raises KernelError where it is not there and nvcc is absent, cannot run, or refuses it.
+    """
+    found = _prebuilt(source, constants, capability)
+    if found is not None:
+        return found
+    arch = architecture(capability)
+    key = _key(source, constants, arch, version(require()))
+    return _cached(f"{source}-{key}.cubin", lambda: build(source, constants, ["-cubin", f"-arch={arch}"]))
+
+
+def complete(capability: tuple[int, int]) -> bool:
+    """Whether the package carries an image for that GPU of every source: then nvcc is not needed."""
+    listed = {source: instances(source) for source in sources()}
+    return all(listed.values()) and all(_prebuilt(s, c, capability) for s, every in listed.items() for c in every)
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """nvcc's name of it. On 9.0 with the instructions that only that generation has, such as wgmma."""
+    return "sm_90a" if capability == (9, 0) else f"sm_{capability[0]}{capability[1]}"
+
+
+def instances(source: str) -> list[tuple[str, ...]]:
+    """The constants of each image that a package carries of SOURCE.cu."""
+    every = [
+        product(*([(name, value) for value in values] for name, values in line.items())) for line in _lines(source)
+    ]
+    return [tuple(f"{name}={value}" for name, value in chosen if value) for line in every for chosen in line]
+
+
+def prebuilt_name(source: str, constants: tuple[str, ...]) -> str:
+    """The file's name of a prebuilt image made of the present sources."""
+    return f"{source}-{_key(source, constants)}.fatbin"
+
+
+def find() -> str | None:
+    """nvcc: of CUDA_HOME, on PATH, in the toolkit's usual folder, or of PyPI's packages."""
+    places = [Path(os.environ["CUDA_HOME"], "bin/nvcc")] if os.environ.get("CUDA_HOME") else []
+    places += [Path(path) for path in [shutil.which("nvcc")] if path]
+    places += [USUAL, *_packaged()]
+    return next((str(place) for place in places if os.access(place, os.X_OK)), None)
+
+
+def _packaged() -> Iterator[Path]:
+    """nvcc of the packages nvidia-cuda-nvcc (CUDA 13) and nvidia-cuda-nvcc-cu12, the newest first."""
+    spec = find_spec("nvidia")
+    for site in map(Path, spec.submodule_search_locations or [] if spec else []):
+        yield from sorted(site.glob("cu*/bin/nvcc"), reverse=True)
+
+
+def require() -> str:
+    """As `find`. Raises NotCompiledError where there is none."""
+    compiler = find()
+    if compiler is None:
+        raise NotCompiledError(
+            "CUDA kernels did not come compiled, and there is no nvcc to compile them", problems.NVCC
+        )
+    return compiler
+
+
+@cache
+def version(compiler: str) -> str:
+    """nvcc's version, such as 13.0.88. It is asked once in the life of that file, not at every start."""
+    stat = os.stat(os.path.realpath(compiler))
+    key = _digest(os.path.realpath(compiler), str(stat.st_mtime_ns), str(stat.st_size))
+
+    def ask() -> bytes:
+        found = re.search(r"V(\d+\.\d+\.\d+)", _run([compiler, "--version"], "asked for its version").stdout)
+        if not found:
+            raise KernelError(f"{compiler} --version tells no version: it is not NVIDIA's nvcc", problems.NVCC)
+        return found[1].encode()
+
+    return _cached(f"nvcc-{key}.version", ask).decode()
+
+
+def targets() -> list[str]:
+    """The architectures that nvcc compiles for, such as sm_80. Raises KernelError."""
+    return _run([require(), "--list-gpu-code"], "asked for its targets").stdout.split()
+
+
+def build(source: str, constants: tuple[str, ...], target: list[str]) -> bytes:
+    """What nvcc makes of a source for `target`, its options for the kind of image and architecture. Raises KernelError."""
+    path = _path(source)
+    with tempfile.TemporaryDirectory(prefix="qcli-") as scratch:
+        output = Path(scratch, "image")
+        defined = [f"-D{constant}" for constant in constants]
+        _run([require(), *target, *FLAGS, *defined, "-o", str(output), str(path)], f"compiling {path.name}")
+        return output.read_bytes()
+
+
+def _run(command: list[str], task: str) -> subprocess.CompletedProcess:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as e:
+        raise KernelError(f"{command[0]} cannot run, {task}: {e.strerror}", problems.NVCC) from e
+    if done.returncode:
+        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        first = next((line for line in lines if re.search(r"\b(error|fatal)\b", line)), (lines or ["no output"])[0])
+        defined = [word[2:] for word in command if word.startswith("-D")]
+        subject = f"{task} with {' '.join(defined)}" if defined else task
+        raise KernelError(f"nvcc failed (exit {done.returncode}) {subject}: {first}", problems.cure_of_compile(first))
+    return done
+
+
+def _path(source: str) -> Path:
+    return Path(__file__).with_name("probe.cu") if source == "probe" else folder() / f"{source}.cu"
+
+
+def _texts(path: Path) -> list[str]:
+    """The source and the headers of ours that it includes, each once."""
+    waiting, seen = [path], {}
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        try:
+            seen[path] = path.read_text()
+        except OSError as e:
+            raise KernelError(f"{path} cannot be read: {e.strerror}", "install qcli again") from e
+        beside = (path.parent / name for name in _INCLUDE.findall(seen[path]))
+        waiting += (header.resolve() for header in beside if header.exists())
+    return list(seen.values())
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _key(source: str, constants: tuple[str, ...], *more: str) -> str:
+    return _digest(*_texts(_path(source)), "constants", *sorted(constants), "flags", *FLAGS, *more)
+
+
+def _lines(source: str) -> list[dict[str, list[str]]]:
+    """For each line of prebuilt images in a source: the values of each constant, an empty one for undefined."""
+    lines = []
+    for text in _PREBUILT.findall(_path(source).read_text()):
+        lines.append({})
+        for word in text.split():
+            found = _CHOICE.fullmatch(word)
+            if not found:
+                raise KernelError(f"{source}.cu lists {word!r} for its prebuilt images, expected NAME={{VALUE,VALUE}}")
+            lines[-1][found[1]] = found[2].split(",")
+    return lines
+
+
+def _listed(source: str, constants: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The constants of the prebuilt image that serves these."""
+    wanted = dict(constant.split("=", 1) for constant in constants)
+    for line in _lines(source):
+        chosen = {name: wanted.get(name, "") for name in line}
+        chosen = {name: value if value in line[name] else "" for name, value in chosen.items()}
+        if wanted.keys() <= line.keys() and all(value in line[name] for name, value in chosen.items()):
+            return tuple(f"{name}={value}" for name, value in chosen.items() if value)
+    return None
+
+
+def _prebuilt(source: str, constants: tuple[str, ...], capability: tuple[int, int]) -> bytes | None:
+    """The image that the package carries, where it was made of the present sources and for this GPU."""
+    listed = _listed(source, constants)
+    for place in _folders() if listed is not None else []:
+        file = place / prebuilt_name(source, listed)
+        if file.exists() and _covers((place / ARCHITECTURES).read_text().split(), capability):
+            return file.read_bytes()
+    return None
+
+
+def _folders() -> list[Path]:
+    """Where prebuilt images are. An editable install keeps what was compiled apart from the sources."""
+    places = dict.fromkeys(Path(place).resolve() / "runtime" / "prebuilt" for place in qcli.__path__)
+    return [place for place in places if (place / ARCHITECTURES).exists()]
+
+
+def _covers(architectures: list[str], capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs an image of these: machine code serves its own generation from that minor version on, one whose
+    name ends in a letter only its own GPU; PTX, which is of the last one, every later GPU."""
+    numbers = [(int(name.rstrip("a")[:-1]), int(name.rstrip("a")[-1]), name.endswith("a")) for name in architectures]
+    major, minor = capability
+    code = any(of == major and (m == minor if only else m <= minor) for of, m, only in numbers)
+    return code or capability >= numbers[-1][:2]
+
+
+def cache_folder() -> Path:
+    """Where what nvcc made is kept from one start to the next."""
+    if os.environ.get(CACHE):
+        return Path(os.environ[CACHE]) / "cuda"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qcli" / "cuda"
+
+
+def _cached(name: str, make: Callable[[], bytes]) -> bytes:
+    """The bytes kept under that name, made now where they are missing or damaged. They are kept behind their checksum."""
+    file = cache_folder() / name
+    try:
+        checksum, content = (kept := file.read_bytes())[:_CHECKSUM], kept[_CHECKSUM:]
+        if hashlib.sha256(content).digest() == checksum:
+            return content
+    except OSError:
+        pass
+    content = make()
+    _keep(file, hashlib.sha256(content).digest() + content)
+    return content
+
+
+def _keep(file: Path, content: bytes) -> None:
+    """Other processes see the whole file or none. Where it cannot be written the next start takes longer, nothing else."""
+    scratch = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as scratch:
+            scratch.write(content)
+        os.replace(scratch.name, file)
+    except OSError:
+        if scratch is not None:
+            Path(scratch.name).unlink(missing_ok=True)
