@@ -12,14 +12,8 @@
 //   - A block takes 16 rows at a time, its warps share the columns, four chunks a turn, the next turn's loads under way. Their
 //     sums meet in shared memory, and with them the outliers' part, in which each thread goes through a 16th of the mask.
 // prebuilt: DTYPE={float,__half,__nv_bfloat16} FULL={0,1}
-#include "linear_int8.cuh"
+#include "int8_turns.cuh"
 
-constexpr int WARPS = 8;
-constexpr int THREADS = WARPS * 32;
-constexpr int TILE = 16;
-constexpr int CHUNK = 64;
-constexpr int TURN = 4;
-constexpr int MOST = 8;  // tokens
 constexpr int PARTS = THREADS / TILE;
 
 // Rows of q in shared memory begin 64 bytes past a multiple of 128, so that two tokens meet different banks.
@@ -40,27 +34,9 @@ KERNEL void __launch_bounds__(THREADS, 2)
   const int chunks = (columns + CHUNK - 1) / CHUNK, turns = (chunks + TURN - 1) / TURN;
   const long long tiles = (rows + TILE - 1) / TILE;
 
-  // This warp's loads, one turn after the other over all of the block's tiles, a turn ahead: the first ones before x is looked
-  // at. Rows and chunks beyond the last give nothing, or what is not stored.
-  uint4 next[TURN][2];
-  const int8_t* from[2];
-  auto go_to = [&](long long tile) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) from[r] = weight + min(tile * TILE + g + 8 * r, rows - 1) * columns + 16 * t;
-  };
-  auto load = [&](int turn) {
-#pragma unroll
-    for (int c = 0; c < TURN; ++c) {
-      const int column = (turn * TURN + c) * CHUNK;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const bool valid = FULL || column + 16 * t < columns;
-        next[c][r] = valid ? load_once(reinterpret_cast<const uint4*>(from[r] + column)) : make_uint4(0, 0, 0, 0);
-      }
-    }
-  };
-  go_to(blockIdx.x);
-  if (warp < turns) load(warp);
+  Turns weights = {weight, rows, columns, g, t};  // the first ones are on their way before x is looked at
+  weights.go_to(blockIdx.x);
+  if (warp < turns) weights.load(warp);
 
   if (threadIdx.x < MOST) x_absmax[threadIdx.x] = 0;
   if (threadIdx.x == 0) *any = 0;
@@ -109,19 +85,12 @@ KERNEL void __launch_bounds__(THREADS, 2)
     int total[4] = {0, 0, 0, 0};
     for (int turn = warp; turn < turns; turn += WARPS) {
       uint4 words[TURN][2];
+      weights.take(words, turn, turns, warp, tile + gridDim.x);
 #pragma unroll
       for (int c = 0; c < TURN; ++c) {
-        words[c][0] = next[c][0];
-        words[c][1] = next[c][1];
-      }
-      const bool last = turn + WARPS >= turns;
-      if (last) go_to(tile + gridDim.x);
-      load(last ? warp : turn + WARPS);
-#pragma unroll
-      for (int c = 0; c < TURN; ++c) {
-        const int column = (turn * TURN + c) * CHUNK + 16 * t;
+        const int column = (turn * TURN + c) * CHUNK;
         uint4 b = make_uint4(0, 0, 0, 0);
-        if (g < tokens && (FULL || column < columns)) b = *reinterpret_cast<const uint4*>(q + g * pitch + column);
+        if (g < tokens && weights.inside(column)) b = *reinterpret_cast<const uint4*>(q + g * pitch + column + 16 * t);
         const uint32_t first[4] = {words[c][0].x, words[c][1].x, words[c][0].y, words[c][1].y};
         const uint32_t second[4] = {words[c][0].z, words[c][1].z, words[c][0].w, words[c][1].w};
         mma_16x8x32(total, first, b.x, b.y);

@@ -11,14 +11,7 @@
 // two values. An int8 becomes a 16-bit float without a conversion: its bits, put where the mantissa ends, make a number of a known
 // exponent, from which one subtraction for two values takes the rest.
 // prebuilt: DTYPE={__half,__nv_bfloat16} FULL={0,1}
-#include "linear_int8.cuh"
-
-constexpr int WARPS = 8;
-constexpr int THREADS = WARPS * 32;
-constexpr int TILE = 16;
-constexpr int CHUNK = 64;
-constexpr int TURN = 4;
-constexpr int MOST = 8;  // tokens
+#include "int8_turns.cuh"
 
 // Two of four int8, the first two or the last, exactly.
 __device__ inline uint32_t widen(uint32_t four, int half, __half) {
@@ -46,46 +39,21 @@ KERNEL void __launch_bounds__(THREADS, 2)
   const long long tiles = (rows + TILE - 1) / TILE;
   const Scalar* token = x + (long long)g * columns + 16 * t;
 
-  // This warp's loads, one turn after the other over all of the block's tiles, a turn ahead. Rows and chunks beyond the last
-  // give nothing, or what is not stored.
-  uint4 next[TURN][2];
-  const int8_t* from[2];
-  auto go_to = [&](long long tile) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) from[r] = weight + min(tile * TILE + g + 8 * r, rows - 1) * columns + 16 * t;
-  };
-  auto load = [&](int turn) {
-#pragma unroll
-    for (int c = 0; c < TURN; ++c) {
-      const int column = (turn * TURN + c) * CHUNK;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const bool valid = FULL || column + 16 * t < columns;
-        next[c][r] = valid ? load_once(reinterpret_cast<const uint4*>(from[r] + column)) : make_uint4(0, 0, 0, 0);
-      }
-    }
-  };
-  go_to(blockIdx.x);
-  if (warp < turns) load(warp);
+  Turns weights = {weight, rows, columns, g, t};
+  weights.go_to(blockIdx.x);
+  if (warp < turns) weights.load(warp);
 
   int parity = 0;
   for (long long tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     float total[4] = {0, 0, 0, 0};
     for (int turn = warp; turn < turns; turn += WARPS) {
       uint4 words[TURN][2];
-#pragma unroll
-      for (int c = 0; c < TURN; ++c) {
-        words[c][0] = next[c][0];
-        words[c][1] = next[c][1];
-      }
-      const bool last = turn + WARPS >= turns;
-      if (last) go_to(tile + gridDim.x);
-      load(last ? warp : turn + WARPS);
+      weights.take(words, turn, turns, warp, tile + gridDim.x);
 #pragma unroll
       for (int c = 0; c < TURN; ++c) {
         const int column = (turn * TURN + c) * CHUNK;
         uint32_t b[8] = {};
-        if (g < tokens && (FULL || column + 16 * t < columns)) {
+        if (g < tokens && weights.inside(column)) {
           const uint4* values = reinterpret_cast<const uint4*>(token + column);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {

@@ -86,7 +86,7 @@ class Emulator:
         return device.type == "cpu"
 
     def multiprocessors(self, device: torch.device) -> int:
-        return 2  # few, so that blocks take several turns
+        return 1  # so that blocks take several turns
 
     def capability(self, device: torch.device) -> tuple[int, int]:
         return self.of

@@ -1,0 +1,66 @@
+"""nvcc compiles every kernel for the GPUs of 2020 and of 2022, and what comes of it keeps to a budget.
+
+budget.json, per source: constants, the instruction by which the hot loop is known, how many elements a lane gets through in one
+turn of it, and at most how many instructions per element, and registers per thread. No hot loop touches local memory.
+"""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from qcli.runtime import nvcc
+from tests.emulator import sass
+from tests.emulator.emulator import KERNELS
+
+BUDGET = json.loads(Path(__file__).with_name("budget.json").read_text())
+ARCHITECTURES = ["sm_80", "sm_90a"]
+
+pytestmark = pytest.mark.skipif(nvcc.find() is None, reason="needs nvcc")
+
+
+def compiled(source: str, constants: list[str], architecture: str, folder: Path) -> tuple[Path, str]:
+    """The image, and what ptxas says of it. Any warning is an error."""
+    image = folder / f"{source}.cubin"
+    command = [nvcc.find(), "-cubin", f"-arch={architecture}", *nvcc.FLAGS, "-Werror", "all-warnings", "-Xptxas", "-v"]
+    defined = [f"-D{constant}" for constant in constants]
+    done = subprocess.run([*command, *defined, "-o", image, KERNELS / f"{source}.cu"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return image, done.stderr
+
+
+def test_every_source_has_a_budget():
+    assert set(BUDGET) == {path.stem for path in KERNELS.glob("*.cu")}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", BUDGET)
+def test_budget(source, architecture, tmp_path):
+    budget = BUDGET[source]
+    image, ptxas = compiled(source, budget["constants"], architecture, tmp_path)
+    usage = sass.usage(ptxas)
+    kernels = re.findall(r"^KERNEL[^;{]*?(\w+)\(const", (KERNELS / f"{source}.cu").read_text(), re.M)
+    assert set(usage) == set(kernels)
+    assert max(usage[kernel]["registers"] for kernel in kernels) <= budget["registers"]
+    if not budget["hot"]:
+        assert not any(usage[kernel]["spilled"] for kernel in kernels)
+        return
+    if sass.nvdisasm() is None:
+        pytest.skip("needs nvdisasm: pip install nvidia-cuda-nvdisasm")
+    hot = max(sass.loops(image)[source], key=lambda loop: loop[budget["hot"]])
+    assert hot[budget["hot"]] > 0
+    assert not hot["LDL"] and not hot["STL"]
+    assert hot.total() / budget["elements"] <= budget["per_element"], dict(hot.most_common(12))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", BUDGET)
+def test_every_image_that_a_package_carries_compiles(source, tmp_path):
+    """Minutes: for both architectures, with no warning."""
+    listed = nvcc.instances(source)
+    assert listed
+    for constants in listed:
+        for architecture in ARCHITECTURES:
+            compiled(source, list(constants), architecture, tmp_path)
