@@ -8,8 +8,7 @@
 // and its x once for all of them. Per turn of four chunks, W and x come by cp.async, STAGES - 1 turns ahead. Of the eight warps
 // two share the rows and four the chunks; a warp decodes 32 rows of its chunk once, and multiplies them with eight tokens after
 // eight. The four partial sums meet in shared memory. Rows of both tiles are padded so that a warp's loads meet no bank twice.
-// prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={64} NESTED={0,1} TOKENS={16,32} STAGES={2,3}
-// prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={64} NESTED={0,1} TOKENS={64} STAGES={2}
+// prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={64} NESTED={0,1} TOKENS={16,32,64} STAGES={2,3}
 #include "linear_4bit.cuh"
 
 constexpr int ROWS = 64;

@@ -154,8 +154,9 @@ def _cuda(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type
     else:
         most = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
         stage = 64 * (128 + 32) + most * (512 + 16)
-        # A third stage where two blocks still share a multiprocessor.
-        stages = 3 if most < 64 and 2 * (_TABLE + 3 * stage + 1024) <= cuda.shared_memory(x) else 2
+        # A third stage where it keeps no block away: two share a multiprocessor, with 64 tokens their registers allow but one.
+        together = 1 if most == 64 else 2
+        stages = 3 if together * (_TABLE + 3 * stage + 1024) <= cuda.shared_memory(x) else 2
         shared = _TABLE + max(stages * stage, 4 * most * 68 * 4)
         grid = (blocks(out_features, 64),)
         _batch_cuda((*constants, f"TOKENS={most}", f"STAGES={stages}"), grid, 256, shared, *arguments)
@@ -205,7 +206,8 @@ def cases():
         for nested in (False, True):
             for shape, out_features, block_size in shapes + (more if nested == (dtype == torch.bfloat16) else ()):
                 weight = torch.randn(out_features, shape[-1], generator=generator).to(dtype)
-                packed, absmax = quantize_4bit(weight, block_size, "nf4")
+                quant_type = "fp4" if block_size == 128 else "nf4"
+                packed, absmax = quantize_4bit(weight, block_size, quant_type)
                 offset, nested_absmax = 0.0, None
                 if nested:
                     offset = mean_absmax(absmax)
@@ -221,7 +223,7 @@ def cases():
                         "offset": offset,
                         "bias": torch.randn(out_features, generator=generator).to(dtype) if len(shape) > 2 else None,
                         "block_size": block_size,
-                        "quant_type": "nf4",
+                        "quant_type": quant_type,
                         "out_features": out_features,
                         "compute_dtype": dtype,
                     },
