@@ -143,13 +143,7 @@ def _cuda(
     tokens = x.numel() // in_features if in_features else 0
     if not tokens or not out_features:
         return _reference(x, weight, scale, bias, threshold)
-    constants = (f"DTYPE={cuda.type_name(op, x)}",)
-    weight = cuda.require(op, "weight", weight, torch.int8, out_features * in_features, device)
-    scale = cuda.require(op, "scale", scale.float(), torch.float32, out_features, device)
-    if bias is not None:
-        if bias.dtype != x.dtype:
-            constants += (f"BIAS={cuda.type_name(op, bias, 'bias')}",)
-        bias = cuda.require(op, "bias", bias, bias.dtype, out_features, device)
+    constants, weight, scale, bias = kernel_arguments(op, x, weight, scale, bias)
     rows = cuda.aligned(x.reshape(-1, in_features))
     y = x.new_empty((*x.shape[:-1], out_features))
     shared = _few_shared(tokens, in_features)
@@ -158,7 +152,7 @@ def _cuda(
         grid = blocks(tiles, blocks(tiles, 2 * cuda.multiprocessors(x)))
         _few_cuda(
             (*constants, f"FULL={int(in_features % 256 == 0)}"), (grid,), 256, shared,
-            rows, tokens, weight, scale, 0 if bias is None else bias, out_features, in_features, threshold, y,
+            rows, tokens, weight, scale, bias, out_features, in_features, threshold, y,
         )  # fmt: skip
         return y
     q, absmax, outliers = quantize_int8(rows, threshold)
@@ -166,7 +160,7 @@ def _cuda(
     if threshold > 0:
         found, count = (torch.empty(n, dtype=torch.int32, device=device) for n in (in_features, 1))
         _list_cuda(constants, (1,), 1024, 0, outliers, in_features, found, count)
-    rest = (0 if bias is None else bias, tokens, out_features, in_features, y)
+    rest = (bias, tokens, out_features, in_features, y)
     if _fuses(x, in_features):
         grid = (blocks(tokens, 128), blocks(out_features, 128))
         _gemm_cuda(constants, grid, 256, 4 * 256 * 64, q, absmax, weight, scale, rows, found, count, *rest)
@@ -178,9 +172,25 @@ def _cuda(
 
 
 def _fuses(x: torch.Tensor, columns: int) -> bool:
-    """Whether our own int8 product, with all that follows in it, takes the place of cuBLAS's. Up to capability 8.9 its
-    instructions are the fastest there are; from 9.0 on cuBLAS has faster ones."""
-    return (8, 0) <= cuda.capability(x) < (9, 0) and x.dtype != torch.float32 and columns % 16 == 0
+    """Whether our own int8 product, with all that follows in it, takes the place of cuBLAS's: where cuBLAS has no faster
+    instructions for it. On 9.0 it has (wgmma); on later ones torch still gets it in those of 8.0 (pytorch#187094)."""
+    major, _ = capability = cuda.capability(x)
+    return capability >= (8, 0) and major != 9 and x.dtype != torch.float32 and columns % 16 == 0
+
+
+def kernel_arguments(
+    op: str, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[tuple[str, ...], torch.Tensor, torch.Tensor, torch.Tensor | int]:
+    """What CUDA kernels of an int8 weight are compiled with, and weight, scale and bias as they take them. Raises TypeError
+    and ValueError."""
+    constants, rows = (f"DTYPE={cuda.type_name(op, x)}",), weight.shape[0]
+    weight = cuda.require(op, "weight", weight, torch.int8, rows * x.shape[-1], x.device)
+    scale = cuda.require(op, "scale", scale.float(), torch.float32, rows, x.device)
+    if bias is None:
+        return constants, weight, scale, 0
+    if bias.dtype != x.dtype:
+        constants += (f"BIAS={cuda.type_name(op, bias, 'bias')}",)
+    return constants, weight, scale, cuda.require(op, "bias", bias, bias.dtype, rows, x.device)
 
 
 def _few_shared(tokens: int, columns: int) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from qcli.ops._library import blocks, define
 from qcli.ops.dequantize_int8 import dequantize_int8
+from qcli.ops.linear_int8 import kernel_arguments
 from qcli.ops.quantize_int8 import quantize_int8
 from qcli.runtime import cuda
 
@@ -34,7 +35,7 @@ _kernel_cuda = cuda.kernel("linear_w8a16", "pipppqip")
 
 
 def _cuda(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    op, device, (out_features, in_features) = "linear_w8a16", x.device, weight.shape
+    op, (out_features, in_features) = "linear_w8a16", weight.shape
     tokens = x.numel() // in_features if in_features else 0
     if x.dtype == torch.float32 or not tokens or not out_features:
         return _reference(x, weight, scale, bias)
@@ -42,19 +43,13 @@ def _cuda(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torc
     if tokens > _FEW or in_features % 16 or not on_tensor_cores:
         wide = dequantize_int8(weight, scale, x.dtype)
         return torch.nn.functional.linear(x, wide, None if bias is None else bias.to(x.dtype))
-    constants = (f"DTYPE={cuda.type_name(op, x)}", f"FULL={int(in_features % 256 == 0)}")
-    weight = cuda.require(op, "weight", weight, torch.int8, out_features * in_features, device)
-    scale = cuda.require(op, "scale", scale.float(), torch.float32, out_features, device)
-    if bias is not None:
-        if bias.dtype != x.dtype:
-            constants += (f"BIAS={cuda.type_name(op, bias, 'bias')}",)
-        bias = cuda.require(op, "bias", bias, bias.dtype, out_features, device)
+    constants, weight, scale, bias = kernel_arguments(op, x, weight, scale, bias)
     y = x.new_empty((*x.shape[:-1], out_features))
     tiles = blocks(out_features, 16)
     grid = blocks(tiles, blocks(tiles, 2 * cuda.multiprocessors(x)))
     _kernel_cuda(
-        constants, (grid,), 256, 0,
-        cuda.aligned(x), tokens, weight, scale, 0 if bias is None else bias, out_features, in_features, y,
+        (*constants, f"FULL={int(in_features % 256 == 0)}"), (grid,), 256, 0,
+        cuda.aligned(x), tokens, weight, scale, bias, out_features, in_features, y,
     )  # fmt: skip
     return y
 
