@@ -67,7 +67,7 @@ __device__ inline uint32_t pack2<__nv_bfloat16>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// Eight values from an address that is a multiple of 16; the caches keep them.
+// Eight values as a load gives them.
 template <class T>
 __device__ inline void expand8(uint4 bits, float (&to)[8]) {
   const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
@@ -87,6 +87,7 @@ __device__ inline void expand8(const float4 (&four)[2], float (&to)[8]) {
     to[4 * i + 3] = four[i].w;
   }
 }
+// Eight values from an address that is a multiple of 16; the caches keep them.
 template <class T>
 __device__ inline void load8_kept(const T* from, float (&to)[8]) {
   expand8<T>(__ldg(reinterpret_cast<const uint4*>(from)), to);
@@ -141,11 +142,6 @@ __device__ inline uint32_t group_max(uint32_t value, int lanes) {
     const uint32_t other = __shfl_xor_sync(WHOLE_WARP, value, offset);
     value = value > other ? value : other;
   }
-  return value;
-}
-__device__ inline float warp_sum(float value) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(WHOLE_WARP, value, offset);
   return value;
 }
 

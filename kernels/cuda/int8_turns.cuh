@@ -13,6 +13,8 @@ constexpr int TILE = 16;   // rows of an mma
 constexpr int CHUNK = 64;  // columns
 constexpr int TURN = 4;    // chunks
 constexpr int MOST = 8;    // tokens: what an mma takes
+constexpr int PITCH = TILE + 4;     // of a token's sums, so that a warp's lie in all banks
+constexpr int SUMS = MOST * PITCH;  // of a warp
 
 struct Turns {
   const int8_t* weight;

@@ -7,12 +7,14 @@
 //
 // The limit is the bandwidth at which the weight is read: 0.5 bytes and 4 / block_size (NESTED: 1 / block_size) per element. One
 // token costs as much as eight. A block takes 16 rows at a time, its warps share the columns, four chunks a turn, with the
-// next turn's loads under way; their sums meet in shared memory. Blocks stay until no rows are left, for filling the table
-// costs about as much as a tile.
+// next turn's loads under way; their sums meet in shared memory. There are no more blocks than fit at once, and they stay
+// until no rows are left, for filling the table costs about as much as a tile. The first loads are under way meanwhile.
 // prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={32,64} NESTED={0,1} FULL={0,1}
 #include "linear_4bit.cuh"
 
 constexpr int WARPS = 8;
+constexpr int PITCH = TILE + 4;  // floats of a token's sums, so that a warp's lie in all banks
+constexpr int SUMS = 8 * PITCH;
 
 // The part of the weight that a lane reads: rows g and g + 8 of a tile.
 struct Rows {
@@ -53,8 +55,8 @@ KERNEL void __launch_bounds__(WARPS * 32, 2)
                 int columns, int block_size, const __grid_constant__ Codebook codebook, const __grid_constant__ DynamicMap dynamic_map,
                 Scalar* __restrict__ y) {
   DYNAMIC_SHARED(uint32_t, table);
-  float* sums = reinterpret_cast<float*>(table + TABLE);  // [2][WARPS][TILE * 8]
-  float* map = sums + 2 * WARPS * TILE * 8;               // [256]
+  float* sums = reinterpret_cast<float*>(table + TABLE);  // [2][WARPS][8][PITCH]
+  float* map = sums + 2 * WARPS * SUMS;               // [256]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int chunks = columns / CHUNK, turns = (chunks + TURN - 1) / TURN;
   const int blocks = columns / block_size, chunks_per_block = block_size / CHUNK;
@@ -62,12 +64,6 @@ KERNEL void __launch_bounds__(WARPS * 32, 2)
   const uint32_t mine = shared_address(table + lane);
   const Scales scales = {absmax, nested, offset};
   const Scalar* token = x + (long long)g * columns + t * (CHUNK / 4);
-
-  fill_table(table, codebook);
-#if NESTED
-  for (int i = threadIdx.x; i < 256; i += blockDim.x) map[i] = dynamic_map.value[i];
-#endif
-  __syncthreads();
 
   // This warp's work, one turn after the other over all of the block's tiles, each loaded one turn ahead. After the last the
   // last rows are loaded once more, for nothing.
@@ -89,8 +85,15 @@ KERNEL void __launch_bounds__(WARPS * 32, 2)
       }
     }
   };
-  int parity = 0;
   if (warp < turns) load(warp);
+
+  fill_table(table, codebook);
+#if NESTED
+  for (int i = threadIdx.x; i < 256; i += blockDim.x) map[i] = dynamic_map.value[i];
+#endif
+  __syncthreads();
+
+  int parity = 0;
   for (long long tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     float total[4] = {0, 0, 0, 0};
     for (int turn = warp; turn < turns; turn += WARPS) {
@@ -110,11 +113,12 @@ KERNEL void __launch_bounds__(WARPS * 32, 2)
       load(last ? warp : turn + WARPS);
       uint32_t b[2][2 * STEPS] = {};  // x of this chunk and of the next
       auto load_tokens = [&](int c) {
-        const int chunk = FULL ? turn * TURN + c : min(turn * TURN + c, chunks - 1);
+        const int chunk = turn * TURN + c;
+        const bool there = g < tokens && (FULL || chunk < chunks);
         const uint4* values = reinterpret_cast<const uint4*>(token + chunk * CHUNK);
 #pragma unroll
         for (int i = 0; i < WORDS; ++i) {
-          const uint4 bits = g < tokens ? __ldg(values + i) : make_uint4(0, 0, 0, 0);
+          const uint4 bits = there ? __ldg(values + i) : make_uint4(0, 0, 0, 0);
           b[c % 2][4 * i] = bits.x;
           b[c % 2][4 * i + 1] = bits.y;
           b[c % 2][4 * i + 2] = bits.z;
@@ -137,9 +141,9 @@ KERNEL void __launch_bounds__(WARPS * 32, 2)
       }
     }
     // [token][row], so that neighbouring threads write neighbouring rows.
-    float* here = sums + parity * WARPS * TILE * 8;
+    float* here = sums + parity * WARPS * SUMS;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) here[warp * TILE * 8 + (2 * t + i % 2) * TILE + g + 8 * (i / 2)] = total[i];
+    for (int i = 0; i < 4; ++i) here[warp * SUMS + (2 * t + i % 2) * PITCH + g + 8 * (i / 2)] = total[i];
     __syncthreads();
     if (threadIdx.x < TILE * 8) {
       const long long row = tile * TILE + threadIdx.x % TILE;
@@ -147,7 +151,7 @@ KERNEL void __launch_bounds__(WARPS * 32, 2)
       if (row < rows && m < tokens) {
         float sum = bias ? to_float(bias[row]) : 0.0f;
 #pragma unroll
-        for (int i = 0; i < WARPS; ++i) sum += here[i * TILE * 8 + threadIdx.x];
+        for (int i = 0; i < WARPS; ++i) sum += here[i * SUMS + m * PITCH + threadIdx.x % TILE];
         y[(long long)m * rows + row] = from_float<Scalar>(sum);
       }
     }

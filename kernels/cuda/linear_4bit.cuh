@@ -33,9 +33,12 @@ struct Codes {
 };
 
 __device__ inline void fill_table(uint32_t* table, const Codebook& codebook) {
-  for (int i = threadIdx.x; i < TABLE; i += blockDim.x) {
-    const int byte = i / 32;
-    table[i] = pack2<Scalar>(codebook.value[byte >> 4], codebook.value[byte & 15]);
+  // A block has eight warps; each fills the 32 copies of one byte's entry at a time.
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll 8
+  for (int i = 0; i < 256 / 8; ++i) {
+    const int byte = i * 8 + warp;
+    table[byte * 32 + lane] = pack2<Scalar>(codebook.value[byte >> 4], codebook.value[byte & 15]);
   }
 }
 

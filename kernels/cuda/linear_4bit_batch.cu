@@ -8,6 +8,10 @@
 // and its x once for all of them. Per turn of four chunks, W and x come by cp.async, STAGES - 1 turns ahead. Of the eight warps
 // two share the rows and four the chunks; a warp decodes 32 rows of its chunk once, and multiplies them with eight tokens after
 // eight. The four partial sums meet in shared memory. Rows of both tiles are padded so that a warp's loads meet no bank twice.
+//
+// Where the rows alone do not fill the GPU, gridDim.y blocks share a tile's columns, and leave float32 sums in
+//   parts  float32 [gridDim.y, tokens, rows], null for one part
+// which merge_parts adds up: they are small, and still in L2.
 // prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={64} NESTED={0,1} TOKENS={16,32,64} STAGES={2,3}
 #include "linear_4bit.cuh"
 
@@ -58,13 +62,15 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
                       const void* __restrict__ absmax, const float* __restrict__ nested, float offset,
                       const Scalar* __restrict__ bias, long long rows, int columns, int block_size,
                       const __grid_constant__ Codebook codebook,
-                      const __grid_constant__ DynamicMap dynamic_map, Scalar* __restrict__ y) {
+                      const __grid_constant__ DynamicMap dynamic_map, Scalar* __restrict__ y, float* __restrict__ parts) {
   DYNAMIC_SHARED(uint32_t, table);
   float* map = reinterpret_cast<float*>(table + TABLE);  // [256]
   unsigned char* stages = reinterpret_cast<unsigned char*>(map + 256);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int half = warp % 2, part = warp / 2;  // 32 of the rows, and one of a turn's chunks
-  const int chunks = columns / CHUNK, turns = (chunks + TURN - 1) / TURN;
+  const int chunks = columns / CHUNK, all_turns = (chunks + TURN - 1) / TURN;
+  const int first_turn = int((long long)all_turns * blockIdx.y / gridDim.y);
+  const int turns = int((long long)all_turns * (blockIdx.y + 1) / gridDim.y) - first_turn;  // of this part
   const int chunks_per_block = block_size / CHUNK;
   const long long first_row = (long long)blockIdx.x * ROWS;
   const uint32_t mine = shared_address(table + lane);
@@ -79,7 +85,7 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
   source.tokens = uint32_t(tokens);
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) {
-    if (s < turns) begin_turn(stages + s * STAGE_BYTES, source, columns, s);
+    if (s < turns) begin_turn(stages + s * STAGE_BYTES, source, columns, first_turn + s);
     commit_copies();
   }
   fill_table(table, codebook);
@@ -94,7 +100,7 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
   }
   RawScale next_scale[4];
   auto load = [&](int turn) {
-    const int chunk = min(turn * TURN + part, chunks - 1);
+    const int chunk = min((first_turn + turn) * TURN + part, chunks - 1);
 #pragma unroll
     for (int r = 0; r < 4; ++r) next_scale[r] = load_scale(scales, row_block[r] + chunk / chunks_per_block);
   };
@@ -105,14 +111,14 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     wait_for_copies<STAGES - 2>();
     __syncthreads();  // this turn is there, and all have left the one before
     const int ahead = turn + STAGES - 1;
-    if (ahead < turns) begin_turn(stages + ahead % STAGES * STAGE_BYTES, source, columns, ahead);
+    if (ahead < turns) begin_turn(stages + ahead % STAGES * STAGE_BYTES, source, columns, first_turn + ahead);
     commit_copies();
     const unsigned char* stage = stages + turn % STAGES * STAGE_BYTES;
     float scale[4];
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const float value = absmax_of(next_scale[r], map, offset);
-      scale[r] = turn * TURN + part < chunks ? value : 0.0f;
+      scale[r] = (first_turn + turn) * TURN + part < chunks ? value : 0.0f;
     }
     load(turn + 1);
 
@@ -172,9 +178,25 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     const int token = i / ROWS;
     const long long row = first_row + i % ROWS;
     if (token >= tokens || row >= rows) continue;
-    float sum = bias ? to_float(bias[row]) : 0.0f;
+    float sum = bias && !parts ? to_float(bias[row]) : 0.0f;
 #pragma unroll
     for (int p = 0; p < TURN; ++p) sum += sums[(p * TOKENS + token) * SUMS_PITCH + i % ROWS];
-    y[(long long)token * rows + row] = from_float<Scalar>(sum);
+    const long long at = (long long)token * rows + row;
+    if (parts) {
+      parts[(long long)blockIdx.y * tokens * rows + at] = sum;
+    } else {
+      y[at] = from_float<Scalar>(sum);
+    }
   }
+}
+
+// The sum of the parts and the bias, an element a thread, in the parts' order.
+KERNEL void __launch_bounds__(THREADS)
+    merge_parts(const float* __restrict__ parts, int count, const Scalar* __restrict__ bias, long long elements, long long rows,
+                Scalar* __restrict__ y) {
+  const long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
+  if (i >= elements) return;
+  float sum = bias ? to_float(bias[i % rows]) : 0.0f;
+  for (int p = 0; p < count; ++p) sum += __ldg(parts + p * elements + i);
+  y[i] = from_float<Scalar>(sum);
 }

@@ -24,8 +24,8 @@ KERNEL void __launch_bounds__(THREADS, 2)
                 const Bias* __restrict__ bias, long long rows, int columns, float threshold, Scalar* __restrict__ y) {
   DYNAMIC_SHARED(unsigned char, bytes);
   const int pitch = pitch_of(columns), mask_words = (columns + 31) / 32;
-  int* sums = reinterpret_cast<int*>(bytes);                                      // [2][WARPS][MOST][TILE]
-  float* kept = reinterpret_cast<float*>(sums + 2 * WARPS * MOST * TILE);         // [PARTS][MOST][TILE]
+  int* sums = reinterpret_cast<int*>(bytes);                                      // [2][WARPS][MOST][PITCH]
+  float* kept = reinterpret_cast<float*>(sums + 2 * WARPS * SUMS);         // [PARTS][MOST][TILE]
   uint32_t* x_absmax = reinterpret_cast<uint32_t*>(kept + PARTS * MOST * TILE);   // [MOST]
   uint32_t* any = x_absmax + MOST;                                                // [4], the first one used
   unsigned char* q = reinterpret_cast<unsigned char*>(any + 4);                   // [tokens][pitch]
@@ -97,9 +97,9 @@ KERNEL void __launch_bounds__(THREADS, 2)
         mma_16x8x32(total, second, b.z, b.w);
       }
     }
-    int* here = sums + parity * WARPS * MOST * TILE;
+    int* here = sums + parity * WARPS * SUMS;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) here[(warp * MOST + 2 * t + i % 2) * TILE + g + 8 * (i / 2)] = total[i];
+    for (int i = 0; i < 4; ++i) here[warp * SUMS + (2 * t + i % 2) * PITCH + g + 8 * (i / 2)] = total[i];
     if (decompose) {
       const int part = threadIdx.x / TILE;
       const long long row = min(tile * TILE + threadIdx.x % TILE, rows - 1);
@@ -125,7 +125,7 @@ KERNEL void __launch_bounds__(THREADS, 2)
       if (m < tokens && row < rows) {
         int product = 0;
 #pragma unroll
-        for (int i = 0; i < WARPS; ++i) product += here[i * MOST * TILE + threadIdx.x];
+        for (int i = 0; i < WARPS; ++i) product += here[i * SUMS + m * PITCH + threadIdx.x % TILE];
         float sum = ordinary(product, __uint_as_float(x_absmax[m]), __ldg(scale + row));
         if (decompose) {
           float outliers = 0.0f;

@@ -47,7 +47,7 @@ KERNEL void __launch_bounds__(256)
                          int columns, Scalar* __restrict__ y) {
   __shared__ float x_kept[DEPTH][TOKENS + 1];
   __shared__ float w_kept[DEPTH][ROWS + 4];
-  const long long first_token = (long long)blockIdx.y * TOKENS, first_row = (long long)blockIdx.x * ROWS;
+  const long long first_token = (long long)blockIdx.x * TOKENS, first_row = (long long)blockIdx.y * ROWS;
   const int across = threadIdx.x % ACROSS, down = threadIdx.x / ACROSS;
   float sum[EACH][EACH] = {};
   const int outliers = count ? *count : 0;

@@ -4,17 +4,17 @@
 //   q         int8 [tokens, columns], x_absmax float32 [tokens]: x quantized
 //   list      int32 [count], the outlier columns;  count int32 [1];  both null without a threshold
 //
-// A block of eight warps makes 128 tokens x 128 rows of y, a warp 64 x 32. 64 columns at a time come by cp.async, three stages
-// ahead of the tensor cores (mma m16n8k32), and reach them by ldmatrix. A stage's rows have 64 bytes; of 16 bytes each, the place
+// A block of eight warps makes 128 tokens x 128 rows of y, a warp 64 x 32. 64 columns at a time come by cp.async, STAGES - 1 of
+// them ahead of the tensor cores (mma m16n8k32), and reach them by ldmatrix. A stage's rows have 64 bytes; of 16 bytes each, the place
 // within its row is turned by half the row's number, so that the eight rows of an ldmatrix lie in all banks. Outlier columns
 // are a product too, of 16-bit values over 16 columns at a time (mma m16n8k16), added onto the same registers. Blocks that are
 // neighbours share the weight's rows, so that device memory gives each of them once.
 //
 // Operations: 2 tokens rows columns, of the int8 rate; bytes: that of x, W and y once, with no int32 result in between.
-// prebuilt: DTYPE={__half,__nv_bfloat16}
+// prebuilt: DTYPE={__half,__nv_bfloat16} STAGES={3,4}
 #include "linear_int8.cuh"
 
-constexpr int TILE_M = 128, TILE_N = 128, DEPTH = 64, STAGES = 4, THREADS = 256;
+constexpr int TILE_M = 128, TILE_N = 128, DEPTH = 64, THREADS = 256;
 constexpr int STAGE_BYTES = (TILE_M + TILE_N) * DEPTH;
 constexpr int WARP_M = 64, WARP_N = 32;
 constexpr int KEPT = 16;               // outlier columns at a time

@@ -33,7 +33,7 @@ __device__ inline uint32_t widen(uint32_t four, int half, __nv_bfloat16) {
 KERNEL void __launch_bounds__(THREADS, 2)
     linear_w8a16(const Scalar* __restrict__ x, int tokens, const int8_t* __restrict__ weight, const float* __restrict__ scale,
                  const Bias* __restrict__ bias, long long rows, int columns, Scalar* __restrict__ y) {
-  __shared__ float sums[2][WARPS][MOST * TILE];
+  __shared__ float sums[2][WARPS][SUMS];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int chunks = (columns + CHUNK - 1) / CHUNK, turns = (chunks + TURN - 1) / TURN;
   const long long tiles = (rows + TILE - 1) / TILE;
@@ -75,7 +75,7 @@ KERNEL void __launch_bounds__(THREADS, 2)
       }
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[parity][warp][(2 * t + i % 2) * TILE + g + 8 * (i / 2)] = total[i];
+    for (int i = 0; i < 4; ++i) sums[parity][warp][(2 * t + i % 2) * PITCH + g + 8 * (i / 2)] = total[i];
     __syncthreads();
     if (threadIdx.x < MOST * TILE) {
       const int m = threadIdx.x / TILE;
@@ -83,7 +83,7 @@ KERNEL void __launch_bounds__(THREADS, 2)
       if (m < tokens && row < rows) {
         float sum = 0.0f;
 #pragma unroll
-        for (int i = 0; i < WARPS; ++i) sum += sums[parity][i][threadIdx.x];
+        for (int i = 0; i < WARPS; ++i) sum += sums[parity][i][m * PITCH + threadIdx.x % TILE];
         sum = __fmul_rn(sum, __fmul_rn(__ldg(scale + row), 1.0f / 127));
         if (bias) sum += to_float(bias[row]);
         y[m * rows + row] = from_float<Scalar>(sum);

@@ -26,7 +26,7 @@ KERNEL void __launch_bounds__(THREADS)
     const Scalar* from = x + row * columns + column;
     if (aligned) {
       float values[8];
-      load8(from, values);
+      load8_kept(from, values);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         if (fabsf(values[i]) >= threshold) outliers[column + i] = 1;

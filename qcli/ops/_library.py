@@ -49,3 +49,10 @@ def _on_cuda(cuda: Callable, reference: Callable) -> Callable:
 def blocks(count: int, block_size: int) -> int:
     """Blocks that `count` elements take, the last one possibly partial."""
     return (count + block_size - 1) // block_size
+
+
+def persistent_grid(x: torch.Tensor, tiles: int, shared: int) -> tuple[int]:
+    """CUDA blocks that stay until all tiles are done: as many as fit at once, two to a multiprocessor where each gets `shared`
+    bytes of shared memory."""
+    together = 2 if 2 * (shared + 1024) <= cuda_runtime.shared_memory(x) else 1
+    return (min(tiles, together * cuda_runtime.multiprocessors(x)),)

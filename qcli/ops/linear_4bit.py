@@ -3,7 +3,7 @@
 import torch
 
 from qcli import codebooks
-from qcli.ops._library import blocks, define
+from qcli.ops._library import blocks, define, persistent_grid
 from qcli.ops.dequantize_4bit import dequantize_4bit, expand
 from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.quantize_4bit import quantize_4bit
@@ -110,8 +110,10 @@ def _by_panels(x, packed, absmax, bias, block_size, quant_type, y):
         y[:, start : start + step] = torch.nn.functional.linear(x, part, some)
 
 
-_FEW, _BATCH = 8, 64  # tokens that the two CUDA kernels take
-_few_cuda, _batch_cuda = (cuda.kernel(name, "pipppfpqiittp") for name in ("linear_4bit", "linear_4bit_batch"))
+_FEW = 8  # tokens of the first CUDA kernel
+_few_cuda = cuda.kernel("linear_4bit", "pipppfpqiittp")
+_batch_cuda = cuda.kernel("linear_4bit_batch", "pipppfpqiittpp")
+_merge_cuda = cuda.kernel("linear_4bit_batch", "pipqqp", "merge_parts")
 _CODE_BYTES = {quant_type: code.tobytes() for quant_type, code in codebooks.CODEBOOKS.items()}
 _MAP_BYTES = codebooks.DYNAMIC_MAP.tobytes()
 _TABLE = 256 * 32 * 4 + 256 * 4  # bytes of shared memory: pairs of every byte, and the map of double quantization
@@ -123,9 +125,9 @@ def _cuda(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type
     on_tensor_cores = compute_dtype == torch.float16 or (
         compute_dtype == torch.bfloat16 and cuda.capability(x) >= (8, 0)
     )
-    most = _FEW if block_size % 64 or cuda.capability(x) < (8, 0) else _BATCH
     fits = block_size % 32 == 0 and in_features % block_size == 0
-    if not on_tensor_cores or not fits or not 0 < tokens <= most or not out_features:
+    few = 0 < tokens <= _FEW or tokens and not block_size % 64 and cuda.capability(x) >= (8, 0) and _most(x, tokens)
+    if not on_tensor_cores or not fits or not few or not out_features:
         return _reference(
             x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype
         )
@@ -147,20 +149,44 @@ def _cuda(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type
     )  # fmt: skip
     if tokens <= _FEW:
         full = block_size == chunk and in_features % (4 * chunk) == 0
-        tiles = blocks(out_features, 16)
-        # As many rounds as two blocks a multiprocessor need, and no more blocks than fill them.
-        grid = blocks(tiles, blocks(tiles, 2 * cuda.multiprocessors(x)))
-        _few_cuda((*constants, f"FULL={int(full)}"), (grid,), 256, _TABLE + 2 * 8 * 16 * 8 * 4, *arguments)
+        shared = _TABLE + 2 * 8 * 20 * 8 * 4
+        grid = persistent_grid(x, blocks(out_features, 16), shared)
+        _few_cuda((*constants, f"FULL={int(full)}"), grid, 256, shared, *arguments)
     else:
-        most = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-        stage = 64 * (128 + 32) + most * (512 + 16)
-        # A third stage where it keeps no block away: two share a multiprocessor, with 64 tokens their registers allow but one.
-        together = 1 if most == 64 else 2
-        stages = 3 if together * (_TABLE + 3 * stage + 1024) <= cuda.shared_memory(x) else 2
-        shared = _TABLE + max(stages * stage, 4 * most * 68 * 4)
-        grid = (blocks(out_features, 64),)
-        _batch_cuda((*constants, f"TOKENS={most}", f"STAGES={stages}"), grid, 256, shared, *arguments)
+        _batch(x, y, constants, arguments, tokens)
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+def _batch(x: torch.Tensor, y: torch.Tensor, constants: tuple[str, ...], arguments: tuple, tokens: int) -> None:
+    """Launches linear_4bit_batch.cu: which sizes, and in how many parts of the columns."""
+    most, (out_features, in_features) = _most(x, tokens), (y.shape[1], arguments[0].shape[1])
+    stage = _stage(most)
+    room = (
+        cuda.shared_memory(x) // 2 - 1024
+    )  # of a block, where two share a multiprocessor; with 64 tokens registers forbid it
+    together = 1 if most == 64 or _TABLE + 2 * stage > room else 2
+    stages = 3 if _TABLE + 3 * stage <= cuda.shared_memory(x) // together - 1024 else 2
+    shared = _TABLE + max(stages * stage, 4 * most * 68 * 4)
+    tiles, turns = blocks(out_features, 64), blocks(in_features, 256)
+    # So many that they fill the device once, each with a few turns of its own.
+    parts = max(1, min(together * cuda.multiprocessors(x) // tiles, turns // 3))
+    constants = (*constants, f"TOKENS={most}", f"STAGES={stages}")
+    sums = x.new_empty((parts, tokens, out_features), dtype=torch.float32) if parts > 1 else None
+    _batch_cuda(constants, (tiles, parts), 256, shared, *arguments, 0 if sums is None else sums)
+    if sums is not None:
+        bias = arguments[6]
+        _merge_cuda(constants, (blocks(y.numel(), 256),), 256, 0, sums, parts, bias, y.numel(), out_features, y)
+
+
+def _stage(most: int) -> int:
+    """Bytes of shared memory of a stage: codes of 64 rows and x of `most` tokens, 256 columns of each, and padding."""
+    return 64 * (128 + 32) + most * (512 + 16)
+
+
+def _most(x: torch.Tensor, tokens: int) -> int:
+    """How many tokens a launch of linear_4bit_batch.cu is compiled for; 0 where these are too many for this GPU."""
+    fitting = (n for n in (16, 32, 64) if n >= tokens and _TABLE + 2 * _stage(n) <= cuda.shared_memory(x) - 1024)
+    return next(fitting, 0)
 
 
 _op = define(
@@ -200,7 +226,7 @@ def cases():
     # Whole turns of 256 columns and none, a tile of 16 or 64 rows and a part of one, every number of tokens that matters.
     more = (
         ((1, 2304), 40, 64), ((7, 416), 37, 32), ((8, 640), 20, 128), ((12, 320), 70, 64), ((2, 10, 512), 130, 128),
-        ((33, 576), 17, 64),
+        ((33, 576), 17, 64), ((20, 2560), 130, 64), ((40, 1856), 65, 64), ((64, 1600), 64, 64),
     )  # fmt: skip
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for nested in (False, True):

@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from qcli.ops._library import blocks, define
+from qcli.ops._library import blocks, define, persistent_grid
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.quantize_int8 import quantize_int8
 from qcli.runtime import cpu, cuda
@@ -147,11 +147,10 @@ def _cuda(
     rows = cuda.aligned(x.reshape(-1, in_features))
     y = x.new_empty((*x.shape[:-1], out_features))
     shared = _few_shared(tokens, in_features)
-    if tokens <= _FEW and in_features % 16 == 0 and 2 * (shared + 1024) <= cuda.shared_memory(x):
-        tiles = blocks(out_features, 16)
-        grid = blocks(tiles, blocks(tiles, 2 * cuda.multiprocessors(x)))
+    if tokens <= _FEW and in_features % 16 == 0 and shared <= cuda.shared_memory(x) - 1024:
+        grid = persistent_grid(x, blocks(out_features, 16), shared)
         _few_cuda(
-            (*constants, f"FULL={int(in_features % 256 == 0)}"), (grid,), 256, shared,
+            (*constants, f"FULL={int(in_features % 256 == 0)}"), grid, 256, shared,
             rows, tokens, weight, scale, bias, out_features, in_features, threshold, y,
         )  # fmt: skip
         return y
@@ -163,10 +162,13 @@ def _cuda(
     rest = (bias, tokens, out_features, in_features, y)
     if _fuses(x, in_features):
         grid = (blocks(tokens, 128), blocks(out_features, 128))
-        _gemm_cuda(constants, grid, 256, 4 * 256 * 64, q, absmax, weight, scale, rows, found, count, *rest)
+        # Two blocks share a multiprocessor: with four stages where it has room for them.
+        stages = 4 if 2 * (4 * 256 * 64 + 1024) <= cuda.shared_memory(x) else 3
+        constants += (f"STAGES={stages}",)
+        _gemm_cuda(constants, grid, 256, stages * 256 * 64, q, absmax, weight, scale, rows, found, count, *rest)
     else:
         product = int8_product(q, weight).contiguous()
-        grid = (blocks(out_features, 128), blocks(tokens, 32))
+        grid = (blocks(tokens, 32), blocks(out_features, 128))
         _epilogue_cuda(constants, grid, 256, 0, product, absmax, scale, rows, weight, found, count, *rest)
     return y
 
@@ -196,7 +198,7 @@ def kernel_arguments(
 def _few_shared(tokens: int, columns: int) -> int:
     """Bytes of shared memory of linear_int8.cu: sums of products and of outliers, absmax, q, the outliers' mask."""
     pitch = (columns + 63) // 128 * 128 + 64
-    return 2 * 8 * 8 * 16 * 4 + 16 * 8 * 16 * 4 + 32 + 16 + tokens * pitch + blocks(columns, 32) * 4
+    return 2 * 8 * 8 * 20 * 4 + 16 * 8 * 16 * 4 + 32 + 16 + tokens * pitch + blocks(columns, 32) * 4
 
 
 _op = define(
@@ -218,7 +220,9 @@ def linear_int8(
 def cases():
     """(id, arguments) for parity tests and benchmarks."""
     generator = torch.Generator().manual_seed(0)
-    shapes = (((1, 848), 37), ((8, 1280), 20), ((1, 128), 48), ((5, 70), 33), ((2, 65, 64), 16))
+    shapes = (
+        ((1, 848), 37), ((8, 1280), 20), ((140, 528), 257), ((20, 1040), 130), ((1, 128), 48), ((5, 70), 33), ((2, 65, 64), 16),
+    )  # fmt: skip
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for threshold in (0.0, 6.0):
             for shape, out_features in shapes:

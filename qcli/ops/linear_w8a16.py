@@ -8,7 +8,7 @@ Sums are float32, the step of a row multiplies its sum, and y is rounded once to
 
 import torch
 
-from qcli.ops._library import blocks, define
+from qcli.ops._library import blocks, define, persistent_grid
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.linear_int8 import kernel_arguments
 from qcli.ops.quantize_int8 import quantize_int8
@@ -45,10 +45,9 @@ def _cuda(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torc
         return torch.nn.functional.linear(x, wide, None if bias is None else bias.to(x.dtype))
     constants, weight, scale, bias = kernel_arguments(op, x, weight, scale, bias)
     y = x.new_empty((*x.shape[:-1], out_features))
-    tiles = blocks(out_features, 16)
-    grid = blocks(tiles, blocks(tiles, 2 * cuda.multiprocessors(x)))
+    grid = persistent_grid(x, blocks(out_features, 16), 2 * 8 * 8 * 20 * 4)
     _kernel_cuda(
-        (*constants, f"FULL={int(in_features % 256 == 0)}"), (grid,), 256, 0,
+        (*constants, f"FULL={int(in_features % 256 == 0)}"), grid, 256, 0,
         cuda.aligned(x), tokens, weight, scale, bias, out_features, in_features, y,
     )  # fmt: skip
     return y

@@ -17,8 +17,8 @@ from qcli.runtime import cpu, cuda
 from tests.emulator.emulator import ORDERS, Emulator
 from tests.parity import disagreement
 
-# Capabilities below 9.0 take another way through some ops.
-CAPABILITIES = {"linear_int8": [(9, 0), (8, 0)]}
+# The compute capabilities that take different ways through an op, or have less shared memory.
+CAPABILITIES = {"linear_int8": [(9, 0), (8, 6)], "linear_4bit": [(9, 0), (8, 6)]}
 
 
 def main(folder: str, name: str) -> None:

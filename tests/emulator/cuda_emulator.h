@@ -3,8 +3,11 @@
 //
 // A block is a set of fibers, one a thread, each on a stack of its own. A fiber runs until it waits: at __syncthreads, or in a
 // collective of its warp (shuffles, votes, tensor-core products). When all that it waits for have come it may go on. Blocks
-// run one after the other. `order` says in which order fibers and blocks have their turns: forward, reverse or shuffled; what
-// depends on it lacks a barrier. Reported as errors: a barrier that some threads of the block, or of the warp, never reach or
+// run one after the other. `order` says who has a turn when; a result that depends on it lacks a barrier:
+//   forward   the threads in turn, so warps stay side by side; cp.async copies when it is waited for, as late as may be
+//   reverse   each warp, last first, goes on until it waits for another, as far ahead as may be; cp.async copies at once
+//   shuffled  the same in a shuffled order, with late copies
+// Reported as errors: a barrier that some threads of the block, or of the warp, never reach or
 // reach from another line; arguments of another size than the kernel's; partial warps. Shared memory is filled with 0xFF
 // before each block. Build it with AddressSanitizer and UBSan, and they see every access.
 //
@@ -13,6 +16,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <algorithm>
 #include <cfenv>
 #include <cmath>
 #include <cstdarg>
@@ -115,6 +119,7 @@ struct Block {
   void* scheduler = nullptr;
   void (*entry)(void*) = nullptr;
   void* arguments = nullptr;
+  int order = 0;
 };
 
 inline Block* block = nullptr;
@@ -219,24 +224,36 @@ inline void report_divergence(const Block& b) {
        b.index.z, where.substr(0, 300).c_str(), finished, b.fibers.size());
 }
 
-inline void run(Block& b, int order) {
+// Lets a fiber run until it waits. Returns whether it could.
+inline bool step(Block& b, Fiber& fiber) {
+  if (fiber.finished || (fiber.waits && fiber.waits->generation == fiber.since)) return false;
+  fiber.waits = nullptr;
+  b.current = &fiber;
+  emulator_switch(&b.scheduler, fiber.stack_pointer);
+  return true;
+}
+
+inline void run(Block& b) {
   block = &b;
-  const long threads = long(b.fibers.size());
+  const long warps = long(b.warps.size());
   unsigned seed = b.index.x * 7 + 12345;
-  for (long finished = 0; finished < threads && error.empty();) {
-    bool progress = false;
+  bool progress = true;
+  while (progress && error.empty()) {
+    progress = false;
     seed = seed * 1664525u + 1013904223u;
-    for (long i = 0; i < threads; ++i) {
-      Fiber& fiber = b.fibers[turn(order, i, threads, seed >> 8)];
-      if (fiber.finished || (fiber.waits && fiber.waits->generation == fiber.since)) continue;
-      fiber.waits = nullptr;
-      b.current = &fiber;
-      emulator_switch(&b.scheduler, fiber.stack_pointer);
-      finished += fiber.finished;
-      progress = true;
+    for (long i = 0; i < warps; ++i) {
+      const long warp = turn(b.order, i, warps, seed >> 8);
+      bool moved = true;
+      while (moved) {
+        moved = false;
+        for (long k = 0; k < WARP; ++k) moved |= step(b, b.fibers[warp * WARP + turn(b.order, k, WARP, seed >> 8)]);
+        progress |= moved;
+        if (b.order == 0) break;
+      }
     }
-    if (!progress) report_divergence(b);
   }
+  const bool finished = std::all_of(b.fibers.begin(), b.fibers.end(), [](const Fiber& f) { return f.finished; });
+  if (!finished) report_divergence(b);
   block = nullptr;
 }
 
@@ -283,6 +300,7 @@ inline const char* launch(F* kernel, const unsigned* grid, const unsigned* threa
     std::apply(c.first, *c.second);
   };
   b.arguments = &call;
+  b.order = order;
   b.fibers.resize(count);
   b.warps.resize(count / WARP);
   auto stacks = static_cast<unsigned char*>(aligned_alloc(4096, count * STACK));
@@ -296,7 +314,7 @@ inline const char* launch(F* kernel, const unsigned* grid, const unsigned* threa
     if (shared) memset(b.dynamic_shared, 0xFF, shared);
     if (__start_emulated_shared) memset(__start_emulated_shared, 0xFF, __stop_emulated_shared - __start_emulated_shared);
     start(b, stacks);
-    run(b, order);
+    run(b);
     free(b.dynamic_shared);
   }
   free(stacks);

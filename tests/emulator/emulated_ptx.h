@@ -62,12 +62,21 @@ inline void load_matrices(uint32_t (&to)[4], const void* row, int line = __built
   }
 }
 
-// Done when waited for, not before: who does not wait sees what was there.
+namespace emulator {
+inline void land(const Copy& copy) {
+  const uint4 zeros = {0, 0, 0, 0};
+  const auto* from = static_cast<const uint4*>(copy.from);
+  *static_cast<uint4*>(copy.to) = from ? *from : zeros;
+}
+}  // namespace emulator
+
+// Done when waited for, and who does not wait sees what was there; or at once, and who still reads there sees what is new.
 inline void copy_async(void* to, const void* from, bool valid) {
   emulator::Fiber* self = emulator::block->current;
   if (reinterpret_cast<uintptr_t>(to) % 16) emulator::fail("cp.async to an address that is no multiple of 16");
   if (valid && reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("cp.async from an address that is no multiple of 16");
   self->copies.push_back({to, valid ? from : nullptr, self->group});
+  if (emulator::block->order == 1) emulator::land(self->copies.back());
 }
 inline void commit_copies() { ++emulator::block->current->group; }
 template <int LATEST>
@@ -79,9 +88,7 @@ inline void wait_for_copies() {
       later.push_back(copy);
       continue;
     }
-    const uint4 zeros = {0, 0, 0, 0};
-    const auto* from = static_cast<const uint4*>(copy.from);
-    *static_cast<uint4*>(copy.to) = from ? *from : zeros;
+    if (emulator::block->order != 1) emulator::land(copy);
   }
   self->copies = later;
 }

@@ -58,6 +58,28 @@ KERNEL void waited_for(const float* from, float* out) {
   out[threadIdx.x] = values[4 * threadIdx.x];
 }
 
+// The second round of writes does not wait until the first has been read by all.
+KERNEL void writes_too_soon(float* out) {
+  __shared__ float values[64];
+  for (int round = 0; round < 2; ++round) {
+    values[threadIdx.x] = float(round * 64 + threadIdx.x);
+    __syncthreads();
+    out[threadIdx.x] += values[(threadIdx.x + 32) % 64];
+  }
+}
+
+// Copies into what a neighbour may still read.
+KERNEL void copies_too_soon(const float* from, float* out) {
+  DYNAMIC_SHARED(float, values);
+  for (int round = 0; round < 2; ++round) {
+    copy_async(values + 4 * threadIdx.x, from + 256 * round + 4 * threadIdx.x, true);
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+    if (round == 0) out[threadIdx.x] = values[4 * ((threadIdx.x + 32) % 64)];
+  }
+}
+
 KERNEL void beyond_global(float* out, int count) { out[count - threadIdx.x] = 1; }
 
 KERNEL void beyond_dynamic(float* out) {

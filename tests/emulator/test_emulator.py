@@ -42,6 +42,26 @@ def test_a_missing_barrier_shows_in_some_order(emulator):
     assert {"forward", "shuffled"} <= wrong
 
 
+def test_a_warp_that_is_ahead_shows_in_some_order(emulator):
+    expected = 2 * ((torch.arange(64) + 32) % 64).float() + 64  # the sum of both rounds
+    assert any(not torch.equal(out, expected) for out in results(emulator, "writes_too_soon").values())
+
+
+def test_a_copy_that_comes_early_shows(emulator):
+    values = torch.arange(512).float()
+    emulator.order = "reverse"
+    out = run("copies_too_soon", values, torch.zeros(64), signature="pp", shared=1024)
+    assert not torch.equal(out, 4 * ((torch.arange(64) + 32) % 64).float())
+
+
+def test_shared_memory_ends_where_a_blocks_does(emulator):
+    emulator.of = 8, 6
+    with pytest.raises(LaunchError, match="101377 bytes of dynamic shared memory, a block has 101376"):
+        run("with_barrier", torch.zeros(64), shared=101377)
+    emulator.of = 9, 0
+    run("with_barrier", torch.zeros(64), shared=101377)
+
+
 @pytest.mark.parametrize(
     "entry, message",
     [
@@ -71,6 +91,7 @@ def test_copies_are_there_once_waited_for(emulator):
         expected = torch.arange(64) * 4.0
         expected[3] = 0
         assert torch.equal(out, expected)
+    for emulator.order in ("forward", "shuffled"):  # where they come late
         assert run("not_waited_for", values, torch.zeros(64), signature="pp", shared=1024).isnan().all()
 
 

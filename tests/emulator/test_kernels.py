@@ -20,7 +20,7 @@ REACHED = {
     "dequantize_4bit": {"dequantize_4bit"},
     "dequantize_absmax": {"dequantize_absmax"},
     "dequantize_int8": {"dequantize_int8"},
-    "linear_4bit": {"linear_4bit", "linear_4bit_batch"},
+    "linear_4bit": {"linear_4bit", "linear_4bit_batch", "merge_parts"},
     "linear_int8": {"linear_int8", "linear_int8_epilogue", "linear_int8_gemm", "list_outliers"},
     "linear_w8a16": {"linear_w8a16"},
     "quantize_4bit": {"quantize_4bit"},
