@@ -46,4 +46,3 @@ def test_logits_of_the_demo_model(bits, int8_activations, kernels, emulator, tmp
     # bfloat16 between layers: a result rounded the other way goes on to the next.
     assert (found - expected).norm() / expected.norm() < 0.01
     assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.8
-
