@@ -60,15 +60,16 @@ def test_results_of_a_linear4bit(dtype, quant_type, double_quant, device):
     absmax, nested_absmax, offset = state.absmax, None, 0.0
     if double_quant:
         nested_absmax, offset = state.state2.absmax, state.offset.item()
+    weight = {
+        "packed": layer.weight.data, "absmax": absmax, "nested_absmax": nested_absmax, "offset": offset,
+        "bias": layer.bias.data, "block_size": state.blocksize, "quant_type": quant_type, "out_features": n,
+        "compute_dtype": dtype,
+    }  # fmt: skip
+    weight = moved(weight, device)  # on a CPU their first call packs it anew
     for tokens in (1, 4, 8, 32, 100):
-        arguments = {
-            "x": torch.randn(tokens, k, device=device).to(dtype), "packed": layer.weight.data, "absmax": absmax,
-            "nested_absmax": nested_absmax, "offset": offset, "bias": layer.bias.data, "block_size": state.blocksize,
-            "quant_type": quant_type, "out_features": n, "compute_dtype": dtype,
-        }  # fmt: skip
+        arguments = {"x": torch.randn(tokens, k, device=device).to(dtype), **weight}
         with torch.no_grad():
             theirs = layer(arguments["x"])
-        arguments = moved(arguments, device)
         assert disagreement("linear_4bit", arguments, linear_4bit(**arguments), theirs.cpu()) is None, tokens
 
 
