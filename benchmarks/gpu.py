@@ -80,7 +80,7 @@ def measure(gpu, parts: list[str], folder: Path) -> dict[str, object]:
     torch.manual_seed(0)
     began = time.perf_counter()
     limits, rows = gpu_ops.ceilings(gpu)
-    found = {"machine": {**of_gpu(gpu), **machine()}, "ceilings": limits, "rows": [], "seconds": {}}
+    found = {"machine": {**of_gpu(gpu), **machine("pycuda")}, "ceilings": limits, "rows": [], "seconds": {}}
     keep(found, "ceilings", [("ceiling", row) for row in rows], began)
     runs = {
         "ops": lambda: gpu_ops.run(gpu, limits),
@@ -127,8 +127,6 @@ def of_gpu(gpu) -> dict[str, object]:
     """The GPU, the state it was in at work, and every version."""
     if gpu.tiny:
         return {"gpu": "stand-in"}
-    from importlib.metadata import version
-
     properties = torch.cuda.get_device_properties(gpu.device)
     a = torch.randn(8192, 8192, device=gpu.device).bfloat16()
     for _ in range(1000):  # a second's work or so, in which nvidia-smi looks
@@ -149,7 +147,6 @@ def of_gpu(gpu) -> dict[str, object]:
         "at_work": state,
         "cuda": torch.version.cuda,
         "nvcc": nvcc.version(nvcc.find()) if nvcc.find() else None,
-        "pycuda": version("pycuda"),
     }
 
 

@@ -31,10 +31,10 @@ def copies(make: Callable[[], object], nbytes: int) -> Callable[[], object]:
     return lambda: next(turns)
 
 
-def machine() -> dict[str, object]:
-    """The machine and every version that matters."""
+def machine(*more: str) -> dict[str, object]:
+    """The machine and every version that matters; `more` are further packages."""
     packages = {}
-    for package in ("torch", "bitsandbytes", "transformers"):
+    for package in ("torch", "bitsandbytes", "transformers", *more):
         try:
             packages[package] = version(package)
         except PackageNotFoundError:
