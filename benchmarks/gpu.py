@@ -1,21 +1,24 @@
 """qcli on an NVIDIA GPU beside torch in bfloat16 and bitsandbytes: `make bench-gpu`, or
 
-    python benchmarks/gpu.py [--only ops,nf4,few,many,launch,generate] [--folder FOLDER] [--stand-in]
+    python benchmarks/gpu.py [--only ops,nf4,few,many,launch,generate] [--folder FOLDER] [--output FILE] [--stand-in]
 
 Ceilings are measured first: fractions are of those, in the same run. Times are medians of rounds in turn, each a replay of a
 CUDA graph of calls over copies of the weights that together exceed twice the L2 cache; what cannot be captured is timed by
 events around calls from Python, and named eager. FOLDER (13 GB, made where it lacks) holds the random checkpoint.
-Prints each part as soon as it is there and a table last, and writes benchmarks/results/cuda-DEVICE.json where all parts ran.
+Prints each part as soon as it is there and a table last, and writes benchmarks/results/cuda-DEVICE.json where all parts ran; FILE
+is written after each part. A part that fails is told of, and the others run.
 With --stand-in the same runs on a CPU, small and on emulated kernels: its figures mean nothing.
 """
 
 import argparse
+import json
 import logging
 import re
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -46,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--folder", type=Path, help="where the checkpoint is; a temporary one by default")
+    parser.add_argument("--output", type=Path, help="for the figures, of whatever parts")
     parser.add_argument("--stand-in", action="store_true")
     options = parser.parse_args()
     parts = options.only.split(",")
@@ -56,7 +60,9 @@ def main() -> None:
         temporary = Path(temporary)
         gpu = StandIn(temporary / "kernels") if options.stand_in else the_gpu()
         with torch.inference_mode():
-            result = measure(gpu, parts, options.folder or temporary)
+            result = measure(gpu, parts, options.folder or temporary, options.output)
+    if result["failed"]:
+        sys.exit(f"error: {', '.join(result['failed'])} failed")
     if set(parts) == set(PARTS) and not gpu.tiny:
         console.out(f"wrote {save('cuda', str(result['machine']['gpu']), result)}")
 
@@ -75,12 +81,13 @@ def the_gpu() -> Gpu:
     return Gpu()
 
 
-def measure(gpu, parts: list[str], folder: Path) -> dict[str, object]:
+def measure(gpu, parts: list[str], folder: Path, output: Path | None = None) -> dict[str, object]:
     """Runs the parts; returns all there is to keep."""
     torch.manual_seed(0)
     began = time.perf_counter()
     limits, rows = gpu_ops.ceilings(gpu)
     found = {"machine": {**of_gpu(gpu), **machine("pycuda")}, "ceilings": limits, "rows": [], "seconds": {}}
+    found["failed"] = []
     keep(found, "ceilings", [("ceiling", row) for row in rows], began)
     runs = {
         "ops": lambda: gpu_ops.run(gpu, limits),
@@ -93,9 +100,17 @@ def measure(gpu, parts: list[str], folder: Path) -> dict[str, object]:
     kept = []
     for part in PARTS:
         if part in parts:
-            began = time.perf_counter()
-            kept += keep(found, part, list(runs[part]()), began)
+            began, rows = time.perf_counter(), []
+            try:
+                for row in runs[part]():
+                    rows.append(row)
+            except Exception:  # the figures of the other parts are not lost with it
+                traceback.print_exc()
+                found["failed"].append(part)
+            kept += keep(found, part, rows, began)
             gpu.free()
+            if output:
+                output.write_text(json.dumps(found, indent=2) + "\n")
     console.out("\nwhat must be reached, or is aimed at")
     show_ratios([(row, ratio) for row in kept for ratio in row.ratios if ratio["must"] or ratio["aim"]])
     return found

@@ -1,5 +1,6 @@
 """The GPU benchmark on its stand-in, so that no slip in it is found only where a GPU waits; and how it times."""
 
+import json
 from contextlib import contextmanager
 
 import pytest
@@ -21,8 +22,9 @@ def test_every_part_runs(benchmarks, tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_linears, "TOKENS", (1, 8, 32))
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-        found = gpu.measure(gpu.StandIn(tmp_path / "kernels"), list(gpu.PARTS), tmp_path)
+        found = gpu.measure(gpu.StandIn(tmp_path / "kernels"), list(gpu.PARTS), tmp_path, tmp_path / "figures")
     rows = found["rows"]
+    assert not found["failed"] and json.loads((tmp_path / "figures").read_text())["rows"] == rows
     assert {row["part"] for row in rows} >= {"ceilings", *gpu.PARTS} - {"launch"}
     timed = [row for row in rows if row["unit"] == "microseconds"]
     assert len(timed) > 30 and all(value > 0 for row in timed for value in row["figures"].values())
@@ -36,6 +38,22 @@ def test_every_part_runs(benchmarks, tmp_path, monkeypatch):
     assert errors and all(row["linear_w8a16"] < row["linear_int8"] < 0.1 for row in errors)
     parts = {name for row in rows if ", parts, " in row["work"] for name in row["figures"]}
     assert {"linear_int8_gemm", "linear_int8_epilogue", "list_outliers", "torch._int_mm"} <= parts
+
+
+def test_a_part_that_fails_does_not_end_the_others(benchmarks, tmp_path, monkeypatch, capsys):
+    import gpu
+    import gpu_linears
+
+    def fails(*_):
+        yield "microseconds", gpu.Row("before", {"qcli": 1.0})
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(gpu_linears, "nf4", fails)
+    monkeypatch.setattr(gpu_linears, "int8", lambda *_: [("microseconds", gpu.Row("behind", {"qcli": 1.0}))])
+    monkeypatch.setattr(gpu.gpu_ops, "ceilings", lambda gpu: ({}, []))
+    found = gpu.measure(gpu.StandIn(tmp_path), ["nf4", "few"], tmp_path)
+    assert found["failed"] == ["nf4"] and [row["work"] for row in found["rows"]] == ["before", "behind"]
+    assert "no memory left" in capsys.readouterr().err
 
 
 class Clock:
