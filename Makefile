@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check kernels sanitize bench clean
+.PHONY: demo test test-gpu check kernels sanitize bench bench-gpu clean
 
 # Quantizes the bundled model both ways, measures, and lets each tell a story.
 demo: $(VENV)/installed
@@ -15,6 +15,11 @@ demo: $(VENV)/installed
 
 test: $(VENV)/tested
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# On a machine with an NVIDIA GPU, in the Python whose torch knows it, with PyCUDA, pytest and bitsandbytes. ARGS="-k sanitizer"
+# runs a part.
+test-gpu:
+	$(PYTHON) -m pytest -q -m "not slow" tests/gpu tests/test_decode_cuda.py $(ARGS)
 
 check: $(VENV)/checked
 	$(BIN)/ruff check .
@@ -36,6 +41,10 @@ sanitize: $(VENV)/tested
 # ARGS="--folder FOLDER" keeps the checkpoints that it makes (12 GB), ARGS="--llama-cpp PYTHON" puts llama.cpp beside qcli.
 bench: $(VENV)/tested
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
+
+# Where test-gpu runs. ARGS="--folder FOLDER" keeps the checkpoint that it makes (13 GB), ARGS="--only nf4" runs a part.
+bench-gpu:
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 # Installed with the torch of constraints.txt first: without the pin pip may bring gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard kernels/*.txt kernels/cpu/*)

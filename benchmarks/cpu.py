@@ -13,7 +13,7 @@ import logging
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,45 +22,8 @@ from qcli import console
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measure import machine, save  # noqa: E402
-
-
-@dataclass
-class Row:
-    """One line of the table: `figures` are times or rates by name, `ratios` what they come to against what must be reached."""
-
-    work: str
-    figures: dict[str, float]
-    ratios: list[dict[str, object]] = field(default_factory=list)
-
-    def compare(
-        self, what: str, found: float, must: float | None, aim: float | None = None, *, at_most: bool = False
-    ) -> "Row":
-        """Adds a ratio: at least `must`, or at most; None where it is shown only."""
-        met = must is None or (found <= must if at_most else found >= must)
-        bound = "" if must is None else f"{'<=' if at_most else '>='} {must:g}"
-        self.ratios.append({"what": what, "found": found, "must": bound, "aim": aim, "met": met})
-        return self
-
-
-def show(rows: list[Row], unit: str) -> None:
-    """Prints the rows as two tables: figures, and ratios."""
-    console.table(
-        "",
-        ("work", unit),
-        [(row.work, ", ".join(f"{name} {value:.4g}" for name, value in row.figures.items())) for row in rows],
-        left=(0, 1),
-    )
-    console.table(
-        "",
-        ("work", "ratio", "found", "must", "aim", ""),
-        [
-            (row.work, r["what"], f"{r['found']:.2f}", r["must"], r["aim"] or "", "" if r["met"] else "falls short")
-            for row in rows
-            for r in row.ratios
-        ],
-        left=(0, 1, 5),
-    )
+from measure import machine  # noqa: E402
+from rows import Row, save, show  # noqa: E402
 
 
 def main() -> None:
@@ -95,7 +58,7 @@ def main() -> None:
             result["rows"] += [asdict(row) for row in rows]
             show(rows, "tokens per second")
     if set(parts) == {"ops", "quantize", "generate"}:
-        console.out(f"wrote {save('cpu', result)}")
+        console.out(f"wrote {save('cpu', str(result['machine']['cpu']), result)}")
 
 
 def llama_cpp(python: str, folder: Path) -> dict[str, object]:

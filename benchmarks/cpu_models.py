@@ -27,6 +27,8 @@ SHAPES = {
     # 8 GB of bfloat16: layers of an 8B Llama.
     "8gb": {"layers": 17, "hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8},
     "1.1b": {"layers": 22, "hidden": 2048, "intermediate": 5632, "heads": 32, "kv_heads": 4},
+    "7b": {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "kv_heads": 32},
+    "tiny": {"layers": 2, "hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 4},
 }
 
 
@@ -148,7 +150,7 @@ def _theirs(other: dict | None, what: str) -> dict[str, float]:
     return {f"llama.cpp {kind}": other[kind][what] for kind in ("Q4_0", "Q8_0")} if other else {}
 
 
-def speed(model) -> dict[str, float]:
+def speed(model, new: int = NEW) -> dict[str, float]:
     """Tokens per second of prefill and decode through qcli's own loop: medians of three."""
     model.generation_config.eos_token_id = None
 
@@ -157,7 +159,7 @@ def speed(model) -> dict[str, float]:
 
     runs = [
         decode(
-            model, NoEnd(), list(range(5, 5 + PROMPT)), Sampling(max_new_tokens=NEW, temperature=0), lambda token: None
+            model, NoEnd(), list(range(5, 5 + PROMPT)), Sampling(max_new_tokens=new, temperature=0), lambda token: None
         )
         for _ in range(4)
     ][1:]

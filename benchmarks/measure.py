@@ -1,21 +1,16 @@
 """What the benchmarks share: timing that alternates, weights that no cache keeps, and what machine it was."""
 
-import json
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
-from pathlib import Path
 
 import torch
 
 from qcli.doctor import cpu_name
 from qcli.runtime import cpu
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def alternate(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -36,10 +31,10 @@ def copies(make: Callable[[], object], nbytes: int) -> Callable[[], object]:
     return lambda: next(turns)
 
 
-def machine() -> dict[str, object]:
-    """The machine and every version that matters."""
+def machine(*more: str) -> dict[str, object]:
+    """The machine and every version that matters; `more` are further packages."""
     packages = {}
-    for package in ("torch", "bitsandbytes", "transformers"):
+    for package in ("torch", "bitsandbytes", "transformers", *more):
         try:
             packages[package] = version(package)
         except PackageNotFoundError:
@@ -53,12 +48,3 @@ def machine() -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}",
         **packages,
     }
-
-
-def save(prefix: str, result: dict[str, object]) -> Path:
-    """Writes benchmarks/results/PREFIX-CPU.json and returns its path."""
-    name = re.sub(r"[^a-z0-9]+", "-", str(result["machine"]["cpu"]).lower().replace("(r)", "")).strip("-")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{prefix}-{name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    return path

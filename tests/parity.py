@@ -2,6 +2,9 @@
 
 import torch
 
+from qcli.ops.dequantize_4bit import dequantize_4bit
+from qcli.ops.dequantize_absmax import dequantize_absmax
+
 # Of a result, of what is summed, and of a weight rounded to 16 bits, each half a unit in the last place.
 ROUNDING = {torch.float32: 2.0**-19, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
@@ -33,12 +36,17 @@ def disagreement(name: str, arguments: dict, ours, expected) -> str | None:
 def _agrees(name: str, arguments: dict, ours: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     if "quantize" in name:
         same = bits(ours) == bits(expected)
-        return same.view(*ours.shape, -1).all(-1) if ours.numel() else same
+        same = same.view(*ours.shape, -1).all(-1) if ours.numel() else same
+        return same | (ours.isnan() & expected.isnan())  # whose bits are the device's own affair
     if name == "activation_stats":
-        return torch.isclose(ours, expected, rtol=1e-12, atol=0, equal_nan=True)
+        bound = 1e-12 * expected.abs()
+        bound[2] += 1e-15 * arguments["x"].cpu().double().abs().flatten(0, -2).sum(0)  # a sum whose terms cancel
+        return ((ours - expected).abs() <= bound) | (ours == expected) | (ours.isnan() & expected.isnan())
     rounding = ROUNDING[arguments.get("compute_dtype", arguments["x"].dtype)]
     bound = rounding * (_magnitude(name, arguments) + expected.float().abs()) + 1e-6
-    return (ours.float() - expected.float()).abs() <= bound
+    # Infinity times a weight of zero is NaN, and which of a weight's factors is applied first may differ.
+    spoiled = ~expected.isfinite() & ~ours.isfinite()
+    return ((ours.float() - expected.float()).abs() <= bound) | spoiled
 
 
 def _magnitude(name: str, arguments: dict) -> torch.Tensor:
@@ -46,12 +54,11 @@ def _magnitude(name: str, arguments: dict) -> torch.Tensor:
     given = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
     x = given["x"].float()
     if name == "linear_4bit":
-        eye = torch.eye(x.shape[-1])
-        with_absmax = [given[k] for k in ("packed", "absmax", "nested_absmax", "offset")]
-        of_block = [given[k] for k in ("block_size", "quant_type", "out_features")]
-        from qcli.ops.linear_4bit import linear_4bit
-
-        weight = linear_4bit(eye, *with_absmax, None, *of_block, torch.float32).t()
+        absmax = given["absmax"]
+        if given["nested_absmax"] is not None:
+            absmax = dequantize_absmax(absmax, given["nested_absmax"], given["offset"])
+        of_block = given["block_size"], given["quant_type"], [given["out_features"], x.shape[-1]]
+        weight = dequantize_4bit(given["packed"], absmax, *of_block, torch.float32)
     else:
         weight = given["weight"].float() * (given["scale"].float() / 127).unsqueeze(1)
     return x.abs() @ weight.abs().t()

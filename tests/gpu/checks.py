@@ -1,0 +1,161 @@
+"""What the tests of the CUDA kernels share: an op's kernel on a device, against its reference computed on the CPU.
+
+Nothing here assumes a GPU: tests/test_gpu_checks.py runs the same functions on the emulator's kernels.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib import import_module
+
+import torch
+
+from qcli import codebooks, ops
+from qcli.ops.dequantize_absmax import dequantize_absmax
+from qcli.packing import unpack_4bit
+from qcli.runtime import cpu, cuda, nvcc
+from tests.parity import bits, disagreement, flat
+
+KERNELS = [name for name in ops.names() if hasattr(import_module(f"qcli.ops.{name}"), "_cuda")]  # ops that have one
+PRODUCTS = ("as chosen", "fused")  # of LLM.int8() for many tokens
+WAYS = [(name, PRODUCTS[0]) for name in KERNELS] + [("linear_int8", PRODUCTS[1])]
+FORMS = ("plain", "unaligned", "strided")  # how a tensor lies in memory
+
+
+class Noting:
+    """A backend that notes the kernels launched through another one."""
+
+    def __init__(self, backend):
+        self.backend, self.launched = backend, set()
+
+    def __getattr__(self, name: str):
+        return getattr(self.backend, name)
+
+    def function(self, source: str, entry: str, constants: tuple[str, ...], device: torch.device) -> object:
+        return entry, self.backend.function(source, entry, constants, device)
+
+    def launch(self, function, grid, block, shared: int, arguments: bytes, device: torch.device) -> None:
+        entry, real = function
+        self.launched.add(entry)
+        self.backend.launch(real, grid, block, shared, arguments, device)
+
+
+@contextmanager
+def noting() -> Iterator[set[str]]:
+    """The names of the kernels launched meanwhile."""
+    backend = Noting(cuda._backend)
+    with cuda.using(backend):
+        yield backend.launched
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that torch hands out begins as NaN, or the largest integer: an element that a kernel leaves out shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def moved(arguments: dict, device: torch.device, form: str = "plain") -> dict:
+    """The arguments with their tensors on the device, each lying there in that form."""
+    return {
+        name: _in_form(value, device, form) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+
+
+def _in_form(tensor: torch.Tensor, device: torch.device, form: str) -> torch.Tensor:
+    if form == "plain":
+        return tensor.to(device, copy=True)
+    if form == "unaligned":
+        view = tensor.new_empty(tensor.numel() + 1, device=device)[1:].view(tensor.shape)
+    else:
+        view = tensor.new_empty((*tensor.shape[:-1], 2 * tensor.shape[-1]), device=device)[..., ::2]
+    return view.copy_(tensor)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def reference(name: str, arguments: dict):
+    """The specification's result, on the CPU."""
+    with cpu.using(None):
+        return import_module(f"qcli.ops.{name}")._reference(**arguments)
+
+
+def kernel(name: str, arguments: dict):
+    """The kernel's, wherever the arguments are."""
+    return import_module(f"qcli.ops.{name}")._cuda(**arguments)
+
+
+def wrong(name: str, arguments: dict, device: torch.device, form: str = "plain") -> str | None:
+    """What is wrong with the kernel's result for arguments that lie on the CPU; None where nothing is."""
+    given = moved(arguments, device, form)
+    before = {key: _copy(value) for key, value in given.items() if isinstance(value, torch.Tensor)}
+    with poisoned():
+        ours = kernel(name, given)
+    changed = [key for key, value in before.items() if not torch.equal(bits(_copy(given[key])), bits(value))]
+    if changed:
+        return f"the kernel wrote to its input {changed[0]}"
+    return disagreement(name, arguments, ours, reference(name, arguments))
+
+
+def wrong_in_rows(name: str, arguments: dict, rows: torch.Tensor) -> str | None:
+    """As `wrong` for a product with arguments on the device, of which only some rows of the weight are computed again: all of a
+    large layer would take the CPU minutes."""
+    with poisoned():
+        ours = kernel(name, arguments)[..., rows.to(arguments["x"].device)]
+    some = of_rows(name, arguments, rows)
+    return disagreement(name, some, ours, reference(name, some))
+
+
+def of_rows(name: str, arguments: dict, rows: torch.Tensor) -> dict:
+    """The arguments of the product with those rows of the weight, on the CPU."""
+    on_cpu, on_device = torch.device("cpu"), rows.to(arguments["x"].device)
+    some = {
+        key: value for key, value in arguments.items() if key not in ("packed", "absmax", "weight", "scale", "bias")
+    }
+    if name == "linear_4bit":
+        out_features, absmax = arguments["out_features"], arguments["absmax"]
+        if arguments["nested_absmax"] is not None:
+            nested_absmax = arguments["nested_absmax"].cpu()
+            absmax = dequantize_absmax(absmax.cpu(), nested_absmax, arguments["offset"]).to(absmax.device)
+        some |= {
+            "packed": arguments["packed"].view(out_features, -1)[on_device].view(-1, 1),
+            "absmax": absmax.view(out_features, -1)[on_device].view(-1),
+            "nested_absmax": None,
+            "offset": 0.0,
+            "out_features": len(rows),
+        }
+    else:
+        some |= {"weight": arguments["weight"][on_device], "scale": arguments["scale"][on_device]}
+    some["bias"] = None if arguments["bias"] is None else arguments["bias"][on_device]
+    return moved(some, on_cpu)
+
+
+def same_bits(ours, theirs) -> bool:
+    """Whether two results of a kernel are the same, NaN included."""
+    return all(torch.equal(bits(a), bits(b)) for a, b in zip(flat(ours), flat(theirs), strict=True))
+
+
+def compile_all(capability: tuple[int, int], more: dict[str, list[tuple[str, ...]]]) -> int:
+    """Compiles every image that a package would carry, and `more`, on all cores: one by one they would take minutes. Returns how
+    many there are."""
+    wanted = [(source, constants) for source in nvcc.sources() for constants in nvcc.instances(source)]
+    wanted += [(source, constants) for source, every in more.items() for constants in every]
+    with ThreadPoolExecutor() as pool:
+        return len(list(pool.map(lambda one: nvcc.image(*one, capability), dict.fromkeys(wanted))))
+
+
+def far_from_thresholds(x, ours, theirs, absmax, block_size: int, quant_type: str) -> int:
+    """How many elements of x have other codes in `theirs` than in `ours` though x / absmax lies on no threshold."""
+    codes = [unpack_4bit(packed.view(-1).cpu(), x.numel()) for packed in (ours, theirs)]
+    other = (codes[0] != codes[1]).nonzero().view(-1)
+    of_block = absmax.cpu().double().index_select(0, other // block_size)
+    v = x.reshape(-1).cpu().index_select(0, other).double() / of_block
+    thresholds = torch.from_numpy(codebooks.THRESHOLDS[quant_type]).double()
+    return int(((v[:, None] - thresholds).abs().amin(1) > 1e-6).sum()) if len(other) else 0

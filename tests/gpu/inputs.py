@@ -1,0 +1,220 @@
+"""Inputs beyond an op's own cases: real layers, and small ones made to go wrong. All on the CPU unless a device is asked for."""
+
+from collections.abc import Iterator
+
+import torch
+
+from qcli import codebooks
+from qcli.ops.quantize_4bit import quantize_4bit
+from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
+from qcli.ops.quantize_int8 import quantize_int8
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPU = torch.device("cpu")
+
+# out_features, in_features
+LAYERS = {
+    "llama-7b-q": (4096, 4096),
+    "llama-7b-up": (11008, 4096),
+    "llama-7b-down": (4096, 11008),
+    "llama-13b-up": (13824, 5120),
+    "llama-70b-kv": (1024, 8192),
+    "llama-70b-up": (28672, 8192),
+    "llama-70b-down": (8192, 28672),
+    "opt-175b-up": (49152, 12288),
+}
+
+
+def activations(tokens: int, columns: int, dtype: torch.dtype, outliers: int = 0, device=CPU) -> torch.Tensor:
+    """Normal values, of which the first element of that many columns lies beyond a threshold of 6."""
+    x = torch.randn(tokens, columns, device=device)
+    chosen = torch.randperm(columns, device=device)[:outliers]
+    if tokens:
+        x[torch.randint(tokens, (1,)).item(), chosen] = 40.0
+    return x.to(dtype)
+
+
+def layer_4bit(
+    tokens, out_features, in_features, dtype, *, block_size=64, quant_type="nf4", nested=True, bias=None, device=CPU
+) -> dict:
+    """Arguments of linear_4bit with a weight of random codes; `bias` is its dtype."""
+    blocks = out_features * in_features // block_size
+    packed = torch.randint(256, (out_features * in_features // 2, 1), dtype=torch.uint8, device=device)
+    absmax, nested_absmax, offset = torch.rand(blocks, device=device) * 0.05 + 0.01, None, 0.0
+    if nested:
+        absmax = torch.randint(256, (blocks,), dtype=torch.uint8, device=device)
+        nested_absmax, offset = torch.rand(-(-blocks // 256), device=device) * 0.02, 0.03
+    return {
+        "x": activations(tokens, in_features, dtype, device=device), "packed": packed, "absmax": absmax,
+        "nested_absmax": nested_absmax, "offset": offset,
+        "bias": None if bias is None else torch.randn(out_features, device=device).to(bias),
+        "block_size": block_size, "quant_type": quant_type, "out_features": out_features, "compute_dtype": dtype,
+    }  # fmt: skip
+
+
+def layer_8bit(tokens, out_features, in_features, dtype, *, outliers=0, threshold=6.0, bias=None, device=CPU) -> dict:
+    """Arguments of linear_int8 with a weight of random codes."""
+    return {
+        "x": activations(tokens, in_features, dtype, outliers, device),
+        "weight": torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8, device=device),
+        "scale": torch.rand(out_features, device=device) * 0.1 + 0.05,
+        "bias": None if bias is None else torch.randn(out_features, device=device).to(bias),
+        "threshold": threshold,
+    }
+
+
+def w8a16(arguments: dict) -> dict:
+    """Those of linear_w8a16, from those of linear_int8."""
+    return {name: value for name, value in arguments.items() if name != "threshold"}
+
+
+def hostile(name: str, dtypes=DTYPES) -> Iterator[tuple[str, dict]]:
+    """(id, arguments): sizes that fit no tile, spoiled values, strange options."""
+    for dtype in dtypes:
+        for case, arguments in _HOSTILE[name](dtype):
+            yield f"{str(dtype)[6:]}-{case}", arguments
+
+
+def _spoiled(x: torch.Tensor) -> torch.Tensor:
+    """With NaN, infinities, zeros and the largest value there is."""
+    x = x.clone()
+    flat = x.view(-1)
+    most = torch.finfo(x.dtype).max
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0, most, -most], dtype=x.dtype)
+    flat[torch.randperm(flat.numel())[: len(values)]] = values[: flat.numel()]
+    return x
+
+
+def _quantize_4bit(dtype):
+    for quant_type in codebooks.CODEBOOKS:
+        for block_size, count in (
+            (2, 77),
+            (6, 1000),
+            (16, 4097),
+            (64, 64 * 999 + 1),
+            (256, 5000),
+            (512, 5001),
+            (64, 3),
+        ):
+            x = torch.randn(count).to(dtype)
+            yield f"{quant_type}-{block_size}-{count}", _of_4bit(x, block_size, quant_type)
+        yield f"{quant_type}-spoiled", _of_4bit(_spoiled(torch.randn(40, 64).to(dtype)), 64, quant_type)
+
+
+def _of_4bit(x, block_size, quant_type):
+    return {"x": x, "block_size": block_size, "quant_type": quant_type}
+
+
+def _dequantize_4bit(dtype):
+    for name, arguments in _quantize_4bit(dtype):
+        x, options = arguments["x"], {key: arguments[key] for key in ("block_size", "quant_type")}
+        packed, absmax = quantize_4bit(x, **options)
+        yield name, {"packed": packed, "absmax": absmax, **options, "shape": list(x.shape), "dtype": dtype}
+
+
+def _quantize_absmax(dtype):
+    if dtype == torch.float32:
+        for count in (2, 257, 70_001):
+            absmax = torch.rand(count) * 3
+            yield str(count), {"absmax": absmax, "offset": mean_absmax(absmax)}
+        spoiled = _spoiled(torch.rand(1000))
+        yield "spoiled", {"absmax": spoiled, "offset": mean_absmax(spoiled)}
+
+
+def _dequantize_absmax(dtype):
+    for name, arguments in _quantize_absmax(dtype):
+        codes, nested_absmax = quantize_absmax(**arguments)
+        yield name, {"codes": codes, "nested_absmax": nested_absmax, "offset": arguments["offset"]}
+
+
+def _quantize_int8(dtype):
+    for rows, columns in ((1, 1), (1, 7), (3, 8), (300, 9), (17, 2048), (2, 4104), (40, 11008)):
+        for threshold in (0.0, 6.0):
+            x = activations(rows, columns, dtype, outliers=columns // 3)
+            yield f"{rows}x{columns}-{threshold}", {"x": x, "threshold": threshold}
+    yield "all-outliers", {"x": activations(5, 264, dtype), "threshold": 1e-6}
+    yield "spoiled", {"x": _spoiled(torch.randn(50, 72).to(dtype)), "threshold": 6.0}
+
+
+def _dequantize_int8(dtype):
+    for rows, columns in ((1, 1), (5, 7), (300, 2056), (2, 11008)):
+        q, absmax, _ = quantize_int8(torch.randn(rows, columns), 0.0)
+        yield f"{rows}x{columns}", {"q": q, "absmax": absmax, "dtype": dtype}
+    q, absmax, _ = quantize_int8(_spoiled(torch.randn(9, 40)), 0.0)
+    yield "spoiled", {"q": q, "absmax": absmax, "dtype": dtype}
+
+
+def _activation_stats(dtype):
+    for shape in ((1, 1), (65, 129), (3, 1000, 40), (5000, 2)):
+        yield "x".join(map(str, shape)), {"x": torch.randn(shape).to(dtype) * 3, "threshold": 6.0}
+    yield "spoiled", {"x": _spoiled(torch.randn(100, 72).to(dtype)), "threshold": 6.0}
+
+
+def _linear_4bit(dtype):
+    sizes = (
+        (1, 1, 64), (2, 15, 320), (4, 17, 1024), (8, 129, 192), (9, 63, 64), (16, 65, 448), (17, 1, 256), (32, 130, 1088),
+        (33, 66, 64), (63, 64, 512), (64, 67, 320), (65, 9, 64), (0, 16, 64),
+    )  # fmt: skip
+    for tokens, out_features, in_features in sizes:
+        nested = out_features % 2 == 1
+        bias = DTYPES[tokens % 3] if tokens % 2 else None
+        arguments = layer_4bit(tokens, out_features, in_features, dtype, nested=nested, bias=bias)
+        yield f"{tokens}x{out_features}x{in_features}", arguments
+    yield "fp4", layer_4bit(3, 40, 512, dtype, quant_type="fp4")
+    yield "blocks-of-32", layer_4bit(5, 33, 96, dtype, block_size=32, bias=torch.float32)
+    yield "blocks-of-256", layer_4bit(12, 33, 768, dtype, block_size=256)
+    yield "blocks-of-one-row-and-a-half", layer_4bit(2, 32, 96, dtype, block_size=64)
+    yield "no-rows", layer_4bit(2, 0, 64, dtype)
+    spoiled = layer_4bit(7, 40, 384, dtype)
+    spoiled["x"] = _spoiled(spoiled["x"])
+    yield "spoiled", spoiled
+    for other in DTYPES:
+        if other != dtype:
+            mixed = layer_4bit(6, 20, 256, dtype, bias=other)
+            yield f"x-{str(other)[6:]}", mixed | {"x": mixed["x"].to(other)}
+
+
+def _linear_int8(dtype):
+    sizes = (
+        (1, 1, 16), (3, 17, 272), (8, 129, 256), (8, 40, 4112), (9, 15, 64), (2, 33, 30), (16, 8, 8), (17, 9, 77), (33, 130, 1024),
+        (100, 257, 304), (129, 127, 144), (0, 8, 16), (4, 0, 16),
+    )  # fmt: skip
+    for tokens, out_features, in_features in sizes:
+        bias = DTYPES[tokens % 3] if tokens % 2 else None
+        for threshold in (0.0, 6.0):
+            arguments = layer_8bit(
+                tokens, out_features, in_features, dtype, outliers=in_features // 9, threshold=threshold, bias=bias
+            )
+            yield f"{tokens}x{out_features}x{in_features}-{threshold}", arguments
+    for tokens in (1, 8, 40):
+        for outliers in (0, 1, 16, 17, 300, 512):
+            yield f"{tokens}-outliers-{outliers}", layer_8bit(tokens, 48, 512, dtype, outliers=outliers)
+        spoiled = layer_8bit(tokens, 24, 256, dtype)
+        spoiled["x"] = _spoiled(spoiled["x"])
+        yield f"{tokens}-spoiled", spoiled
+        yield f"{tokens}-threshold-tiny", layer_8bit(tokens, 20, 128, dtype, threshold=1e-6)
+        yield f"{tokens}-threshold-huge", layer_8bit(tokens, 20, 128, dtype, outliers=5, threshold=1e30)
+
+
+def _linear_w8a16(dtype):
+    sizes = ((1, 1, 16), (3, 17, 272), (8, 129, 256), (7, 40, 4112), (9, 15, 64), (2, 33, 30), (0, 8, 16), (4, 0, 16))
+    for tokens, out_features, in_features in sizes:
+        bias = DTYPES[tokens % 3] if tokens % 2 else None
+        arguments = layer_8bit(tokens, out_features, in_features, dtype, outliers=3, bias=bias)
+        yield f"{tokens}x{out_features}x{in_features}", w8a16(arguments)
+    spoiled = layer_8bit(5, 24, 256, dtype)
+    yield "spoiled", w8a16(spoiled | {"x": _spoiled(spoiled["x"])})
+
+
+_HOSTILE = {
+    "activation_stats": _activation_stats,
+    "dequantize_4bit": _dequantize_4bit,
+    "dequantize_absmax": _dequantize_absmax,
+    "dequantize_int8": _dequantize_int8,
+    "linear_4bit": _linear_4bit,
+    "linear_int8": _linear_int8,
+    "linear_w8a16": _linear_w8a16,
+    "quantize_4bit": _quantize_4bit,
+    "quantize_absmax": _quantize_absmax,
+    "quantize_int8": _quantize_int8,
+}
