@@ -40,7 +40,7 @@ def _reference(
 def int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a int8 [M, K] times b int8 [N, K] transposed, exactly, as int32 [M, N]. K below 2^17, or int32 overflows."""
     (m, k), n = a.shape, b.shape[0]
-    if a.is_cuda and m and n:
+    if a.is_cuda and m and n and k:
         # cuBLASLt takes more than 16 rows, and multiples of 8 for the other two sizes.
         a = _pad(a, max(17 - m, 0), -k % 8)
         return torch._int_mm(a, _pad(b, -n % 8, -k % 8).t())[:m, :n]
