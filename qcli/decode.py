@@ -142,7 +142,7 @@ def generate(
     try:
         with torch.inference_mode():
             _decode(model, ids, heard, options)
-    except (RuntimeError, MemoryError) as e:
+    except out_of_memory.KINDS as e:
         if not out_of_memory.is_one(e):
             raise
         raise out_of_memory.while_generating(model, len(prompt_ids), limit, free) from e

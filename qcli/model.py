@@ -88,7 +88,7 @@ def load(
                 raise NoRoom
         except NoRoom:
             raise out_of_memory.without_room(source, layout(), wanted, dtype, placement.limits()) from None
-        except (RuntimeError, MemoryError, LoadingStopped) as e:
+        except (*out_of_memory.KINDS, LoadingStopped) as e:
             if not isinstance(e, LoadingStopped) and not out_of_memory.is_one(e):
                 raise
             split = device_map is not None

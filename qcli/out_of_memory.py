@@ -10,7 +10,7 @@ from qcli import methods
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.linears import Layout
 from qcli.checkpoint.source import Source
-from qcli.errors import DeviceError
+from qcli.errors import DeviceError, KernelError
 from qcli.nn import Linear4bit, Linear8bit
 from qcli.sizes import format_bytes
 
@@ -20,12 +20,15 @@ _BITS = {8: 8.0, 4: 4.127}
 Free = dict[int, tuple[int, int]]  # GPU -> bytes that are free, bytes that it has
 
 
+# What torch, its libraries and our launcher raise where memory runs out; other things too.
+KINDS = (RuntimeError, MemoryError, KernelError)
+
+
 def is_one(error: BaseException) -> bool:
-    """Whether torch, CUDA or cuBLAS ran out of GPU memory."""
+    """Whether torch, CUDA, cuBLAS or the driver that loads a kernel ran out of GPU memory."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, (RuntimeError, MemoryError))
-        and ("out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text)
+        isinstance(error, KINDS) and ("out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text)
     )
 
 

@@ -8,7 +8,7 @@ import qcli
 from qcli import decode_graph, out_of_memory
 from qcli.checkpoint.linears import find_linears
 from qcli.checkpoint.source import open_source
-from qcli.errors import DeviceError
+from qcli.errors import DeviceError, KernelError
 from tests.conftest import ROOT
 from tests.models import make_model
 
@@ -31,8 +31,12 @@ def fail(*arguments, **options):
 
 
 @pytest.mark.parametrize(
-    "error", [OUT, RuntimeError("CUDA error: out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")]
-)
+    "error",
+    [
+        OUT, RuntimeError("CUDA error: out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"),
+        KernelError("cannot load a kernel: cuModuleLoadDataEx failed: out of memory"),
+    ],
+)  # fmt: skip
 def test_while_loading(error, free, monkeypatch, quick_cli):
     free(1_000_000)
 

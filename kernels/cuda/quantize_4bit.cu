@@ -22,7 +22,6 @@ struct SearchTable {
 using Scalar = DTYPE;
 constexpr float SMALLEST_RECIPROCAL = 1e-38f;
 constexpr int SPAN = 256;
-constexpr bool BY_LANES = BLOCK_SIZE >= 16 && BLOCK_SIZE <= SPAN && (BLOCK_SIZE & (BLOCK_SIZE - 1)) == 0;
 
 // Every lane of the warp must call it. A NaN gets the first code, as where all comparisons fail.
 __device__ inline uint32_t code_of(float v, float threshold, uint32_t codes) {
@@ -66,19 +65,19 @@ __device__ __noinline__ void quantize_block(const Scalar* x, long long start, in
   if (lane == 0) *absmax = scale;
 }
 
-__device__ inline void quantize_span(const Scalar* x, long long start, float threshold, uint32_t codes, uint32_t zero_code,
-                                     uint8_t* packed, float* absmax) {
-  constexpr int LANES = BY_LANES ? BLOCK_SIZE / 8 : 32;
+// 256 elements, blocks of 8 `lanes`.
+__device__ inline void quantize_span(const Scalar* x, long long start, int lanes, float threshold, uint32_t codes,
+                                     uint32_t zero_code, uint8_t* packed, float* absmax) {
   const int lane = threadIdx.x % 32;
   float values[8];
   load8(x + start + lane * 8, values);
   uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) largest = max(largest, magnitude(values[i]));
-  const float scale = __uint_as_float(group_max(largest, LANES));
+  const float scale = __uint_as_float(group_max(largest, lanes));
   if (__ballot_sync(WHOLE_WARP, is_tiny(scale))) {  // hardly ever
-    for (int i = 0; i < SPAN; i += LANES * 8) {
-      quantize_block(x, start + i, LANES * 8, true, threshold, codes, zero_code, packed, absmax + (start + i) / (LANES * 8));
+    for (int i = 0; i < SPAN; i += lanes * 8) {
+      quantize_block(x, start + i, lanes * 8, true, threshold, codes, zero_code, packed, absmax + (start + i) / (lanes * 8));
     }
     return;
   }
@@ -89,7 +88,7 @@ __device__ inline void quantize_span(const Scalar* x, long long start, float thr
     word |= code_of(__fmul_rn(values[i], reciprocal), threshold, codes) << (8 * (i / 2) + (i % 2 ? 0 : 4));
   }
   reinterpret_cast<uint32_t*>(packed + start / 2)[lane] = word;
-  if (lane % LANES == 0) absmax[start / (LANES * 8) + lane / LANES] = scale;
+  if (lane % lanes == 0) absmax[start / (lanes * 8) + lane / lanes] = scale;
 }
 
 KERNEL void __launch_bounds__(256)
@@ -102,10 +101,10 @@ KERNEL void __launch_bounds__(256)
   const float threshold = table.threshold[lane];
   const uint32_t codes = table.codes[lane];
   long long begin = 0;  // of the blocks that go one by one
-  if (BY_LANES) {
+  if (size >= 16 && size <= SPAN && (size & (size - 1)) == 0) {
     const long long spans = count / SPAN;
     for (long long span = warp; span < spans; span += warps) {
-      quantize_span(x, span * SPAN, threshold, codes, zero_code, packed, absmax);
+      quantize_span(x, span * SPAN, size / 8, threshold, codes, zero_code, packed, absmax);
     }
     begin = spans * (SPAN / size);
   }

@@ -158,7 +158,7 @@ def _cuda(
     found = count = 0
     if threshold > 0:
         found, count = (torch.empty(n, dtype=torch.int32, device=device) for n in (in_features, 1))
-        _list_cuda(constants, (1,), 1024, 0, outliers, in_features, found, count)
+        _list_cuda(constants[:1], (1,), 1024, 0, outliers, in_features, found, count)
     rest = (bias, tokens, out_features, in_features, y)
     if _fuses(x, in_features):
         grid = (blocks(tokens, 128), blocks(out_features, 128))

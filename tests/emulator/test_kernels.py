@@ -9,8 +9,10 @@ from importlib import import_module
 import pytest
 
 from qcli import ops
+from qcli.runtime import cpu, cuda
 from tests.conftest import ROOT
-from tests.emulator.emulator import KERNELS, missing, sanitized
+from tests.emulator.emulator import KERNELS, Emulator, missing, sanitized
+from tests.parity import disagreement
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
@@ -49,3 +51,22 @@ def test_kernels_agree_with_the_reference(name, tmp_path):
     found = json.loads(summary)
     assert {kernel.rpartition(" ")[2] for kernel in found["kernels"]} == REACHED[name]
     assert found["launches"] >= 24
+
+
+@pytest.mark.parametrize("name", ["quantize_4bit", "dequantize_4bit"])
+def test_an_image_for_any_block_size_gives_the_same(name, tmp_path):
+    """As a package carries it for those without nvcc."""
+
+    class AnyBlockSize(Emulator):
+        def function(self, source, entry, constants, device):
+            kept = tuple(constant for constant in constants if not constant.startswith("BLOCK_SIZE"))
+            assert kept != constants
+            return super().function(source, entry, kept, device)
+
+    op = import_module(f"qcli.ops.{name}")
+    cases = [(case, arguments) for case, arguments in op.cases() if "bfloat16" in case]
+    assert len({arguments["block_size"] for _, arguments in cases}) >= 4
+    with cuda.using(AnyBlockSize(tmp_path)), cpu.using(None):
+        for case, arguments in cases:
+            wrong = disagreement(name, arguments, op._cuda(**arguments), op._reference(**arguments))
+            assert wrong is None, f"{case}: {wrong}"
