@@ -41,9 +41,9 @@ def test_every_kernel_is_reached():
     assert set(REACHED) == {name for name in ops.names() if hasattr(import_module(f"qcli.ops.{name}"), "_cuda")}
 
 
-@pytest.mark.parametrize("name", REACHED)
-def test_kernels_agree_with_the_reference(name, tmp_path):
-    command = [sys.executable, "-m", "tests.emulator.check", str(tmp_path), name]
+def check(name, folder):
+    """tests.emulator.check in a process of its own."""
+    command = [sys.executable, "-m", "tests.emulator.check", str(folder), name]
     done = subprocess.run(command, cwd=ROOT, env=sanitized(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     *wrong, summary = done.stdout.strip().splitlines()
@@ -51,6 +51,12 @@ def test_kernels_agree_with_the_reference(name, tmp_path):
     found = json.loads(summary)
     assert {kernel.rpartition(" ")[2] for kernel in found["kernels"]} == REACHED[name]
     assert found["launches"] >= 24
+
+
+# Those of products take longest and have a file of their own, for another worker.
+@pytest.mark.parametrize("name", [name for name in REACHED if not name.startswith("linear")])
+def test_kernels_agree_with_the_reference(name, tmp_path):
+    check(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["quantize_4bit", "dequantize_4bit"])
