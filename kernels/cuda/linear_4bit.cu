@@ -23,8 +23,8 @@ struct Rows {
 };
 
 // Rows beyond the last read the last: what comes of them is not stored.
-__device__ inline Rows rows_of(const uint8_t* packed, long long tile, long long rows, int columns, int blocks,
-                               int g, int t) {
+__device__ inline Rows rows_of(const uint8_t* packed, long long tile, long long rows, int columns, int blocks, int g,
+                               int t) {
   Rows r;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -52,11 +52,11 @@ __device__ inline void load_codes(const Rows& rows, int chunk, Codes& codes) {
 KERNEL void __launch_bounds__(WARPS * 32, 2)
     linear_4bit(const Scalar* __restrict__ x, int tokens, const uint8_t* __restrict__ packed, const void* __restrict__ absmax,
                 const float* __restrict__ nested, float offset, const Scalar* __restrict__ bias, long long rows,
-                int columns, int block_size, const __grid_constant__ Codebook codebook, const __grid_constant__ DynamicMap dynamic_map,
-                Scalar* __restrict__ y) {
+                int columns, int block_size, const __grid_constant__ Codebook codebook,
+                const __grid_constant__ DynamicMap dynamic_map, Scalar* __restrict__ y) {
   DYNAMIC_SHARED(uint32_t, table);
   float* sums = reinterpret_cast<float*>(table + TABLE);  // [2][WARPS][8][PITCH]
-  float* map = sums + 2 * WARPS * SUMS;               // [256]
+  float* map = sums + 2 * WARPS * SUMS;                   // [256]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int chunks = columns / CHUNK, turns = (chunks + TURN - 1) / TURN;
   const int blocks = columns / block_size, chunks_per_block = block_size / CHUNK;

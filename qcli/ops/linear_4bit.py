@@ -126,8 +126,8 @@ def _cuda(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type
         compute_dtype == torch.bfloat16 and cuda.capability(x) >= (8, 0)
     )
     fits = block_size % 32 == 0 and in_features % block_size == 0
-    few = 0 < tokens <= _FEW or tokens and not block_size % 64 and cuda.capability(x) >= (8, 0) and _most(x, tokens)
-    if not on_tensor_cores or not fits or not few or not out_features:
+    batch = tokens > _FEW and block_size % 64 == 0 and cuda.capability(x) >= (8, 0) and _most(x, tokens)
+    if not on_tensor_cores or not fits or not (0 < tokens <= _FEW or batch) or not out_features:
         return _reference(
             x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype
         )
@@ -161,10 +161,8 @@ def _batch(x: torch.Tensor, y: torch.Tensor, constants: tuple[str, ...], argumen
     """Launches linear_4bit_batch.cu: which sizes, and in how many parts of the columns."""
     most, (out_features, in_features) = _most(x, tokens), (y.shape[1], arguments[0].shape[1])
     stage = _stage(most)
-    room = (
-        cuda.shared_memory(x) // 2 - 1024
-    )  # of a block, where two share a multiprocessor; with 64 tokens registers forbid it
-    together = 1 if most == 64 or _TABLE + 2 * stage > room else 2
+    # Two blocks share a multiprocessor where its memory allows; with 64 tokens their registers do not.
+    together = 2 if most < 64 and _TABLE + 2 * stage <= cuda.shared_memory(x) // 2 - 1024 else 1
     stages = 3 if _TABLE + 3 * stage <= cuda.shared_memory(x) // together - 1024 else 2
     shared = _TABLE + max(stages * stage, 4 * most * 68 * 4)
     tiles, turns = blocks(out_features, 64), blocks(in_features, 256)
