@@ -71,8 +71,8 @@ class Emulator:
         self.of = 9, 0  # the compute capability that host code is told
         self.flags = [
             "-std=c++17",
-            "-O1",
-            "-g",
+            "-Og",
+            "-g1",
             "-fPIC",
             "-ffp-contract=off",
             "-fno-strict-aliasing",
