@@ -137,7 +137,7 @@ class _Quantize(ConversionOps):
     def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
         try:
             return _quantized(input_dict, model)
-        except (RuntimeError, MemoryError) as e:
+        except out_of_memory.KINDS as e:
             if not out_of_memory.is_one(e):
                 raise
             raise LoadingStopped from e
