@@ -1,6 +1,7 @@
 """What the name of a tensor or module says of it: its layer, what it is there, whether it is a norm's gain or an FFN's end."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 _NUMBERED = re.compile(r"(?:(.*?)\.)?(\d+)\.(.+)")
@@ -25,6 +26,15 @@ def place(name: str) -> Place:
     if match is None:
         return Place("", None, name)
     return Place(match[1] or "", int(match[2]), re.sub(r"\b\d+\b", "#", match[3]))
+
+
+def layer_counts(names: Iterable[str]) -> dict[str, int]:
+    """How many layers each stack has."""
+    counts: dict[str, int] = {}
+    for at in map(place, names):
+        if at.layer is not None:
+            counts[at.stack] = max(counts.get(at.stack, 0), at.layer + 1)
+    return counts
 
 
 def gain_of(tensor: str) -> str | None:

@@ -27,7 +27,7 @@ class LinearWeight:
     """A linear weight, [out_features, in_features] in its logical order. After its last piece `finding` holds what
     `inspect_weights` tells of it, and `errors` the error sums of each of METHODS.
 
-    Memory until then: a piece, and 8 bytes per 64 elements. A weight that is stored transposed (Conv1D) is held whole.
+    Memory until then: a piece, and 8 bytes per 64 elements, at last 16. A weight stored transposed (Conv1D) is held whole.
     """
 
     finding: dict[str, object]
@@ -190,8 +190,8 @@ def outliers(z: torch.Tensor, sigmas: float) -> dict[str, object]:
 
 def spread(absmax: torch.Tensor) -> float | None:
     """Greatest over median; None where the median is zero."""
-    middle = float(np.median(absmax.double().numpy()))
-    return float(absmax.max()) / middle if middle > 0 else None
+    middle = np.median(absmax.double().numpy())
+    return number(absmax.max().double() / middle) if middle > 0 else None
 
 
 def sqnr(errors: ErrorSums) -> float | None:
@@ -201,7 +201,7 @@ def sqnr(errors: ErrorSums) -> float | None:
     return 10 * math.log10(errors.squared_norm / errors.squared_error)
 
 
-def number(x: torch.Tensor) -> float | None:
+def number(x: float | torch.Tensor) -> float | None:
     """A scalar as JSON has it."""
     value = float(x)
     return value if math.isfinite(value) else None

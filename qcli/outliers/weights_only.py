@@ -10,13 +10,13 @@ from contextlib import nullcontext
 from qcli import __version__, methods
 from qcli.checkpoint import dtypes
 from qcli.checkpoint import plan as planning
-from qcli.checkpoint.describe import describe
+from qcli.checkpoint.describe import Description, describe
 from qcli.checkpoint.linears import Layout, find_linears
 from qcli.checkpoint.pieces import read_pieces
 from qcli.checkpoint.source import Source, open_source
 from qcli.errors import CheckpointError
 from qcli.outliers import weight_summary as summary
-from qcli.outliers.tensor_names import gain_of, is_down_projection, place
+from qcli.outliers.tensor_names import gain_of, is_down_projection, layer_counts, place
 from qcli.outliers.weight_statistics import LinearWeight, NormGain
 from qcli.quantization import model_dtype
 
@@ -55,7 +55,7 @@ def inspect_weights(
     """
     source = open_source(model, revision, trust_remote_code=trust_remote_code)
     notes = list(source.problems)
-    gains = _norm_gains(source)
+    told, gains = describe(source), _norm_gains(source)
     weights, layout = [], None
     if source.config.get("quantization_config"):
         notes.append(
@@ -72,14 +72,14 @@ def inspect_weights(
         "format": "qcli-weights",
         "version": 1,
         "qcli": __version__,
-        "model": _model(source),
+        "model": _model(source, told),
         "modules_decided_by": layout.decided_by if layout else None,
         "linears": linears,
         "kinds": summary.kinds(weights),
         "norms": norms,
         "norm_dims": summary.norm_dims(norms),
         "super_weights": summary.super_weights(linears),
-        "sizes": _sizes(source, layout),
+        "sizes": _sizes(source, told, layout),
         "notes": notes,
     }
     summary.shorten_dims(report)
@@ -113,10 +113,7 @@ def _linear_weights(source: Source, layout: Layout, notes: list[str]) -> list[Li
     # Also says which of them do not fit the model, and leaves those out.
     rows = planning.make_units(source, layout, method, dtype, set(layout.linears), notes)
     found = [(file, info, linear) for file, info, linear, _ in rows if linear and info.numel]
-    layers: dict[str, int] = {}
-    for _, _, linear in found:
-        at = place(linear.module)
-        layers[at.stack] = max(layers.get(at.stack, 0), 1 + (at.layer or 0))
+    layers = layer_counts(linear.module for _, _, linear in found)
 
     def early(module: str) -> bool:
         """The first quarter of the layers, and always four: where the paper found super weights, but for a few."""
@@ -146,20 +143,15 @@ def _measure(source: Source, works: list[LinearWeight | NormGain], progress: Cal
                 shown.advance(count, work.info.name)
 
 
-def _model(source: Source) -> dict[str, object]:
-    told, config = describe(source), source.config
+def _model(source: Source, told: Description) -> dict[str, object]:
+    config = source.config
     parts = [config, *(v for v in config.values() if isinstance(v, dict))]
     hidden = (part.get(key) for part in parts for key in ("hidden_size", "n_embd", "d_model"))
-    layers: dict[str, int] = {}
-    for name in source.tensors:
-        at = place(name)
-        if at.layer is not None:
-            layers[at.stack] = max(layers.get(at.stack, 0), at.layer + 1)
     stored = config.get("quantization_config")
     return {
         "name": source.label,
         "architecture": told.architecture,
-        "layers": max(layers.values(), default=0),
+        "layers": max(layer_counts(source.tensors).values(), default=0),
         "hidden_size": next((size for size in hidden if isinstance(size, int)), None),
         "parameters": told.parameters,
         "quantization": stored.get("quant_method", "unnamed") if isinstance(stored, dict) else stored,
@@ -167,9 +159,8 @@ def _model(source: Source) -> dict[str, object]:
     }
 
 
-def _sizes(source: Source, layout: Layout | None) -> list[dict[str, object]]:
+def _sizes(source: Source, told: Description, layout: Layout | None) -> list[dict[str, object]]:
     """Bytes of all tensors: as stored, and by each method with the modules that `qcli quantize` would choose."""
-    told = describe(source)
     sizes = {"as stored": told.bytes}
     if layout is not None:
         quantized = planning.choose_modules(layout, [], [], [])

@@ -21,7 +21,7 @@ from qcli.outliers.weights_only import inspect_weights
 from qcli.quantization import make_plan
 from tests.conftest import ROOT
 from tests.hub_server import running_hub
-from tests.models import make_model
+from tests.models import ARCHITECTURES, make_model
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
 
@@ -99,6 +99,19 @@ def test_figures_equal_float64_arithmetic(name, dtype, tmp_path):
         assert found["max_z"] == pytest.approx(np.abs((gain - gain.mean()) / gain.std()).max(), rel=1e-12)
     norms = {n for n, t in stored.items() if t.dim() == 1 and n.endswith("weight")}
     assert {found["tensor"] for found in report["norms"]} == norms
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture(name, tmp_path):
+    make_model(name, tmp_path)
+    report = inspect_weights(str(tmp_path))
+    json.dumps(report, allow_nan=False)
+    assert sum(x["quantized"] for x in report["linears"]) == ARCHITECTURES[name][2]
+    assert report["norms"] and all(x["sqnr"]["NF4+DQ"] > 15 for x in report["linears"])
+    down = [x["module"] for x in report["linears"] if x["largest"] is not None]
+    fused = name == "mixtral"  # whose experts are no linear modules
+    assert len(down) == (0 if fused else 4 if name == "t5" else 2)
+    assert any("fused experts" in note for note in report["notes"]) == fused
 
 
 def test_planted_norm_gains_are_found_exactly(llama, tmp_path):
