@@ -16,7 +16,9 @@ FFN_INPUT, FFN_OUTPUT, OTHER = "ffn input", "ffn output", "other"
 HIDDEN = (ATTENTION_INPUT, FFN_INPUT)  # sites whose channels are the dimensions of the hidden state
 
 _ATTENTION = re.compile(r"att")
-_FFN = re.compile(r"mlp|ffn|feed_?forward|expert|moe|(^|\.)(fc\d?|dense_h_to_4h|dense_4h_to_h|up_proj|gate_proj|down_proj|w[123])$")
+_FFN = re.compile(
+    r"mlp|ffn|feed_?forward|expert|moe|(^|\.)(fc\d?|dense_h_to_4h|dense_4h_to_h|up_proj|gate_proj|down_proj|w[123])$"
+)
 
 
 @dataclass
