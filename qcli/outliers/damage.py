@@ -56,6 +56,11 @@ class SampleOf:
         """Keeps x [tokens, channels] of a window."""
         self._sequences[window] = x.clone()
 
+    def columns_kept(self, threshold: float) -> float:
+        """The share of columns that LLM.int8() keeps in 16 bits: with any |x| >= threshold in a sequence, mean over sequences."""
+        shares = [(x.abs() >= threshold).any(0).double().mean().item() for x in self._sequences.values()]
+        return sum(shares) / len(shares)
+
     def damage(self, modules: Mapping[str, nn.Module], simulations: Mapping, threshold: float) -> dict[str, Damage]:
         """Each method's damage over all `modules`, by the method's name in tables. Their weights must be loaded."""
         found = {name: Damage() for name in simulations}

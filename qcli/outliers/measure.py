@@ -31,6 +31,7 @@ class SiteMeasure:
     histograms: ChannelHistograms | None = None
     surface: torch.Tensor | None = None  # [tokens, channels] of the first window
     damage: dict[str, Damage] | None = None
+    columns_kept: float | None = None  # share of columns that LLM.int8() would keep in 16 bits
 
     @property
     def dims(self) -> list[int]:
@@ -58,9 +59,7 @@ class Meter(Observer):
     and `union` says of each batch's positions in which dimension a hidden state of any layer was an outlier.
     """
 
-    def __init__(
-        self, skeleton: Skeleton, threshold: float, prefix: int, sample: frozenset[int], simulations: dict
-    ):
+    def __init__(self, skeleton: Skeleton, threshold: float, prefix: int, sample: frozenset[int], simulations: dict):
         self.skeleton, self.threshold, self.prefix = skeleton, threshold, prefix
         self.sample, self.simulations = sample, simulations
         self.layers: list[LayerMeasure] = []
@@ -116,6 +115,7 @@ class Meter(Observer):
         sample = self._samples.get(id(site))
         if sample is not None and self.simulations:
             measure.damage = sample.damage(site.modules, self.simulations, self.threshold)
+            measure.columns_kept = sample.columns_kept(self.threshold)
 
     def _seen(self, site: Site, module: nn.Module, x: torch.Tensor, first: bool) -> None:
         if not first:
