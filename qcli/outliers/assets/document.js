@@ -14,7 +14,8 @@ const fixed = (value, digits = 1) => (value === null || value === undefined ? mi
 function percent(value) {
   if (value === null || value === undefined) return missing;
   const hundred = 100 * value;
-  return `${fixed(hundred, hundred === 0 || hundred >= 10 ? 0 : hundred >= 1 ? 1 : 2)}%`;
+  const text = fixed(hundred, hundred >= 10 ? 0 : hundred >= 1 ? 1 : 2);
+  return `${text.replace(/\.0+$/, "")}%`;
 }
 
 const quartiles = (values) => (values ? values.map((value) => number(value)).join(", ") : missing);

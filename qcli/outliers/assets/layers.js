@@ -79,7 +79,7 @@ function ablation(report) {
     draw(`${id}-chart`, () => ({
       traces: [bars(values, names, values.map(text), paints())],
       layout: layout(320, {
-        xaxis: axis("", { type: "category" }),
+        xaxis: axis("", { type: "category", showgrid: false }),
         yaxis: axis(title, { range: [0, room * Math.max(...values)] }),
       }, { bargap: 0.5 }),
     }));
@@ -90,9 +90,9 @@ function ablation(report) {
   if (perplexity) compare("ablation-perplexity", "perplexity", [perplexity.whole, perplexity.without, perplexity.random], (value) => number(value, 4), 1.15);
   else hide("ablation-perplexity");
   const zeroed = `Set to zero: ${found.dims.length === 1 ? "dim" : "dims"} ${found.dims.join(", ")}; as a control the random ${found.random_dims.join(", ")}.`;
-  const change = perplexity?.whole && perplexity.without !== null ? perplexity.without / perplexity.whole : null;
-  tell("ablation-text", zeroed + (change ? ` Without the outlier dims perplexity is ${number(change)} times what it was; without as many random dims, ` +
-    `${number(perplexity.random / perplexity.whole)} times.` : ""));
+  const effect = perplexity && ` Perplexity goes from ${number(perplexity.whole, 4)} to ${number(perplexity.without, 4)} without the outlier dims, and to ` +
+    `${number(perplexity.random, 4)} without as many random ones.`;
+  tell("ablation-text", zeroed + (effect ?? ""));
 }
 
 function attention(report) {

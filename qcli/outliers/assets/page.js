@@ -58,7 +58,7 @@ function paper(report) {
   table("paper-table", [
     { name: "model", left: true, text: (row) => row.model },
     { name: "parameters", text: (row) => row.parameters },
-    { name: "perplexity", text: (row) => number(row.perplexity) },
+    { name: "perplexity", text: (row) => fixed(row.perplexity) },
     { name: "outliers", text: (row) => count(row.outliers) },
     { name: "one-sided", text: (row) => count(row.one_sided) },
     { name: "layers", text: (row) => percent(row.layers_share) },
@@ -78,7 +78,10 @@ function sitesTable(report) {
     text: (row) => (row.sqnr?.[name] ? `${fixed(row.sqnr[name].output)} / ${fixed(row.sqnr[name].ordinary)}` : missing),
   });
   const numeric = (name, key) => ({ name, value: (row) => row[key], text: (row) => number(row[key]) });
-  const modules = (row) => (row.modules.length > 4 ? `${row.modules.slice(0, 3).join(", ")} and ${row.modules.length - 3} more` : row.modules.join(", "));
+  const modules = (row) => {
+    const names = row.modules.map((module) => module.split(".").at(-1));
+    return names.length > 4 ? `${names.slice(0, 3).join(", ")} and ${names.length - 3} more` : names.join(", ");
+  };
   const topDims = (row) => row.dims.slice(0, 3).map((dim) => `${dim.dim} (${number(dim.absmax)}, ${percent(dim.share)})`).join(", ");
   table("sites-table", [
     numeric("layer", "layer"),
@@ -106,6 +109,7 @@ function effect(report) {
   ablation(report);
   attention(report);
   if (report.ablation || report.attention) return;
+  if (!report.table4.outliers) return tell("effect-none", "There is no outlier feature that could be set to zero.");
   tell("effect-none", "Not measured in this run: --ablate sets the outlier dims to zero, and as many random ones, and compares attention and perplexity.");
 }
 

@@ -20,12 +20,13 @@ function axis(title, more = {}) {
   };
 }
 
-// 1, 2, 5 of each decade, or the decades alone where there are many; never powers as exponents.
+// Ticks as plain numbers, as many in a decade as the range has room for.
 function logAxis(title, values, more = {}) {
   const present = values.filter((value) => value > 0);
   const low = Math.floor(Math.log10(Math.min(...present, 1e9)));
   const high = Math.ceil(Math.log10(Math.max(...present, 1e-9)));
-  const steps = high - low > 3 ? [1] : [1, 2, 5];
+  const decades = Math.log10(Math.max(...present) / Math.min(...present));
+  const steps = decades > 3 ? [1] : decades > 0.8 ? [1, 2, 5] : [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8];
   const ticks = [];
   for (let decade = low; decade <= high; decade++) {
     for (const step of steps) ticks.push(step * 10 ** decade);
@@ -37,13 +38,14 @@ const short = (value) => (value >= 1e4 ? compact(value) : number(value, 2));
 
 function layerAxis(layers) {
   const few = Math.max(...layers) - Math.min(...layers) <= 12;
-  return axis("layer", { tickformat: "d", zeroline: false, ...(few ? { dtick: 1 } : {}) });
+  const range = [Math.min(...layers) - 0.5, Math.max(...layers) + 0.5];
+  return axis("layer", { tickformat: "d", zeroline: false, range, ...(few ? { dtick: 1 } : {}) });
 }
 
-function line(position, along, name) {
+function line(position, along, dash) {
   const across = along === "x" ? { x0: 0, x1: 1, xref: "paper", y0: position, y1: position } : {};
   const upright = along === "y" ? { y0: 0, y1: 1, yref: "paper", x0: position, x1: position } : {};
-  return { type: "line", ...across, ...upright, line: { color: colour("muted"), width: 1, dash: name } };
+  return { type: "line", ...across, ...upright, line: { color: colour("ink"), width: 1, dash } };
 }
 
 function layout(height, axes, more = {}) {
@@ -54,6 +56,7 @@ function layout(height, axes, more = {}) {
     plot_bgcolor: "rgba(0,0,0,0)",
     margin: { l: 52, r: 12, t: 16, b: 44 },
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: colour("ink") } },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("accent") },
     hoverlabel: { bgcolor: colour("raised"), bordercolor: colour("line"), font: { color: colour("ink") }, align: "left" },
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // a finger scrolls the page
     ...axes,
@@ -75,13 +78,28 @@ function lines(name, x, y, texts, paint, more = {}) {
   return { type: "scatter", mode, name, x, y, text: texts, hovertemplate: hover, line: { color: paint, width: 2 }, marker: { size: 6 }, ...more };
 }
 
+// A chart is drawn at once when a reader changes it. Those of the opening wait until the text stands, then come one by one.
 function draw(id, build) {
   builders.set(id, build);
-  const { traces, layout } = build();
+  if (opened) render(id);
+}
+
+function render(id) {
+  const { traces, layout } = builders.get(id)();
   const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
   Plotly.react(byId(id), traces, layout, config);
 }
 
-const redraw = () => builders.forEach((build, id) => draw(id, build));
+let opened = false;
+
+function drawAll(ids = [...builders.keys()]) {
+  opened = true;
+  if (!ids.length) return;
+  render(ids[0]);
+  setTimeout(drawAll, 0, ids.slice(1));
+}
+
+addEventListener("DOMContentLoaded", () => drawAll()); // plotly stands after this script, so that text does not wait for it
+const redraw = () => builders.forEach((_, id) => render(id));
 dark.addEventListener("change", redraw);
 narrow.addEventListener("change", redraw);

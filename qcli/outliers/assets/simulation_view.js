@@ -22,7 +22,7 @@ function simulationView() {
     ];
     table("simulation-table", [
       { name: "", left: true, text: ([name]) => name },
-      { name: "vector-wise int8", text: ([, value]) => value(vectorwise) },
+      { name: "vector-wise", text: ([, value]) => value(vectorwise) },
       { name: "LLM.int8()", text: ([, value]) => value(decomposed) },
     ], rows);
     byId("simulation-text").textContent = sentence(found);
@@ -44,7 +44,7 @@ function simulationView() {
     });
     return {
       traces: [bar("vector-wise int8", vectorwise, "red"), bar("LLM.int8()", decomposed, "blue")],
-      layout: layout(320, { xaxis: axis("", { type: "category" }), yaxis: axis("SQNR (dB)", { range: [0, 48] }) }, { bargap: 0.35 }),
+      layout: layout(320, { xaxis: axis("", { type: "category", showgrid: false }), yaxis: axis("SQNR (dB)", { range: [0, 48] }) }, { bargap: 0.35 }),
     };
   }
 

@@ -7,15 +7,15 @@ function emergence(report) {
   const show = (by) => draw("emergence-chart", () => {
     const rows = own.papers_rows.filter((row) => by.of(row) !== null).sort((a, b) => by.of(a) - by.of(b));
     const tell = (row, share, what) => `${plain(row.model)}, ${row.parameters}<br>perplexity ${number(row.perplexity)}<br>${percent(share)} of ${what}`;
-    const series = [["layers", "layers_share", "blue"], ["positions", "positions_share", "orange"]];
+    const series = [["layers", "layers_share", "blue", 18], ["positions", "positions_share", "orange", 12]];
     const traces = series.map(([what, key, paint]) =>
       lines(`${what}, paper`, rows.map(by.of), rows.map((row) => 100 * row[key]), rows.map((row) => tell(row, row[key], what)), colour(paint)));
     if (by.own !== null) {
-      for (const [what, key, paint] of series) {
+      for (const [what, key, paint, size] of series) {
         const text = `${plain(report.model.name)}<br>perplexity ${number(own.perplexity)}<br>${percent(own[key])} of ${what}`;
         traces.push({
           type: "scatter", mode: "markers", name: `${what}, this model`, x: [by.own], y: [100 * own[key]], text: [text], hovertemplate: hover,
-          marker: { symbol: "star", size: 15, color: colour(paint), line: { color: colour("ink"), width: 1 } },
+          marker: { symbol: "star", size, color: colour(paint), line: { color: colour("ink"), width: 1 } },
         });
       }
     }
@@ -49,7 +49,7 @@ function heatmap(report) {
   const base = {
     type: "heatmap", x: layers, y: dims.map(String), text: texts, hovertemplate: hover, xgap: layers.length > 60 ? 0 : 1, ygap: dims.length > 40 ? 0 : 1,
   };
-  const bar = (title, more) => ({ title: { text: title, side: "right" }, thickness: 12, outlinewidth: 0, ...more });
+  const bar = (title, more) => ({ title: { text: title, side: "top" }, thickness: 12, outlinewidth: 0, ...more });
   const height = Math.min(720, 130 + Math.max(14 * dims.length, 90));
   const magnitudes = () => {
     const high = Math.log10(Math.max(...absmax.flat(), 1.1 * report.threshold));
@@ -57,13 +57,13 @@ function heatmap(report) {
     return {
       ...base, z: across(absmax).map((row) => row.map((value) => Math.log10(Math.max(value, 0.3)))), zmin: Math.log10(0.3), zmax: high,
       colorscale: magnitudeScale(Math.log10(0.3), Math.log10(report.threshold), high),
-      colorbar: bar("absmax (log)", { tickvals: ticks.map(Math.log10), ticktext: ticks.map(short) }),
+      colorbar: bar("absmax", { tickvals: ticks.map(Math.log10), ticktext: ticks.map(short) }),
     };
   };
   const shares = () => ({
     ...base, z: across(share).map((row) => row.map((value) => 100 * value)), zmin: 0, zmax: 100,
     colorscale: [[0, colour("paper")], [0.001, colour("below")], [0.3, colour("above")], [0.7, colour("high")], [1, colour("top")]],
-    colorbar: bar("positions (%)"),
+    colorbar: bar("positions (%)", { tickvals: [0, 20, 40, 60, 80] }),
   });
   const show = (make) => draw("heatmap-chart", () => ({
     traces: [make()],
@@ -108,16 +108,18 @@ function surface(report) {
   const names = tokens.map((token) => plain(visible(token)));
   const greatest = Math.max(...values.flat().map(Math.abs), 1e-9);
   const texts = values.map((row, t) => row.map((value, d) => `token ${t}: ${names[t]}<br>dim ${dims[d]}<br>value ${number(value)}`));
-  const every = Math.max(1, Math.ceil(dims.length / 12));
+  const every = 2 ** Math.ceil(Math.log2(Math.max(1, dims.length / 12)));
   const ticks = dims.map((_, d) => d).filter((d) => d % every === 0);
   const dimensions = { tickvals: ticks, ticktext: ticks.map((d) => String(dims[d])) };
   const rows = { tickvals: names.map((_, t) => t), ticktext: names };
+  // The surface's labels are drawn without entities, so brackets that cannot be taken for a tag stand in.
+  const standingRows = { ...rows, ticktext: tokens.map((token) => visible(token).replaceAll("<", "\u2039").replaceAll(">", "\u203a")) };
   byId("surface-title").textContent = `Tokens and channels: ${chart.kind} of layer ${chart.layer}`;
   const flat = () => ({
     traces: [{
       type: "heatmap", z: values, text: texts, hovertemplate: hover, zmin: -greatest, zmax: greatest,
       colorscale: [[0, colour("blue")], [0.5, colour("paper")], [1, colour("high")]],
-      colorbar: { title: { text: "value", side: "right" }, thickness: 12, outlinewidth: 0 },
+      colorbar: { title: { text: "value", side: "top" }, thickness: 12, outlinewidth: 0 },
     }],
     layout: layout(Math.max(280, 17 * tokens.length + 90), {
       xaxis: axis("dimension", { ...dimensions, showgrid: false, zeroline: false }),
@@ -126,12 +128,14 @@ function surface(report) {
   });
   const standing = () => ({
     traces: [{
-      type: "surface", z: values.map((row) => row.map(Math.abs)), text: texts, hovertemplate: hover, showscale: false,
+      type: "surface", z: values.map((row) => row.map(Math.abs)), text: texts, hoverinfo: "text", showscale: false,
+      contours: { x: { highlight: false }, y: { highlight: false }, z: { highlight: false } },
       colorscale: [[0, colour("below")], [0.15, colour("above")], [0.5, colour("high")], [1, colour(dark.matches ? "top" : "red")]],
     }],
-    layout: layout(520, { scene: {
-      xaxis: axis("dimension", dimensions), yaxis: axis("token", { ...rows, tickfont: { size: 9 } }), zaxis: axis("magnitude"),
-      aspectratio: { x: 1.7, y: 1, z: 0.7 }, camera: { eye: { x: 0.9, y: -1.9, z: 0.9 } },
+    layout: layout(narrow.matches ? 360 : 520, { scene: {
+      xaxis: axis("dimension", dimensions), yaxis: axis("token", { ...standingRows, tickfont: { size: 9 } }), zaxis: axis("magnitude"),
+      aspectmode: "manual", aspectratio: narrow.matches ? { x: 1.1, y: 1, z: 0.6 } : { x: 2, y: 1.2, z: 0.8 },
+      camera: { eye: narrow.matches ? { x: 1, y: -2.4, z: 1.1 } : { x: 0.7, y: -1.9, z: 0.9 }, center: { x: 0, y: 0, z: -0.15 } },
     } }, { dragmode: "turntable", margin: { l: 0, r: 0, t: 0, b: 0 } }),
   });
   const show = (make) => draw("surface-chart", make);
@@ -149,13 +153,16 @@ function histograms(report) {
     byId("histogram-charts").append(holder);
     const { edges, counts } = histogram;
     const centres = counts.map((_, k) => (edges[k] + edges[k + 1]) / 2);
-    const inside = (value) => value >= edges[0] && value <= edges.at(-1);
+    const filled = counts.map((_, k) => k).filter((k) => counts[k] > 0);
+    const room = 1.3 * report.threshold; // both thresholds stay in view
+    const range = [Math.min(edges[filled[0]] ?? 0, -room), Math.max(edges[(filled.at(-1) ?? -1) + 1], room)];
+    const inside = (value) => value >= range[0] && value <= range[1];
     draw(id, () => ({
       traces: [{
-        type: "bar", x: centres, y: counts, width: counts.map((_, k) => edges[k + 1] - edges[k]), marker: { color: colour("blue") }, hovertemplate: hover,
+        type: "bar", x: centres, y: counts, width: counts.map((_, k) => edges[k + 1] - edges[k]), marker: { color: colour("blue"), opacity: 0.6 }, hovertemplate: hover,
         text: counts.map((many, k) => `${number(edges[k])} to ${number(edges[k + 1])}<br>${count(many)} values`), textposition: "none",
       }],
-      layout: layout(240, { xaxis: axis("value"), yaxis: axis("values") }, {
+      layout: layout(240, { xaxis: axis("value", { range }), yaxis: axis("values") }, {
         title: { text: `dim ${histogram.dim}, layer ${histogram.layer}`, font: { size: 13 }, x: 0.02, y: 0.97 },
         margin: { l: 52, r: 12, t: 34, b: 44 },
         bargap: 0,
