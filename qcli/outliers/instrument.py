@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from qcli.corpus import Corpus, read_windows
@@ -99,8 +100,6 @@ def _meter(skeleton: Skeleton, corpus: Corpus, threshold: float) -> Meter:
 
 
 def _with_threshold(name: str, threshold: float):
-    from dataclasses import replace
-
     simulation = SIMULATIONS[name]
     return replace(simulation, threshold=threshold) if hasattr(simulation, "threshold") else simulation
 
@@ -121,8 +120,8 @@ def _report(
         "table4": results.table_4(features, None),
         "massive_activations": _massive(skeleton, corpus, layers),
         "super_weights": [
-            {"layer": i, "module": s.module, "row": s.row, "column": s.column, "weight": s.weight, "input": s.input, "output": s.output}
-            for i, layer in enumerate(layers) for s in layer.super_weights
+            {"layer": i} | asdict(weight)
+            for i, layer in enumerate(layers) for weight in layer.super_weights
         ],
         "attention": None,
         "bos": _bos(corpus, layers),
@@ -141,8 +140,8 @@ def _massive(skeleton: Skeleton, corpus: Corpus, layers: Sequence[LayerMeasure])
             token = skeleton.tokenizer.decode([corpus.windows[m.window].ids[m.position]])
             entry = found.setdefault(
                 (i, m.dim, m.position if m.position == 0 else -1, token),
-                {"layer": i, "position": m.position, "token": token, "dim": m.dim, "value": 0.0, "median": m.median, "sequences": 0},
-            )  # fmt: skip
+                {"layer": i, "position": m.position, "token": token, "dim": m.dim, "value": 0.0, "sequences": 0},
+            )
             entry["sequences"] += 1
             if abs(m.value) > abs(entry["value"]):
                 entry |= {"value": m.value, "median": m.median, "position": m.position}

@@ -1,4 +1,4 @@
-"""The measuring pass: every text through every block once, with statistics of what enters each linear layer and leaves each block."""
+"""The measuring pass: every text through every block once, with statistics of what enters linear layers and leaves blocks."""
 
 from dataclasses import dataclass, field
 

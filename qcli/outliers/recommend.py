@@ -55,7 +55,7 @@ def recommend(
     else:
         method, name = "nf4", "NF4"
         why.append(
-            f"LLM.int8() would keep {share:.0%} of the input columns of a sequence in 16 bits, which costs more time than int8 saves; "
+            f"LLM.int8() would keep {share:.0%} of the input columns of a sequence in 16 bits, which costs more than int8 saves; "
             f"NF4 leaves activations whole. A higher --threshold keeps fewer: try {2 * threshold:g}."
         )
     why.append(f"NF4 rounds weights only and leaves {nf4:.1f} dB, wherever outliers are." if nf4 else "")
@@ -84,8 +84,8 @@ def _about_features(features: Sequence[Feature]) -> str:
     top = max(outliers, key=lambda f: f.positions_share)
     few = len(outliers) == 1
     return (
-        f"{len(outliers)} outlier feature{'' if few else 's'} ({shown}), the most common in {top.layers_share:.0%} of the layers at "
-        f"{top.positions_share:.0%} of the positions."
+        f"{len(outliers)} outlier feature{'' if few else 's'} ({shown}), the most common in {top.layers_share:.0%} of the layers "
+        f"at {top.positions_share:.0%} of the positions."
     )
 
 
