@@ -67,7 +67,10 @@ def _heatmap(figure, panel, report: dict) -> None:
     chart, threshold = report["charts"]["heatmap"], report["threshold"]
     if not chart or not chart["dims"]:
         return _sentence(panel, "Absmax by layer and dimension", f"no dimension reaches {threshold:g}")
-    dims, values = chart["dims"], [[max(layer[d], 1e-6) for layer in chart["absmax"]] for d in range(len(chart["dims"]))]
+    dims, values = (
+        chart["dims"],
+        [[max(layer[d], 1e-6) for layer in chart["absmax"]] for d in range(len(chart["dims"]))],
+    )
     high = max(max(map(max, values)), 1.1 * threshold)
     colours = LinearSegmentedColormap.from_list("above", _ABOVE)
     colours.set_under(_PALE)

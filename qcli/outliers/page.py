@@ -29,7 +29,9 @@ def page(report: dict) -> str:
     check()
     from plotly.offline import get_plotlyjs
 
-    data = json.dumps(_lean(report), allow_nan=False, separators=(",", ":"))  # ASCII: a lone surrogate of a broken token stays an escape
+    data = json.dumps(
+        _lean(report), allow_nan=False, separators=(",", ":")
+    )  # ASCII: a lone surrogate of a broken token stays an escape
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
     parts = {
