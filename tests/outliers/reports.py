@@ -103,8 +103,22 @@ def _feature(dim, size, rank):
 
 
 def _table4(outliers, optional):
-    row = {"outliers": 3, "one_sided": 2, "layers_share": 1.0, "positions_share": 0.95, "positions_union": 0.99, "quartiles": [-55.0, -50.0, -45.0]}
-    none = {"outliers": 0, "one_sided": 0, "layers_share": 0.0, "positions_share": 0.0, "positions_union": 0.0, "quartiles": None}
+    row = {
+        "outliers": 3,
+        "one_sided": 2,
+        "layers_share": 1.0,
+        "positions_share": 0.95,
+        "positions_union": 0.99,
+        "quartiles": [-55.0, -50.0, -45.0],
+    }
+    none = {
+        "outliers": 0,
+        "one_sided": 0,
+        "layers_share": 0.0,
+        "positions_share": 0.0,
+        "positions_union": 0.0,
+        "quartiles": None,
+    }
     measured = {"top1_with": 0.41, "top1_without": 0.2, "perplexity": 25.1}
     return (row if outliers else none) | (measured if optional else dict.fromkeys(measured)) | {"papers_rows": [
         {"model": model, "parameters": size, "perplexity": perplexity, "outliers": many, "one_sided": one_sided, "layers_share": layers / 100,
@@ -117,7 +131,10 @@ def _charts(dice, layers, dims, tokens):
     size = dict(zip(DIMS, MAGNITUDES))
     shown = dims + [3, 19, 64, 80, 101] if dims else []
     edges = [-70 + 2.0 * k for k in range(71)]
-    values = [[round(dice.gauss(-size[d] if d in dims else 0, size[d] * 0.1 if d in dims else 1), 3) for d in range(128)] for _ in tokens]
+    values = [
+        [round(dice.gauss(-size[d] if d in dims else 0, size[d] * 0.1 if d in dims else 1), 3) for d in range(128)]
+        for _ in tokens
+    ]
     return {
         "heatmap": {
             "kind": "attention input", "layers": list(range(layers)), "dims": shown,

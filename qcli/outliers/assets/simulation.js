@@ -4,9 +4,9 @@
 // channels stand beside it. Few tokens and few outputs, so that a move of a slider is answered at once.
 
 const simulation = (() => {
-  const TOKENS = 64;
+  const TOKENS = 32;
   const CHANNELS = 4096;
-  const OUTPUTS = 32;
+  const OUTPUTS = 64;
   const MOST_COLUMNS = 12;
   const THRESHOLD = 6;
   const SPREAD = 0.1; // standard deviation of an outlier, relative to its magnitude
