@@ -247,14 +247,18 @@ def exists_error(final: Path) -> CheckpointError:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes a file by a rename, synced, with the mode that the umask asks for."""
+    """Writes a file by a rename, synced, with the mode that the umask asks for. Nothing is left of a write that fails."""
     temporary = path.with_name(path.name + ".tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def sync_folder(path: Path) -> None:

@@ -153,6 +153,7 @@ class ChannelHistograms:
 
     def __init__(self, channels: int):
         self._counts = torch.zeros(channels * HISTOGRAM_BINS, dtype=torch.int32)
+        self._kept: dict[int, torch.Tensor] | None = None
 
     def add(self, x: torch.Tensor) -> None:
         """Counts x [rows, channels] in."""
@@ -161,9 +162,15 @@ class ChannelHistograms:
         bins += torch.arange(channels, dtype=torch.int32, device=x.device) * HISTOGRAM_BINS
         self._counts += torch.bincount(bins.view(-1), minlength=channels * HISTOGRAM_BINS).cpu().int()
 
+    def keep(self, channels: list[int]) -> None:
+        """Lets go of all but some channels, when all is counted."""
+        counts = self._counts.view(-1, HISTOGRAM_BINS)
+        self._kept = {channel: counts[channel].clone() for channel in channels}
+        del self._counts
+
     def of(self, channel: int) -> tuple[list[float], list[int]]:
-        """(edges, counts) of a channel, without the empty bins at both ends."""
-        counts = self._counts[channel * HISTOGRAM_BINS : (channel + 1) * HISTOGRAM_BINS]
+        """(edges, counts) of a channel that was kept, without the empty bins at both ends."""
+        counts = self._kept[channel]
         used = counts.nonzero().view(-1)
         if not len(used):
             return [], []

@@ -16,6 +16,12 @@ class Batch:
     mask: torch.Tensor
     windows: tuple[int, ...]
 
+    def counted(self, prefix: int) -> torch.Tensor:
+        """`mask` without the first `prefix` tokens of each sequence."""
+        counted = self.mask.clone()
+        counted[:, :prefix] = False
+        return counted
+
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Keyword arguments of the model."""
         ids = {"input_ids": self.ids.to(device)}
