@@ -64,6 +64,7 @@ class LinearWeight:
             self._finish()
 
     def _begin(self) -> None:
+        """Only at the first piece, for weights wait in great number."""
         linear, info = self.linear, self.info
         self._row = 0
         self._stats = ChannelStats(linear.in_features)
@@ -102,7 +103,7 @@ class LinearWeight:
 
     def _finish(self) -> None:
         errors = self.errors = {label: stream.finish().errors for label, (stream, _) in self._streams.items()}
-        row_absmax, block_absmax = (stream.absmax for stream, _ in self._streams.values())
+        row_absmax, block_absmax = (self._streams[label][0].absmax for label in ("int8 row-wise", "NF4+DQ"))
         moments = self._stats.pooled_moments()
         rms, absmax = number(moments.rms), number(self._stats.absmax.max())
         finite = not self._stats.nonfinite
@@ -134,11 +135,8 @@ class LinearWeight:
 
     def _columns(self) -> dict[str, object]:
         """Columns whose standard deviation stands out among those of all columns."""
-        if self.linear.out_features < 2:
-            return outliers(torch.zeros(0, dtype=torch.float64), COLUMN_SIGMAS)
-        moments = self._stats.channel_moments()
-        unbiased = moments.std * math.sqrt(self.linear.out_features / (self.linear.out_features - 1))
-        return outliers(z_scores(unbiased, correction=1), COLUMN_SIGMAS)
+        # Over n instead of n - 1 rows: a factor that all columns share.
+        return outliers(z_scores(self._stats.channel_moments().std, correction=1), COLUMN_SIGMAS)
 
 
 class NormGain:

@@ -5,7 +5,7 @@ of that is kept. (`.bin` shards are fetched whole: only such a file itself tells
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 from qcli import __version__, methods
 from qcli.checkpoint import dtypes
@@ -135,8 +135,8 @@ def _measure(source: Source, works: list[LinearWeight | NormGain], progress: Cal
     works = sorted(works, key=lambda work: (files[work.file], work.info.start))
     pieces = [(work, start, count) for work in works for start, count in work.pieces()]
     total = sum(work.info.nbytes for work in works)
-    read = read_pieces(source, ((work.file, work.info.start + start, count) for work, start, count in pieces))
-    with progress(total, 0) if progress else nullcontext() as shown:
+    wanted = ((work.file, work.info.start + start, count) for work, start, count in pieces)
+    with closing(read_pieces(source, wanted)) as read, progress(total, 0) if progress else nullcontext() as shown:
         for (work, start, count), data in zip(pieces, read, strict=True):
             work.take(start, data)
             if shown:

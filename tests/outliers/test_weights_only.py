@@ -93,6 +93,9 @@ def test_figures_equal_float64_arithmetic(name, dtype, tmp_path):
         # bitsandbytes decodes to the weight's own dtype, which rounds.
         assert found["sqnr"]["NF4+DQ"] == pytest.approx(nf4_sqnr(weight), abs=0.02)
         assert found["columns"]["beyond"] == len(find_outlier_dims(weight.float()))
+        deviations = weight.double().std(0)
+        z = float((deviations.max() - deviations.mean()) / deviations.std())
+        assert found["columns"]["max_z"] == pytest.approx(z, rel=1e-9)
     for found in report["norms"]:
         gain = stored[found["tensor"]].double().numpy()
         assert [found["mean"], found["std"]] == pytest.approx([gain.mean(), gain.std()], rel=1e-12)
