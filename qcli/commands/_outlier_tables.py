@@ -86,8 +86,8 @@ def _features(report: dict) -> None:
     columns = ("dim", "outlier feature", "layers", "positions", "in any layer", "absmax", "quartiles", "one-sided")
     console.table("dimensions of the hidden state", columns, rows, left=())
     console.out(
-        f"An outlier feature shows in {report['min_layers']:.0%} of the layers and at {report['min_positions']:.0%} of all positions "
-        "of all hidden states."
+        f"An outlier feature shows in {report['min_layers']:.0%} of the layers and at {report['min_positions']:.0%} of all "
+        "positions of all hidden states."
     )
     console.out()
 

@@ -1,5 +1,6 @@
 """`qcli inspect-outliers`: where a model's outlier features are, what they do, and what each method would cost."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +52,7 @@ def inspect_outliers(
     _check_files(weights_only, ablate, csv, report, plot)
     if weights_only:
         from qcli.commands import _weights_tables as tables
+        from qcli.outliers.weight_summary import rows
         from qcli.outliers.weights_only import inspect_weights
 
         found = inspect_weights(
@@ -58,13 +60,14 @@ def inspect_outliers(
         )
     else:
         from qcli.commands import _outlier_tables as tables
+        from qcli.commands._outlier_tables import rows
         from qcli.outliers.instrument import inspect_outliers as measure
 
         found = measure(
             model, text=text, tokens=tokens, sequence_length=sequence_length, threshold=threshold, ablate=ablate, dtype=dtype,
             device=device, revision=revision, trust_remote_code=trust_remote_code, progress=console.progress,
         )  # fmt: skip
-    _write_files(found, tables.rows(found), csv, report, plot)
+    _write_files(found, rows(found), csv, report, plot)
     console.json(found) if json else tables.show(found)
 
 
@@ -93,12 +96,12 @@ def _check_files(weights_only: bool, ablate: bool, csv: Path | None, report: Pat
 
 
 def _write_files(
-    found: dict, rows: tuple[list[str], list[list]], csv: Path | None, report: Path | None, plot: Path | None
+    found: dict, cells: tuple[Sequence[str], list[list]], csv: Path | None, report: Path | None, plot: Path | None
 ) -> None:
     from qcli.whole_file import csv_bytes, write_whole
 
     if csv is not None:
-        write_whole(csv, csv_bytes(*rows))
+        write_whole(csv, csv_bytes(*cells))
         console.say(f"wrote {csv}")
     if report is not None:
         from qcli.outliers.page import page

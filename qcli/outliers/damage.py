@@ -61,15 +61,16 @@ class SampleOf:
         shares = [(x.abs() >= threshold).any(0).double().mean().item() for x in self._sequences.values()]
         return sum(shares) / len(shares)
 
-    def damage(self, modules: Mapping[str, nn.Module], simulations: Mapping, threshold: float) -> dict[str, Damage]:
-        """Each method's damage over all `modules`, by the method's name in tables. Their weights must be loaded."""
+    def damage(
+        self, modules: Mapping[str, nn.Module], simulations: Mapping, threshold: float
+    ) -> dict[str, Damage] | None:
+        """Each method's damage over all `modules`, by the method's name in tables; None where none of them has a weight
+        [out_features, in_features], as fused experts have not. Weights must be loaded."""
         found = {name: Damage() for name in simulations}
         sequences = [x.float() for _, x in sorted(self._sequences.items())]
         outliers = [(x.abs() >= threshold).any(0) for x in sequences]
-        for module in modules.values():
-            weight = weight_of(module)
-            if weight is None:
-                continue
+        weights = [weight for module in modules.values() if (weight := weight_of(module)) is not None]
+        for weight in weights:
             wide = weight.float()
             whole = [_parts(x, wide, o) for x, o in zip(sequences, outliers)]
             for name, simulation in simulations.items():
@@ -78,7 +79,7 @@ class SampleOf:
                     rounded, kept = prepared.activations(x)
                     y_, ordinary_ = _parts(rounded, prepared.weight_for(kept), outlier)
                     self._note(found[name], y, y_, ordinary, ordinary_)
-        return found
+        return found if weights else None
 
     def _note(self, damage: Damage, y, y_, ordinary, ordinary_) -> None:
         def power(x: torch.Tensor) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qcli.nn import Linear4bit, Linear8bit
+from qcli.outliers.sites import linear_modules
 from qcli.streaming.run import current_call
 
 MASSIVE = 100.0  # magnitude, and
@@ -52,32 +53,27 @@ class SuperWeight:
 
 
 class SpikeFinder:
-    """Notes the largest output of each linear layer of a block, and the largest input at the same token."""
+    """Notes the largest output of each linear layer of a block, and what came in at that token."""
 
     def __init__(self):
-        # module -> (|output|, row, output, column, input, median of |output|)
-        self._largest: dict[int, tuple[float, int, float, int, float, float]] = {}
+        # module -> (row, output, input [in_features], median of |output|)
+        self._largest: dict[int, tuple[int, float, torch.Tensor, float]] = {}
 
     def hook(self, block: nn.Module) -> list:
         """Hooks every linear layer of the block; returns the hooks' handles."""
-        from qcli.outliers.sites import linear_modules
-
         return [m.register_forward_hook(self._note) for m in linear_modules(block).values() if hasattr(m, "weight")]
 
     def _note(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         if current_call() is None or not output.numel():
             return
         y = output.reshape(-1, output.shape[-1])
-        place = int(y.abs().argmax())
-        token, row = divmod(place, y.shape[1])
+        token, row = divmod(int(y.abs().argmax()), y.shape[1])
         value = y[token, row].item()
         before = self._largest.get(id(module))
-        if abs(value) <= MASSIVE or (before is not None and before[0] >= abs(value)):
+        if abs(value) <= MASSIVE or (before is not None and abs(before[1]) >= abs(value)):
             return
-        x = args[0].reshape(-1, args[0].shape[-1])[token]
-        column = int(x.abs().argmax())
-        median = y.float().abs().median().item()
-        self._largest[id(module)] = (abs(value), row, value, column, x[column].item(), median)
+        x = args[0].reshape(-1, args[0].shape[-1])[token].float()
+        self._largest[id(module)] = (row, value, x, y.float().abs().median().item())
 
     def super_weights(self, modules: Mapping[str, nn.Module]) -> list[SuperWeight]:
         """Of the given modules, path to module: the FFN's last ones, where they have been seen. Weights must be loaded."""
@@ -85,14 +81,17 @@ class SpikeFinder:
         for path, module in modules.items():
             if id(module) not in self._largest:
                 continue
-            magnitude, row, output, column, x, median = self._largest[id(module)]
-            weight = _weight_at(module, row, column)
-            if magnitude >= MASSIVE_RATIO * median and abs(weight * x) >= SUPER_SHARE * magnitude:
-                found.append(SuperWeight(path, row, column, weight, x, output))
+            row, output, x, median = self._largest[id(module)]
+            weights = _row(module, row)
+            column = int((weights * x).abs().argmax())
+            weight, spike = weights[column].item(), x[column].item()
+            if abs(output) >= MASSIVE_RATIO * median and abs(weight * spike) >= SUPER_SHARE * abs(output):
+                found.append(SuperWeight(path, row, column, weight, spike, output))
         return found
 
 
-def _weight_at(module: nn.Module, row: int, column: int) -> float:
+def _row(module: nn.Module, row: int) -> torch.Tensor:
+    """A row of a linear layer's weight, float32 [in_features]."""
     if isinstance(module, (Linear4bit, Linear8bit)):
-        return module.dequantize(torch.float32)[row, column].item()
-    return module.weight[row, column].item() if isinstance(module, nn.Linear) else module.weight[column, row].item()
+        return module.dequantize(torch.float32)[row]
+    return (module.weight[row] if isinstance(module, nn.Linear) else module.weight[:, row]).float()
