@@ -8,11 +8,20 @@ from qcli.errors import QcliError, UsageError
 from qcli.whole_file import check_place, write_whole
 
 FORMATS = (".png", ".svg", ".pdf")
-_KINDS = {"attention input": "#1b6db3", "attention output": "#7b4fa3", "ffn input": "#c8781a", "ffn output": "#2b8257", "other": "#7d868e"}  # fmt: skip
+_KINDS = {
+    "attention input": "#1b6db3",
+    "attention output": "#7b4fa3",
+    "ffn input": "#c8781a",
+    "ffn output": "#2b8257",
+    "other": "#7d868e",
+}
 _METHODS = {
-    "int8 per-tensor": ("#8a5a36", "x"), "int8 row-wise": ("#c8781a", "^"), "int8 vector-wise": ("#b83a4b", "s"),
-    "LLM.int8()": ("#1b6db3", "o"), "NF4": ("#2b8257", "D"),
-}  # fmt: skip
+    "int8 per-tensor": ("#8a5a36", "x"),
+    "int8 row-wise": ("#c8781a", "^"),
+    "int8 vector-wise": ("#b83a4b", "s"),
+    "LLM.int8()": ("#1b6db3", "o"),
+    "NF4": ("#2b8257", "D"),
+}
 _PALE = "#eceeef"  # below the threshold
 _ABOVE = ("#f0b27a", "#b3361f", "#3d0b1f")
 _MOST_DIMS = 12  # in the panel of quartiles
@@ -38,7 +47,13 @@ def draw(report: dict, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "qcli", "svg.fonttype": "none"}  # fmt: skip
+    settings = {
+        "font.size": 12,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.hashsalt": "qcli",
+        "svg.fonttype": "none",
+    }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(16, 12), dpi=100, layout="constrained")  # no window system, no global state
         figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
@@ -72,13 +87,16 @@ def _heatmap(figure, panel, report: dict) -> None:
         [[max(layer[d], 1e-6) for layer in chart["absmax"]] for d in range(len(chart["dims"]))],
     )
     high = max(max(map(max, values)), 1.1 * threshold)
-    colours = LinearSegmentedColormap.from_list("above", _ABOVE)
-    colours.set_under(_PALE)
+    colours = LinearSegmentedColormap.from_list("above", _ABOVE).with_extremes(under=_PALE)
     first, last = chart["layers"][0], chart["layers"][-1]
     shown = panel.imshow(
-        values, aspect="auto", interpolation="nearest", cmap=colours, norm=LogNorm(threshold, high),
+        values,
+        aspect="auto",
+        interpolation="nearest",
+        cmap=colours,
+        norm=LogNorm(threshold, high),
         extent=(first - 0.5, last + 0.5, len(dims) - 0.5, -0.5),
-    )  # fmt: skip
+    )
     every = -(-len(dims) // 24)
     panel.set_yticks(range(0, len(dims), every), [str(dim) for dim in dims[::every]])
     ticks = [tick for tick in (6, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if threshold <= tick <= high]

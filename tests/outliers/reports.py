@@ -24,49 +24,124 @@ PAPER = [
     ("FSEQ", "13B", 12.5, 7, 6, 100, 73, (-63, -58, -45), 37, 16),
 ]
 
+# What a tokenizer or a folder's name may hold.
+HOSTILE = [
+    "</script><script>window.entered = 1</script>", "<img src=x onerror='window.entered = 1'>", "<b>bold</b>", "&amp;",
+    "{{plotly}}", "%{x}", "$x^2$", "\u2028", "\n", "\udc80", "<!--", "]]>", "<a href='javascript:window.entered = 1'>a</a>",
+]  # fmt: skip
+
 
 def demo_report(*, layers=6, outliers=True, optional=True, kinds=tuple(KINDS), name="demo-model", tokens=tuple(TOKENS)):
     """A report of `layers` layers. `optional=False` leaves out whatever may be null."""
     dice = random.Random(0)
     dims = DIMS if outliers else []
     return {
-        "format": "qcli-outliers", "version": 1, "qcli": "0.1.0",
-        "model": {"name": name, "architecture": "LlamaForCausalLM", "layers": layers, "hidden_size": 128, "parameters": 1369728,
-                  "quantization": None, "dtype": "bfloat16"},
-        "text": {"name": "bundled text", "sequences": 8, "sequence_length": 128, "tokens": 1016, "bos_tokens": 8, "bos": True, "padding": 0},
-        "threshold": 6.0, "min_layers": 0.25, "min_positions": 0.06,
+        "format": "qcli-outliers",
+        "version": 1,
+        "qcli": "0.1.0",
+        "model": {
+            "name": name,
+            "architecture": "LlamaForCausalLM",
+            "layers": layers,
+            "hidden_size": 128,
+            "parameters": 1369728,
+            "quantization": None,
+            "dtype": "bfloat16",
+        },
+        "text": {
+            "name": "bundled text",
+            "sequences": 8,
+            "sequence_length": 128,
+            "tokens": 1016,
+            "bos_tokens": 8,
+            "bos": True,
+            "padding": 0,
+        },
+        "threshold": 6.0,
+        "min_layers": 0.25,
+        "min_positions": 0.06,
         "layers": [_layer(dice, i, layers, kinds, outliers, optional) for i in range(layers)],
         "features": [_feature(dim, size, rank) for rank, (dim, size) in enumerate(zip(dims, MAGNITUDES))],
         "table4": _table4(outliers, optional),
         "massive_activations": [
             {"layer": 2, "position": 0, "token": "<s>", "dim": 97, "value": 1200.0, "median": 0.3, "sequences": 8},
             {"layer": 3, "position": 0, "token": "<s>", "dim": 97, "value": -412.5, "median": 0.3, "sequences": 8},
-        ] if optional else [],
-        "super_weights": [{"layer": 1, "module": "mlp.down_proj", "row": 97, "column": 301, "weight": 2.1, "input": 800.0, "output": 1650.0}]
-        if optional else [],
-        "attention": {"sink_share": 0.8, "top1": 0.41, "layers": [
-            {"layer": i, "top1_with": 0.38 + 0.05 * dice.random(), "top1_without": 0.18 + 0.05 * dice.random(), "top1_random": 0.38 + 0.05 * dice.random()}
-            for i in range(layers)]} if optional else None,
+        ]
+        if optional
+        else [],
+        "super_weights": [
+            {
+                "layer": 1,
+                "module": "mlp.down_proj",
+                "row": 97,
+                "column": 301,
+                "weight": 2.1,
+                "input": 8e2,
+                "output": 1.65e3,
+            }
+        ]
+        if optional
+        else [],
+        "attention": {
+            "sink_share": 0.8,
+            "top1": 0.41,
+            "layers": [
+                {
+                    "layer": i,
+                    "top1_with": 0.38 + 0.05 * dice.random(),
+                    "top1_without": 0.18 + 0.05 * dice.random(),
+                    "top1_random": 0.38 + 0.05 * dice.random(),
+                }
+                for i in range(layers)
+            ],
+        }
+        if optional
+        else None,
         "bos": {"positions": 8, "absmax": 210.0, "outlier_dims": [7, 21]} if optional else None,
-        "ablation": {"dims": dims, "random_dims": [3, 90, 100, 111], "top1": {"with": 0.41, "without": 0.20, "random": 0.41},
-                     "perplexity": {"whole": 25.1, "without": 180.2, "random": 25.2, "tokens": 1016}} if optional and outliers else None,
+        "ablation": {
+            "dims": dims,
+            "random_dims": [3, 90, 100, 111],
+            "top1": {"with": 0.41, "without": 0.20, "random": 0.41},
+            "perplexity": {"whole": 25.1, "without": 180.2, "random": 25.2, "tokens": 1016},
+        }
+        if optional and outliers
+        else None,
         "charts": _charts(dice, layers, dims, list(tokens)),
-        "coverage": {"experts": "Tokens reached 61 of 64 experts; the other 3 are not in this report." if optional else None},
-        "notes": ["Statistics are of the hidden states in float32.", "Quartiles come from a sketch: within 1% of the value."],
+        "coverage": {
+            "experts": "Tokens reached 61 of 64 experts; the other 3 are not in this report." if optional else None
+        },
+        "notes": [
+            "Statistics are of the hidden states in float32.",
+            "Quartiles come from a sketch: within 1% of the value.",
+        ],
         "recommendation": {
-            "method": "llm-int8", "threshold": 6.0, "skip": ["model.layers.1.mlp.down_proj"],
+            "method": "llm-int8",
+            "threshold": 6.0,
+            "skip": ["model.layers.1.mlp.down_proj"],
             "command": f"qcli quantize {name} --bits 8",
-            "why": ["Plain int8 leaves 8 dB to what comes through ordinary channels; LLM.int8() leaves 37 dB.", "4 of 128 columns stay in 16 bits."],
-        } if optional else None,
-    }  # fmt: skip
+            "why": [
+                "Plain int8 leaves 8 dB to what comes through ordinary channels; LLM.int8() leaves 37 dB.",
+                "4 of 128 columns stay in 16 bits.",
+            ],
+        }
+        if optional
+        else None,
+    }
 
 
 def _layer(dice, index, layers, kinds, outliers, optional):
     return {
-        "layer": index, "name": f"model.layers.{index}",
+        "layer": index,
+        "name": f"model.layers.{index}",
         "sites": [_site(dice, kind, index / layers, outliers and kind.endswith("input"), optional) for kind in kinds],
-        "residual": {"absmax": 80.0 * (1 + index / layers), "rms": 3.0 + index / layers, "kurtosis": 99.0 + 20 * dice.random(), "median": 0.4, "massive": 0},
-    }  # fmt: skip
+        "residual": {
+            "absmax": 80.0 * (1 + index / layers),
+            "rms": 3.0 + index / layers,
+            "kurtosis": 99.0 + 20 * dice.random(),
+            "median": 0.4,
+            "massive": 0,
+        },
+    }
 
 
 def _site(dice, kind, depth, outliers, optional):
@@ -82,24 +157,52 @@ def _site(dice, kind, depth, outliers, optional):
         "NF4": {"output": 20.7, "ordinary": 20.6},
     }
     return {
-        "kind": kind, "modules": KINDS[kind], "channels": 128, "absmax": absmax, "rms": rms, "crest": absmax / rms,
-        "kurtosis": 250 + 90 * dice.random() if outliers else 3.4 + dice.random(), "channel_ratio": 19.3 if outliers else 1.6, "token_ratio": 1.4,
-        "outlier_columns": 4 if outliers else 0, "outlier_share": 0.0213 if outliers else 0.0,
+        "kind": kind,
+        "modules": KINDS[kind],
+        "channels": 128,
+        "absmax": absmax,
+        "rms": rms,
+        "crest": absmax / rms,
+        "kurtosis": 250 + 90 * dice.random() if outliers else 3.4 + dice.random(),
+        "channel_ratio": 19.3 if outliers else 1.6,
+        "token_ratio": 1.4,
+        "outlier_columns": 4 if outliers else 0,
+        "outlier_share": 0.0213 if outliers else 0.0,
         "dims": [
-            {"dim": dim, "count": 980, "share": 0.96, "min": -1.3 * size, "max": -6.2, "mean": -size, "std": 4.1, "absmax": 1.3 * size, "kurtosis": 2.9,
-             "quartiles": [-1.1 * size, -size, -0.9 * size], "one_sided": True} for dim, size in zip(DIMS, MAGNITUDES)
-        ] if outliers else [],
+            {
+                "dim": dim,
+                "count": 980,
+                "share": 0.96,
+                "min": -1.3 * size,
+                "max": -6.2,
+                "mean": -size,
+                "std": 4.1,
+                "absmax": 1.3 * size,
+                "kurtosis": 2.9,
+                "quartiles": [-1.1 * size, -size, -0.9 * size],
+                "one_sided": True,
+            }
+            for dim, size in zip(DIMS, MAGNITUDES)
+        ]
+        if outliers
+        else [],
         "sqnr": sqnr if optional else None,
-    }  # fmt: skip
+    }
 
 
 def _feature(dim, size, rank):
     sign = 1 if rank == 1 else -1
     inner, outer = sorted([sign * 0.9 * size, sign * 1.1 * size])
     return {
-        "dim": dim, "layers_share": 1 - 0.28 * rank, "positions_share": 0.95 - 0.3 * rank, "positions_union": 0.99 - 0.25 * rank, "absmax": 1.3 * size,
-        "quartiles": [inner, sign * size, outer], "one_sided": rank != 2, "outlier": rank < 3,
-    }  # fmt: skip
+        "dim": dim,
+        "layers_share": 1 - 0.28 * rank,
+        "positions_share": 0.95 - 0.3 * rank,
+        "positions_union": 0.99 - 0.25 * rank,
+        "absmax": 1.3 * size,
+        "quartiles": [inner, sign * size, outer],
+        "one_sided": rank != 2,
+        "outlier": rank < 3,
+    }
 
 
 def _table4(outliers, optional):
@@ -120,11 +223,27 @@ def _table4(outliers, optional):
         "quartiles": None,
     }
     measured = {"top1_with": 0.41, "top1_without": 0.2, "perplexity": 25.1}
-    return (row if outliers else none) | (measured if optional else dict.fromkeys(measured)) | {"papers_rows": [
-        {"model": model, "parameters": size, "perplexity": perplexity, "outliers": many, "one_sided": one_sided, "layers_share": layers / 100,
-         "positions_share": positions / 100, "quartiles": list(quartiles), "top1_with": top1 / 100, "top1_without": without / 100}
-        for model, size, perplexity, many, one_sided, layers, positions, quartiles, top1, without in PAPER
-    ]}  # fmt: skip
+    return (
+        (row if outliers else none)
+        | (measured if optional else dict.fromkeys(measured))
+        | {
+            "papers_rows": [
+                {
+                    "model": model,
+                    "parameters": size,
+                    "perplexity": perplexity,
+                    "outliers": many,
+                    "one_sided": one_sided,
+                    "layers_share": layers / 100,
+                    "positions_share": positions / 100,
+                    "quartiles": list(quartiles),
+                    "top1_with": top1 / 100,
+                    "top1_without": without / 100,
+                }
+                for model, size, perplexity, many, one_sided, layers, positions, quartiles, top1, without in PAPER
+            ]
+        }
+    )
 
 
 def _charts(dice, layers, dims, tokens):
@@ -137,13 +256,37 @@ def _charts(dice, layers, dims, tokens):
     ]
     return {
         "heatmap": {
-            "kind": "attention input", "layers": list(range(layers)), "dims": shown,
-            "absmax": [[size.get(d, 3.2) * (0.6 + 0.6 * i / layers + 0.1 * dice.random()) for d in shown] for i in range(layers)],
-            "share": [[min(1, size[d] / 50) * (0.8 + 0.2 * dice.random()) if d in size else 0.0 for d in shown] for i in range(layers)],
+            "kind": "attention input",
+            "layers": list(range(layers)),
+            "dims": shown,
+            "absmax": [
+                [size.get(d, 3.2) * (0.6 + 0.6 * i / layers + 0.1 * dice.random()) for d in shown]
+                for i in range(layers)
+            ],
+            "share": [
+                [min(1, size[d] / 50) * (0.8 + 0.2 * dice.random()) if d in size else 0.0 for d in shown]
+                for i in range(layers)
+            ],
         },
-        "surface": {"layer": layers // 2, "kind": "attention input", "tokens": tokens, "dims": list(range(128)), "values": values},
+        "surface": {
+            "layer": layers // 2,
+            "kind": "attention input",
+            "tokens": tokens,
+            "dims": list(range(128)),
+            "values": values,
+        },
         "histograms": [
-            {"dim": d, "layer": layers // 2, "kind": "attention input", "edges": edges, "quartiles": [-1.1 * size[d], -size[d], -0.9 * size[d]],
-             "counts": [int(900 * 2.718281828 ** (-0.5 * ((edge + 1 + size[d]) / (0.12 * size[d] + 1)) ** 2)) for edge in edges[:-1]]} for d in dims[:3]
+            {
+                "dim": d,
+                "layer": layers // 2,
+                "kind": "attention input",
+                "edges": edges,
+                "quartiles": [-1.1 * size[d], -size[d], -0.9 * size[d]],
+                "counts": [
+                    int(900 * 2.718281828 ** (-0.5 * ((edge + 1 + size[d]) / (0.12 * size[d] + 1)) ** 2))
+                    for edge in edges[:-1]
+                ],
+            }
+            for d in dims[:3]
         ],
-    }  # fmt: skip
+    }
