@@ -23,11 +23,11 @@ def show(result: Evaluation) -> None:
     columns += ["prefill", "decode", "peak memory"] if timed else []
     console.table("", columns, [_cells(row, compared, result.simulated, timed) for row in result.rows])
     if not result.simulated and result.rows[-1].against:
-        _show_comparison(result.rows[-1].against)
+        _show_comparison(result.rows[-1].against, result.rows[0].name)
     if result.simulated:
         console.out(
-            "Methods are simulated; bits/weight is of the linear layers, and change that of perplexity against fp32. Ordinary "
-            "columns are those without an outlier."
+            f"Methods simulated in {result.model}. bits/weight is of the linear layers; change, of perplexity against fp32; "
+            "ordinary columns are those without an outlier."
         )
     for sentence in [*result.protocol.sentences(), *result.notes]:
         console.out(sentence)
@@ -52,12 +52,12 @@ def _cells(row: Row, compared: bool, simulated: bool, timed: bool) -> list[str]:
     return cells
 
 
-def _show_comparison(found: Comparison) -> None:
+def _show_comparison(found: Comparison, base: str) -> None:
     kl = found.divergence
     rows = [
-        ("KL divergence, mean", _estimate(kl.mean)),
+        ("KL divergence (nats), mean", _estimate(kl.mean)),
         *[
-            (f"KL divergence, {name}", _number(value))
+            (f"KL divergence (nats), {name}", _number(value))
             for name, value in (
                 ("median", kl.median), ("90%", kl.percentile_90), ("95%", kl.percentile_95), ("99%", kl.percentile_99),
                 ("99.9%", kl.percentile_99_9), ("maximum", kl.maximum),
@@ -70,7 +70,7 @@ def _show_comparison(found: Comparison) -> None:
         ("change of the right token's probability, mean", _estimate(found.probability_change, percent=True)),
         ("change of the right token's probability, RMS", _estimate(found.probability_rms_change, percent=True)),
     ]  # fmt: skip
-    console.table("against the base", ("", "in nats, or as said"), rows)
+    console.table("", (f"against {base}", "value"), rows)
 
 
 def _change(against: Comparison) -> str:
@@ -94,7 +94,9 @@ def _estimate(estimate: Estimate, percent: bool = False, sign: bool = False) -> 
     plus = "+" if sign else ""
     if not (math.isfinite(error) and error > 0 and math.isfinite(value)):
         return f"{value:{plus}.4g}{unit}"
-    places = min(max(1 - math.floor(math.log10(error)), 0), 8)
+    if max(abs(value), error) < 1e-4:
+        return f"{value:{plus}.2e}{unit} ± {error:.1e}{unit}"
+    places = max(1 - math.floor(math.log10(error)), 0)
     return f"{value:{plus}.{places}f}{unit} ± {error:.{places}f}{unit}"
 
 
@@ -108,7 +110,8 @@ def check_csv(path: Path) -> None:
 def write_csv(result: Evaluation, path: Path) -> None:
     """Writes a line for each row, in place of `path` once it is whole. Raises UsageError."""
     summary = result.summary()
-    flat = [dict(_flat({**summary["protocol"], **row})) for row in summary["rows"]]
+    common = {"model": result.model, **summary["protocol"]}
+    flat = [dict(_flat(common | row)) for row in summary["rows"]]
     names = list(dict.fromkeys(name for row in flat for name in row))
     partial = path.with_name(f"{path.name}.partial")
     try:

@@ -44,8 +44,9 @@ def evaluate(
     `against` names a base to compare it with, token by token; both read what the tokenizer of `model` makes of the text.
     `methods`, "all" or names of qcli.simulation, compares simulated methods with the unquantized model. `speed` also loads
     whole models and times them. `dtype` auto is each checkpoint's own, and float32 with `methods`, so that what a method costs
-    is not mixed with the rounding of sums. Blocks are streamed: memory holds one block, and of each token, for each model or
-    method, a vector of hidden states. `progress(total, done)` gives a context manager with advance(bytes, name).
+    is not mixed with the rounding of sums. Blocks are streamed: memory holds one block (with `methods`, a rounded copy too)
+    and of each token, for each model or method, a vector of hidden states. `progress(total, done)` gives a context manager
+    with advance(bytes, name).
 
     Raises UsageError, CheckpointError, HubError, DeviceError; NonFiniteError where logits are not finite.
     """
@@ -77,7 +78,8 @@ def evaluate(
             rows = _simulated(skeleton, chosen, corpus, shown.advance)
         else:
             rows = _measured(skeletons, corpus, shown.advance)
-    result = Evaluation(protocol, rows, simulated=bool(chosen))
+    source = skeleton.source
+    result = Evaluation(source.label, source.revision, protocol, rows, simulated=bool(chosen))
     if base is not None and base.dtype != skeleton.dtype:
         result.notes.append(f"{base.source.label} is computed in {str(base.dtype).removeprefix('torch.')}")
     if speed:

@@ -74,9 +74,11 @@ class Row:
 
 @dataclass
 class Evaluation:
-    """`rows` begin with the base, where there is one: BASE of --against, or the unquantized model of --methods, whose other
-    rows are `simulated`."""
+    """What was measured of `model`. `rows` begin with the base, where there is one: that of --against, or the unquantized model
+    of --methods, whose rows are `simulated`."""
 
+    model: str
+    revision: str | None  # on the hub
     protocol: Protocol
     rows: list[Row]
     simulated: bool = False
