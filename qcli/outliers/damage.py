@@ -18,7 +18,7 @@ METHODS = {  # the name in tables -> the simulation
     "LLM.int8()": "LLM.int8()",
     "NF4": "NF4+DQ",
 }
-SAMPLE_TOKENS = 1024  # windows are taken until they hold so many
+SAMPLE_TOKENS = 512  # at whose outputs rounding is measured; windows are taken until they hold so many
 
 
 @dataclass
@@ -65,30 +65,36 @@ class SampleOf:
         self, modules: Mapping[str, nn.Module], simulations: Mapping, threshold: float
     ) -> dict[str, Damage] | None:
         """Each method's damage over all `modules`, by the method's name in tables; None where none of them has a weight
-        [out_features, in_features], as fused experts have not. Weights must be loaded."""
+        [out_features, in_features], as fused experts have not. Weights must be loaded.
+
+        Activations are rounded sequence by sequence; outputs are taken of every few tokens, SAMPLE_TOKENS in all.
+        """
+        weights = [weight for module in modules.values() if (weight := weight_of(module)) is not None]
+        if not weights:
+            return None
         found = {name: Damage() for name in simulations}
         sequences = [x.float() for _, x in sorted(self._sequences.items())]
         outliers = [(x.abs() >= threshold).any(0) for x in sequences]
-        weights = [weight for module in modules.values() if (weight := weight_of(module)) is not None]
+        step = -(-sum(len(x) - self.prefix for x in sequences) // SAMPLE_TOKENS)
         for weight in weights:
             wide = weight.float()
-            whole = [_parts(x, wide, o) for x, o in zip(sequences, outliers)]
+            whole = [_parts(x[self.prefix :: step], wide, o) for x, o in zip(sequences, outliers)]
             for name, simulation in simulations.items():
                 prepared = simulation.weight(weight)
-                for x, outlier, (y, ordinary) in zip(sequences, outliers, whole):
+                for x, outlier, parts in zip(sequences, outliers, whole):
                     rounded, kept = prepared.activations(x)
-                    y_, ordinary_ = _parts(rounded, prepared.weight_for(kept), outlier)
-                    self._note(found[name], y, y_, ordinary, ordinary_)
-        return found if weights else None
+                    _note(found[name], parts, _parts(rounded[self.prefix :: step], prepared.weight_for(kept), outlier))
+        return found
 
-    def _note(self, damage: Damage, y, y_, ordinary, ordinary_) -> None:
-        def power(x: torch.Tensor) -> float:
-            return x[self.prefix :].double().square().sum().item()
 
-        damage.signal += power(y)
-        damage.error += power(y - y_)
-        damage.ordinary_signal += power(ordinary)
-        damage.ordinary_error += power(ordinary - ordinary_)
+def _note(damage: Damage, whole: tuple[torch.Tensor, torch.Tensor], rounded: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def power(x: torch.Tensor) -> float:
+        return x.square().sum(dtype=torch.float64).item()
+
+    damage.signal += power(whole[0])
+    damage.error += power(whole[0] - rounded[0])
+    damage.ordinary_signal += power(whole[1])
+    damage.ordinary_error += power(whole[1] - rounded[1])
 
 
 def _parts(x: torch.Tensor, weight: torch.Tensor, outlier: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

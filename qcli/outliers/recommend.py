@@ -1,10 +1,13 @@
 """Which method, threshold and modules the measurements speak for. Every sentence gives the numbers that it follows from."""
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 
+from qcli.errors import UsageError
 from qcli.outliers import paper
 from qcli.outliers.damage import Damage
 from qcli.outliers.features import Feature
@@ -69,6 +72,26 @@ def recommend(
     return Recommendation(
         method, threshold if method == "llm-int8" else None, skip, shlex.join(command), shlex.join(other), [s for s in why if s]
     )  # fmt: skip
+
+
+def read_skip(path: Path) -> list[str]:
+    """The modules that a report written by `qcli inspect-outliers --json` recommends to keep in 16 bits. Raises UsageError."""
+    hint = "Make it with: qcli inspect-outliers MODEL --json > REPORT.json"
+    try:
+        report = json.loads(path.read_bytes())
+    except OSError as e:
+        raise UsageError(f"cannot read the report {path}: {e.strerror}", hint) from e
+    except ValueError as e:
+        raise UsageError(f"{path} is not valid JSON: {e}", hint) from None
+    found = report.get("format") if isinstance(report, dict) else None
+    if found != "qcli-outliers":
+        raise UsageError(
+            f"{path} is no report of inspect-outliers: its format is {found!r}, expected 'qcli-outliers'", hint
+        )
+    recommendation = report.get("recommendation")
+    if recommendation is None:
+        raise UsageError(f"{path} holds no recommendation: the model that it is of was quantized already", hint)
+    return list(recommendation["skip"])
 
 
 def _median(sites: Sequence[SiteMeasure], method: str) -> float | None:
