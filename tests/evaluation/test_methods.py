@@ -54,7 +54,7 @@ def test_layers_are_replaced_while_their_variant_passes_and_no_longer():
     assert len(layers) == 7 and len(methods.linears) == 42
     x = torch.randn(1, 5, 128)
     whole = layers["mlp.up_proj"](x).detach()
-    with methods.variant(block, "NF4"):
+    with torch.inference_mode(), methods.variant(block, "NF4"):
         assert all("forward" in layer.__dict__ for layer in layers.values())
         rounded = layers["mlp.up_proj"](x)
     assert torch.equal(layers["mlp.up_proj"](x), whole) and not torch.equal(rounded, whole)
