@@ -7,10 +7,10 @@ from pathlib import Path
 from qcli import simulation
 from qcli.checkpoint.linears import Linear
 from qcli.checkpoint.source import Source
-from qcli.corpus import Corpus, read_windows
+from qcli.corpus import Corpus, Window, read_windows
 from qcli.errors import UsageError
 from qcli.evaluation.methods import Methods, Rounding, quantizable
-from qcli.evaluation.passes import Advance, Form, Reading, score
+from qcli.evaluation.passes import Advance, Form, Reading, goes, score_all
 from qcli.evaluation.result import Evaluation, Protocol, Row
 from qcli.evaluation.speed import Speed, measure
 from qcli.evaluation.statistics import comparison, perplexity
@@ -45,7 +45,8 @@ def evaluate(
     `methods`, "all" or names of qcli.simulation, compares simulated methods with the unquantized model. `speed` also loads
     whole models and times them. `dtype` auto is each checkpoint's own, and float32 with `methods`, so that what a method costs
     is not mixed with the rounding of sums. Blocks are streamed: memory holds one block (with `methods`, a rounded copy too)
-    and of each token, for each model or method, a vector of hidden states. `progress(total, done)` gives a context manager
+    and the hidden states of as many tokens, for each model or method, as HIDDEN_BYTES holds; more are read in several goes.
+    `progress(total, done)` gives a context manager
     with advance(bytes, name).
 
     Raises UsageError, CheckpointError, HubError, DeviceError; NonFiniteError where logits are not finite.
@@ -72,7 +73,7 @@ def evaluate(
     )
     protocol = Protocol.of(corpus, str(skeleton.dtype).removeprefix("torch."), skeleton.device.type)
     skeletons = [s for s in (base, skeleton) if s is not None]
-    total = sum(Reading.work(s) for s in skeletons)
+    total = sum(Reading.work(s) for s in skeletons) * len(goes(skeletons, corpus.windows, max(len(chosen), 1)))
     with progress(total, 0) if progress else nullcontext(_Silent()) as shown:
         if chosen:
             rows = _simulated(skeleton, chosen, corpus, shown.advance)
@@ -120,9 +121,13 @@ def _check_same_tokens(model: Skeleton, base: Skeleton) -> None:
 
 def _measured(skeletons: Sequence[Skeleton], corpus: Corpus, advance: Advance) -> list[Row]:
     """The model, after its base where there is one."""
-    forms = [Form(s.source.label, Reading(s, corpus.windows, advance)) for s in skeletons]
-    of_base, others = score(forms[0] if len(forms) > 1 else None, forms[-1:], corpus.windows)
-    scores = [of_base, *others] if of_base else others
+
+    def read(windows: Sequence[Window], before: int) -> tuple[Form | None, list[Form]]:
+        forms = [Form(s.source.label, Reading(s, windows, advance), before=before) for s in skeletons]
+        return forms[0] if len(forms) > 1 else None, forms[-1:]
+
+    scores = score_all(goes(skeletons, corpus.windows), read)
+    of_base = scores[0] if len(scores) > 1 else None
     rows = []
     for skeleton, scored in zip(skeletons, scores):
         source, linears = skeleton.source, quantizable(skeleton)
@@ -135,11 +140,14 @@ def _measured(skeletons: Sequence[Skeleton], corpus: Corpus, advance: Advance) -
 def _simulated(skeleton: Skeleton, methods: Sequence[Simulation], corpus: Corpus, advance: Advance) -> list[Row]:
     """The unquantized model, and every method compared with it."""
     observer, names = Methods(skeleton, methods), [method.name for method in methods]
-    # Each window is a call of its own: what is "the tensor" to a method is then one sequence, whatever shape a layer sees.
-    reading = Reading(skeleton, corpus.windows, advance, variants=names, observer=observer, alone=True)
-    label = skeleton.source.label
-    forms = [Form(f"{label}, {name}", reading, name) for name in names]
-    of_base, others = score(forms[0], forms[1:], corpus.windows)
+
+    def read(windows: Sequence[Window], before: int) -> tuple[Form, list[Form]]:
+        # Each window is a call of its own: what is "the tensor" to a method is then one sequence, whatever shape a layer sees.
+        reading = Reading(skeleton, windows, advance, variants=names, observer=observer, alone=True)
+        forms = [Form(f"{skeleton.source.label}, {name}", reading, name, before) for name in names]
+        return forms[0], forms[1:]
+
+    of_base, *others = score_all(goes([skeleton], corpus.windows, len(names)), read)
     whole = sum(info.nbytes for _, info in skeleton.source.tensors.values())
     rest = whole - _linear_bytes(skeleton.source, observer.linears)
     count = sum(x.out_features * x.in_features for x in observer.linears)

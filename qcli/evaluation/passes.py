@@ -19,11 +19,30 @@ from qcli.streaming.units import Unit
 Advance = Callable[[int, str], None]
 
 _LOGITS = 1 << 24  # at a time, unless 16 tokens have more
+HIDDEN_BYTES = 2 << 30  # of hidden states that wait together; what has more is read in several goes
 
 
 def weight_bytes(unit: Unit) -> int:
     """Bytes of a unit's weights in memory, by which progress is counted."""
     return sum(p.numel() * p.element_size() for p in unit.module.parameters())
+
+
+def goes(skeletons: Sequence[Skeleton], windows: Sequence[Window], variants: int = 1) -> list[Sequence[Window]]:
+    """The windows in as few runs as HIDDEN_BYTES allows: every model's weights are read once for each of them.
+
+    A token's hidden state waits twice: as what the model began with, which transformers keeps, and as what a block has made.
+    """
+    width = sum(2 * s.model.config.get_text_config(decoder=True).hidden_size * s.dtype.itemsize for s in skeletons)
+    found: list[list[Window]] = []
+    room = 0
+    for window in windows:
+        size = len(window.ids) * width * variants
+        if size > room or not found:
+            found.append([])
+            room = HIDDEN_BYTES
+        found[-1].append(window)
+        room -= size
+    return found
 
 
 class Reading:
@@ -101,11 +120,12 @@ class _Counting(Observer):
 
 @dataclass(frozen=True)
 class Form:
-    """A model, or a variant of one, after its reading. `name` is for messages."""
+    """A model, or a variant of one, after its reading. `name` is for messages, and so is `before`: windows of goes before."""
 
     name: str
     reading: Reading
     variant: str = ""
+    before: int = 0
 
     def tell(
         self, scores: TokenScores, start: int, window: int, ids: torch.Tensor, first: int, base: torch.Tensor | None
@@ -117,7 +137,8 @@ class Form:
         broken = ~np.isfinite(scores.loss[start : start + len(ids)])
         if broken.any():
             raise NonFiniteError(
-                f"{self.name}: the logits for token {first + 1 + int(broken.argmax())} of window {window + 1} are not finite; "
+                f"{self.name}: the logits for token {first + 1 + int(broken.argmax())} of window "
+                f"{self.before + window + 1} are not finite; "
                 f"{self.reading.where_broken(self.variant)}",
                 "Try --dtype float32; where that does not help, a weight is damaged.",
             )
@@ -153,3 +174,17 @@ def score(
     for reading in readings:
         reading.skeleton.unload(reading.head.unit)
     return of_base, scores
+
+
+def score_all(
+    goes: Sequence[Sequence[Window]], read: Callable[[Sequence[Window], int], tuple[Form | None, Sequence[Form]]]
+) -> list[TokenScores]:
+    """`score` of one go after another, and what they found joined: the base first, where there is one. `read(windows, before)`
+    runs the models and returns (base, others)."""
+    parts, before = [], 0
+    for windows in goes:
+        base, others = read(windows, before)
+        of_base, of_others = score(base, others, windows)
+        parts.append([of_base, *of_others] if of_base else of_others)
+        before += len(windows)
+    return [TokenScores.joined(found) for found in zip(*parts)]

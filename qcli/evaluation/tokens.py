@@ -4,6 +4,8 @@ Logits come in chunks, in any order, and are not kept; what is kept of a token i
 statistics are the same to the bit however the logits were cut. Softmax and sums over the vocabulary are in float64.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -24,6 +26,16 @@ class TokenScores:
         self.loss = np.full(count, np.nan)
         self.divergence = np.full(count, np.nan) if compared else None
         self.agrees = np.zeros(count, dtype=bool) if compared else None
+
+    @classmethod
+    def joined(cls, parts: Sequence["TokenScores"]) -> "TokenScores":
+        """The tokens of several, one after another."""
+        whole = cls(0)
+        whole.loss = np.concatenate([part.loss for part in parts])
+        if parts[0].divergence is not None:
+            whole.divergence = np.concatenate([part.divergence for part in parts])
+            whole.agrees = np.concatenate([part.agrees for part in parts])
+        return whole
 
     def tell(self, first: int, logits: torch.Tensor, targets: torch.Tensor, base: torch.Tensor | None = None) -> None:
         """Notes the tokens from number `first` on: logits [tokens, vocabulary] that predicted them, the ids [tokens] that came,

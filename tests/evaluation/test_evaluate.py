@@ -261,3 +261,16 @@ def test_speed_and_memory_of_what_runs(long_text):
         assert speeds[name].prefill > 0 and speeds[name].decode > 0 and speeds[name].prompt_tokens == 61
         assert speeds[name].peak_memory > speeds[name].weights
     assert np.isclose(speeds["fp32"].weights, 2 * 1_369_728, rtol=0.01)
+
+
+@pytest.mark.parametrize("options", [{"methods": "LLM.int8(),NF4"}, {"against": str(DEMO)}])
+def test_a_text_read_in_several_goes_gives_the_same(monkeypatch, stories, options):
+    """Hidden states that do not fit together wait in several goes; every token is scored once all the same."""
+    arguments = {"text": stories, "tokens": 600, "device": "cpu", "dtype": "float32", **options}
+    expected = qcli.evaluate(str(DEMO), **arguments).summary()
+    monkeypatch.setattr("qcli.evaluation.passes.HIDDEN_BYTES", 500_000)
+    found = qcli.evaluate(str(DEMO), **arguments).summary()
+    assert found["protocol"] == expected["protocol"]
+    for ours, theirs in zip(found["rows"], expected["rows"]):
+        assert ours["quality"]["tokens"] == theirs["quality"]["tokens"]
+        assert ours["quality"]["loss"]["value"] == pytest.approx(theirs["quality"]["loss"]["value"], rel=1e-6)
