@@ -44,7 +44,7 @@ def draw(report: dict, path: Path) -> None:
     installed or the file cannot be written.
     """
     check(path)
-    import matplotlib
+    import matplotlib.style
     from matplotlib.figure import Figure
 
     settings = {
@@ -54,7 +54,7 @@ def draw(report: dict, path: Path) -> None:
         "svg.hashsalt": "qcli",
         "svg.fonttype": "none",
     }
-    with matplotlib.rc_context(settings):
+    with matplotlib.style.context(["default", settings]):  # whatever the user's own style is
         figure = Figure(figsize=(16, 12), dpi=100, layout="constrained")  # no window system, no global state
         figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
         model, text = report["model"], report["text"]

@@ -10,7 +10,7 @@ from qcli.errors import QcliError
 
 # One script: each file may use what those before it define.
 _SCRIPTS = (
-    "document.js", "plot.js", "where.js", "layers.js", "simulation.js", "simulation_view.js", "page.js",
+    "document.js", "plot.js", "paper.js", "where.js", "layers.js", "simulation.js", "simulation_view.js", "page.js",
 )  # fmt: skip
 
 
@@ -29,9 +29,8 @@ def page(report: dict) -> str:
     check()
     from plotly.offline import get_plotlyjs
 
-    data = json.dumps(
-        _lean(report), allow_nan=False, separators=(",", ":")
-    )  # ASCII: a lone surrogate of a broken token stays an escape
+    # ASCII, so that a lone surrogate of a broken token stays an escape.
+    data = json.dumps(_lean(report), allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
     parts = {
