@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import warnings
 from pathlib import Path
 
 from qcli.errors import QcliError, UsageError
@@ -58,9 +59,10 @@ def draw(report: dict, path: Path) -> None:
         figure = Figure(figsize=(16, 12), dpi=100, layout="constrained")  # no window system, no global state
         figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
         model, text = report["model"], report["text"]
+        outliers = f"{report['table4']['outliers']} of {model['hidden_size']} dimensions"
         figure.suptitle(
-            f"Outlier features of {model['name']}: {report['table4']['outliers']} of {model['hidden_size']} dimensions"
-            f"\n{text['tokens']:,} positions of {text['name']}, threshold {report['threshold']:g}",
+            f"Outlier features of {_printable(model['name'])}: {outliers}\n"
+            f"{text['tokens']:,} positions of {_printable(text['name'])}, threshold {report['threshold']:g}",
             fontsize=16,
             parse_math=False,  # a name may hold a dollar sign
         )
@@ -72,8 +74,15 @@ def draw(report: dict, path: Path) -> None:
         drawn = io.BytesIO()
         kind = path.suffix.lower()[1:]
         undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same report, the same bytes
-        figure.savefig(drawn, format=kind, metadata=undated[kind])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # the picture shows a box for it
+            figure.savefig(drawn, format=kind, metadata=undated[kind])
     write_whole(path, drawn.getvalue())
+
+
+def _printable(name: str) -> str:
+    """Of a name what fonts and XML can hold: neither control characters nor halves of surrogate pairs."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in name)
 
 
 def _heatmap(figure, panel, report: dict) -> None:

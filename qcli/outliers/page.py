@@ -34,7 +34,7 @@ def page(report: dict) -> str:
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
     parts = {
-        "title": html.escape(f"Outliers of {report['model']['name']}"),
+        "title": html.escape(f"Outliers of {report['model']['name']}").encode("ascii", "xmlcharrefreplace").decode(),
         "style": _asset("page.css"),
         "plotly": get_plotlyjs(),
         "report": data,

@@ -62,8 +62,12 @@ def test_any_depth_and_any_sites(tmp_path, options):
     assert ("attention output" in shown) == ("kinds" not in options)
 
 
-def test_a_name_is_taken_as_it_is(tmp_path):
-    assert any("of $x^2$ <b>: 3" in text for text in texts(demo_report(name="$x^2$ <b>"), tmp_path))
+@pytest.mark.parametrize(
+    ("name", "shown"), [("$x^2$ <b>", "$x^2$ <b>"), ("\u6a21\u578b", "\u6a21\u578b"), ("a\x07\udc80", "a\ufffd\ufffd")]
+)
+def test_any_name_can_be_drawn(tmp_path, name, shown):
+    assert any(f"of {shown}: 3" in text for text in texts(demo_report(name=name), tmp_path))
+    draw(demo_report(name=name), tmp_path / "figure.png")
 
 
 @pytest.mark.parametrize(("name", "found"), [("figure.jpg", "not .jpg"), ("figure", "no suffix")])

@@ -35,16 +35,17 @@ function heatmap(report) {
   const bar = (title, more) => ({ title: { text: title, side: "top" }, thickness: 12, outlinewidth: 0, ...more });
   const height = Math.min(720, 130 + Math.max(14 * dims.length, 90));
   const magnitudes = () => {
+    const low = Math.log10(report.threshold / 20);
     const high = Math.log10(Math.max(...absmax.flat(), 1.1 * report.threshold));
     const ticks = [0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000].filter(
-      (tick) => tick <= 10 ** high,
+      (tick) => tick >= 10 ** low && tick <= 10 ** high,
     );
     return {
       ...base,
-      z: across(absmax).map((row) => row.map((value) => Math.log10(Math.max(value, 0.3)))),
-      zmin: Math.log10(0.3),
+      z: across(absmax).map((row) => row.map((value) => Math.max(Math.log10(value), low))),
+      zmin: low,
       zmax: high,
-      colorscale: magnitudeScale(Math.log10(0.3), Math.log10(report.threshold), high),
+      colorscale: magnitudeScale(low, Math.log10(report.threshold), high),
       colorbar: bar("absmax", { tickvals: ticks.map(Math.log10), ticktext: ticks.map(short) }),
     };
   };
@@ -199,7 +200,7 @@ function surface(report) {
           aspectmode: "manual",
           aspectratio: narrow.matches ? { x: 1.1, y: 1, z: 0.6 } : { x: 2, y: 1.2, z: 0.8 },
           camera: {
-            eye: narrow.matches ? { x: 0.85, y: -2.1, z: 1 } : { x: 0.7, y: -1.9, z: 0.9 },
+            eye: narrow.matches ? { x: 0.95, y: -2.4, z: 1.1 } : { x: 0.7, y: -1.9, z: 0.9 },
             center: { x: 0, y: 0, z: -0.15 },
           },
         },
