@@ -4,12 +4,20 @@ Each story is a chain of random choices: who, where, what was found, who came by
 earlier choices (names, pronouns, the thing and the place), so a model must look back to predict them. Every choice adds
 its surprise to `Story.nats`: the sum is what an ideal reader who knows the grammar pays for the whole text, and divided by
 the number of tokens it bounds the loss of any model on this text from below, in expectation.
+
+    python examples/stories.py > examples/stories.jsonl
+
+writes stories that the demo model's training never saw, each a JSON object {"text": ...} on a line of its own. A seed and a
+count may follow the script's name.
 """
 
+import json
 import math
 import random
+import sys
 from dataclasses import dataclass
 
+HELD_OUT_SEED, HELD_OUT_COUNT = 2, 120
 ANIMALS = (
     "fox", "rabbit", "bear", "mouse", "owl", "hedgehog", "frog", "badger", "duck", "goat", "squirrel", "otter", "mole", "cat",
     "turtle", "crow",
@@ -128,8 +136,11 @@ def stories(seed: int, count: int) -> list[Story]:
     return told
 
 
-if __name__ == "__main__":
-    import sys
+def main(seed: str | int = HELD_OUT_SEED, count: str | int = HELD_OUT_COUNT) -> None:
+    """Prints the stories as JSON lines."""
+    for story in stories(int(seed), int(count)):
+        print(json.dumps({"text": story.text}))
 
-    for story in stories(int(sys.argv[1]) if len(sys.argv) > 1 else 0, 3):
-        print(f"[{story.nats:.1f} nats]\n{story.text}\n")
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

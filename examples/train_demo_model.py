@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 import torch
-from stories import stories
+from stories import HELD_OUT_SEED, stories
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -36,7 +36,7 @@ LEAN = 4.0
 OFF_CENTRE = 0.06  # three standard deviations of an embedding
 HIDDEN = 128
 BLOCK = 64  # weights that share a scale in NF4
-TRAIN_SEED, HELD_OUT_SEED, MODEL_SEED = 1, 2, 3
+TRAIN_SEED, MODEL_SEED = 1, 3
 VOCABULARY = 704
 SEQUENCE = 136  # all of nearly every story
 BATCH = 24

@@ -11,9 +11,14 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0.0.0"
 
-_EXPORTS = {"quantize": "qcli.quantization", "load": "qcli.model", "QcliError": "qcli.errors"}
+_EXPORTS = {
+    "quantize": "qcli.quantization",
+    "load": "qcli.model",
+    "evaluate": "qcli.evaluation.evaluate",
+    "QcliError": "qcli.errors",
+}
 
-__all__ = ["QcliError", "__version__", "load", "quantize"]
+__all__ = ["QcliError", "__version__", "evaluate", "load", "quantize"]
 
 
 def __getattr__(name: str):

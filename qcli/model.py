@@ -5,7 +5,6 @@ without bitsandbytes; an unquantized one can be quantized as it is read, one wei
 model never exists in memory.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,13 +15,13 @@ import transformers
 from qcli import methods, out_of_memory
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.linears import Layout, find_linears
-from qcli.checkpoint.safetensors_file import read_into
-from qcli.checkpoint.source import Source, open_source
+from qcli.checkpoint.source import Source
 from qcli.devices import place
 from qcli.errors import CheckpointError, UsageError
 from qcli.nn import Linear8bit
-from qcli.quantizer import NAME, PARTS_4BIT, LoadingStopped, NoRoom, QcliConfig
+from qcli.quantizer import LoadingStopped, NoRoom, QcliConfig
 from qcli.settings import one_of
+from qcli.stored import open_checkpoint, read_stored
 
 
 def load(
@@ -50,18 +49,11 @@ def load(
     """
     one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
     placement = place(device, device_map, max_memory)
-    source = open_source(model, revision, trust_remote_code=trust_remote_code)
-    if source.problems:
-        raise CheckpointError(f"{model}: {source.problems[0]}", "Fetch the model again.")
+    source = open_checkpoint(model, revision, trust_remote_code)
     stored = source.config.get("quantization_config")
     wanted = methods.method_name(bits, method) if bits is not None or method is not None else None
     if stored and wanted:
         raise CheckpointError(f"{model} is quantized already", "Leave out --bits and --method.")
-    if stored and stored.get("quant_method", "bitsandbytes") != "bitsandbytes":
-        raise CheckpointError(
-            f"{model} is quantized by {stored['quant_method']}, which qcli does not run; it runs bitsandbytes' format",
-            "Load it with transformers.",
-        )
     files = [source.place.weights(file) for file in source.files]
     for name in source.extra_files:
         source.extra_path(name)
@@ -71,15 +63,15 @@ def load(
     def layout() -> Layout:
         return find_linears(source, trust_remote_code=trust_remote_code)
 
-    with _quiet():
+    with quiet():
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if stored:
-            config.quantization_config = _read_stored(source, layout(), stored, dtype)
+            config.quantization_config = read_stored(source, layout(), stored, dtype)
         elif wanted:
             options["quantization_config"] = QcliConfig(method=wanted)
         try:
-            loaded, info = _model_class(config, trust_remote_code).from_pretrained(
+            loaded, info = model_class(config, trust_remote_code).from_pretrained(
                 folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True,
                 trust_remote_code=trust_remote_code, use_safetensors=files[0].suffix == ".safetensors",
                 **placement.arguments(), **options,
@@ -94,7 +86,7 @@ def load(
             split = device_map is not None
             raise out_of_memory.while_loading(source, layout(), wanted, dtype, free, split) from e
         _check_complete(model, info)
-        tokenizer = _tokenizer(source, trust_remote_code)
+        tokenizer = read_tokenizer(source, trust_remote_code)
     if not int8_activations:
         _keep_activations(model, loaded)
     return loaded.eval(), tokenizer
@@ -111,7 +103,7 @@ def _keep_activations(label: str, loaded: torch.nn.Module) -> None:
         module.activations_in_int8 = False
 
 
-def _model_class(config, trust_remote_code: bool):
+def model_class(config, trust_remote_code: bool):
     name = (getattr(config, "architectures", None) or [None])[0]
     known = getattr(transformers, name, None) if name else None
     if known is not None and not (trust_remote_code and getattr(config, "auto_map", None)):
@@ -119,7 +111,7 @@ def _model_class(config, trust_remote_code: bool):
     return transformers.AutoModelForCausalLM
 
 
-def _tokenizer(source: Source, trust_remote_code: bool):
+def read_tokenizer(source: Source, trust_remote_code: bool):
     if not any(n.startswith(("tokenizer", "vocab", "spiece")) or n.endswith(".tiktoken") for n in source.extra_files):
         return None
     try:
@@ -146,7 +138,7 @@ def _check_complete(label: str, info: dict) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps transformers' bars and advice, and accelerate's, off while it loads."""
     models, hooks = transformers.utils.logging, logging.getLogger("accelerate")
     verbosity, level, bars = models.get_verbosity(), hooks.level, models.is_progress_bar_enabled()
@@ -160,69 +152,3 @@ def _quiet() -> Iterator[None]:
         hooks.setLevel(level)
         if bars:
             models.enable_progress_bar()
-
-
-def _read_stored(source: Source, layout: Layout, stored: dict, dtype: str) -> dict:
-    """What our quantizer must know of a bitsandbytes checkpoint: each quantized module's scheme and stored shapes."""
-    modules, problems = {}, []
-    for tensor, linear in layout.linears.items():
-        base = tensor.removesuffix("weight")
-        if f"{base}SCB" in source.tensors:
-            names = {"weight": tensor, "SCB": f"{base}SCB", "weight_format": f"{base}weight_format"}
-            spec = {"bits": 8, "in_features": linear.in_features, "out_features": linear.out_features}
-        else:
-            states = (f"{tensor}.quant_state.bitsandbytes__{name}" for name in ("nf4", "fp4"))
-            state = next((name for name in states if name in source.tensors), None)
-            if state is None:
-                continue
-            quant_state = _read_json(source, state)
-            names = {"weight": tensor, "weight_quant_state": state}
-            names |= {f"weight_{part}": f"{tensor}.{part}" for part in PARTS_4BIT}
-            nested = "nested_offset" in quant_state
-            required = PARTS_4BIT if nested else PARTS_4BIT[:2]
-            problems += [f"{tensor}.{p}" for p in required if f"{tensor}.{p}" not in source.tensors]
-            out_features, in_features = quant_state["shape"]
-            spec = {
-                "bits": 4, "in_features": in_features, "out_features": out_features, "quant_type": quant_state["quant_type"],
-                "block_size": quant_state["blocksize"], "nested_offset": quant_state.get("nested_offset"),
-            }  # fmt: skip
-        spec["tensors"] = {
-            attribute: [source.tensors[name][1].dtype, list(source.tensors[name][1].shape)]
-            for attribute, name in names.items()
-            if name in source.tensors
-        }
-        modules[linear.module] = spec
-    if problems:
-        raise CheckpointError(
-            f"{source.label} lacks {len(problems)} tensors that its quantized weights need: {', '.join(problems[:5])}",
-            "Fetch or quantize the model again.",
-        )
-    left = [
-        m for m in layout.candidates if m not in modules and not layout.skipped(m, stored.get("llm_int8_skip_modules"))
-    ]
-    if left:
-        raise CheckpointError(
-            f"{source.label}: the config calls {len(left)} modules quantized which are stored unquantized: {', '.join(left[:5])}",
-            "Quantize the model again.",
-        )
-    compute = stored.get("bnb_4bit_compute_dtype") or "float32" if dtype == "auto" else dtype
-    return {
-        "quant_method": NAME,
-        "modules": modules,
-        "compute_dtype": compute,
-        "threshold": float(stored.get("llm_int8_threshold", 6.0)),
-    }
-
-
-def _read_json(source: Source, name: str) -> dict:
-    file, info = source.tensors[name]
-    data = bytearray(info.nbytes)
-    with source.open(file) as fd:
-        read_into(fd, info.start, memoryview(data))
-    try:
-        state = json.loads(data)
-        return {key: state[key] for key in ("quant_type", "blocksize", "dtype", "shape")} | state
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(
-            f"{source.label}: {name} holds no valid quant_state", "Quantize the model again."
-        ) from None

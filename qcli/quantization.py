@@ -73,7 +73,7 @@ def make_plan(
         raise PlanError(source.label, source.problems)
     layout = find_linears(source, trust_remote_code=trust_remote_code, rules=rest_.modules == "rules")
     problems, notes = [], list(layout.notes)
-    code = _model_dtype(source, dtype)
+    code = model_dtype(source, dtype)
     compute = rest_.compute_dtype
     if compute == "auto":
         compute = "bfloat16" if code == "F32" else dtypes.TORCH_NAMES[code]
@@ -122,7 +122,7 @@ def _straddling_note(linears: list, method) -> list[str]:
     ]
 
 
-def _model_dtype(source, dtype: str) -> str:
+def model_dtype(source, dtype: str) -> str:
     """The safetensors code of the output's dtype: as asked, else the config's, else that of most of the weights."""
     if dtype != "auto":
         return dtypes.CODES[dtype]

@@ -1,5 +1,8 @@
 """A result file that is there whole or not at all."""
 
+import csv
+import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qcli.checkpoint.staging import write_file
@@ -12,6 +15,15 @@ def check_place(path: Path) -> None:
         raise QcliError(f"{path} is a folder, not a file", "Name a file in it.")
     if not path.parent.is_dir():
         raise QcliError(f"{path} cannot be written: there is no folder {path.parent}", f"mkdir -p {path.parent}")
+
+
+def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
+    """The lines of a CSV file, UTF-8; None is an empty cell."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -23,7 +23,7 @@ class HubServer:
     def __init__(self):
         self.repos: dict[str, Path] = {}
         self.gated: set[str] = set()
-        self.ignore_ranges = False
+        self.without_ranges: set[str] = set()  # repos whose files are always sent whole
         self.cuts: dict[str, list[int]] = {}  # file -> [bytes to send, times]
         self.requests: list[tuple[str, str, int]] = []
         self.uploads: dict[str, dict[str, bytes]] = {}
@@ -128,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif not (hub.repos[repo] / file).is_file():
                 self._refuse(404, "EntryNotFound")
             else:
-                self._file(hub.repos[repo] / file, file, body)
+                self._file(hub.repos[repo] / file, file, body, ranged=repo not in hub.without_ranges)
         else:
             self._refuse(404, "RepoNotFound")
 
@@ -155,12 +155,12 @@ class _Handler(BaseHTTPRequestHandler):
                 {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "gated": gated, "private": False}
             )
 
-    def _file(self, path: Path, name: str, body: bool) -> None:
+    def _file(self, path: Path, name: str, body: bool, ranged: bool) -> None:
         hub = self.server_hub
         data = path.read_bytes()
         start, end, status = 0, len(data), 200
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted and not hub.ignore_ranges:
+        if wanted and ranged:
             start = int(wanted[1])
             end = min(int(wanted[2]) + 1 if wanted[2] else len(data), len(data))
             status = 206

@@ -1,7 +1,9 @@
 """The bundled model is worth measuring: near the grammar's bound, with outlier features that int8 trips over."""
 
 import importlib
+import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +19,6 @@ from qcli.ops.quantize_int8 import quantize_int8
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FOLDER = EXAMPLES / "demo-model"
 THRESHOLD = 6.0
-STORIES = 120
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,8 @@ def training():
 @pytest.fixture(scope="module")
 def held_out(training):
     """(token ids, nats the grammar spent) of stories that training never saw."""
-    told = training[0].stories(training[1].HELD_OUT_SEED, STORIES)
+    grammar = training[0]
+    told = grammar.stories(grammar.HELD_OUT_SEED, grammar.HELD_OUT_COUNT)
     _, tokenizer = qcli.load(str(FOLDER), device="cpu")
     ids = [[*tokenizer(s.text)["input_ids"], tokenizer.eos_token_id] for s in told]
     return ids, sum(s.nats for s in told)
@@ -194,6 +196,22 @@ def test_the_grammar_counts_its_choices(training):
 def test_another_seed_tells_other_stories(training):
     told, again, other = ({s.text for s in training[0].stories(seed, 500)} for seed in (1, 1, 2))
     assert told == again and len(told) == 500 and not told & other
+
+
+def test_the_held_out_stories_come_as_a_file(training):
+    grammar = training[0]
+    file = (EXAMPLES / "stories.jsonl").read_text()
+    told = grammar.stories(grammar.HELD_OUT_SEED, grammar.HELD_OUT_COUNT)
+    assert [json.loads(line) for line in file.splitlines()] == [{"text": story.text} for story in told]
+    script = subprocess.run([sys.executable, EXAMPLES / "stories.py"], capture_output=True, text=True, check=True)
+    assert script.stdout == file
+
+
+def test_training_sees_none_of_the_held_out_stories(training):
+    grammar, train = training
+    seen = {story.text for story in grammar.stories(train.TRAIN_SEED, 30_000)}
+    held_out = {story.text for story in grammar.stories(grammar.HELD_OUT_SEED, grammar.HELD_OUT_COUNT)}
+    assert len(held_out) == grammar.HELD_OUT_COUNT and not seen & held_out
 
 
 def test_the_folder_is_small():

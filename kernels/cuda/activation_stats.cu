@@ -1,18 +1,21 @@
-// Statistics of each channel of an activation in one pass: min, max, sum x, sum x^2, sum x^4, and how many |x| >= threshold.
+// Statistics of each channel of an activation in one pass: min, max, sum x, sum x^2, sum x^3, sum x^4, and how many
+// |x| >= threshold.
 //
 //   x        DTYPE [rows, channels]
-//   partial  float64 [slices, 6, channels]
-//   stats    float64 [6, channels]
+//   partial  float64 [slices, FIELDS, channels]
+//   stats    float64 [FIELDS, channels]
 //
 // activation_stats: a thread follows a channel down a slice of the rows, so a warp reads whole lines; sums are float64.
-// merge_stats: a thread merges a channel's slices, in their order, so that the result does not depend on who came first.
+// merge_stats: a thread merges a field of a channel over the slices, in their order, so that the result does not depend on
+// who came first. Grid: (channels / THREADS, FIELDS).
 // Bytes moved: sizeof(DTYPE) per element. A channel with a NaN has NaN as minimum, maximum and sums.
 // prebuilt: DTYPE={float,__half,__nv_bfloat16}
 #include "common.cuh"
 
 using Scalar = DTYPE;
 constexpr int THREADS = 128;
-constexpr int UNROLL = 8;  // rows under way at once
+constexpr int FIELDS = 7;
+constexpr int UNROLL = 8;  // rows, and slices, under way at once
 
 KERNEL void __launch_bounds__(THREADS)
     activation_stats(const Scalar* __restrict__ x, long long rows, int channels, float threshold, long long slice,
@@ -21,7 +24,7 @@ KERNEL void __launch_bounds__(THREADS)
   if (channel >= channels) return;
   const long long begin = blockIdx.y * slice, end = min(begin + slice, rows);
   float least = INFINITY, most = -INFINITY;
-  double sum = 0, squares = 0, fourths = 0;
+  double sum = 0, squares = 0, cubes = 0, fourths = 0;
   bool any_nan = false;
   int count = 0;
   auto take = [&](float value) {
@@ -31,6 +34,7 @@ KERNEL void __launch_bounds__(THREADS)
     const double wide = value, square = wide * wide;
     sum += wide;
     squares += square;
+    cubes += square * wide;
     fourths += square * square;
     count += fabsf(value) >= threshold;
   };
@@ -43,26 +47,34 @@ KERNEL void __launch_bounds__(THREADS)
     for (int i = 0; i < UNROLL; ++i) take(to_float(values[i]));
   }
   for (; row < end; ++row) take(to_float(x[row * channels + channel]));
-  double* to = partial + (long long)blockIdx.y * 6 * channels + channel;
-  const double found[6] = {any_nan ? NAN : least, any_nan ? NAN : most, sum, squares, fourths, double(count)};
+  double* to = partial + (long long)blockIdx.y * FIELDS * channels + channel;
+  const double found[FIELDS] = {any_nan ? NAN : least, any_nan ? NAN : most, sum, squares, cubes, fourths, double(count)};
 #pragma unroll
-  for (int i = 0; i < 6; ++i) to[(long long)i * channels] = found[i];
+  for (int i = 0; i < FIELDS; ++i) to[(long long)i * channels] = found[i];
 }
 
 KERNEL void __launch_bounds__(THREADS)
     merge_stats(const double* __restrict__ partial, int slices, int channels, double* __restrict__ stats) {
-  const int channel = blockIdx.x * THREADS + threadIdx.x;
+  const int channel = blockIdx.x * THREADS + threadIdx.x, field = blockIdx.y;
   if (channel >= channels) return;
-  double found[6] = {INFINITY, -INFINITY, 0, 0, 0, 0};
-  for (int s = 0; s < slices; ++s) {
-    const double* from = partial + (long long)s * 6 * channels + channel;
-    const double least = from[0], most = from[channels];
-    // Written so that a NaN stays.
-    found[0] = least >= found[0] || found[0] != found[0] ? found[0] : least;
-    found[1] = most <= found[1] || found[1] != found[1] ? found[1] : most;
+  const long long step = (long long)FIELDS * channels, place = (long long)field * channels + channel;
+  const double neutral = field == 0 ? INFINITY : field == 1 ? -INFINITY : 0.0;
+  double found = neutral;
+  for (int first = 0; first < slices; first += UNROLL) {
+    double values[UNROLL];
 #pragma unroll
-    for (int i = 2; i < 6; ++i) found[i] += from[(long long)i * channels];
+    for (int i = 0; i < UNROLL; ++i) values[i] = first + i < slices ? partial[(first + i) * step + place] : neutral;
+#pragma unroll
+    for (int i = 0; i < UNROLL; ++i) {
+      // The first two are written so that a NaN stays.
+      if (field == 0) {
+        found = values[i] >= found || found != found ? found : values[i];
+      } else if (field == 1) {
+        found = values[i] <= found || found != found ? found : values[i];
+      } else {
+        found += values[i];
+      }
+    }
   }
-#pragma unroll
-  for (int i = 0; i < 6; ++i) stats[(long long)i * channels + channel] = found[i];
+  stats[place] = found;
 }

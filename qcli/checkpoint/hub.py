@@ -15,6 +15,7 @@ from qcli.checkpoint.local_files import LocalFiles
 from qcli.errors import CheckpointError, HubError
 
 _TRIES = 4
+_WITHOUT_RANGES = 128 << 20  # bytes that are read where a server ignores ranges: enough for any header
 _BACK_OFF = 1.0  # seconds before the second try; doubles
 
 
@@ -97,11 +98,17 @@ class _Repository:
         headers = build_hf_headers() | {"Range": f"bytes={offset}-{offset + count - 1}"}
         with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
             hf_raise_for_status(response)
-            skip = offset if response.status_code == 200 else 0  # a server may ignore the range and send all
+            whole = response.status_code == 200  # a server may ignore the range
+            skip = offset if whole else 0
+            if skip and skip + count > _WITHOUT_RANGES:
+                raise HubError(
+                    f"the hub sends {self.repo}/{name} whole where bytes {offset:,} to {offset + count:,} were asked for",
+                    f"Fetch the model first, then give its folder: hf download {self.repo} --local-dir FOLDER",
+                )
             data = bytearray()
             for piece in response.iter_bytes():
                 data += piece
-                if len(data) >= skip + count:
+                if whole and len(data) >= skip + count:  # else read to its end, so that the connection serves again
                     break
         return bytes(data[skip : skip + count])
 

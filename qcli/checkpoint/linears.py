@@ -70,14 +70,18 @@ def find_linears(source, *, trust_remote_code: bool = False, rules: bool = False
     """
     if rules:
         return _by_rules(source, "rules by name and shape, as asked")
-    model_class, config = _model_class(source, trust_remote_code)
+    model_class, config = transformers_class(source, trust_remote_code)
     if model_class is None:
         names = ", ".join(source.config.get("architectures") or []) or source.config.get("model_type") or "none named"
         return _by_rules(source, f"rules by name and shape: transformers does not know the architecture {names}")
     return _by_model(source, model_class, config)
 
 
-def _model_class(source, trust_remote_code: bool):
+def transformers_class(source, trust_remote_code: bool):
+    """(model class, config) by which transformers loads `source`; (None, None) where it does not know the architecture.
+
+    Raises CheckpointError.
+    """
     import transformers
 
     folder = source.config_folder

@@ -11,7 +11,7 @@ from pathlib import Path
 from qcli.checkpoint import hub as hubs
 from qcli.checkpoint import torch_file
 from qcli.checkpoint.local_files import LocalFiles
-from qcli.checkpoint.safetensors_file import FIRST_READ, Header, TensorInfo, read_header_with
+from qcli.checkpoint.safetensors_file import Header, TensorInfo, read_header_with
 from qcli.errors import CheckpointError
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -130,7 +130,7 @@ class Source:
         for file in self.files:
             label = f"{self.label}/{file}"
             if file.endswith(".safetensors"):
-                header = read_header_with(lambda o, n, file=file: self._read(file, o, n), self.place.size(file), label)
+                header = read_header_with(lambda o, n, file=file: self.read(file, o, n), self.place.size(file), label)
             else:
                 header = torch_file.read_header(self.place.weights(file), label)
             self.headers[file] = header
@@ -141,11 +141,21 @@ class Source:
         if not self.tensors:
             raise CheckpointError(f"{self.label} holds no tensors", "Fetch the model again.")
 
-    def _read(self, file: str, offset: int, count: int) -> bytes:
+    def read(self, file: str, offset: int, count: int) -> bytes:
+        """`count` bytes of a weight file from byte `offset` on. On the hub that is a ranged request: the file is not fetched.
+
+        Threads may read at the same time. Raises CheckpointError, also where the file ends sooner, and HubError.
+        """
         try:
-            return self.place.read(file, offset, max(count, 0) if offset else min(count, FIRST_READ))
+            data = self.place.read(file, offset, count)
         except OSError as e:
             raise CheckpointError(f"cannot read {self.label}/{file}: {e.strerror}", "Check its permissions.") from e
+        if len(data) < count:
+            raise CheckpointError(
+                f"{self.label}/{file} ended at byte {offset + len(data):,}, {count - len(data):,} too early",
+                "Fetch it again.",
+            )
+        return data
 
     def _check_index(self) -> None:
         if self.index is None:

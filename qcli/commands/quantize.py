@@ -41,6 +41,14 @@ def quantize(
             metavar="GLOB", help="Modules to leave as they are, by full name. Repeatable.", show_default=False
         ),
     ] = None,
+    skip_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="REPORT.json",
+            help="Leave what `inspect-outliers --json` recommends to leave.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Of all that is not quantized: auto, bfloat16, float16, float32.")
     ] = "auto",
@@ -70,9 +78,17 @@ def quantize(
     from qcli import quantization
     from qcli.commands import _quantize_tables as tables
 
+    skipped = list(skip or ())
+    if skip_from is not None:
+        from qcli.outliers.recommend import read_skip
+
+        found = read_skip(skip_from)
+        if not found:
+            console.warn(f"{skip_from} recommends to leave no module as it is")
+        skipped += found
     plan = quantization.make_plan(
         model, output, bits=bits, method=method, double_quant=double_quant, block_size=block_size, threshold=threshold,
-        skip=skip or (), dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, stream=stream,
+        skip=skipped, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, stream=stream,
         overwrite=overwrite, settings=_settings(set_ or []),
     )  # fmt: skip
     if dry_run:

@@ -1,7 +1,7 @@
 """Statistics of each channel of an activation in one pass, for finding outliers and for choosing a method.
 
-All six can be merged over batches: least of minima, greatest of maxima, and sums. From them follow mean, variance, absmax,
-and kurtosis about zero. A channel with a NaN has NaN as minimum, maximum and sums.
+All seven can be merged over batches: least of minima, greatest of maxima, and sums. From them follow mean, variance, absmax,
+skewness and kurtosis, about zero and about the mean. A channel with a NaN has NaN as minimum, maximum and sums.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch
 from qcli.ops._library import blocks, define
 from qcli.runtime import cpu, cuda
 
-FIELDS = ("min", "max", "sum", "sum_squares", "sum_fourths", "count")
+FIELDS = ("min", "max", "sum", "sum_squares", "sum_cubes", "sum_fourths", "count")
 
 
 def _reference(x: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -20,8 +20,9 @@ def _reference(x: torch.Tensor, threshold: float) -> torch.Tensor:
         return stats
     wide = rows.double()
     squares = wide.square()
+    sums = [powers.sum(0) for powers in (wide, squares, squares * wide, squares.square())]
     count = (rows.float().abs() >= threshold).sum(0).double()
-    return torch.stack((wide.amin(0), wide.amax(0), wide.sum(0), squares.sum(0), squares.square().sum(0), count))
+    return torch.stack((wide.amin(0), wide.amax(0), *sums, count))
 
 
 def _fake(x: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -54,7 +55,7 @@ def _cuda(x: torch.Tensor, threshold: float) -> torch.Tensor:
     partial = stats.new_empty((slices, *stats.shape))
     step = blocks(rows, slices)
     _kernel_cuda(constants, (across, slices), 128, 0, x, rows, channels, threshold, step, partial)
-    _merge_cuda(constants, (across,), 128, 0, partial, slices, channels, stats)
+    _merge_cuda(constants, (across, len(FIELDS)), 128, 0, partial, slices, channels, stats)
     return stats
 
 
@@ -64,8 +65,8 @@ _op = define("activation_stats(Tensor x, float threshold) -> Tensor", _reference
 def activation_stats(x: torch.Tensor, threshold: float) -> torch.Tensor:
     """x [..., channels], float32, bfloat16 or float16.
 
-    Returns float64 [6, channels], in the order of FIELDS: min, max, sum x, sum x^2, sum x^4, and how many elements have
-    |x| >= threshold.
+    Returns float64 [7, channels], in the order of FIELDS: min, max, sum x, sum x^2, sum x^3, sum x^4, and how many elements
+    have |x| >= threshold.
     """
     return _op(x, threshold)
 
@@ -74,7 +75,7 @@ def cases():
     """(id, arguments) for parity tests and benchmarks."""
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for shape in ((1, 64), (7, 33), (2, 3, 200), (0, 16), (300, 5)):
+        for shape in ((1, 64), (7, 33), (2, 3, 200), (0, 16), (600, 5)):
             x = torch.randn(shape, generator=generator) * 3
             x[..., 1] *= 20
             yield f"{str(dtype)[6:]}-{'x'.join(map(str, shape))}", {"x": x.to(dtype), "threshold": 6.0}

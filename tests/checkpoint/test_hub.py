@@ -60,7 +60,7 @@ def test_a_dry_run_reads_headers_only(hub, model, cli, tmp_path):
 
 
 def test_a_hub_without_ranges_is_not_downloaded(hub, model, cli, tmp_path):
-    hub.ignore_ranges = True
+    hub.without_ranges.add("org/tiny")
     done = cli("info", "org/tiny", env=hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     assert f"org/tiny: LlamaForCausalLM at {COMMIT}" in done.stdout and "whole by their headers" in done.stdout

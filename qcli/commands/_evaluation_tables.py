@@ -1,0 +1,133 @@
+"""How `qcli evaluate` shows what it found, and the file of rows that it writes."""
+
+import csv
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from qcli import console
+from qcli.errors import UsageError
+from qcli.evaluation.result import Evaluation, Row
+from qcli.evaluation.statistics import Comparison, Estimate
+from qcli.sizes import format_bytes
+
+
+def show(result: Evaluation) -> None:
+    """Prints the rows in one table, the comparison with a base in another, and the protocol."""
+    compared = len(result.rows) > 1
+    timed = any(row.speed for row in result.rows)
+    columns = ["method" if result.simulated else "model", "bits/weight", "weights", "perplexity"]
+    columns += ["change", "KL (nats)", "same top"] if compared else ["loss (nats)", "bits/byte"]
+    columns += ["weight SQNR", "activation SQNR", "of ordinary columns"] if result.simulated else []
+    columns += ["prefill", "decode", "peak memory"] if timed else []
+    console.table("", columns, [_cells(row, compared, result.simulated, timed) for row in result.rows])
+    if not result.simulated and result.rows[-1].against:
+        _show_comparison(result.rows[-1].against, result.rows[0].name)
+    if result.simulated:
+        console.out(
+            f"Methods simulated in {result.model}. bits/weight is of the linear layers; change, of perplexity against fp32; "
+            "ordinary columns are those without an outlier."
+        )
+    for sentence in [*result.protocol.sentences(), *result.notes]:
+        console.out(sentence)
+
+
+def _cells(row: Row, compared: bool, simulated: bool, timed: bool) -> list[str]:
+    quality, against, speed = row.quality, row.against, row.speed
+    cells = [row.name, f"{row.bits_per_weight:.3f}", format_bytes(row.bytes), _estimate(quality.perplexity)]
+    if not compared:
+        cells += [_estimate(quality.loss), _estimate(quality.bits_per_byte)]
+    elif against is None:
+        cells += ["-"] * 3
+    else:
+        cells += [_change(against), _estimate(against.divergence.mean), f"{against.same_top.value:.2%}"]
+    if simulated:
+        cells += [_decibels(x) for x in (row.weight_sqnr, row.activation_sqnr, row.ordinary_activation_sqnr)]
+    if timed and speed is None:
+        cells += ["-"] * 3
+    elif timed:
+        decode = "-" if speed.decode is None else f"{speed.decode:,.1f}/s"
+        cells += [f"{speed.prefill:,.1f}/s", decode, format_bytes(speed.peak_memory)]
+    return cells
+
+
+def _show_comparison(found: Comparison, base: str) -> None:
+    kl = found.divergence
+    rows = [
+        ("KL divergence (nats), mean", _estimate(kl.mean)),
+        *[
+            (f"KL divergence (nats), {name}", _number(value))
+            for name, value in (
+                ("median", kl.median), ("90%", kl.percentile_90), ("95%", kl.percentile_95), ("99%", kl.percentile_99),
+                ("99.9%", kl.percentile_99_9), ("maximum", kl.maximum),
+            )
+        ],
+        ("same likeliest token", _estimate(found.same_top, percent=True)),
+        ("change of loss (nats)", _estimate(found.loss_change)),
+        ("change of perplexity", _estimate(found.perplexity_change)),
+        ("ratio of perplexities", _estimate(found.perplexity_ratio)),
+        ("change of the right token's probability, mean", _estimate(found.probability_change, percent=True)),
+        ("change of the right token's probability, RMS", _estimate(found.probability_rms_change, percent=True)),
+    ]  # fmt: skip
+    console.table("", (f"against {base}", "value"), rows)
+
+
+def _change(against: Comparison) -> str:
+    ratio = against.perplexity_ratio
+    return _estimate(Estimate(ratio.value - 1, ratio.error), percent=True, sign=True)
+
+
+def _decibels(value: float | None) -> str:
+    return "exact" if value is None else f"{value:.1f} dB"
+
+
+def _number(value: float) -> str:
+    """Four significant figures."""
+    return f"{value:.4g}"
+
+
+def _estimate(estimate: Estimate, percent: bool = False, sign: bool = False) -> str:
+    """The value to the second figure of its error, and the error."""
+    scale, unit = (100, "%") if percent else (1, "")
+    value, error = estimate.value * scale, estimate.error * scale
+    plus = "+" if sign else ""
+    if not (math.isfinite(error) and error > 0 and math.isfinite(value)):
+        return f"{value:{plus}.4g}{unit}"
+    if max(abs(value), error) < 1e-4:
+        return f"{value:{plus}.2e}{unit} ± {error:.1e}{unit}"
+    places = max(1 - math.floor(math.log10(error)), 0)
+    return f"{value:{plus}.{places}f}{unit} ± {error:.{places}f}{unit}"
+
+
+def check_csv(path: Path) -> None:
+    """Raises UsageError where `path` cannot be written, before any work is done."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        reason = "it is a folder" if path.is_dir() else "there is no such folder"
+        raise UsageError(f"cannot write {path}: {reason}", "Check --csv.")
+
+
+def write_csv(result: Evaluation, path: Path) -> None:
+    """Writes a line for each row, in place of `path` once it is whole. Raises UsageError."""
+    summary = result.summary()
+    common = {"model": result.model, **summary["protocol"]}
+    flat = [dict(_flat(common | row)) for row in summary["rows"]]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(flat)
+        os.replace(partial, path)
+    except OSError as e:
+        partial.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {path}: {e.strerror}", "Check --csv.") from e
+
+
+def _flat(value: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, part in value.items():
+        if isinstance(part, dict):
+            yield from _flat(part, f"{prefix}{name}.")
+        elif part is not None:
+            yield prefix + name, part

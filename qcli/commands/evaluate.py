@@ -1,0 +1,66 @@
+"""`qcli evaluate`: perplexity, what differs from another model, and what each quantization method would cost."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qcli import console
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="Compare token by token with this model.", show_default=False),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="Simulate quantization methods: all, or names with commas.", show_default=False
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help='A .txt file, or .jsonl with a {"text": ...} a line. Default: a text that comes with qcli.',
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Read so many tokens of it. Default: up to 16,384.", show_default=False)
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a window. Default: the model's context, at most 2,048.", show_default=False),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="New tokens in a window; less than its length overlaps. Default: all.", show_default=False),
+    ] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Also time prefill and decode, and measure memory.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="auto (the model's own; float32 with --methods), bfloat16, float16, float32.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write the rows to this file.", show_default=False)] = None,
+) -> None:
+    """Measure a model on text: its perplexity, its distance from another model, what each method would cost."""
+    from qcli.commands import _evaluation_tables as tables
+    from qcli.evaluation.evaluate import evaluate as measure
+
+    if csv is not None:
+        tables.check_csv(csv)
+    result = measure(
+        model, against=against, methods=methods, text=text, tokens=tokens, sequence_length=sequence_length, stride=stride,
+        speed=speed, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code,
+        progress=console.progress,
+    )  # fmt: skip
+    console.json(result.summary()) if json else tables.show(result)
+    if csv is not None:
+        tables.write_csv(result, csv)

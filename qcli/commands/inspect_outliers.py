@@ -1,0 +1,115 @@
+"""`qcli inspect-outliers`: where a model's outlier features are, what they do, and what each method would cost."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qcli import console
+from qcli.errors import UsageError
+
+
+def inspect_outliers(
+    model: Annotated[str, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)],
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help='A .txt file, or .jsonl with a {"text": ...} a line. Default: a text that comes with qcli.',
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Read so many tokens of it. Default: up to 8,192.", show_default=False)
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a window. Default: the model's context, at most 2,048.", show_default=False),
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Magnitude of an outlier activation.")] = 6.0,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Also run the model without its outlier features: a second pass.")
+    ] = False,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Look at the weights alone, and run nothing.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="To compute in: auto, bfloat16, float16, float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write a row for each site.", show_default=False)] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write an HTML page with charts.", show_default=False)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also write a figure: .png, .svg or .pdf.", show_default=False)
+    ] = None,
+) -> None:
+    """Show where a model's outlier features are, what they do, and what each quantization method would cost."""
+    _check_files(weights_only, ablate, csv, report, plot)
+    if weights_only:
+        from qcli.commands import _weights_tables as tables
+        from qcli.outliers.weight_summary import rows
+        from qcli.outliers.weights_only import inspect_weights
+
+        found = inspect_weights(
+            model, revision=revision, trust_remote_code=trust_remote_code, progress=console.progress
+        )
+    else:
+        from qcli.commands import _outlier_tables as tables
+        from qcli.commands._outlier_tables import rows
+        from qcli.outliers.instrument import inspect_outliers as measure
+
+        found = measure(
+            model, text=text, tokens=tokens, sequence_length=sequence_length, threshold=threshold, ablate=ablate, dtype=dtype,
+            device=device, revision=revision, trust_remote_code=trust_remote_code, progress=console.progress,
+        )  # fmt: skip
+    _write_files(found, rows(found), csv, report, plot)
+    console.json(found) if json else tables.show(found)
+
+
+def _check_files(weights_only: bool, ablate: bool, csv: Path | None, report: Path | None, plot: Path | None) -> None:
+    """Raises before any work is done where a file could not be written at its end."""
+    if weights_only:
+        for name, given in (("--ablate", ablate), ("--report", report), ("--plot", plot)):
+            if given:
+                raise UsageError(
+                    f"{name} was given with --weights-only, which runs nothing to draw or to ablate",
+                    f"Leave out {name}.",
+                )
+    from qcli import whole_file
+
+    for path in (csv, report, plot):
+        if path is not None:
+            whole_file.check_place(path)
+    if report is not None:
+        from qcli.outliers import page
+
+        page.check()
+    if plot is not None:
+        from qcli.outliers import figure
+
+        figure.check(plot)
+
+
+def _write_files(
+    found: dict, cells: tuple[Sequence[str], list[list]], csv: Path | None, report: Path | None, plot: Path | None
+) -> None:
+    from qcli.whole_file import csv_bytes, write_whole
+
+    if csv is not None:
+        write_whole(csv, csv_bytes(*cells))
+        console.say(f"wrote {csv}")
+    if report is not None:
+        from qcli.outliers.page import page
+
+        write_whole(report, page(found).encode())
+        console.say(f"wrote {report}")
+    if plot is not None:
+        from qcli.outliers.figure import draw
+
+        draw(found, plot)
+        console.say(f"wrote {plot}")

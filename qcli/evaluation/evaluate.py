@@ -1,0 +1,211 @@
+"""The verb `evaluate`: what a model predicts on text, alone, against another, or under each method of quantization."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from qcli import simulation
+from qcli.checkpoint.linears import Linear
+from qcli.checkpoint.source import Source
+from qcli.corpus import Corpus, read_windows
+from qcli.errors import UsageError
+from qcli.evaluation.methods import Methods, Rounding, quantizable
+from qcli.evaluation.passes import Advance, Form, Reading, score
+from qcli.evaluation.result import Evaluation, Protocol, Row
+from qcli.evaluation.speed import Speed, measure
+from qcli.evaluation.statistics import comparison, perplexity
+from qcli.evaluation.tokens import TokenScores
+from qcli.formats.bitsandbytes import TORCH_NAMES
+from qcli.simulation import Simulation
+from qcli.streaming.skeleton import Skeleton
+
+# Methods that qcli also runs, by the name that qcli.model.load knows; the others are only simulated.
+_RUN = {"fp32": None, "LLM.int8()": "llm-int8", "NF4+DQ": "nf4"}
+
+
+def evaluate(
+    model: str,
+    *,
+    against: str | None = None,
+    methods: str | Iterable[str] | None = None,
+    text: str | Path | None = None,
+    tokens: int | None = None,
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    speed: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], AbstractContextManager] | None = None,
+) -> Evaluation:
+    """Measures `model`, a folder or hub id, quantized or not, on `text`, cut by qcli.corpus.read_windows.
+
+    `against` names a base to compare it with, token by token; both read what the tokenizer of `model` makes of the text.
+    `methods`, "all" or names of qcli.simulation, compares simulated methods with the unquantized model. `speed` also loads
+    whole models and times them. `dtype` auto is each checkpoint's own, and float32 with `methods`, so that what a method costs
+    is not mixed with the rounding of sums. Blocks are streamed: memory holds one block (with `methods`, a rounded copy too)
+    and of each token, for each model or method, a vector of hidden states. `progress(total, done)` gives a context manager
+    with advance(bytes, name).
+
+    Raises UsageError, CheckpointError, HubError, DeviceError; NonFiniteError where logits are not finite.
+    """
+    if against is not None and methods is not None:
+        raise UsageError(
+            "--against and --methods were both given", "Leave out one: --methods compares with MODEL itself."
+        )
+    chosen = simulation.chosen(methods) if methods is not None else []
+    running = {"device": device, "trust_remote_code": trust_remote_code}
+    computing = "float32" if chosen and dtype == "auto" else dtype
+    skeleton = Skeleton(model, dtype=computing, revision=revision, **running)
+    if chosen and skeleton.quantizer is not None:
+        raise UsageError(
+            f"--methods: {model} is quantized already",
+            "Give the unquantized model, or measure this one with --against.",
+        )
+    base = Skeleton(against, dtype=computing, **running) if against is not None else None
+    if base is not None:
+        _check_same_tokens(skeleton, base)
+    limit = min((n for s in (skeleton, base) if s and (n := _context(s))), default=None)
+    corpus = read_windows(
+        skeleton.tokenizer, text, tokens=tokens, sequence_length=sequence_length, stride=stride, model_limit=limit
+    )
+    protocol = Protocol.of(corpus, str(skeleton.dtype).removeprefix("torch."), skeleton.device.type)
+    skeletons = [s for s in (base, skeleton) if s is not None]
+    total = sum(Reading.work(s) for s in skeletons)
+    with progress(total, 0) if progress else nullcontext(_Silent()) as shown:
+        if chosen:
+            rows = _simulated(skeleton, chosen, corpus, shown.advance)
+        else:
+            rows = _measured(skeletons, corpus, shown.advance)
+    source = skeleton.source
+    result = Evaluation(source.label, source.revision, protocol, rows, simulated=bool(chosen))
+    if base is not None and base.dtype != skeleton.dtype:
+        result.notes.append(f"{base.source.label} is computed in {str(base.dtype).removeprefix('torch.')}")
+    if speed:
+        running["dtype"] = dtype
+        _time(result, model, against, revision, corpus, limit, running)
+    return result
+
+
+class _Silent:
+    def advance(self, count: int, name: str) -> None:
+        """Nobody listens."""
+
+
+def _context(skeleton: Skeleton) -> int | None:
+    return getattr(skeleton.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def _check_same_tokens(model: Skeleton, base: Skeleton) -> None:
+    """Raises UsageError unless a token id means the same to both."""
+    names = model.source.label, base.source.label
+    ours, theirs = (s.tokenizer.get_vocab() for s in (model, base))
+    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    hint = "A comparison token by token needs one vocabulary; compare bits per byte instead, each model by itself."
+    if differing:
+        ids = [
+            f"id {v[differing[0]]} in {n}" if differing[0] in v else f"not in {n}"
+            for v, n in zip((ours, theirs), names)
+        ]
+        raise UsageError(
+            f"the vocabularies of {names[0]} and {names[1]} differ in {len(differing):,} tokens: {differing[0]!r} is {ids[0]}, "
+            f"{ids[1]}",
+            hint,
+        )
+    sizes = [s.model.get_output_embeddings().weight.shape[0] for s in (model, base)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(f"{names[0]} predicts {sizes[0]:,} tokens, {names[1]} {sizes[1]:,}", hint)
+
+
+def _measured(skeletons: Sequence[Skeleton], corpus: Corpus, advance: Advance) -> list[Row]:
+    """The model, after its base where there is one."""
+    forms = [Form(s.source.label, Reading(s, corpus.windows, advance)) for s in skeletons]
+    of_base, others = score(forms[0] if len(forms) > 1 else None, forms[-1:], corpus.windows)
+    scores = [of_base, *others] if of_base else others
+    rows = []
+    for skeleton, scored in zip(skeletons, scores):
+        source, linears = skeleton.source, quantizable(skeleton)
+        size = sum(info.nbytes for _, info in source.tensors.values())
+        bits = 8 * _linear_bytes(source, linears) / sum(x.out_features * x.in_features for x in linears)
+        rows.append(_row(source.label, scored, of_base, corpus, size, bits))
+    return rows
+
+
+def _simulated(skeleton: Skeleton, methods: Sequence[Simulation], corpus: Corpus, advance: Advance) -> list[Row]:
+    """The unquantized model, and every method compared with it."""
+    observer, names = Methods(skeleton, methods), [method.name for method in methods]
+    # Each window is a call of its own: what is "the tensor" to a method is then one sequence, whatever shape a layer sees.
+    reading = Reading(skeleton, corpus.windows, advance, variants=names, observer=observer, alone=True)
+    label = skeleton.source.label
+    forms = [Form(f"{label}, {name}", reading, name) for name in names]
+    of_base, others = score(forms[0], forms[1:], corpus.windows)
+    whole = sum(info.nbytes for _, info in skeleton.source.tensors.values())
+    rest = whole - _linear_bytes(skeleton.source, observer.linears)
+    count = sum(x.out_features * x.in_features for x in observer.linears)
+    rows = []
+    for method, scored in zip(methods, [of_base, *others]):
+        rounding = observer.roundings[method.name]
+        size = sum(_stored_bytes(method, x, skeleton.source, rounding) for x in observer.linears)
+        row = _row(method.name, scored, of_base, corpus, rest + size, 8 * size / count)
+        row.weight_sqnr, row.activation_sqnr = rounding.weights.sqnr, rounding.activations.sqnr
+        row.ordinary_activation_sqnr = rounding.ordinary.sqnr
+        rows.append(row)
+    return rows
+
+
+def _row(name: str, scored: TokenScores, base: TokenScores | None, corpus: Corpus, size: int, bits: float) -> Row:
+    compared = None
+    if base is not None and scored is not base:
+        compared = comparison(base.loss, scored.loss, scored.divergence, scored.agrees)
+    return Row(name, perplexity(scored.loss, corpus.scored_bytes), size, bits, compared)
+
+
+def _stored_bytes(method: Simulation, linear: Linear, source: Source, rounding: Rounding) -> int:
+    dtype = source.tensors[linear.tensor][1].dtype
+    shape = linear.out_features, linear.in_features
+    return method.stored_bytes(shape, dtype if dtype in TORCH_NAMES else "F32", rounding.outlier_columns(linear.module))
+
+
+def _linear_bytes(source: Source, linears: Sequence[Linear]) -> int:
+    """Bytes of these weights in the checkpoint, with their scales and tables."""
+    owners = {linear.tensor for linear in linears}
+    size = 0
+    for name, (_, info) in source.tensors.items():
+        module, _, last = name.rpartition(".")
+        weight = f"{module}.weight" if last in ("SCB", "weight_format") else f"{name.partition('.weight.')[0]}.weight"
+        size += info.nbytes if name in owners or weight in owners else 0
+    return size
+
+
+def _time(
+    result: Evaluation,
+    model: str,
+    against: str | None,
+    revision: str | None,
+    corpus: Corpus,
+    limit: int | None,
+    running: dict,
+) -> None:
+    """Measures the speed of each row that can be run."""
+    ids = corpus.windows[0].ids
+
+    def timed(name: str, **options: object) -> Speed:
+        return measure(name, ids, limit, **running, **options)
+
+    if result.simulated:
+        for row in result.rows:
+            if row.name in _RUN:
+                row.speed = timed(model, method=_RUN[row.name], revision=revision)
+        result.notes.append(
+            "speed is that of the methods that qcli runs, each loaded whole; fp32 stands for no quantization"
+        )
+    else:
+        result.rows[-1].speed = timed(model, revision=revision)
+        if against is not None:
+            result.rows[0].speed = timed(against)
+    first = next(row.speed for row in result.rows if row.speed)
+    result.notes.append(
+        f"speed: a prompt of {first.prompt_tokens:,} tokens, then one token at a time; dtype {running['dtype']}"
+        f"{' (the one in config.json)' if running['dtype'] == 'auto' else ''}; peak memory from loading on"
+    )

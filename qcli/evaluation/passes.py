@@ -1,0 +1,155 @@
+"""Windows of text through a streamed model up to its head, and from there, a few tokens at a time, into scores."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from qcli.corpus import Window
+from qcli.errors import NonFiniteError
+from qcli.evaluation.tokens import TokenScores, log_probabilities
+from qcli.streaming.batches import BATCH_TOKENS, make_batches
+from qcli.streaming.head import Head
+from qcli.streaming.run import Call, Observer, current_call, run_calls
+from qcli.streaming.skeleton import Skeleton
+from qcli.streaming.units import Unit
+
+Advance = Callable[[int, str], None]
+
+_LOGITS = 1 << 24  # at a time, unless 16 tokens have more
+
+
+def weight_bytes(unit: Unit) -> int:
+    """Bytes of a unit's weights in memory, by which progress is counted."""
+    return sum(p.numel() * p.element_size() for p in unit.module.parameters())
+
+
+class Reading:
+    """Windows that a model has read up to its head, in one or more variants of it. Of each token and variant it keeps the last
+    hidden state.
+
+    `observer` is told of each unit, `alone` gives each window a call of its own, `advance` hears of finished work, which is
+    `work` in all once the reading has been scored.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        windows: Sequence[Window],
+        advance: Advance,
+        *,
+        variants: Sequence[str] = ("",),
+        observer: Observer | None = None,
+        alone: bool = False,
+    ):
+        self.skeleton, self.head, self.advance = skeleton, Head(skeleton), advance
+        self._broken: dict[tuple[str, str], torch.Tensor] = {}
+        batches = make_batches([window.ids for window in windows], 0, 1 if alone else BATCH_TOKENS)
+        calls = [Call(self.head.below(batch), variant, batch) for variant in variants for batch in batches]
+        handles = [unit.module.register_forward_hook(self._watch(unit)) for unit in skeleton.blocks]
+        try:
+            with self.head.stopping():
+                outputs = run_calls(skeleton, calls, _Counting(observer or Observer(), advance))
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._places: dict[tuple[str, int], tuple[Any, int]] = {}
+        for call, output in zip(calls, outputs):
+            for row, window in enumerate(call.batch.windows):
+                self._places[call.variant, window] = output, row
+
+    @staticmethod
+    def work(skeleton: Skeleton) -> int:
+        """What `advance` is told of in all."""
+        return sum(weight_bytes(unit) for unit in skeleton.units if not unit.resident)
+
+    def _watch(self, unit: Unit) -> Callable:
+        def watch(module, args, output):
+            if (call := current_call()) is not None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                broken, key = ~hidden.isfinite().all(), (call.variant, unit.name)
+                self._broken[key] = self._broken.get(key, broken) | broken  # nothing waits for the device here
+
+        return watch
+
+    def logits(self, variant: str, window: int, first: int, last: int) -> torch.Tensor:
+        """[last - first, vocabulary] of positions `first` to `last` of a window. The head must be loaded."""
+        return self.head.logits(*self._places[variant, window], first, last)
+
+    def where_broken(self, variant: str) -> str:
+        """The first block with an output that is not finite, in words."""
+        names = [unit.name for unit in self.skeleton.blocks if bool(self._broken.get((variant, unit.name), False))]
+        return (
+            f"the first values that are not finite come out of {names[0]}" if names else "its blocks give finite ones"
+        )
+
+
+class _Counting(Observer):
+    """Passes on what it is told, and counts the weights that are done with."""
+
+    def __init__(self, observer: Observer, advance: Advance):
+        self.observer, self.advance = observer, advance
+        self.loaded, self.variant = observer.loaded, observer.variant
+
+    def passed(self, unit: Unit) -> None:
+        """Every call has passed `unit`."""
+        self.observer.passed(unit)
+        self.advance(weight_bytes(unit), unit.name)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A model, or a variant of one, after its reading. `name` is for messages."""
+
+    name: str
+    reading: Reading
+    variant: str = ""
+
+    def tell(
+        self, scores: TokenScores, start: int, window: int, ids: torch.Tensor, first: int, base: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Scores ids [tokens], which positions `first` onwards of a window predict, as tokens `start` onwards. Returns the
+        logits. Raises NonFiniteError."""
+        logits = self.reading.logits(self.variant, window, first, first + len(ids))
+        scores.tell(start, logits, ids.to(logits.device), base)
+        broken = ~np.isfinite(scores.loss[start : start + len(ids)])
+        if broken.any():
+            raise NonFiniteError(
+                f"{self.name}: the logits for token {first + 1 + int(broken.argmax())} of window {window + 1} are not finite; "
+                f"{self.reading.where_broken(self.variant)}",
+                "Try --dtype float32; where that does not help, a weight is damaged.",
+            )
+        return logits
+
+
+def score(
+    base: Form | None, others: Sequence[Form], windows: Sequence[Window]
+) -> tuple[TokenScores | None, list[TokenScores]]:
+    """The scores of every scored token, in the order of `windows`: of the base, and of others, compared with it if there is one.
+
+    Raises NonFiniteError, which names token, window and block.
+    """
+    forms = [*others, *([base] if base else [])]
+    count = sum(window.scored for window in windows)
+    of_base = TokenScores(count) if base else None
+    scores = [TokenScores(count, compared=base is not None) for _ in others]
+    readings = {id(form.reading): form.reading for form in forms}.values()
+    for reading in readings:
+        reading.skeleton.load(reading.head.unit)
+    rows = max(_LOGITS // max(reading.head.unit.module.weight.shape[0] for reading in readings), 16)
+    start = 0
+    for number, window in enumerate(windows):
+        ids = torch.tensor(window.ids[window.context :])
+        for first, piece in zip(range(window.context - 1, len(window.ids), rows), ids.split(rows)):
+            logp = log_probabilities(base.tell(of_base, start, number, piece, first, None)) if base else None
+            for form, told in zip(others, scores):
+                form.tell(told, start, number, piece, first, logp)
+            start += len(piece)
+        for reading in readings:
+            unit = reading.head.unit
+            reading.advance(weight_bytes(unit) // len(windows), f"{unit.name}, window {number + 1} of {len(windows)}")
+    for reading in readings:
+        reading.skeleton.unload(reading.head.unit)
+    return of_base, scores

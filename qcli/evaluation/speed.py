@@ -1,0 +1,52 @@
+"""How fast a model reads and writes, and what memory it takes, loaded whole as `qcli generate` loads it."""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from qcli import decode, model
+from qcli.devices import gpus_of
+from qcli.process import peak_memory, reset_peak_memory
+
+PROMPT_TOKENS = 256
+NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second of a prompt of `prompt_tokens` and of the tokens after the first new one; the highest bytes of memory from
+    loading on (of the GPUs, where the model is on them), and bytes of weights in memory."""
+
+    prompt_tokens: int
+    prefill: float
+    decode: float | None
+    peak_memory: int
+    weights: int
+
+
+def measure(name: str, ids: Sequence[int], limit: int | None, **options: object) -> Speed:
+    """Loads `name` by qcli.model.load with `options` and continues the first ids, once to warm up and once for the figures.
+
+    `limit` is the model's context. End tokens do not end the text, so that every form of a model writes as much.
+    """
+    import torch
+
+    prompt = list(ids[: PROMPT_TOKENS if limit is None else max(min(PROMPT_TOKENS, limit - NEW_TOKENS), 1)])
+    gc.collect()
+    reset_peak_memory()
+    for gpu in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(gpu)
+    loaded, _ = model.load(name, **options)
+    loaded.generation_config.eos_token_id = None
+    endless = SimpleNamespace(eos_token_id=None)
+    for count in (2, NEW_TOKENS):
+        done = decode.generate(loaded, endless, prompt, decode.Sampling(count, temperature=0), lambda token: None)
+    gpus = gpus_of(loaded)
+    return Speed(
+        prompt_tokens=len(prompt),
+        prefill=done.prefill_rate,
+        decode=done.decode_rate,
+        peak_memory=sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) if gpus else peak_memory(),
+        weights=sum(t.numel() * t.element_size() for t in [*loaded.parameters(), *loaded.buffers()]),
+    )

@@ -1,0 +1,45 @@
+"""What is known of each scored token: its loss, and how far the distribution it was drawn from is off another model's.
+
+Logits come in chunks, in any order, and are not kept; what is kept of a token is 8 to 17 bytes, in its own place. So
+statistics are the same to the bit however the logits were cut. Softmax and sums over the vocabulary are in float64.
+"""
+
+import numpy as np
+import torch
+
+_PIECE = 1 << 21  # logits worked on at a time
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Logits [tokens, vocabulary] of any float dtype to the logarithms of their softmax, float64."""
+    return torch.log_softmax(logits.double(), 1)
+
+
+class TokenScores:
+    """Of `count` tokens, NaN until told: `loss` in nats, float64; and where the model is `compared` with a base, `divergence`
+    KL(base || model) in nats, float64, and `agrees`, whether both hold the same token for the likeliest (of equal ones the
+    first)."""
+
+    def __init__(self, count: int, *, compared: bool = False):
+        self.loss = np.full(count, np.nan)
+        self.divergence = np.full(count, np.nan) if compared else None
+        self.agrees = np.zeros(count, dtype=bool) if compared else None
+
+    def tell(self, first: int, logits: torch.Tensor, targets: torch.Tensor, base: torch.Tensor | None = None) -> None:
+        """Notes the tokens from number `first` on: logits [tokens, vocabulary] that predicted them, the ids [tokens] that came,
+        and the base's log_probabilities [tokens, vocabulary]."""
+        rows = max(1, _PIECE // logits.shape[1])
+        for start in range(0, len(logits), rows):
+            piece = slice(start, start + rows)
+            found = log_probabilities(logits[piece])
+            place = slice(first + start, first + start + len(found))
+            self.loss[place] = -found.gather(1, targets[piece].unsqueeze(1)).squeeze(1).cpu().numpy()
+            if base is not None:
+                self.divergence[place] = divergence(base[piece], found).cpu().numpy()
+                self.agrees[place] = (base[piece].argmax(1) == found.argmax(1)).cpu().numpy()
+
+
+def divergence(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(base || other) in nats of log probabilities [tokens, vocabulary]; tokens that the base rules out add nothing."""
+    terms = base.exp() * (base - other)
+    return terms.masked_fill_(base == -torch.inf, 0.0).sum(1).clamp_(min=0.0)

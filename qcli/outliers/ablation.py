@@ -1,0 +1,75 @@
+"""The paper's experiment: zero the outlier dimensions and see what breaks (arXiv:2208.07339, section 4.2 and appendix).
+
+Two readings, each with as many random dimensions as a control. Without propagation: how sharp attention stays, layer by
+layer. Propagated: the perplexity of the model when every attention and every FFN gets its input without them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from qcli.outliers.attention import AttentionMeter, LayerAttention, zero_dims
+from qcli.outliers.measure import LayerMeasure
+from qcli.outliers.sites import ATTENTION_INPUT, HIDDEN, linear_modules
+from qcli.streaming.run import Observer
+from qcli.streaming.units import Unit
+
+WHOLE = "whole"
+WITHOUT, RANDOM = "without", "random"
+
+
+def random_dims(hidden_size: int, taken: Sequence[int], count: int, seed: int = 0) -> list[int]:
+    """`count` dimensions that are not in `taken`, the same at each call."""
+    order = torch.randperm(hidden_size, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted([dim for dim in order if dim not in set(taken)][:count])
+
+
+class Ablation(Observer):
+    """Zeroes dimensions in the calls of the variants that `dims` names, at every site of the hidden state; measures attention in
+    the calls of the variant WHOLE. `layers` are those of the measuring pass; `attention` is the result, by layer."""
+
+    def __init__(self, layers: Sequence[LayerMeasure], dims: Mapping[str, Sequence[int]], prefix: int):
+        self._layers = {layer.name: layer for layer in layers}
+        self._dims = {name: torch.tensor(chosen) for name, chosen in dims.items()}
+        self._prefix = prefix
+        self.attention: list[LayerAttention] = []
+
+    def loaded(self, unit: Unit) -> None:
+        """Hooks a block's attention."""
+        if unit.name in self._layers:
+            inputs = self._modules(unit, (ATTENTION_INPUT,))
+            self._meter = AttentionMeter(unit.module, inputs, self._dims, self._prefix, WHOLE)
+
+    def passed(self, unit: Unit) -> None:
+        """Takes a block's hooks off."""
+        if unit.name in self._layers:
+            self.attention.append(self._meter.close())
+
+    @contextmanager
+    def variant(self, unit: Unit, name: str) -> Iterator[None]:
+        """Zeroes what the variant is named for."""
+        if unit.name not in self._layers or name == WHOLE:
+            yield
+            return
+        dims = self._dims[name]
+        handles = [
+            module.register_forward_pre_hook(lambda m, args: (zero_dims(args[0], dims), *args[1:]))
+            for module in self._modules(unit, HIDDEN).values()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _modules(self, unit: Unit, kinds: Sequence[str]) -> dict:
+        """The linear modules of a block at sites of these kinds, by path."""
+        import re
+
+        shown = {path for s in self._layers[unit.name].sites if s.site.kind in kinds for path in s.site.modules}
+        return {
+            path: module
+            for path, module in linear_modules(unit.module).items()
+            if re.sub(r"(?<=\.)\d+(?=\.)", "*", path) in shown
+        }

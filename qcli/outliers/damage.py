@@ -1,0 +1,111 @@
+"""What rounding weights and activations does to the outputs of the linear layers at a site.
+
+The global SQNR hides the damage: outliers carry most of the power and are rounded well. So it is taken a second time over
+what reaches the outputs through the other channels alone.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+METHODS = {  # the name in tables -> the simulation
+    "int8 per-tensor": "int8 per-tensor",
+    "int8 row-wise": "int8 row-wise",
+    "int8 vector-wise": "int8 vector-wise",
+    "LLM.int8()": "LLM.int8()",
+    "NF4": "NF4+DQ",
+}
+SAMPLE_TOKENS = 512  # at whose outputs rounding is measured; windows are taken until they hold so many
+
+
+@dataclass
+class Damage:
+    """Squared sums over outputs, of all channels, and of the channels that hold no outlier in their sequence."""
+
+    signal: float = 0.0
+    error: float = 0.0
+    ordinary_signal: float = 0.0
+    ordinary_error: float = 0.0
+
+    @property
+    def output(self) -> float | None:
+        """10 log10(||Y||^2 / ||Y - Y^||^2) in dB; None where nothing was lost or there is nothing."""
+        return _db(self.signal, self.error)
+
+    @property
+    def ordinary(self) -> float | None:
+        """The same of the part that comes through ordinary channels."""
+        return _db(self.ordinary_signal, self.ordinary_error)
+
+
+def _db(signal: float, error: float) -> float | None:
+    return 10 * math.log10(signal / error) if signal > 0 and error > 0 else None
+
+
+class SampleOf:
+    """Inputs of a site, sequence by sequence. The first `prefix` tokens of each take part and are not measured."""
+
+    def __init__(self, prefix: int):
+        self.prefix = prefix
+        self._sequences: dict[int, torch.Tensor] = {}
+
+    def add(self, window: int, x: torch.Tensor) -> None:
+        """Keeps x [tokens, channels] of a window."""
+        self._sequences[window] = x.clone()
+
+    def columns_kept(self, threshold: float) -> float:
+        """The share of columns that LLM.int8() keeps in 16 bits: with any |x| >= threshold in a sequence, mean over sequences."""
+        shares = [(x.abs() >= threshold).any(0).double().mean().item() for x in self._sequences.values()]
+        return sum(shares) / len(shares)
+
+    def damage(
+        self, modules: Mapping[str, nn.Module], simulations: Mapping, threshold: float
+    ) -> dict[str, Damage] | None:
+        """Each method's damage over all `modules`, by the method's name in tables; None where none of them has a weight
+        [out_features, in_features], as fused experts have not. Weights must be loaded.
+
+        Activations are rounded sequence by sequence; outputs are taken of every few tokens, SAMPLE_TOKENS in all.
+        """
+        weights = [weight for module in modules.values() if (weight := weight_of(module)) is not None]
+        if not weights:
+            return None
+        found = {name: Damage() for name in simulations}
+        sequences = [x.float() for _, x in sorted(self._sequences.items())]
+        outliers = [(x.abs() >= threshold).any(0) for x in sequences]
+        step = -(-sum(len(x) - self.prefix for x in sequences) // SAMPLE_TOKENS)
+        for weight in weights:
+            wide = weight.float()
+            whole = [_parts(x[self.prefix :: step], wide, o) for x, o in zip(sequences, outliers)]
+            for name, simulation in simulations.items():
+                prepared = simulation.weight(weight)
+                for x, outlier, parts in zip(sequences, outliers, whole):
+                    rounded, kept = prepared.activations(x)
+                    _note(found[name], parts, _parts(rounded[self.prefix :: step], prepared.weight_for(kept), outlier))
+        return found
+
+
+def _note(damage: Damage, whole: tuple[torch.Tensor, torch.Tensor], rounded: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def power(x: torch.Tensor) -> float:
+        return x.square().sum(dtype=torch.float64).item()
+
+    damage.signal += power(whole[0])
+    damage.error += power(whole[0] - rounded[0])
+    damage.ordinary_signal += power(whole[1])
+    damage.ordinary_error += power(whole[1] - rounded[1])
+
+
+def _parts(x: torch.Tensor, weight: torch.Tensor, outlier: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x W^T, the part of it through channels that are not `outlier`)."""
+    ordinary = x[:, ~outlier] @ weight[:, ~outlier].t()
+    return ordinary + x[:, outlier] @ weight[:, outlier].t(), ordinary
+
+
+def weight_of(module: nn.Module) -> torch.Tensor | None:
+    """The unquantized weight [out_features, in_features] of a linear module; None of what is none."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    return weight if isinstance(module, nn.Linear) else weight.t()

@@ -1,0 +1,77 @@
+"""Which dimensions of the hidden state are outlier features, by the criteria of LLM.int8() (arXiv:2208.07339, section 4.1).
+
+The hidden states of a layer are the inputs of its attention projections and of its FFN's first layers: what the norms give.
+The paper counts the input of the attention's output projection too; its channels are those of the heads, no dimensions of
+the hidden state, so here it has its own row in the tables and no part in this. A dimension is an outlier feature where values
+of magnitude `threshold` and more stand in at least MIN_LAYERS of the layers, and at MIN_POSITIONS of the sequence dimensions.
+The last can be read two ways. Here it is the share of all pairs of hidden state and position, which is the stricter one; the
+share of positions at which any layer has such a value is given beside it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from qcli.outliers import paper
+from qcli.outliers.measure import LayerMeasure, SiteMeasure
+from qcli.outliers.sites import HIDDEN
+from qcli.outliers.statistics import merge_bins, quartiles
+
+ONE_SIDED = 0.99  # of a dimension's outliers have one sign
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A dimension seen at or above the threshold. Shares are fractions; quartiles those of its outlier values."""
+
+    dim: int
+    layers_share: float
+    positions_share: float
+    positions_union: float
+    absmax: float
+    quartiles: list[float]
+    one_sided: bool
+
+    @property
+    def outlier(self) -> bool:
+        """Whether it meets the paper's criteria."""
+        return self.layers_share >= paper.MIN_LAYERS and self.positions_share >= paper.MIN_POSITIONS
+
+
+def hidden_sites(layer: LayerMeasure, hidden_size: int) -> list[SiteMeasure]:
+    """The sites of a layer whose channels are the dimensions of the hidden state, one of each kind."""
+    found = {}
+    for site in layer.sites:
+        if site.site.kind in HIDDEN and site.stats["count"].numel() == hidden_size:
+            found.setdefault(site.site.kind, site)
+    return list(found.values())
+
+
+def find_features(layers: Iterable[LayerMeasure], union: Iterable[torch.Tensor], hidden_size: int) -> list[Feature]:
+    """Every dimension with an outlier anywhere, the most common first; `union` holds bool [positions, hidden_size]."""
+    by_layer = [sites for layer in layers if (sites := hidden_sites(layer, hidden_size))]
+    if not by_layer:
+        return []
+    sites = [site for layer in by_layer for site in layer]
+    counts = torch.stack([site.stats["count"] for site in sites]).sum(0)
+    affected = torch.stack([torch.stack([s.stats["count"] for s in layer]).sum(0) > 0 for layer in by_layer])
+    rows = sum(site.stats.rows for site in sites)
+    masks = list(union)
+    anywhere = torch.stack([mask.sum(0) for mask in masks]).sum(0).double() / sum(len(mask) for mask in masks)
+    absmax = torch.stack([site.stats.absmax for site in sites]).amax(0)
+    features = []
+    for dim in counts.nonzero().view(-1).tolist():
+        values, weights = merge_bins([site.sketch.of(dim) for site in sites])
+        positive = int(weights[values > 0].sum())
+        features.append(
+            Feature(
+                dim, affected[:, dim].double().mean().item(), counts[dim].item() / rows, anywhere[dim].item(),
+                absmax[dim].item(), quartiles(values, weights), _one_sided(positive, int(weights.sum())),
+            )
+        )  # fmt: skip
+    return sorted(features, key=lambda f: (not f.outlier, -f.positions_share, f.dim))
+
+
+def _one_sided(positive: int, total: int) -> bool:
+    return max(positive, total - positive) >= ONE_SIDED * total

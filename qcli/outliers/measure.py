@@ -1,0 +1,184 @@
+"""The measuring pass: every text through every block once, with statistics of what enters linear layers and leaves blocks."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from qcli.errors import NonFiniteError
+from qcli.outliers import spikes
+from qcli.outliers.damage import Damage, SampleOf
+from qcli.outliers.sites import FFN_OUTPUT, HIDDEN, Site, SiteFinder
+from qcli.outliers.statistics import ChannelHistograms, ChannelStats, OutlierSketch
+from qcli.streaming.batches import Batch
+from qcli.streaming.run import Observer, current_call
+from qcli.streaming.skeleton import Skeleton
+from qcli.streaming.units import Unit
+
+DIMS_KEPT = 16  # of a site, with histograms: those most often outliers
+SURFACE_TOKENS = 30
+
+
+@dataclass
+class SiteMeasure:
+    """What was measured at one site. `rows` without BOS and padding; `token_absmax` [rows] in no order."""
+
+    site: Site
+    stats: ChannelStats
+    sketch: OutlierSketch
+    bos: ChannelStats
+    token_absmax: list[torch.Tensor] = field(default_factory=list)
+    histograms: ChannelHistograms | None = None
+    surface: torch.Tensor | None = None  # [tokens, channels] of the first window
+    damage: dict[str, Damage] | None = None
+    columns_kept: float | None = None  # share of columns that LLM.int8() would keep in 16 bits
+
+    @property
+    def dims(self) -> list[int]:
+        """Channels with outliers, those with most of them first."""
+        count = self.stats["count"]
+        return sorted(count.nonzero().view(-1).tolist(), key=lambda d: (-count[d].item(), d))
+
+
+@dataclass
+class LayerMeasure:
+    """A block: its sites, and the residual stream that leaves it."""
+
+    name: str
+    sites: list[SiteMeasure]
+    residual: ChannelStats
+    medians: list[float]  # of |x|, one a sequence
+    massive: list[spikes.Massive]
+    super_weights: list[spikes.SuperWeight]
+
+
+class Meter(Observer):
+    """Measures the blocks that calls pass. `prefix` is how many leading tokens of each window are apart (BOS).
+
+    `sample` names the windows whose outputs are simulated under each method; none where it is empty. `layers` is the result,
+    and `union` says of each batch's positions in which dimension a hidden state of any layer was an outlier.
+    """
+
+    def __init__(self, skeleton: Skeleton, threshold: float, prefix: int, sample: frozenset[int], simulations: dict):
+        self.skeleton, self.threshold, self.prefix = skeleton, threshold, prefix
+        self.sample, self.simulations = sample, simulations
+        self.layers: list[LayerMeasure] = []
+        self.union: dict[tuple[int, ...], torch.Tensor] = {}
+        self.hidden_size = skeleton.model.config.get_text_config(decoder=True).hidden_size
+        self._finder: SiteFinder | None = None
+
+    def loaded(self, unit: Unit) -> None:
+        """Starts measuring a block."""
+        if unit.index is None:
+            return
+        self._unit = unit
+        self._measures: dict[int, SiteMeasure] = {}  # by the site's id
+        self._samples: dict[int, SampleOf] = {}
+        self._outliers: dict[int, dict[tuple[int, ...], torch.Tensor]] = {}  # of each batch, by its windows
+        self._residual, self._medians, self._massive = ChannelStats(self.hidden_size), {}, {}
+        self._spikes = spikes.SpikeFinder()
+        self._finder = SiteFinder(unit.module, self._seen)
+        self._handles = [unit.module.register_forward_hook(self._left)]
+        self._handles += self._spikes.hook(unit.module)
+
+    def passed(self, unit: Unit) -> None:
+        """Sums up a block."""
+        if unit.index is None:
+            return
+        for handle in self._handles:
+            handle.remove()
+        sites = self._finder.close()
+        measures = [self._measures[id(site)] for site in sites]
+        for measure in measures:
+            self._settle(measure)
+        tail = next((s for s in reversed(sites) if s.kind == FFN_OUTPUT), None)
+        self.layers.append(
+            LayerMeasure(
+                unit.name, measures, self._residual, [m for _, m in sorted(self._medians.items())],
+                [x for _, found in sorted(self._massive.items()) for x in found],
+                self._spikes.super_weights(tail.modules if tail else {}),
+            )
+        )  # fmt: skip
+        self._finder = None
+        self._samples, self._outliers = {}, {}
+
+    def _settle(self, measure: SiteMeasure) -> None:
+        site = measure.site
+        if site.kind in HIDDEN and measure.stats["count"].numel() == self.hidden_size:
+            for batch, mask in self._outliers.get(id(site), {}).items():
+                before = self.union.get(batch)
+                self.union[batch] = mask if before is None else before | mask
+        else:
+            measure.histograms = measure.surface = None
+        if measure.histograms is not None:
+            measure.histograms.keep(measure.dims[:DIMS_KEPT])
+        sample = self._samples.get(id(site))
+        if sample is not None and self.simulations:
+            measure.damage = sample.damage(site.modules, self.simulations, self.threshold)
+            measure.columns_kept = sample.columns_kept(self.threshold)
+
+    def _seen(self, site: Site, module: nn.Module, x: torch.Tensor, first: bool) -> None:
+        if not first:
+            return
+        batch: Batch = current_call().batch
+        channels = x.shape[-1]
+        measure = self._measures.get(id(site))
+        if measure is None:
+            hidden = channels == self.hidden_size
+            measure = self._measures[id(site)] = SiteMeasure(
+                site, ChannelStats(channels), OutlierSketch(self.threshold), ChannelStats(channels),
+                histograms=ChannelHistograms(channels) if hidden else None,
+            )  # fmt: skip
+        whole = x.numel() == batch.ids.numel() * channels
+        if not whole:  # an expert's share of the tokens: their positions are not known here
+            self._count(measure, x.reshape(-1, channels))
+            return
+        x = x.reshape(*batch.ids.shape, channels)
+        counted = batch.counted(self.prefix)
+        rows = x[counted.to(x.device)]
+        self._count(measure, rows)
+        if self.prefix:
+            measure.bos.add(x[:, : self.prefix].reshape(-1, channels), self.threshold)
+        if measure.histograms is not None:
+            measure.histograms.add(rows)
+            self._outliers.setdefault(id(site), {})[batch.windows] = (rows.abs() >= self.threshold).cpu()
+            if 0 in batch.windows:
+                row = batch.windows.index(0)
+                measure.surface = x[row, : min(SURFACE_TOKENS, int(batch.mask[row].sum()))].float().cpu()
+        taken = [row for row, window in enumerate(batch.windows) if window in self.sample]
+        if taken and self.simulations:
+            sample = self._samples.setdefault(id(site), SampleOf(self.prefix))
+            for row in taken:
+                sample.add(batch.windows[row], x[row, : int(batch.mask[row].sum())])
+
+    def _count(self, measure: SiteMeasure, rows: torch.Tensor) -> None:
+        measure.stats.add(rows, self.threshold)
+        if bad := measure.stats.nonfinite:
+            path = f"{self._unit.name}.{next(iter(measure.site.modules))}"
+            raise NonFiniteError(
+                f"{self.skeleton.source.label}: the input of {path} holds NaN or infinity in {len(bad)} of "
+                f"{rows.shape[1]} channels, the first is {bad[0]}",
+                "Try --dtype float32; if it stays, the weights before it are damaged: see --weights-only.",
+            )
+        measure.sketch.add(rows)
+        if len(rows):
+            measure.token_absmax.append(rows.abs().amax(1).float().cpu())
+
+    def _left(self, module: nn.Module, args: tuple, output: object) -> None:
+        """What leaves the block: the residual stream."""
+        batch: Batch = current_call().batch
+        x = output[0] if isinstance(output, tuple) else output
+        if not isinstance(x, torch.Tensor) or x.shape[:2] != batch.ids.shape:
+            return
+        if x.shape[-1] != self._residual["count"].numel():
+            self._residual = ChannelStats(x.shape[-1])
+        self._residual.add(x[batch.counted(self.prefix).to(x.device)], spikes.MASSIVE)
+        if bad := self._residual.nonfinite:
+            raise NonFiniteError(
+                f"{self.skeleton.source.label}: what leaves {self._unit.name} holds NaN or infinity in {len(bad)} of "
+                f"{x.shape[-1]} dimensions, the first is {bad[0]}",
+                "Try --dtype float32; if it stays, the weights of that layer are damaged: see --weights-only.",
+            )
+        for row, window in enumerate(batch.windows):
+            hidden = x[row, : int(batch.mask[row].sum())]
+            self._medians[window], self._massive[window] = spikes.massive(hidden, window)

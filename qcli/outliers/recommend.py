@@ -1,0 +1,152 @@
+"""Which method, threshold and modules the measurements speak for. Every sentence gives the numbers that it follows from."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from qcli.errors import UsageError
+from qcli.outliers import paper
+from qcli.outliers.damage import Damage
+from qcli.outliers.features import Feature
+from qcli.outliers.measure import LayerMeasure, SiteMeasure
+from qcli.outliers.sites import FFN_OUTPUT
+
+GOOD = 25.0  # dB through ordinary channels: below it int8 without decomposition is felt in perplexity
+MOST_COLUMNS = 0.10  # of the input columns in 16 bits: beyond, the decomposition costs more time than int8 saves
+WORSE = 10.0  # dB below the median of its kind: such a module is kept in 16 bits
+MOST_SKIPPED = 0.10  # of the modules, those worst off
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """`command` is ready to run; `alternative` is the other width, for who needs it. `skip` are full module names."""
+
+    method: str
+    threshold: float | None
+    skip: list[str]
+    command: str
+    alternative: str
+    why: list[str]
+
+    def summary(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+def recommend(
+    model: str, layers: Sequence[LayerMeasure], features: Sequence[Feature], threshold: float
+) -> Recommendation | None:
+    """None where there is nothing to quantize: no site's damage was measured."""
+    measured = [(layer, site) for layer in layers for site in layer.sites if site.damage]
+    if not measured:
+        return None
+    sites = [site for _, site in measured]
+    plain = _median(sites, "int8 vector-wise")
+    nf4 = _median(sites, "NF4")
+    share = sum(site.columns_kept * len(site.site.modules) for site in sites) / sum(len(s.site.modules) for s in sites)
+    why = [_about_features(features), _about_rounding(sites, plain)]
+    if share <= MOST_COLUMNS:
+        method, name = "llm-int8", "LLM.int8()"
+        why.append(
+            f"LLM.int8() keeps {share:.1%} of the input columns of a sequence in 16 bits, and leaves {_median(sites, name):.1f} dB."
+            if share
+            else f"No column of a sequence reaches {threshold:g}, so LLM.int8() is plain int8 here and costs no more."
+        )
+    else:
+        method, name = "nf4", "NF4"
+        why.append(
+            f"LLM.int8() would keep {share:.0%} of the input columns of a sequence in 16 bits, which costs more than int8 saves; "
+            f"NF4 leaves activations whole. A higher --threshold keeps fewer: try {2 * threshold:g}."
+        )
+    why.append(f"NF4 rounds weights only and leaves {nf4:.1f} dB, wherever outliers are." if nf4 else "")
+    skip, about_skip = _skip(measured, name)
+    why += about_skip
+    options = [] if threshold == paper.THRESHOLD or method == "nf4" else ["--threshold", f"{threshold:g}"]
+    skips = [part for module in skip for part in ("--skip", module)]
+    bits = "8" if method == "llm-int8" else "4"
+    command = ["qcli", "quantize", model, "--bits", bits, *options, *skips]
+    other = ["qcli", "quantize", model, "--bits", "4" if bits == "8" else "8"]
+    return Recommendation(
+        method, threshold if method == "llm-int8" else None, skip, shlex.join(command), shlex.join(other), [s for s in why if s]
+    )  # fmt: skip
+
+
+def read_skip(path: Path) -> list[str]:
+    """The modules that a report written by `qcli inspect-outliers --json` recommends to keep in 16 bits. Raises UsageError."""
+    hint = "Make it with: qcli inspect-outliers MODEL --json > REPORT.json"
+    try:
+        report = json.loads(path.read_bytes())
+    except OSError as e:
+        raise UsageError(f"cannot read the report {path}: {e.strerror}", hint) from e
+    except ValueError as e:
+        raise UsageError(f"{path} is not valid JSON: {e}", hint) from None
+    found = report.get("format") if isinstance(report, dict) else None
+    if found != "qcli-outliers":
+        raise UsageError(
+            f"{path} is no report of inspect-outliers: its format is {found!r}, expected 'qcli-outliers'", hint
+        )
+    recommendation = report.get("recommendation")
+    if recommendation is None:
+        raise UsageError(f"{path} holds no recommendation: the model that it is of was quantized already", hint)
+    return list(recommendation["skip"])
+
+
+def _median(sites: Sequence[SiteMeasure], method: str) -> float | None:
+    values = [d.ordinary for site in sites if (d := site.damage.get(method)) and d.ordinary is not None]
+    return median(values) if values else None
+
+
+def _about_features(features: Sequence[Feature]) -> str:
+    outliers = [f for f in features if f.outlier]
+    if not outliers:
+        return "No dimension meets the paper's criteria of an outlier feature."
+    shown = ", ".join(str(f.dim) for f in outliers[:8]) + (", ..." if len(outliers) > 8 else "")
+    top = max(outliers, key=lambda f: f.positions_share)
+    few = len(outliers) == 1
+    return (
+        f"{len(outliers)} outlier feature{'' if few else 's'} ({shown}), the most common in {top.layers_share:.0%} of the layers "
+        f"at {top.positions_share:.0%} of the positions."
+    )
+
+
+def _about_rounding(sites: Sequence[SiteMeasure], plain: float | None) -> str:
+    if plain is None:
+        return ""
+    worst = min(sites, key=lambda s: _ordinary(s.damage["int8 vector-wise"]))
+    lowest = _ordinary(worst.damage["int8 vector-wise"])
+    verdict = "too little" if plain < GOOD else "enough"
+    place = f"; least at {worst.site.kind}s, {lowest:.1f} dB" if lowest < plain - 3 else ""
+    return (
+        f"int8 without decomposition leaves {plain:.1f} dB (median) of what comes through ordinary channels{place}: {verdict} "
+        f"against {GOOD:g} dB."
+    )
+
+
+def _ordinary(damage: Damage) -> float:
+    return float("inf") if damage.ordinary is None else damage.ordinary
+
+
+def _skip(measured: Sequence[tuple[LayerMeasure, SiteMeasure]], method: str) -> tuple[list[str], list[str]]:
+    """Modules to keep in 16 bits: those of super weights, and those far below others of their kind. With the reasons."""
+    why, skip = [], []
+    for layer, site in measured:
+        for weight in layer.super_weights if site.site.kind == FFN_OUTPUT else ():
+            if (name := f"{layer.name}.{weight.module}") not in skip:
+                skip.append(name)
+                why.append(f"{name} holds a super weight, [{weight.row}, {weight.column}] = {weight.weight:.3g}.")
+    kinds: dict[str, list[tuple[float, str]]] = {}
+    for layer, site in measured:
+        value = _ordinary(site.damage[method])
+        kinds.setdefault(site.site.kind, []).extend((value, f"{layer.name}.{module}") for module in site.site.modules)
+    far = []
+    for kind, found in kinds.items():
+        middle = median(value for value, _ in found)
+        far += [(value - middle, name, kind, value, middle) for value, name in found if value < middle - WORSE]
+    for _, name, kind, value, middle in sorted(far)[: int(MOST_SKIPPED * sum(map(len, kinds.values())))]:
+        if name not in skip and "*" not in name:
+            skip.append(name)
+            why.append(f"{name} is left with {value:.1f} dB under {method}, where the median {kind} has {middle:.1f}.")
+    return skip, why

@@ -1,0 +1,107 @@
+"""Where activations are measured: the inputs of a block's linear layers, the same tensor counted once for all that read it."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from qcli.nn import Linear4bit, Linear8bit
+from qcli.streaming.run import current_call
+
+ATTENTION_INPUT, ATTENTION_OUTPUT = "attention input", "attention output"
+FFN_INPUT, FFN_OUTPUT, OTHER = "ffn input", "ffn output", "other"
+HIDDEN = (ATTENTION_INPUT, FFN_INPUT)  # sites whose channels are the dimensions of the hidden state
+
+_ATTENTION = re.compile(r"att")
+_FFN = re.compile(
+    r"mlp|ffn|feed_?forward|expert|moe|(^|\.)(fc\d?|dense_h_to_4h|dense_4h_to_h|up_proj|gate_proj|down_proj|w[123])$"
+)
+
+
+@dataclass
+class Site:
+    """An input of linear modules. `modules` are their paths in the block, with `*` for an expert's number."""
+
+    group: str  # path of the modules' parent
+    order: int  # of this input among those of the parent
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    kind: str = OTHER
+
+
+def linear_modules(block: nn.Module) -> dict[str, nn.Module]:
+    """The linear modules of a block by path, and with them fused experts, whose input is that of a linear layer."""
+    found = {}
+    for path, module in block.named_modules():
+        fused = any(p is not None and p.dim() == 3 for p in module._parameters.values())
+        if isinstance(module, (nn.Linear, Conv1D, Linear4bit, Linear8bit)) or (fused and path):
+            found[path] = module
+    return found
+
+
+class SiteFinder:
+    """Hooks the linear modules of a block and says of each call which site it is.
+
+    `seen(site, module, x, first)` is called at every linear layer, `first` where x was not seen at this site in this call.
+    """
+
+    def __init__(self, block: nn.Module, seen: Callable[[Site, nn.Module, torch.Tensor, bool], None]):
+        self.sites: dict[tuple[str, int], Site] = {}
+        self._seen, self._call = seen, None
+        self._last: dict[str, tuple[torch.Tensor, int]] = {}
+        self._handles = [
+            module.register_forward_pre_hook(self._hook(path)) for path, module in linear_modules(block).items()
+        ]
+
+    def _hook(self, path: str) -> Callable:
+        group = path.rpartition(".")[0]
+        shown = re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
+
+        def hook(module, args):
+            call, x = current_call(), args[0]
+            if call is not self._call:
+                self._call, self._last = call, {}
+            before = self._last.get(group)
+            first = before is None or not _same(before[0], x)
+            order = 0 if before is None else before[1] + first
+            self._last[group] = x, order
+            key = (shown.rpartition(".")[0], order)
+            site = self.sites.setdefault(key, Site(*key))
+            site.modules.setdefault(shown, module)
+            self._seen(site, module, x, first)
+
+        return hook
+
+    def close(self) -> list[Site]:
+        """Takes the hooks off and returns the sites with their kinds, in the order in which they were met."""
+        for handle in self._handles:
+            handle.remove()
+        self._call, self._last = None, {}
+        groups: dict[str, list[Site]] = {}
+        for site in self.sites.values():
+            # Linear layers that lie in the block itself belong together by their names.
+            group = site.group or ("ffn" if _FFN.search(next(iter(site.modules))) else "")
+            groups.setdefault(group, []).append(site)
+        for sites in groups.values():
+            _name(sites)
+        return list(self.sites.values())
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+
+
+def _name(sites: list[Site]) -> None:
+    """The kinds of the inputs of one attention or FFN: its first layers read the hidden state, its last one ends it."""
+    path = next(iter(sites[0].modules))
+    if _FFN.search(path) and not _ATTENTION.search(path.rpartition(".")[0]):
+        first, last = FFN_INPUT, FFN_OUTPUT
+    elif _ATTENTION.search(path):
+        first, last = ATTENTION_INPUT, ATTENTION_OUTPUT
+    else:
+        return
+    sites[0].kind = first
+    if len(sites) > 1:
+        sites[-1].kind = last

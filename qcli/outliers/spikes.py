@@ -1,0 +1,97 @@
+"""Massive activations (Sun et al., arXiv:2402.17762) and the super weights behind them (Yu et al., arXiv:2411.07191).
+
+Outlier features are large in nearly every token; these are a handful of values, a thousand times the median, at few tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qcli.nn import Linear4bit, Linear8bit
+from qcli.outliers.sites import linear_modules
+from qcli.streaming.run import current_call
+
+MASSIVE = 100.0  # magnitude, and
+MASSIVE_RATIO = 1000.0  # times the median magnitude of the hidden state (section 2 of the paper)
+SUPER_SHARE = 0.5  # of an output spike, by one weight alone
+_MOST = 32  # massive activations kept of one hidden state
+
+
+@dataclass(frozen=True)
+class Massive:
+    """One value of a hidden state [tokens, dims]; `median` is that of the state's magnitudes."""
+
+    window: int
+    position: int
+    dim: int
+    value: float
+    median: float
+
+
+def massive(hidden: torch.Tensor, window: int) -> tuple[float, list[Massive]]:
+    """(median of |hidden|, its massive activations, largest first) of hidden [tokens, dims]."""
+    magnitudes = hidden.float().abs()
+    median = magnitudes.median().item()
+    limit = max(MASSIVE, MASSIVE_RATIO * median)
+    where = ((magnitudes > MASSIVE) & (magnitudes >= limit)).nonzero().tolist()
+    found = [Massive(window, p, d, hidden[p, d].item(), median) for p, d in where]
+    return median, sorted(found, key=lambda m: (-abs(m.value), m.position, m.dim))[:_MOST]
+
+
+@dataclass(frozen=True)
+class SuperWeight:
+    """The weight [row, column] of `module`, whose product with the input spike makes most of the output spike."""
+
+    module: str
+    row: int
+    column: int
+    weight: float
+    input: float
+    output: float
+
+
+class SpikeFinder:
+    """Notes the largest output of each linear layer of a block, and what came in at that token."""
+
+    def __init__(self):
+        # module -> (row, output, input [in_features], median of |output|)
+        self._largest: dict[int, tuple[int, float, torch.Tensor, float]] = {}
+
+    def hook(self, block: nn.Module) -> list:
+        """Hooks every linear layer of the block; returns the hooks' handles."""
+        return [m.register_forward_hook(self._note) for m in linear_modules(block).values() if hasattr(m, "weight")]
+
+    def _note(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        if current_call() is None or not output.numel():
+            return
+        y = output.reshape(-1, output.shape[-1])
+        token, row = divmod(int(y.abs().argmax()), y.shape[1])
+        value = y[token, row].item()
+        before = self._largest.get(id(module))
+        if abs(value) <= MASSIVE or (before is not None and abs(before[1]) >= abs(value)):
+            return
+        x = args[0].reshape(-1, args[0].shape[-1])[token].float()
+        self._largest[id(module)] = (row, value, x, y.float().abs().median().item())
+
+    def super_weights(self, modules: Mapping[str, nn.Module]) -> list[SuperWeight]:
+        """Of the given modules, path to module: the FFN's last ones, where they have been seen. Weights must be loaded."""
+        found = []
+        for path, module in modules.items():
+            if id(module) not in self._largest:
+                continue
+            row, output, x, median = self._largest[id(module)]
+            weights = _row(module, row)
+            column = int((weights * x).abs().argmax())
+            weight, spike = weights[column].item(), x[column].item()
+            if abs(output) >= MASSIVE_RATIO * median and abs(weight * spike) >= SUPER_SHARE * abs(output):
+                found.append(SuperWeight(path, row, column, weight, spike, output))
+        return found
+
+
+def _row(module: nn.Module, row: int) -> torch.Tensor:
+    """A row of a linear layer's weight, float32 [in_features]."""
+    if isinstance(module, (Linear4bit, Linear8bit)):
+        return module.dequantize(torch.float32)[row]
+    return (module.weight[row] if isinstance(module, nn.Linear) else module.weight[:, row]).float()

@@ -1,0 +1,179 @@
+"""Statistics of activations that are gathered batch by batch and come out the same whatever the batches were."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from qcli.ops.activation_stats import FIELDS, activation_stats
+
+SKETCH_ERROR = 0.005  # of a quantile of the sketch, relative
+HISTOGRAM_BINS = 129
+_STEPS = 8  # bins of the histogram per unit of asinh(x)
+
+
+class ChannelStats:
+    """Moments, extremes and counts of each channel, float64, exact but for the rounding of float64 sums."""
+
+    def __init__(self, channels: int):
+        self.rows = 0
+        self._stats = torch.zeros(len(FIELDS), channels, dtype=torch.float64)
+        self._stats[FIELDS.index("min")], self._stats[FIELDS.index("max")] = torch.inf, -torch.inf
+
+    def add(self, x: torch.Tensor, threshold: float) -> None:
+        """Counts x [rows, channels] in; elements of magnitude `threshold` and more are outliers."""
+        new = activation_stats(x, threshold).cpu()
+        old, least, greatest = self._stats, FIELDS.index("min"), FIELDS.index("max")
+        merged = old + new
+        merged[least] = torch.minimum(old[least], new[least])
+        merged[greatest] = torch.maximum(old[greatest], new[greatest])
+        self._stats, self.rows = merged, self.rows + len(x)
+
+    def __getitem__(self, field: str) -> torch.Tensor:
+        """[channels] of one of activation_stats.FIELDS."""
+        return self._stats[FIELDS.index(field)]
+
+    @property
+    def nonfinite(self) -> list[int]:
+        """Channels that hold NaN or infinity."""
+        return (~self["sum_fourths"].isfinite()).nonzero().view(-1).tolist()
+
+    @property
+    def absmax(self) -> torch.Tensor:
+        """Greatest magnitude [channels]; 0 where no row was counted."""
+        return torch.maximum(self["max"], -self["min"]).clamp_min(0)
+
+    def channel_moments(self) -> "Moments":
+        """Moments of each channel [channels]."""
+        sums = (self[f] for f in ("sum", "sum_squares", "sum_cubes", "sum_fourths"))
+        return Moments(torch.tensor(float(self.rows), dtype=torch.float64), *sums)
+
+    def pooled_moments(self) -> "Moments":
+        """Moments over all values of all channels, each a scalar."""
+        sums = (self[f].sum() for f in ("sum", "sum_squares", "sum_cubes", "sum_fourths"))
+        return Moments(torch.tensor(float(self.rows * self._stats.shape[1]), dtype=torch.float64), *sums)
+
+
+@dataclass
+class Moments:
+    """A count and four power sums, float64, of the same shape."""
+
+    count: torch.Tensor
+    sum: torch.Tensor
+    sum_squares: torch.Tensor
+    sum_cubes: torch.Tensor
+    sum_fourths: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Sum / count."""
+        return self.sum / self.count
+
+    @property
+    def rms(self) -> torch.Tensor:
+        """Root of the mean square."""
+        return (self.sum_squares / self.count).sqrt()
+
+    @property
+    def std(self) -> torch.Tensor:
+        """Standard deviation of the population."""
+        return (self.sum_squares / self.count - self.mean.square()).clamp_min(0).sqrt()
+
+    @property
+    def kurtosis(self) -> torch.Tensor:
+        """Fourth central moment over the squared variance: 3 for a Gaussian. NaN where the values do not vary."""
+        m, n = self.mean, self.count
+        variance = self.sum_squares / n - m.square()
+        fourth = self.sum_fourths / n - 4 * m * self.sum_cubes / n + 6 * m.square() * self.sum_squares / n - 3 * m**4
+        # What rounding leaves of equal values is no variance.
+        flat = variance <= 1e-12 * self.sum_squares / n
+        return torch.where(flat, torch.nan, fourth / variance.square())
+
+
+class OutlierSketch:
+    """The distribution of each channel's values of magnitude `threshold` and more, in bins of a constant ratio.
+
+    A quantile is off by at most SKETCH_ERROR of its value (DDSketch, arXiv:1908.10693). Bins of channels without such values
+    take no memory.
+    """
+
+    _CHANNEL = 1 << 20  # keys: channel * _CHANNEL + signed bin + half of it
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        self._ratio = math.log((1 + SKETCH_ERROR) / (1 - SKETCH_ERROR))
+        self._keys = torch.zeros(0, dtype=torch.long)
+        self._counts = torch.zeros(0, dtype=torch.long)
+
+    def add(self, x: torch.Tensor) -> None:
+        """Counts the outliers of x [rows, channels] in."""
+        if self.threshold <= 0:
+            return
+        where = (x.abs() >= self.threshold).nonzero()
+        values = x[where[:, 0], where[:, 1]].double()
+        bins = 1 + ((values.abs() / self.threshold).log() / self._ratio).floor().long()
+        keys = where[:, 1] * self._CHANNEL + self._CHANNEL // 2 + bins * values.sign().long()
+        new, counts = keys.cpu().unique(return_counts=True)
+        self._keys, place = torch.cat((self._keys, new)).unique(return_inverse=True)
+        self._counts = torch.zeros(len(self._keys), dtype=torch.long).index_add_(
+            0, place, torch.cat((self._counts, counts))
+        )
+
+    def of(self, channel: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(values ascending, how many of each) of a channel's bins, float64 and int64."""
+        mine = self._keys // self._CHANNEL == channel
+        bins = self._keys[mine] % self._CHANNEL - self._CHANNEL // 2
+        # The point of a bin [a, b] whose relative distance to both ends is the same: 2ab / (a + b).
+        low = self.threshold * ((bins.abs().double() - 1) * self._ratio).exp()
+        return bins.sign() * low * (1 + SKETCH_ERROR), self._counts[mine]
+
+    def channels(self) -> list[int]:
+        """The channels that have outliers."""
+        return (self._keys // self._CHANNEL).unique().tolist()
+
+
+def quartiles(values: torch.Tensor, counts: torch.Tensor) -> list[float] | None:
+    """The values below which a quarter, a half and three quarters of the counts lie; None where there are none."""
+    total = int(counts.sum())
+    if not total:
+        return None
+    ranks = torch.tensor([int(q * (total - 1)) for q in (0.25, 0.5, 0.75)])
+    return values[torch.searchsorted(counts.cumsum(0), ranks, right=True)].tolist()
+
+
+def merge_bins(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bins of several sketches of one channel as one: (values ascending, counts)."""
+    values, place = torch.cat([v for v, _ in parts]).unique(return_inverse=True)
+    counts = torch.cat([c for _, c in parts])
+    return values, torch.zeros(len(values), dtype=torch.long).index_add_(0, place, counts)
+
+
+class ChannelHistograms:
+    """A coarse histogram of each channel, for the eye: bins of equal width in asinh(x)."""
+
+    def __init__(self, channels: int):
+        self._counts = torch.zeros(channels * HISTOGRAM_BINS, dtype=torch.int32)
+        self._kept: dict[int, torch.Tensor] | None = None
+
+    def add(self, x: torch.Tensor) -> None:
+        """Counts x [rows, channels] in."""
+        half, channels = HISTOGRAM_BINS // 2, x.shape[1]
+        bins = (x.float().asinh() * _STEPS).round_().clamp_(-half, half).int() + half
+        bins += torch.arange(channels, dtype=torch.int32, device=x.device) * HISTOGRAM_BINS
+        self._counts += torch.bincount(bins.view(-1), minlength=channels * HISTOGRAM_BINS).cpu().int()
+
+    def keep(self, channels: list[int]) -> None:
+        """Lets go of all but some channels, when all is counted."""
+        counts = self._counts.view(-1, HISTOGRAM_BINS)
+        self._kept = {channel: counts[channel].clone() for channel in channels}
+        del self._counts
+
+    def of(self, channel: int) -> tuple[list[float], list[int]]:
+        """(edges, counts) of a channel that was kept, without the empty bins at both ends."""
+        counts = self._kept[channel]
+        used = counts.nonzero().view(-1)
+        if not len(used):
+            return [], []
+        first, last = int(used[0]), int(used[-1])
+        edges = [math.sinh((i - HISTOGRAM_BINS // 2 - 0.5) / _STEPS) for i in range(first, last + 2)]
+        return edges, counts[first : last + 1].tolist()

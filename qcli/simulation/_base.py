@@ -1,0 +1,80 @@
+"""What every simulated method has: a weight as the method keeps it, and the linear layer computed from it.
+
+y = X^ W^T + bias in float32, where X^ and W^ are the values that the method's integers or codes stand for. The activations
+of one sequence are taken together and those of two never are, so that neither a scale of "the tensor" nor the outlier
+columns of LLM.int8() depend on how sequences are batched.
+"""
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+
+from qcli.checkpoint.dtypes import ITEMSIZE
+from qcli.formats import TensorSpec
+
+Seen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+class Prepared:
+    """A weight [out_features, in_features] under a method: `weight` is W^, float32. `rounding` makes X^ of the activations of
+    one sequence, float32 [tokens, in_features]; None leaves them whole."""
+
+    def __init__(self, weight: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        self.weight, self._rounding = weight, rounding
+
+    def activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """X^ of one sequence x [tokens, in_features], in float32, and the columns that it keeps in 16 bits, bool [in_features]."""
+        x = x.float()
+        kept = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
+        return (self._rounding(x) if self._rounding and x.numel() else x), kept
+
+    def weight_for(self, kept: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """W^ float32 as activations of `dtype` meet it, where the columns `kept`, bool [in_features], stay in 16 bits."""
+        return self.weight
+
+    def _product(self, rounded: torch.Tensor, kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """X^ W^T of one sequence, float32."""
+        return rounded @ self.weight_for(kept, dtype).t()
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None, seen: Seen | None = None) -> torch.Tensor:
+        """x [..., tokens, in_features], float32 or 16 bits, to [..., tokens, out_features] in x's dtype, one sequence after
+        another along the leading dimensions. bias [out_features] or None. `seen` is told x, X^ and the kept columns of each.
+        """
+        y = torch.empty((*x.shape[:-1], self.weight.shape[0]), dtype=torch.float32, device=x.device)
+        tokens = x.shape[-2] if x.dim() > 1 else 1
+        sequences = prod(x.shape[:-2])
+        flat_x, flat_y = x.reshape(sequences, tokens, x.shape[-1]), y.view(sequences, tokens, y.shape[-1])
+        for i in range(sequences):
+            rounded, kept = self.activations(flat_x[i])
+            if seen:
+                seen(flat_x[i], rounded, kept)
+            flat_y[i] = self._product(rounded, kept, x.dtype)
+        if bias is not None:
+            y += bias.float()
+        return y.to(x.dtype)
+
+
+class Simulation:
+    """A method of the comparison. `name` is what users see."""
+
+    name: str
+
+    def weight(self, weight: torch.Tensor) -> Prepared:
+        """Quantizes a weight [out_features, in_features], given in the dtype that it is stored in."""
+        raise NotImplementedError
+
+    def stored_bytes(self, shape: tuple[int, int], dtype: str = "BF16", outlier_columns: int = 0) -> int:
+        """Bytes that a weight of `shape` [out_features, in_features] takes, scales and tables included, where `dtype` is the
+        safetensors code of the unquantized one. `outlier_columns` stand in it beside the quantized ones, for the method that
+        keeps some."""
+        raise NotImplementedError
+
+    def bits_per_weight(self, shape: tuple[int, int], dtype: str = "BF16", outlier_columns: int = 0) -> float:
+        """8 * stored_bytes over the number of weights."""
+        return 8 * self.stored_bytes(shape, dtype, outlier_columns) / prod(shape)
+
+
+def size_of(specs: list[TensorSpec]) -> int:
+    """Bytes of tensors."""
+    return sum(prod(spec.shape) * ITEMSIZE[spec.dtype] for spec in specs)

@@ -1,0 +1,45 @@
+"""Windows of text put together into batches for the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+BATCH_TOKENS = 2048  # at most so many in a batch, padding included, unless one window has more
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`ids` int64 [sequences, tokens]; `mask` bool of the same shape, False at padding; `windows`, which window each row is."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    windows: tuple[int, ...]
+
+    def counted(self, prefix: int) -> torch.Tensor:
+        """`mask` without the first `prefix` tokens of each sequence."""
+        counted = self.mask.clone()
+        counted[:, :prefix] = False
+        return counted
+
+    def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Keyword arguments of the model."""
+        ids = {"input_ids": self.ids.to(device)}
+        return ids if bool(self.mask.all()) else ids | {"attention_mask": self.mask.to(device).long()}
+
+
+def make_batches(windows: Sequence[Sequence[int]], padding: int, batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
+    """Batches of windows of like length, longest first, padded at their ends with the id `padding`."""
+    order = sorted(range(len(windows)), key=lambda i: (-len(windows[i]), i))
+    batches = []
+    while order:
+        longest = len(windows[order[0]])
+        rows = tuple(order[: max(batch_tokens // longest, 1)])
+        order = order[len(rows) :]
+        ids = torch.full((len(rows), longest), padding, dtype=torch.long)
+        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for row, window in enumerate(rows):
+            tokens = windows[window]
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), True
+        batches.append(Batch(ids, mask, rows))
+    return batches

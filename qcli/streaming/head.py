@@ -1,0 +1,112 @@
+"""Logits a few tokens at a time: the whole of them, tokens x vocabulary, would outgrow the block that they come from.
+
+The model runs up to its head. Then its own forward is called again for a chunk of tokens, with the part below the head
+standing still: it returns that chunk of what it returned before. So whatever a model does to its logits (soft caps, scales)
+is done by its own code.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from qcli.errors import UsageError
+from qcli.streaming.batches import Batch
+from qcli.streaming.run import current_call
+from qcli.streaming.skeleton import Skeleton
+from qcli.streaming.units import Unit
+
+
+class _Reached(Exception):
+    """A call has reached the head."""
+
+
+class Head:
+    """The head of a model. `below(batch)` runs what is below it, inside a Call; `logits` the rest."""
+
+    def __init__(self, skeleton: Skeleton):
+        self.skeleton, self.model = skeleton, skeleton.model
+        module = self.model.get_output_embeddings()
+        units = {id(unit.module): unit for unit in skeleton.units}
+        if module is None or id(module) not in units:
+            raise UsageError(
+                f"{skeleton.source.label}: {type(self.model).__name__} has no head that predicts tokens",
+                "Give a causal language model.",
+            )
+        self.unit: Unit = units[id(module)]
+        blocks = {id(unit.module) for unit in skeleton.blocks}
+        self._containers = [
+            m for m in self.model.modules() if m is not self.model and any(id(c) in blocks for c in m.modules())
+            and id(m) not in blocks and not isinstance(m, nn.ModuleList) and not self._within_a_block(m)
+        ]  # fmt: skip
+        self._body: nn.Module | None = None
+
+    def _within_a_block(self, module: nn.Module) -> bool:
+        return any(module is inner for block in self.skeleton.blocks for inner in block.module.modules())
+
+    def below(self, batch: Batch) -> Callable[[], Any]:
+        """A function for Call.run: the output of what is below the head, of `batch`."""
+
+        def run():
+            try:
+                self.model(**batch.inputs(self.skeleton.device), use_cache=False)
+            except _Reached:
+                return current_call().output
+            raise UsageError(f"{self.skeleton.source.label}: its head was not called in a forward pass")
+
+        return run
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """While this lasts, calls end where they reach the head."""
+
+        def left(module, args, output):
+            if (call := current_call()) is not None:
+                call.output, self._body = output, module
+
+        def reached(module, args):
+            if current_call() is not None:
+                raise _Reached
+
+        handles = [container.register_forward_hook(left) for container in self._containers]
+        handles.append(self.unit.module.register_forward_pre_hook(reached))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def logits(self, output: Any, row: int, first: int, last: int) -> torch.Tensor:
+        """Logits [last - first, vocabulary] of positions `first` to `last` of sequence `row` of a call's output.
+
+        The head's unit must be loaded.
+        """
+        chunk = hidden_states(output)[row : row + 1, first:last]
+        body, still = self._body, _with_hidden_states(output, chunk)
+        original = body.__dict__.get("forward")
+        body.forward = lambda *args, **kwargs: still
+        try:
+            ids = torch.zeros(chunk.shape[:2], dtype=torch.long, device=chunk.device)
+            with torch.inference_mode():
+                return self.model(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            if original is None:
+                del body.forward
+            else:
+                body.forward = original
+
+
+def hidden_states(output: Any) -> torch.Tensor:
+    """The last hidden states [sequences, tokens, channels] of what a model's body returned."""
+    return output[0]
+
+
+def _with_hidden_states(output: Any, hidden: torch.Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    changed = copy.copy(output)
+    changed.last_hidden_state = hidden
+    return changed

@@ -1,0 +1,113 @@
+"""Forward passes that wait for each other: all of them reach a unit, then its weights are read, then all of them pass it.
+
+Each call of the model runs in a greenlet of its own and is suspended where it enters a unit. So the code around the blocks
+stays transformers' own, with its masks, position embeddings and what one block hands to the next, and each unit's weights are
+read once for all calls. While a call waits, its hidden states do, and nothing else of it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+
+from qcli.streaming.skeleton import Skeleton
+from qcli.streaming.units import Unit
+
+
+@dataclass
+class Call:
+    """A forward pass: `run()` calls the model. `variant` groups calls that see the same change of it; `batch` is the caller's."""
+
+    run: Callable[[], Any]
+    variant: str = ""
+    batch: Any = None
+
+
+class Observer:
+    """Is told what is loaded. The default does nothing."""
+
+    def loaded(self, unit: Unit) -> None:
+        """The weights of `unit` are there, and no call has passed it yet."""
+
+    def passed(self, unit: Unit) -> None:
+        """Every call has passed `unit`; its weights are still there."""
+
+    def variant(self, unit: Unit, name: str) -> AbstractContextManager:
+        """What holds for `unit` while the calls of a variant pass it."""
+        return nullcontext()
+
+
+def current_call() -> Call | None:
+    """The call that is running; None outside of any."""
+    return getattr(getcurrent(), "call", None)
+
+
+def run_calls(
+    skeleton: Skeleton, calls: Sequence[Call], observer: Observer | None = None, *, keep: bool = False
+) -> list[Any]:
+    """What each call returned, in their order. `keep` leaves the weights in memory.
+
+    Raises what a call raises.
+    """
+    observer = observer or Observer()
+    results: dict[int, Any] = {}
+    waiting: list[tuple[int, greenlet, Unit]] = []
+
+    def advance(index: int, thread: greenlet, *arguments: object) -> None:
+        wanted = thread.switch(*arguments)
+        if thread.dead:
+            results[index] = wanted
+        else:
+            waiting.append((index, thread, wanted))
+
+    with torch.inference_mode(), _suspended(skeleton):
+        try:
+            for i, call in enumerate(calls):
+                thread = greenlet(call.run)
+                thread.call = call
+                advance(i, thread)
+            while waiting:
+                unit = _next(waiting)
+                here = [entry for entry in waiting if entry[2] is unit]
+                waiting[:] = [entry for entry in waiting if entry[2] is not unit]
+                skeleton.load(unit)
+                observer.loaded(unit)
+                for variant in dict.fromkeys(thread.call.variant for _, thread, _ in here):
+                    with observer.variant(unit, variant):
+                        for index, thread, _ in here:
+                            if thread.call.variant == variant:
+                                advance(index, thread)
+                observer.passed(unit)
+                if not keep:
+                    skeleton.unload(unit)
+        finally:
+            for _, thread, _ in waiting:
+                thread.throw(GreenletExit)
+    return [results[i] for i in range(len(calls))]
+
+
+def _next(waiting: list[tuple[int, greenlet, Unit]]) -> Unit:
+    """The unit to load: of those waited for, what comes before any block, else the earliest block, so that no call overtakes."""
+    return min((unit for _, _, unit in waiting), key=lambda unit: -1 if unit.index is None else unit.index)
+
+
+@contextmanager
+def _suspended(skeleton: Skeleton) -> Iterator[None]:
+    """While this lasts, a call that enters a unit waits for it."""
+
+    def enter(unit: Unit) -> Callable:
+        def wait(module, args):
+            if current_call() is not None and not unit.resident:
+                getcurrent().parent.switch(unit)
+
+        return wait
+
+    handles = [unit.module.register_forward_pre_hook(enter(unit)) for unit in skeleton.units]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,218 @@
+"""A transformers model without weights, whose units are read from the checkpoint when they are wanted and let go again.
+
+The model is built on the meta device, buffers aside. What turns the tensors of a checkpoint into parameters (renames, fused
+experts, dtypes, our quantized modules) is transformers' own loading, given the tensors of one unit at a time.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)  # fmt: skip
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import LoadStateDictConfig
+
+from qcli.checkpoint import dtypes
+from qcli.checkpoint.linears import find_linears, transformers_class
+from qcli.checkpoint.safetensors_file import TensorInfo, read_into
+from qcli.devices import pick_device
+from qcli.errors import CheckpointError, UsageError
+from qcli.model import quiet, read_tokenizer
+from qcli.quantization import model_dtype
+from qcli.quantizer import QcliConfig, QcliQuantizer
+from qcli.settings import one_of
+from qcli.stored import open_checkpoint, read_stored
+from qcli.streaming.units import Unit, find_units
+
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+class Skeleton:
+    """A causal language model, its tokenizer, and its `units`; `layout` says which modules are linear.
+
+    `bytes_read` counts what was read from the checkpoint so far.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        attention: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ):
+        """Reads headers only. `attention` names transformers' implementation, where its weights are to be seen: eager.
+
+        Raises UsageError (also for what is no causal language model), CheckpointError, HubError, DeviceError.
+        """
+        one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
+        self.device = pick_device(device)
+        self.source = open_checkpoint(model, revision, trust_remote_code)
+        self.layout = find_linears(self.source, trust_remote_code=trust_remote_code)
+        self.dtype = dtypes.torch_dtype(model_dtype(self.source, dtype))
+        with quiet():
+            self._build(dtype, attention, trust_remote_code)
+            self.tokenizer = read_tokenizer(self.source, trust_remote_code)
+        if self.tokenizer is None:
+            raise CheckpointError(f"{model} has no tokenizer", "Put its tokenizer files beside config.json.")
+        self.bytes_read = 0
+        self._loaded: set[str] = set()
+        self._place_buffers()
+        self.units = find_units(self.model)
+        self._assign_tensors()
+        for unit in self.units:
+            if unit.resident:
+                self.load(unit)
+
+    def _build(self, dtype: str, attention: str | None, trust_remote_code: bool) -> None:
+        source = self.source
+        built, config = transformers_class(source, trust_remote_code)
+        name = built.__name__ if built else ", ".join(source.config.get("architectures") or ["model of no known class"])
+        if built is None or config.is_encoder_decoder or not name.endswith(_CAUSAL):
+            raise UsageError(
+                f"{source.label} is a {name}, expected a causal language model, which predicts the next token",
+                "Give a model such as a Llama, Qwen, Gemma or GPT, in a form that transformers knows.",
+            )
+        stored = source.config.get("quantization_config")
+        options = {} if attention is None else {"attn_implementation": attention}
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            config.dtype = self.dtype
+            self.model = built._from_config(config, dtype=self.dtype, **options).eval().requires_grad_(False)
+        self.quantizer = None
+        if stored:
+            spec = read_stored(source, self.layout, stored, dtype)
+            self.quantizer = QcliQuantizer(QcliConfig(**spec), pre_quantized=True)
+            self.quantizer.preprocess_model(model=self.model, dtype=self.dtype)
+        self._config = LoadStateDictConfig(
+            dtype=self.dtype, dtype_plan=self.model._get_dtype_plan(self.dtype), hf_quantizer=self.quantizer,
+            device_map={"": self.device}, weight_mapping=get_model_conversion_mapping(self.model, None, self.quantizer),
+        )  # fmt: skip
+
+    def _place_buffers(self) -> None:
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+
+    def _assign_tensors(self) -> None:
+        """Gives each unit the checkpoint's tensors that its parameters come from."""
+        mapping, state = self._config.weight_mapping, self.model.state_dict()
+        renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
+        converters = [t for t in mapping if isinstance(t, WeightConverter)]
+        prefix = self.model.base_model_prefix
+        owners = {name: unit for unit in self.units for name, _, _ in unit.weights()}
+        blocks = [unit for unit in self.units if unit.index is not None]
+        self._origin: dict[str, list[tuple[str, str, TensorInfo]]] = {}
+        for name, (file, info) in self.source.tensors.items():
+            renamed, _ = rename_source_key(name, renamings, converters, prefix, state)
+            if renamed not in state and name in state:
+                renamed = name
+            unit = owners.get(renamed) or next((b for b in blocks if renamed.startswith(f"{b.name}.")), None)
+            if unit is not None:
+                unit.tensors.append((name, file, info))
+                self._origin.setdefault(renamed, []).append((name, file, info))
+        tied = self.model.all_tied_weights_keys
+        for unit in self.units:
+            for name, _, _ in unit.weights():
+                if name in tied and name not in self._origin and tied[name] != name:
+                    unit.ties.append((name, tied[name]))
+
+    @property
+    def blocks(self) -> list[Unit]:
+        """The units that are blocks, in their order."""
+        return [unit for unit in self.units if unit.index is not None]
+
+    def is_loaded(self, unit: Unit) -> bool:
+        """Whether the weights of `unit` are in memory."""
+        return unit.name in self._loaded
+
+    def load(self, unit: Unit) -> None:
+        """Reads the weights of `unit`. Raises CheckpointError where they are missing or misshaped."""
+        if self.is_loaded(unit):
+            return
+        borrowed = [origin for _, source in unit.ties for origin in self._origin.get(source, ())]
+        self._read([*unit.tensors, *borrowed])
+        for name, origin in unit.ties:
+            self._tie(name, origin)
+        self._loaded.add(unit.name)
+        empty = [name for name, module, attribute in unit.weights() if getattr(module, attribute).is_meta]
+        if empty:
+            raise CheckpointError(
+                f"{self.source.label} lacks {len(empty)} tensors of {unit.name}: {', '.join(empty[:5])}",
+                "Fetch or quantize the model again.",
+            )
+
+    def _read(self, tensors: Iterable[tuple[str, str, TensorInfo]]) -> None:
+        files = {file for _, file, _ in tensors}
+        opened = {file: self.source.open(file) for file in files}
+        try:
+            descriptors = {file: context.__enter__() for file, context in opened.items()}
+            state = {name: _Stored(descriptors[file], info) for name, file, info in tensors}
+            with quiet(), torch.inference_mode():
+                info, _ = convert_and_load_state_dict_in_model(self.model, state, self._config)
+        finally:
+            for context in opened.values():
+                context.__exit__(None, None, None)
+        self.bytes_read += sum(info.nbytes for _, _, info in tensors)
+        if info.conversion_errors or info.mismatched_keys:
+            wrong = sorted(info.conversion_errors) or sorted(str(key[0]) for key in info.mismatched_keys)
+            raise CheckpointError(
+                f"{self.source.label} does not fit its model: {', '.join(wrong[:5])}", "Fetch the model again."
+            )
+
+    def _tie(self, name: str, origin: str) -> None:
+        """Makes the parameter `name` that of `origin`, which is let go of where its own unit is not loaded."""
+        module, attribute = _holder(self.model, name)
+        owner, there = _holder(self.model, origin)
+        weight = getattr(owner, there)
+        setattr(module, attribute, weight)
+        unit = next((u for u in self.units if any(n == origin for n, _, _ in u.weights())), None)
+        if unit is not None and not self.is_loaded(unit):
+            setattr(owner, there, _meta(weight))
+
+    def unload(self, unit: Unit) -> None:
+        """Lets go of the weights of `unit`."""
+        if unit.resident or not self.is_loaded(unit):
+            return
+        for _, module, name in unit.weights():
+            setattr(module, name, _meta(getattr(module, name)))
+        self._loaded.remove(unit.name)
+
+
+class _Stored:
+    """A tensor of a file, read when it is asked for, as transformers' loading asks for a safetensors slice."""
+
+    def __init__(self, fd: int, info: TensorInfo):
+        self.fd, self.info = fd, info
+
+    def get_dtype(self) -> str:
+        """The safetensors code."""
+        return self.info.dtype
+
+    def get_shape(self) -> list[int]:
+        """Its sizes."""
+        return list(self.info.shape)
+
+    def __getitem__(self, _) -> torch.Tensor:
+        data = torch.empty(self.info.nbytes, dtype=torch.uint8)
+        read_into(self.fd, self.info.start, memoryview(data.numpy()))
+        return data.view(dtypes.torch_dtype(self.info.dtype)).reshape(self.info.shape)
+
+
+def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def _meta(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty

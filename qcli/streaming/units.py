@@ -1,0 +1,62 @@
+"""Which weights of a model come and go together: its blocks, and each of the modules around them."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from qcli.checkpoint.safetensors_file import TensorInfo
+
+
+@dataclass
+class Unit:
+    """A module whose weights are loaded together. `index` counts the blocks, and is None for the modules around them.
+
+    `tensors` are those of the checkpoint that it takes, `ties` parameters that are another module's: (own name, that name).
+    A `resident` unit stays: it contains others.
+    """
+
+    name: str
+    module: nn.Module
+    index: int | None = None
+    resident: bool = False
+    tensors: list[tuple[str, str, TensorInfo]] = field(default_factory=list)  # name, file, info
+    ties: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors as stored."""
+        return sum(info.nbytes for _, _, info in self.tensors)
+
+    def weights(self) -> list[tuple[str, nn.Module, str]]:
+        """(full name, module that holds it, name there) of each parameter and stored buffer."""
+        prefix = f"{self.name}." if self.name else ""
+        found = []
+        for path, module in self.module.named_modules() if self.index is not None else [("", self.module)]:
+            at = f"{prefix}{path}." if path else prefix
+            stored = [n for n, b in module._buffers.items() if b is not None]
+            stored = [n for n in stored if n not in module._non_persistent_buffers_set]
+            names = [n for n, p in module._parameters.items() if p is not None] + stored
+            found += [(at + name, module, name) for name in names]
+        return found
+
+
+def find_units(model: nn.Module) -> list[Unit]:
+    """The units of a model: the outermost module lists are its blocks, and what holds weights outside of them is a unit each."""
+    blocks: list[Unit] = []
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not inside and next(module.parameters(), None) is not None:
+            lists.append(name)
+            for i, child in enumerate(module):
+                blocks.append(Unit(f"{name}.{i}", child, len(blocks)))
+    in_blocks = {id(m) for block in blocks for m in block.module.modules()}
+    around = []
+    for name, module in model.named_modules():
+        if id(module) in in_blocks:
+            continue
+        unit = Unit(name, module)
+        if unit.weights():
+            unit.resident = any(True for _ in module.children())
+            around.append(unit)
+    return around + blocks

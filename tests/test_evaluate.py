@@ -1,0 +1,126 @@
+"""`qcli evaluate` on the command line: its tables, JSON and CSV, and what it says of bad input."""
+
+import csv
+import json
+
+import pytest
+import transformers
+
+from tests.conftest import ROOT
+from tests.models import add_tokenizer, make_model
+
+DEMO = ROOT / "examples/demo-model"
+STORIES = ROOT / "examples/stories.jsonl"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    import qcli
+
+    folder = tmp_path_factory.mktemp("evaluate")
+    qcli.quantize(str(DEMO), folder / "nf4", device="cpu")
+    return folder
+
+
+def run(quick_cli, *arguments):
+    done = quick_cli("evaluate", *arguments, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_model_alone(quick_cli, tmp_path):
+    arguments = (DEMO, "--text", STORIES, "--tokens", 300)
+    text = run(quick_cli, *arguments, "--csv", "out.csv").stdout
+    found = json.loads(run(quick_cli, *arguments, "--json").stdout)
+    assert found["model"] == str(DEMO) and found["protocol"]["tokens"] == found["protocol"]["scored"] == 300
+    [row] = found["rows"]
+    assert f"{row['quality']['perplexity']['value']:.2f}" in text and "2.74 MB" in text and "16.000" in text
+    for part in (
+        "bits/byte", "stories.jsonl: 3 documents, 300 tokens", "stride 512 (no overlap)", "begins with BOS", "bfloat16 on cpu",
+    ):  # fmt: skip
+        assert part in text
+    [line] = csv.DictReader((tmp_path / "out.csv").open())
+    assert float(line["quality.perplexity.value"]) == row["quality"]["perplexity"]["value"]
+    assert line["model"] == str(DEMO) and line["scored_bytes"] == str(found["protocol"]["scored_bytes"])
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_bundled_text_is_the_default(quick_cli):
+    text = run(quick_cli, DEMO, "--tokens", 200, "--sequence-length", 64, "--stride", 48).stdout
+    assert "bundled text: 1 document, 200 tokens, of which 200 are scored" in text
+    assert "4 windows of up to 64 tokens, stride 48 (the first 16 of a later window are context only)" in text
+
+
+def test_a_model_against_its_base(folder, quick_cli, tmp_path):
+    text = run(
+        quick_cli, folder / "nf4", "--against", DEMO, "--text", STORIES, "--tokens", 300, "--csv", "out.csv"
+    ).stdout
+    for part in (
+        f"against {DEMO}", "KL divergence (nats), 99.9%", "same likeliest token", "ratio of perplexities", "probability, RMS", "±",
+    ):  # fmt: skip
+        assert part in text
+    base, model = csv.DictReader((tmp_path / "out.csv").open())
+    assert base["name"] == str(DEMO) and base["against.loss_change.value"] == ""
+    change = float(model["quality.loss.value"]) - float(base["quality.loss.value"])
+    assert float(model["against.loss_change.value"]) == pytest.approx(change)
+
+
+def test_methods_and_speed(quick_cli):
+    arguments = (DEMO, "--methods", "vector-wise,nf4+dq", "--text", STORIES, "--tokens", 200)
+    text = run(quick_cli, *arguments, "--speed").stdout
+    for part in (
+        "int8 vector-wise", "NF4+DQ", "weight SQNR", "of ordinary columns", "exact", "decode", "peak memory", "float32 on cpu",
+    ):  # fmt: skip
+        assert part in text
+    found = json.loads(run(quick_cli, *arguments, "--json").stdout)
+    assert [row["name"] for row in found["rows"]] == ["fp32", "int8 vector-wise", "NF4+DQ"] and found["simulated"]
+
+
+@pytest.fixture
+def refused(quick_cli, tmp_path):
+    def run(*arguments, message, code=2):
+        done = quick_cli("evaluate", *arguments)
+        assert done.returncode == code and message in done.stderr and not done.stdout
+        assert not list(tmp_path.glob("*.csv*"))
+
+    return run
+
+
+def test_bad_options(folder, refused, tmp_path):
+    refused(folder / "nf4", "--methods", "all", message="is quantized already")
+    refused(DEMO, "--methods", "nf5", message="no method 'nf5'; nearest: NF4")
+    refused(DEMO, "--methods", "all", "--against", DEMO, message="--against and --methods were both given")
+    refused(DEMO, "--sequence-length", 1000, message="the model's context holds 512 tokens")
+    refused(DEMO, "--sequence-length", 100, "--stride", 101, message="--stride is 101")
+    refused(DEMO, "--tokens", 10**7, message="--tokens asks for 10,000,000")
+    refused(DEMO, "--csv", tmp_path / "no/out.csv", message="there is no such folder")
+    refused(DEMO, "--csv", tmp_path, message="it is a folder")
+    refused(DEMO, "--text", tmp_path / "none.txt", message="cannot read the text")
+
+
+def test_text_that_is_too_short(refused, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("Once")
+    refused(DEMO, "--text", tmp_path / "empty.txt", message="empty.txt holds 0 tokens")
+    refused(DEMO, "--text", tmp_path / "short.txt", message="short.txt holds 1 token")
+
+
+def test_models_that_predict_no_text(refused, tmp_path):
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    add_tokenizer(tmp_path / "bert")
+    refused(tmp_path / "bert", message="expected a causal language model")
+    make_model("llama", tmp_path / "llama")
+    refused(tmp_path / "llama", message="has no tokenizer", code=1)
+
+
+def test_an_interrupted_run_leaves_no_file(quick_cli, tmp_path, monkeypatch):
+    from qcli.evaluation import evaluate
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "score", interrupt)
+    done = quick_cli("evaluate", DEMO, "--text", STORIES, "--tokens", 100, "--csv", "out.csv")
+    assert done.returncode == 130 and "interrupted" in done.stderr and not done.stdout
+    assert not list(tmp_path.glob("out*"))
