@@ -7,6 +7,7 @@ import re
 from importlib import resources
 
 from qcli.errors import QcliError
+from qcli.outliers.heatmap import worth_showing
 
 # One script: each file may use what those before it define.
 _SCRIPTS = (
@@ -29,6 +30,8 @@ def page(report: dict) -> str:
     check()
     from plotly.offline import get_plotlyjs
 
+    charts = report["charts"]
+    report = report | {"charts": charts | {"heatmap": worth_showing(charts["heatmap"], report["threshold"])}}
     # ASCII, so that a lone surrogate of a broken token stays an escape.
     data = json.dumps(_lean(report), allow_nan=False, separators=(",", ":"))
     for character in "<>&":

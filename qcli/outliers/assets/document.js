@@ -19,6 +19,9 @@ function percent(value) {
   return `${text.replace(/\.0+$/, "")}%`;
 }
 
+// One decimal, as the paper gives it, where that says enough.
+const perplexityText = (value) => (value >= 1000 ? number(value, 4) : fixed(value, value < 10 ? 2 : 1));
+
 const quartiles = (values) => (values ? values.map((value) => number(value)).join(", ") : missing);
 
 function some(names, most) {

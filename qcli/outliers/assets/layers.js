@@ -1,5 +1,6 @@
 // Charts that run over the layers, and what an ablation does.
 
+// Row-wise is drawn as a band: vector-wise, which differs in the weights' scales alone, often lies on it.
 const METHODS = [
   ["int8 per-tensor", "brown", "x"],
   ["int8 row-wise", "orange", "triangle-up"],
@@ -97,7 +98,8 @@ function noise(report) {
       traces: METHODS.filter(([name]) => measured.some((site) => site.sqnr[name])).map(([name, paint, symbol]) => {
         const values = worst(report, kind, (site) => site.sqnr?.[name]?.[part], Math.min);
         const texts = layers.map((layer, i) => `layer ${layer}, ${name}<br>${fixed(values[i])} dB`);
-        return lines(name, layers, values, texts, colour(paint), { marker: { symbol, size: 7 } });
+        const wide = name === "int8 row-wise" ? { line: { width: 6, color: colour(paint) }, opacity: 0.6 } : {};
+        return lines(name, layers, values, texts, colour(paint), { marker: { symbol, size: 7 }, ...wide });
       }),
       layout: layout(380, { xaxis: layerAxis(layers), yaxis: axis("SQNR at the output (dB)") }),
     }));
@@ -174,14 +176,14 @@ function ablation(report) {
   else hide("ablation-top1");
   if (perplexity)
     compare("ablation-perplexity", "perplexity", [perplexity.whole, perplexity.without, perplexity.random], (value) =>
-      number(value, 4),
+      perplexityText(value),
     );
   else hide("ablation-perplexity");
   const zeroed = `Set to zero: ${found.dims.length === 1 ? "dim" : "dims"} ${found.dims.join(", ")}; as a control the random ${found.random_dims.join(", ")}.`;
   const effect =
     perplexity &&
-    ` Perplexity goes from ${number(perplexity.whole, 4)} to ${number(perplexity.without, 4)} without the outlier dims, and to ` +
-      `${number(perplexity.random, 4)} without as many random ones.`;
+    ` Perplexity goes from ${perplexityText(perplexity.whole)} to ${perplexityText(perplexity.without)} without the outlier dims, and to ` +
+      `${perplexityText(perplexity.random)} without as many random ones.`;
   tell("ablation-text", zeroed + (effect ?? ""));
 }
 

@@ -10,7 +10,7 @@ function paper(report) {
     [
       { name: "model", left: true, text: (row) => row.model },
       { name: "parameters", text: (row) => row.parameters },
-      { name: "perplexity", text: (row) => fixed(row.perplexity) },
+      { name: "perplexity", text: (row) => perplexityText(row.perplexity) },
       { name: "outliers", text: (row) => count(row.outliers) },
       { name: "one-sided", text: (row) => count(row.one_sided) },
       { name: "layers", text: (row) => percent(row.layers_share) },
@@ -38,7 +38,7 @@ function emergence(report) {
     draw("emergence-chart", () => {
       const rows = own.papers_rows.filter((row) => by.of(row) !== null).sort((a, b) => by.of(a) - by.of(b));
       const tell = (row, share, what) =>
-        `${plain(row.model)}, ${row.parameters}<br>perplexity ${number(row.perplexity)}<br>${percent(share)} of ${what}`;
+        `${plain(row.model)}, ${row.parameters}<br>perplexity ${perplexityText(row.perplexity)}<br>${percent(share)} of ${what}`;
       const series = [
         ["layers", "layers_share", "blue", 18],
         ["positions", "positions_share", "orange", 12],
@@ -54,7 +54,7 @@ function emergence(report) {
       );
       if (by.own !== null) {
         for (const [what, key, paint, size] of series) {
-          const text = `${plain(report.model.name)}<br>perplexity ${number(own.perplexity)}<br>${percent(own[key])} of ${what}`;
+          const text = `${plain(report.model.name)}<br>perplexity ${perplexityText(own.perplexity)}<br>${percent(own[key])} of ${what}`;
           traces.push({
             type: "scatter",
             mode: "markers",

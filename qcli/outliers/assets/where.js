@@ -1,11 +1,11 @@
 // Charts of where outlier features are: layers and dimensions, how common, one layer, and their values.
 
-// Below the threshold one pale shade, above it from orange to deep red.
+// Below the threshold shades of grey, above it from orange to deep red.
 function magnitudeScale(low, threshold, high) {
   const at = (threshold - low) / (high - low);
   return [
     [0, colour("below")],
-    [at, colour("below")],
+    [at, colour("under")],
     [at, colour("above")],
     [at + (1 - at) * 0.6, colour("high")],
     [1, colour("top")],
@@ -14,7 +14,7 @@ function magnitudeScale(low, threshold, high) {
 
 function heatmap(report) {
   const chart = report.charts.heatmap;
-  if (!chart || !chart.dims.length) return hide("heatmap");
+  if (!chart) return hide("heatmap");
   const { layers, dims, absmax, share } = chart;
   const across = (rows) => dims.map((_, d) => rows.map((row) => row[d])); // a row of the picture is a dimension
   const texts = across(absmax).map((row, d) =>
@@ -73,8 +73,8 @@ function heatmap(report) {
     }));
   tell(
     "heatmap-caption",
-    `${chart.kind[0].toUpperCase()}${chart.kind.slice(1)} of every layer, the ${dims.length} dimensions most often at or above ` +
-      `${report.threshold}. A stripe through many layers is an outlier feature. Coloured: some value reaches the threshold.`,
+    `${chart.kind[0].toUpperCase()}${chart.kind.slice(1)} of every layer: the dimensions that reach ${report.threshold}, and ordinary ones to ` +
+      "compare with. A stripe of colour through many layers is an outlier feature; grey stays below the threshold.",
   );
   choice(
     "heatmap-choices",
@@ -221,6 +221,22 @@ function surface(report) {
   show(flat);
 }
 
+// Neighbouring bins joined until each is at least so wide: finer ones would blur into each other.
+function coarser(histogram, width) {
+  const edges = [histogram.edges[0]];
+  const counts = [];
+  let waiting = 0;
+  histogram.counts.forEach((many, k) => {
+    const end = histogram.edges[k + 1];
+    waiting += many;
+    if (end - edges.at(-1) < width && k + 1 < histogram.counts.length) return;
+    edges.push(end);
+    counts.push(waiting);
+    waiting = 0;
+  });
+  return { edges, counts };
+}
+
 function histograms(report) {
   const shown = report.charts.histograms ?? [];
   if (!shown.length) return hide("histograms");
@@ -229,18 +245,19 @@ function histograms(report) {
     const holder = element("div", undefined, "chart");
     holder.id = id;
     byId("histogram-charts").append(holder);
-    const { edges, counts } = histogram;
-    const centres = counts.map((_, k) => (edges[k] + edges[k + 1]) / 2);
-    const filled = counts.map((_, k) => k).filter((k) => counts[k] > 0);
+    const filled = histogram.counts.map((_, k) => k).filter((k) => histogram.counts[k] > 0);
     const room = 1.3 * report.threshold; // both thresholds stay in view
-    const range = [Math.min(edges[filled[0]] ?? 0, -room), Math.max(edges[(filled.at(-1) ?? -1) + 1], room)];
+    const ends = filled.length ? [histogram.edges[filled[0]], histogram.edges[filled.at(-1) + 1]] : [0, 0];
+    const range = [Math.min(ends[0], -room), Math.max(ends[1], room)];
+    const { edges, counts } = coarser(histogram, (range[1] - range[0]) / 60);
+    const centres = counts.map((_, k) => (edges[k] + edges[k + 1]) / 2);
     const inside = (value) => value >= range[0] && value <= range[1];
     draw(id, () => ({
       traces: [
         {
           type: "bar",
           x: centres,
-          y: counts,
+          y: counts.map((many, k) => many / (edges[k + 1] - edges[k])), // bins need not be equally wide
           width: counts.map((_, k) => edges[k + 1] - edges[k]),
           marker: { color: colour("blue"), opacity: 0.6 },
           hovertemplate: hover,
@@ -250,7 +267,7 @@ function histograms(report) {
       ],
       layout: layout(
         240,
-        { xaxis: axis("value", { range }), yaxis: axis("values") },
+        { xaxis: axis("value", { range }), yaxis: axis("values per unit") },
         {
           title: { text: `dim ${histogram.dim}, layer ${histogram.layer}`, font: { size: 13 }, x: 0.02, y: 0.97 },
           margin: { l: 52, r: 12, t: 34, b: 44 },
