@@ -93,8 +93,8 @@ def test_bad_options(folder, refused, tmp_path):
     refused(DEMO, "--sequence-length", 1000, message="the model's context holds 512 tokens")
     refused(DEMO, "--sequence-length", 100, "--stride", 101, message="--stride is 101")
     refused(DEMO, "--tokens", 10**7, message="--tokens asks for 10,000,000")
-    refused(DEMO, "--csv", tmp_path / "no/out.csv", message="there is no such folder")
-    refused(DEMO, "--csv", tmp_path, message="it is a folder")
+    refused(DEMO, "--csv", tmp_path / "no/out.csv", message="there is no folder", code=1)
+    refused(DEMO, "--csv", tmp_path, message="is a folder, not a file", code=1)
     refused(DEMO, "--text", tmp_path / "none.txt", message="cannot read the text")
 
 

@@ -1,13 +1,9 @@
-"""How `qcli evaluate` shows what it found, and the file of rows that it writes."""
+"""How `qcli evaluate` shows what it found, and what it writes to a CSV file."""
 
-import csv
 import math
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from qcli import console
-from qcli.errors import UsageError
 from qcli.evaluation.result import Evaluation, Row
 from qcli.evaluation.statistics import Comparison, Estimate
 from qcli.sizes import format_bytes
@@ -100,29 +96,13 @@ def _estimate(estimate: Estimate, percent: bool = False, sign: bool = False) -> 
     return f"{value:{plus}.{places}f}{unit} ± {error:.{places}f}{unit}"
 
 
-def check_csv(path: Path) -> None:
-    """Raises UsageError where `path` cannot be written, before any work is done."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        reason = "it is a folder" if path.is_dir() else "there is no such folder"
-        raise UsageError(f"cannot write {path}: {reason}", "Check --csv.")
-
-
-def write_csv(result: Evaluation, path: Path) -> None:
-    """Writes a line for each row, in place of `path` once it is whole. Raises UsageError."""
+def rows(result: Evaluation) -> tuple[list[str], list[list]]:
+    """Columns and lines for CSV: all that is known of each row, beside the protocol."""
     summary = result.summary()
     common = {"model": result.model, **summary["protocol"]}
     flat = [dict(_flat(common | row)) for row in summary["rows"]]
-    names = list(dict.fromkeys(name for row in flat for name in row))
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(flat)
-        os.replace(partial, path)
-    except OSError as e:
-        partial.unlink(missing_ok=True)
-        raise UsageError(f"cannot write {path}: {e.strerror}", "Check --csv.") from e
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    return columns, [[row.get(name) for name in columns] for row in flat]
 
 
 def _flat(value: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -51,16 +51,18 @@ def evaluate(
     csv: Annotated[Path | None, typer.Option(help="Also write the rows to this file.", show_default=False)] = None,
 ) -> None:
     """Measure a model on text: its perplexity, its distance from another model, what each method would cost."""
+    from qcli import whole_file
     from qcli.commands import _evaluation_tables as tables
     from qcli.evaluation.evaluate import evaluate as measure
 
     if csv is not None:
-        tables.check_csv(csv)
+        whole_file.check_place(csv)
     result = measure(
         model, against=against, methods=methods, text=text, tokens=tokens, sequence_length=sequence_length, stride=stride,
         speed=speed, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code,
         progress=console.progress,
     )  # fmt: skip
-    console.json(result.summary()) if json else tables.show(result)
     if csv is not None:
-        tables.write_csv(result, csv)
+        whole_file.write_whole(csv, whole_file.csv_bytes(*tables.rows(result)))
+        console.say(f"wrote {csv}")
+    console.json(result.summary()) if json else tables.show(result)

@@ -99,7 +99,10 @@ def _note(damage: Damage, whole: tuple[torch.Tensor, torch.Tensor], rounded: tup
 
 def _parts(x: torch.Tensor, weight: torch.Tensor, outlier: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(x W^T, the part of it through channels that are not `outlier`)."""
-    ordinary = x[:, ~outlier] @ weight[:, ~outlier].t()
+    if not outlier.any():
+        y = x @ weight.t()
+        return y, y
+    ordinary = x.masked_fill(outlier, 0.0) @ weight.t()
     return ordinary + x[:, outlier] @ weight[:, outlier].t(), ordinary
 
 

@@ -31,6 +31,8 @@ class _Prepared(Prepared):
 
     def weight_for(self, kept: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         columns = kept.nonzero().view(-1)
+        if not columns.numel() or (self._original is None and dtype == torch.float32):
+            return self.weight
         return self.weight.index_copy(1, columns, self._kept(columns, dtype))
 
     def _kept(self, columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

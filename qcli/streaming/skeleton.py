@@ -27,6 +27,7 @@ from qcli.errors import CheckpointError, UsageError
 from qcli.model import quiet, read_tokenizer
 from qcli.quantization import model_dtype
 from qcli.quantizer import QcliConfig, QcliQuantizer
+from qcli.runtime.heap import give_back
 from qcli.settings import one_of
 from qcli.stored import open_checkpoint, read_stored
 from qcli.streaming.units import Unit, find_units
@@ -186,6 +187,7 @@ class Skeleton:
         for _, module, name in unit.weights():
             setattr(module, name, _meta(getattr(module, name)))
         self._loaded.remove(unit.name)
+        give_back()
 
 
 class _Stored:

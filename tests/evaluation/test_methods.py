@@ -1,0 +1,78 @@
+"""Methods put in the place of linear layers, and what they are said to have done to weights and activations."""
+
+import numpy as np
+import pytest
+import torch
+
+from qcli.evaluation.methods import Methods, Rounding
+from qcli.simulation import SIMULATIONS, chosen
+from qcli.streaming.skeleton import Skeleton
+from tests.conftest import ROOT
+
+DEMO = str(ROOT / "examples/demo-model")
+
+
+def decibels(values, rounded):
+    return 10 * np.log10((values**2).sum() / ((values - rounded) ** 2).sum())
+
+
+def test_activations_are_added_up_as_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randn(n, 96, generator=generator) * torch.linspace(0.1, 1, 96) for n in (40, 7, 130)]
+    for x, column in zip(sequences, (5, 5, 60)):
+        x[2, column] = -55.0
+    prepared = SIMULATIONS["int8 vector-wise"].weight(torch.randn(16, 96, generator=generator))
+    rounding, pairs, ordinary = Rounding(), [], []
+    for x in sequences:
+        prepared.linear(x, seen=lambda *arguments: rounding.note("m", *arguments))
+        scale = 127 / x.abs().amax(1, keepdim=True).double().numpy()
+        pair = x.double().numpy(), np.rint(x.double().numpy() * scale) / scale
+        kept = (x.abs() < 6).all(0).numpy()
+        assert kept.sum() == 95
+        pairs.append([part.ravel() for part in pair])
+        ordinary.append([part[:, kept].ravel() for part in pair])
+    for sums, parts in ((rounding.activations, pairs), (rounding.ordinary, ordinary)):
+        assert sums.sqnr == pytest.approx(decibels(*(np.concatenate(p) for p in zip(*parts))), abs=1e-4)
+    assert rounding.outlier_columns("m") == 0
+
+
+def test_columns_kept_in_any_sequence_count_once():
+    prepared, rounding = SIMULATIONS["LLM.int8()"].weight(torch.randn(16, 96)), Rounding()
+    for columns in ([5], [5, 60], []):
+        x = torch.rand(9, 96)
+        x[3, columns] = 8.0
+        prepared.linear(x, seen=lambda *arguments: rounding.note("m", *arguments))
+    assert rounding.outlier_columns("m") == 2 and rounding.outlier_columns("another") == 0
+
+
+def test_layers_are_replaced_while_their_variant_passes_and_no_longer():
+    skeleton = Skeleton(DEMO, dtype="float32", device="cpu")
+    methods = Methods(skeleton, chosen("nf4"))
+    block = skeleton.blocks[2]
+    skeleton.load(block)
+    layers = {n: m for n, m in block.module.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert len(layers) == 7 and len(methods.linears) == 42
+    x = torch.randn(1, 5, 128)
+    whole = layers["mlp.up_proj"](x).detach()
+    with torch.inference_mode(), methods.variant(block, "NF4"):
+        assert all("forward" in layer.__dict__ for layer in layers.values())
+        rounded = layers["mlp.up_proj"](x)
+    assert torch.equal(layers["mlp.up_proj"](x), whole) and not torch.equal(rounded, whole)
+    weight = layers["mlp.up_proj"].weight
+    assert torch.equal(rounded, SIMULATIONS["NF4"].weight(weight).linear(x))
+    weights = [layer.weight.detach().double().numpy().ravel() for layer in layers.values()]
+    stored = [
+        SIMULATIONS["NF4"].weight(layer.weight.detach()).weight.double().numpy().ravel() for layer in layers.values()
+    ]
+    expected = decibels(np.concatenate(weights), np.concatenate(stored))
+    assert methods.roundings["NF4"].weights.sqnr == pytest.approx(expected, abs=1e-4)
+    assert methods.roundings["NF4"].activations.sqnr is None and methods.roundings["fp32"].weights.sqnr is None
+
+
+def test_an_error_inside_leaves_the_layers_as_they_were():
+    skeleton = Skeleton(DEMO, dtype="float32", device="cpu")
+    methods, block = Methods(skeleton, chosen("fp4")), skeleton.blocks[0]
+    skeleton.load(block)
+    with pytest.raises(ValueError), methods.variant(block, "FP4"):
+        raise ValueError
+    assert not any("forward" in module.__dict__ for module in block.module.modules())
