@@ -2,9 +2,12 @@
 
 import importlib.util
 import io
+import math
+import warnings
 from pathlib import Path
 
 from qcli.errors import QcliError, UsageError
+from qcli.outliers.heatmap import worth_showing
 from qcli.whole_file import check_place, write_whole
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -22,7 +25,7 @@ _METHODS = {
     "LLM.int8()": ("#1b6db3", "o"),
     "NF4": ("#2b8257", "D"),
 }
-_PALE = "#eceeef"  # below the threshold
+_BELOW = ("#f3f4f5", "#b4bdc5")  # the threshold
 _ABOVE = ("#f0b27a", "#b3361f", "#3d0b1f")
 _MOST_DIMS = 12  # in the panel of quartiles
 
@@ -44,7 +47,7 @@ def draw(report: dict, path: Path) -> None:
     installed or the file cannot be written.
     """
     check(path)
-    import matplotlib
+    import matplotlib.style
     from matplotlib.figure import Figure
 
     settings = {
@@ -54,13 +57,14 @@ def draw(report: dict, path: Path) -> None:
         "svg.hashsalt": "qcli",
         "svg.fonttype": "none",
     }
-    with matplotlib.rc_context(settings):
+    with matplotlib.style.context(["default", settings]):  # whatever the user's own style is
         figure = Figure(figsize=(16, 12), dpi=100, layout="constrained")  # no window system, no global state
         figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
         model, text = report["model"], report["text"]
+        outliers = f"{report['table4']['outliers']} of {model['hidden_size']} dimensions"
         figure.suptitle(
-            f"Outlier features of {model['name']}: {report['table4']['outliers']} of {model['hidden_size']} dimensions"
-            f"\n{text['tokens']:,} positions of {text['name']}, threshold {report['threshold']:g}",
+            f"Outlier features of {_printable(model['name'])}: {outliers}\n"
+            f"{text['tokens']:,} positions of {_printable(text['name'])}, threshold {report['threshold']:g}",
             fontsize=16,
             parse_math=False,  # a name may hold a dollar sign
         )
@@ -72,35 +76,44 @@ def draw(report: dict, path: Path) -> None:
         drawn = io.BytesIO()
         kind = path.suffix.lower()[1:]
         undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same report, the same bytes
-        figure.savefig(drawn, format=kind, metadata=undated[kind])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # the picture shows a box for it
+            figure.savefig(drawn, format=kind, metadata=undated[kind])
     write_whole(path, drawn.getvalue())
+
+
+def _printable(name: str) -> str:
+    """Of a name what fonts and XML can hold: neither control characters nor halves of surrogate pairs."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in name)
 
 
 def _heatmap(figure, panel, report: dict) -> None:
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
-    chart, threshold = report["charts"]["heatmap"], report["threshold"]
-    if not chart or not chart["dims"]:
+    threshold = report["threshold"]
+    chart = worth_showing(report["charts"]["heatmap"], threshold)
+    if chart is None:
         return _sentence(panel, "Absmax by layer and dimension", f"no dimension reaches {threshold:g}")
-    dims, values = (
-        chart["dims"],
-        [[max(layer[d], 1e-6) for layer in chart["absmax"]] for d in range(len(chart["dims"]))],
-    )
+    dims = chart["dims"]
+    low = threshold / 20
+    values = [[max(layer[d], low) for layer in chart["absmax"]] for d in range(len(dims))]
     high = max(max(map(max, values)), 1.1 * threshold)
-    colours = LinearSegmentedColormap.from_list("above", _ABOVE).with_extremes(under=_PALE)
+    at = math.log(threshold / low) / math.log(high / low)
+    shades = [(0, _BELOW[0]), (at, _BELOW[1]), (at, _ABOVE[0]), (at + 0.6 * (1 - at), _ABOVE[1]), (1, _ABOVE[2])]
+    colours = LinearSegmentedColormap.from_list("threshold", shades, N=1024)
     first, last = chart["layers"][0], chart["layers"][-1]
     shown = panel.imshow(
         values,
         aspect="auto",
         interpolation="nearest",
         cmap=colours,
-        norm=LogNorm(threshold, high),
+        norm=LogNorm(low, high),
         extent=(first - 0.5, last + 0.5, len(dims) - 0.5, -0.5),
     )
-    every = -(-len(dims) // 24)
+    every = math.ceil(len(dims) / 24)
     panel.set_yticks(range(0, len(dims), every), [str(dim) for dim in dims[::every]])
-    ticks = [tick for tick in (6, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if threshold <= tick <= high]
-    bar = figure.colorbar(shown, ax=panel, extend="min", ticks=ticks or [threshold, high], format="%g")
+    steps = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+    bar = figure.colorbar(shown, ax=panel, ticks=[step for step in steps if low <= step <= high], format="%g")
     bar.ax.minorticks_off()
     bar.set_label("absmax (log)")
     _layers(panel, report)
@@ -132,7 +145,8 @@ def _noise(panel, report: dict) -> None:
     for method, (colour, symbol) in _METHODS.items():
         values = _worst(report, kind, lambda site: (site["sqnr"] or {}).get(method, {}).get("ordinary"), min)  # noqa: B023
         if any(value is not None for value in values):
-            panel.plot(layers, _gaps(values), color=colour, label=method, **_marker(layers, symbol))
+            band = {"linewidth": 6, "alpha": 0.6} if method == "int8 row-wise" else {}  # vector-wise often lies on it
+            panel.plot(layers, _gaps(values), color=colour, label=method, **_marker(layers, symbol) | band)
     _layers(panel, report)
     panel.set(title=f"SQNR through ordinary channels, {kind}", ylabel="SQNR at the output (dB)")
     panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))

@@ -7,10 +7,11 @@ import re
 from importlib import resources
 
 from qcli.errors import QcliError
+from qcli.outliers.heatmap import worth_showing
 
 # One script: each file may use what those before it define.
 _SCRIPTS = (
-    "document.js", "plot.js", "where.js", "layers.js", "simulation.js", "simulation_view.js", "page.js",
+    "document.js", "plot.js", "paper.js", "where.js", "layers.js", "simulation.js", "simulation_view.js", "page.js",
 )  # fmt: skip
 
 
@@ -29,13 +30,14 @@ def page(report: dict) -> str:
     check()
     from plotly.offline import get_plotlyjs
 
-    data = json.dumps(
-        _lean(report), allow_nan=False, separators=(",", ":")
-    )  # ASCII: a lone surrogate of a broken token stays an escape
+    charts = report["charts"]
+    report = report | {"charts": charts | {"heatmap": worth_showing(charts["heatmap"], report["threshold"])}}
+    # ASCII, so that a lone surrogate of a broken token stays an escape.
+    data = json.dumps(_lean(report), allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
     parts = {
-        "title": html.escape(f"Outliers of {report['model']['name']}"),
+        "title": html.escape(f"Outliers of {report['model']['name']}").encode("ascii", "xmlcharrefreplace").decode(),
         "style": _asset("page.css"),
         "plotly": get_plotlyjs(),
         "report": data,

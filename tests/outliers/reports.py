@@ -1,6 +1,8 @@
 """Reports of inspect-outliers as the instrument writes them, with made-up but plausible numbers."""
 
 import random
+from itertools import pairwise
+from statistics import NormalDist
 
 KINDS = {
     "attention input": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -8,6 +10,7 @@ KINDS = {
     "ffn input": ["mlp.gate_proj", "mlp.up_proj"],
     "ffn output": ["mlp.down_proj"],
 }
+NORMAL = NormalDist()
 DIMS = [7, 21, 38, 52]
 MAGNITUDES = [50.0, 33.0, 14.0, 8.0]
 TOKENS = "<s> Once upon a time there was a clever mouse named Tilda who lived in a hollow tree .".split()
@@ -249,7 +252,8 @@ def _table4(outliers, optional):
 def _charts(dice, layers, dims, tokens):
     size = dict(zip(DIMS, MAGNITUDES))
     shown = dims + [3, 19, 64, 80, 101] if dims else []
-    edges = [-70 + 2.0 * k for k in range(71)]
+    steps = [0.4 * 1.12**k for k in range(48)]  # bins as wide as their values are great
+    edges = [-step for step in reversed(steps)] + [0.0] + steps
     values = [
         [round(dice.gauss(-size[d] if d in dims else 0, size[d] * 0.1 if d in dims else 1), 3) for d in range(128)]
         for _ in tokens
@@ -283,8 +287,8 @@ def _charts(dice, layers, dims, tokens):
                 "edges": edges,
                 "quartiles": [-1.1 * size[d], -size[d], -0.9 * size[d]],
                 "counts": [
-                    int(900 * 2.718281828 ** (-0.5 * ((edge + 1 + size[d]) / (0.12 * size[d] + 1)) ** 2))
-                    for edge in edges[:-1]
+                    round(1000 * (NORMAL.cdf((b + size[d]) / 5) - NORMAL.cdf((a + size[d]) / 5)))
+                    for a, b in pairwise(edges)
                 ],
             }
             for d in dims[:3]

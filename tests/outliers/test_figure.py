@@ -32,7 +32,7 @@ def test_png_has_the_size_it_says_and_is_not_empty(tmp_path):
     assert all(panel[..., :3].std() > 0.02 for panel in panels)
 
 
-@pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+@pytest.mark.parametrize(("suffix", "start"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_the_same_report_gives_the_same_bytes(tmp_path, suffix, start):
     for name in ("one", "two"):
         draw(demo_report(), tmp_path / f"{name}.{suffix}")
@@ -62,8 +62,12 @@ def test_any_depth_and_any_sites(tmp_path, options):
     assert ("attention output" in shown) == ("kinds" not in options)
 
 
-def test_a_name_is_taken_as_it_is(tmp_path):
-    assert any("of $x^2$ <b>: 3" in text for text in texts(demo_report(name="$x^2$ <b>"), tmp_path))
+@pytest.mark.parametrize(
+    ("name", "shown"), [("$x^2$ <b>", "$x^2$ <b>"), ("\u6a21\u578b", "\u6a21\u578b"), ("a\x07\udc80", "a\ufffd\ufffd")]
+)
+def test_any_name_can_be_drawn(tmp_path, name, shown):
+    assert any(f"of {shown}: 3" in text for text in texts(demo_report(name=name), tmp_path))
+    draw(demo_report(name=name), tmp_path / "figure.png")
 
 
 @pytest.mark.parametrize(("name", "found"), [("figure.jpg", "not .jpg"), ("figure", "no suffix")])

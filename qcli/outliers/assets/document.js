@@ -9,7 +9,8 @@ function number(value, digits = 3) {
 }
 
 const count = (value) => number(value, 21);
-const fixed = (value, digits = 1) => (value === null || value === undefined ? missing : value.toFixed(digits).replace("-", "\u2212"));
+const fixed = (value, digits = 1) =>
+  value === null || value === undefined ? missing : value.toFixed(digits).replace("-", "\u2212");
 
 function percent(value) {
   if (value === null || value === undefined) return missing;
@@ -18,7 +19,15 @@ function percent(value) {
   return `${text.replace(/\.0+$/, "")}%`;
 }
 
+// One decimal, as the paper gives it, where that says enough.
+const perplexityText = (value) => (value >= 1000 ? number(value, 4) : fixed(value, value < 10 ? 2 : 1));
+
 const quartiles = (values) => (values ? values.map((value) => number(value)).join(", ") : missing);
+
+function some(names, most) {
+  const rest = names.length - most;
+  return names.slice(0, most).join(", ") + (rest > 0 ? ` and ${rest} more` : "");
+}
 
 function compact(value) {
   const [unit, letter] = value >= 1e9 ? [1e9, "B"] : value >= 1e6 ? [1e6, "M"] : [1e3, "k"];
@@ -32,7 +41,9 @@ function parameters(text) {
 
 // A token as one line of visible characters.
 function visible(text, most = 18) {
-  const shown = text.replace(/[\u0000-\u001f\u007f-\u009f]/g, (c) => JSON.stringify(c).slice(1, -1)).replace(/^ /, "\u00b7");
+  const shown = text
+    .replace(/[\u0000-\u001f\u007f-\u009f]/g, (c) => JSON.stringify(c).slice(1, -1))
+    .replace(/^ /, "\u00b7");
   const characters = [...shown];
   return characters.length > most ? `${characters.slice(0, most - 1).join("")}\u2026` : shown;
 }

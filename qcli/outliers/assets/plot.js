@@ -57,7 +57,12 @@ function layout(height, axes, more = {}) {
     margin: { l: 52, r: 12, t: 16, b: 44 },
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { color: colour("ink") } },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("accent") },
-    hoverlabel: { bgcolor: colour("raised"), bordercolor: colour("line"), font: { color: colour("ink") }, align: "left" },
+    hoverlabel: {
+      bgcolor: colour("raised"),
+      bordercolor: colour("line"),
+      font: { color: colour("ink") },
+      align: "left",
+    },
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // a finger scrolls the page
     ...axes,
     ...more,
@@ -68,14 +73,31 @@ const hover = "%{text}<extra></extra>";
 
 function bars(values, names, texts, colours) {
   return {
-    type: "bar", x: names, y: values, text: texts, textposition: "outside", cliponaxis: false, hovertemplate: "%{x}: %{text}<extra></extra>",
+    type: "bar",
+    x: names,
+    y: values,
+    text: texts,
+    textposition: "outside",
+    cliponaxis: false,
+    hovertemplate: "%{x}: %{text}<extra></extra>",
     marker: { color: colours },
   };
 }
 
 function lines(name, x, y, texts, paint, more = {}) {
   const mode = x.length > 60 ? "lines" : "lines+markers";
-  return { type: "scatter", mode, name, x, y, text: texts, hovertemplate: hover, line: { color: paint, width: 2 }, marker: { size: 6 }, ...more };
+  return {
+    type: "scatter",
+    mode,
+    name,
+    x,
+    y,
+    text: texts,
+    hovertemplate: hover,
+    line: { color: paint, width: 2 },
+    marker: { size: 6 },
+    ...more,
+  };
 }
 
 // A chart is drawn at once when a reader changes it. Those of the opening wait until the text stands, then come one by one.
@@ -86,7 +108,11 @@ function draw(id, build) {
 
 function render(id) {
   const { traces, layout } = builders.get(id)();
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  const config = {
+    responsive: true,
+    displaylogo: false,
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+  };
   Plotly.react(byId(id), traces, layout, config);
 }
 

@@ -1,80 +1,90 @@
-// Charts of where outlier features are: the emergence curve, the heatmap, how common, one layer, and their values.
+// Charts of where outlier features are: layers and dimensions, how common, one layer, and their values.
 
-function emergence(report) {
-  const own = report.table4;
-  const byPerplexity = { title: "perplexity (log, lower to the right)", of: (row) => row.perplexity, own: own.perplexity };
-  const bySize = { title: "parameters (log)", of: (row) => parameters(row.parameters), own: report.model.parameters };
-  const show = (by) => draw("emergence-chart", () => {
-    const rows = own.papers_rows.filter((row) => by.of(row) !== null).sort((a, b) => by.of(a) - by.of(b));
-    const tell = (row, share, what) => `${plain(row.model)}, ${row.parameters}<br>perplexity ${number(row.perplexity)}<br>${percent(share)} of ${what}`;
-    const series = [["layers", "layers_share", "blue", 18], ["positions", "positions_share", "orange", 12]];
-    const traces = series.map(([what, key, paint]) =>
-      lines(`${what}, paper`, rows.map(by.of), rows.map((row) => 100 * row[key]), rows.map((row) => tell(row, row[key], what)), colour(paint)));
-    if (by.own !== null) {
-      for (const [what, key, paint, size] of series) {
-        const text = `${plain(report.model.name)}<br>perplexity ${number(own.perplexity)}<br>${percent(own[key])} of ${what}`;
-        traces.push({
-          type: "scatter", mode: "markers", name: `${what}, this model`, x: [by.own], y: [100 * own[key]], text: [text], hovertemplate: hover,
-          marker: { symbol: "star", size, color: colour(paint), line: { color: colour("ink"), width: 1 } },
-        });
-      }
-    }
-    const across = [...rows.map(by.of), by.own ?? rows.map(by.of)[0]];
-    const reversed = by === byPerplexity ? { autorange: "reversed" } : {};
-    return { traces, layout: layout(380, {
-      xaxis: logAxis(by.title, across, reversed),
-      yaxis: axis("share (%)", { range: [-4, 108] }),
-    }) };
-  });
-  const choices = [["perplexity", "perplexity"], ["size", "size"]];
-  if (byPerplexity.own === null) choices.reverse();
-  choice("emergence-choices", "Against", choices, (value) => show(value === "size" ? bySize : byPerplexity));
-  show(byPerplexity.own === null ? bySize : byPerplexity);
-}
-
-// Below the threshold the page's own shade, above it from orange to deep red.
+// Below the threshold shades of grey, above it from orange to deep red.
 function magnitudeScale(low, threshold, high) {
   const at = (threshold - low) / (high - low);
-  if (at >= 1) return [[0, colour("paper")], [1, colour("below")]];
-  return [[0, colour("paper")], [at, colour("below")], [at, colour("above")], [at + (1 - at) * 0.6, colour("high")], [1, colour("top")]];
+  return [
+    [0, colour("below")],
+    [at, colour("under")],
+    [at, colour("above")],
+    [at + (1 - at) * 0.6, colour("high")],
+    [1, colour("top")],
+  ];
 }
 
 function heatmap(report) {
   const chart = report.charts.heatmap;
-  if (!chart || !chart.dims.length) return hide("heatmap");
+  if (!chart) return hide("heatmap");
   const { layers, dims, absmax, share } = chart;
   const across = (rows) => dims.map((_, d) => rows.map((row) => row[d])); // a row of the picture is a dimension
-  const texts = across(absmax).map((row, d) => row.map((value, l) =>
-    `layer ${layers[l]}, dim ${dims[d]}<br>absmax ${number(value)}<br>at the threshold in ${percent(share[l][d])} of positions`));
+  const texts = across(absmax).map((row, d) =>
+    row.map(
+      (value, l) =>
+        `layer ${layers[l]}, dim ${dims[d]}<br>absmax ${number(value)}<br>at the threshold in ${percent(share[l][d])} of positions`,
+    ),
+  );
   const base = {
-    type: "heatmap", x: layers, y: dims.map(String), text: texts, hovertemplate: hover, xgap: layers.length > 60 ? 0 : 1, ygap: dims.length > 40 ? 0 : 1,
+    type: "heatmap",
+    x: layers,
+    y: dims.map(String),
+    text: texts,
+    hovertemplate: hover,
+    xgap: layers.length > 60 ? 0 : 1,
+    ygap: dims.length > 40 ? 0 : 1,
   };
   const bar = (title, more) => ({ title: { text: title, side: "top" }, thickness: 12, outlinewidth: 0, ...more });
   const height = Math.min(720, 130 + Math.max(14 * dims.length, 90));
   const magnitudes = () => {
+    const low = Math.log10(report.threshold / 20);
     const high = Math.log10(Math.max(...absmax.flat(), 1.1 * report.threshold));
-    const ticks = [0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000].filter((tick) => tick <= 10 ** high);
+    const ticks = [0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000].filter(
+      (tick) => tick >= 10 ** low && tick <= 10 ** high,
+    );
     return {
-      ...base, z: across(absmax).map((row) => row.map((value) => Math.log10(Math.max(value, 0.3)))), zmin: Math.log10(0.3), zmax: high,
-      colorscale: magnitudeScale(Math.log10(0.3), Math.log10(report.threshold), high),
+      ...base,
+      z: across(absmax).map((row) => row.map((value) => Math.max(Math.log10(value), low))),
+      zmin: low,
+      zmax: high,
+      colorscale: magnitudeScale(low, Math.log10(report.threshold), high),
       colorbar: bar("absmax", { tickvals: ticks.map(Math.log10), ticktext: ticks.map(short) }),
     };
   };
   const shares = () => ({
-    ...base, z: across(share).map((row) => row.map((value) => 100 * value)), zmin: 0, zmax: 100,
-    colorscale: [[0, colour("paper")], [0.001, colour("below")], [0.3, colour("above")], [0.7, colour("high")], [1, colour("top")]],
+    ...base,
+    z: across(share).map((row) => row.map((value) => 100 * value)),
+    zmin: 0,
+    zmax: 100,
+    colorscale: [
+      [0, colour("below")],
+      [0.001, colour("below")],
+      [0.3, colour("above")],
+      [0.7, colour("high")],
+      [1, colour("top")],
+    ],
     colorbar: bar("positions (%)", { tickvals: [0, 20, 40, 60, 80] }),
   });
-  const show = (make) => draw("heatmap-chart", () => ({
-    traces: [make()],
-    layout: layout(height, {
-      xaxis: { ...layerAxis(layers), showgrid: false },
-      yaxis: axis("dimension", { type: "category", autorange: "reversed", showgrid: false }),
-    }),
-  }));
-  tell("heatmap-caption", `${chart.kind[0].toUpperCase()}${chart.kind.slice(1)} of every layer, the ${dims.length} dimensions most often at or above ` +
-    `${report.threshold}. A stripe through many layers is an outlier feature. Coloured: some value reaches the threshold.`);
-  choice("heatmap-choices", "Colour", [["absmax", "absmax"], ["share", "share of positions"]], (value) => show(value === "share" ? shares : magnitudes));
+  const show = (make) =>
+    draw("heatmap-chart", () => ({
+      traces: [make()],
+      layout: layout(height, {
+        xaxis: { ...layerAxis(layers), showgrid: false },
+        yaxis: axis("dimension", { type: "category", autorange: "reversed", showgrid: false }),
+      }),
+    }));
+  tell(
+    "heatmap-caption",
+    `${chart.kind[0].toUpperCase()}${chart.kind.slice(1)} of every layer: the dimensions that reach ${report.threshold}, and ordinary ones to ` +
+      "compare with. A stripe of colour through many layers is an outlier feature; grey stays below the threshold.",
+  );
+  choice(
+    "heatmap-choices",
+    "Colour",
+    [
+      ["absmax", "absmax"],
+      ["share", "share of positions"],
+    ],
+    (value) => show(value === "share" ? shares : magnitudes),
+  );
   show(magnitudes);
 }
 
@@ -83,64 +93,148 @@ function features(report) {
   if (!shown.length) return hide("features");
   const names = shown.map((feature) => String(feature.dim));
   const opacity = shown.map((feature) => (feature.outlier ? 1 : 0.4));
-  const tellOne = (feature) => `dim ${feature.dim}${feature.outlier ? ", outlier feature" : ""}<br>${percent(feature.layers_share)} of layers<br>` +
+  const tellOne = (feature) =>
+    `dim ${feature.dim}${feature.outlier ? ", outlier feature" : ""}<br>${percent(feature.layers_share)} of layers<br>` +
     `${percent(feature.positions_share)} of positions in all layers<br>${percent(feature.positions_union)} of positions in any layer<br>` +
     `absmax ${number(feature.absmax)}${feature.one_sided ? ", one-sided" : ""}<br>quartiles ${quartiles(feature.quartiles)}`;
   const bar = (name, key, paint) => ({
-    type: "bar", name, x: names, y: shown.map((feature) => 100 * feature[key]), text: shown.map(tellOne), textposition: "none", hovertemplate: hover,
+    type: "bar",
+    name,
+    x: names,
+    y: shown.map((feature) => 100 * feature[key]),
+    text: shown.map(tellOne),
+    textposition: "none",
+    hovertemplate: hover,
     marker: { color: colour(paint), opacity },
   });
   draw("features-chart", () => ({
     traces: [bar("layers", "layers_share", "blue"), bar("positions", "positions_share", "orange")],
-    layout: layout(320, {
-      xaxis: axis("dimension, most common first", { type: "category", showgrid: false }),
-      yaxis: axis("share (%)", { range: [0, 105] }),
-    }, { bargap: 0.3, shapes: [line(100 * report.min_layers, "x", "dash"), line(100 * report.min_positions, "x", "dot")] }),
+    layout: layout(
+      320,
+      {
+        xaxis: axis("dimension, most common first", { type: "category", showgrid: false }),
+        yaxis: axis("share (%)", { range: [0, 105] }),
+      },
+      {
+        bargap: 0.3,
+        shapes: [line(100 * report.min_layers, "x", "dash"), line(100 * report.min_positions, "x", "dot")],
+      },
+    ),
   }));
-  tell("features-caption", `Dashed: ${percent(report.min_layers)} of layers; dotted: ${percent(report.min_positions)} of positions. A dimension that reaches both is an ` +
-    "outlier feature by the paper's criteria; the others are pale. Positions are counted over all layers.");
+  tell(
+    "features-caption",
+    `Dashed: ${percent(report.min_layers)} of layers; dotted: ${percent(report.min_positions)} of positions. A dimension that reaches both is an ` +
+      "outlier feature by the paper's criteria; the others are pale. Positions are counted over all layers.",
+  );
 }
 
 function surface(report) {
   const chart = report.charts.surface;
   if (!chart || !chart.values.length) return hide("surface");
   const { tokens, dims, values } = chart;
-  const names = tokens.map((token) => plain(visible(token)));
-  const greatest = Math.max(...values.flat().map(Math.abs), 1e-9);
-  const texts = values.map((row, t) => row.map((value, d) => `token ${t}: ${names[t]}<br>dim ${dims[d]}<br>value ${number(value)}`));
+  const texts = values.map((row, t) =>
+    row.map((value, d) => `token ${t}: ${plain(visible(tokens[t], 40))}<br>dim ${dims[d]}<br>value ${number(value)}`),
+  );
+  const magnitudes = values
+    .flat()
+    .map(Math.abs)
+    .sort((a, b) => a - b);
+  const end = magnitudes[Math.floor(0.998 * (magnitudes.length - 1))] || 1; // one massive activation would pale all others
   const every = 2 ** Math.ceil(Math.log2(Math.max(1, dims.length / 12)));
   const ticks = dims.map((_, d) => d).filter((d) => d % every === 0);
   const dimensions = { tickvals: ticks, ticktext: ticks.map((d) => String(dims[d])) };
-  const rows = { tickvals: names.map((_, t) => t), ticktext: names };
+  const rows = (escape, most) => {
+    const every = Math.ceil(tokens.length / most);
+    const shown = tokens.map((_, t) => t).filter((t) => t % every === 0);
+    return { tickvals: shown, ticktext: shown.map((t) => escape(visible(tokens[t], narrow.matches ? 9 : 16))) };
+  };
   // The surface's labels are drawn without entities, so brackets that cannot be taken for a tag stand in.
-  const standingRows = { ...rows, ticktext: tokens.map((token) => visible(token).replaceAll("<", "\u2039").replaceAll(">", "\u203a")) };
+  const unlike = (text) => text.replaceAll("<", "\u2039").replaceAll(">", "\u203a");
   byId("surface-title").textContent = `Tokens and channels: ${chart.kind} of layer ${chart.layer}`;
   const flat = () => ({
-    traces: [{
-      type: "heatmap", z: values, text: texts, hovertemplate: hover, zmin: -greatest, zmax: greatest,
-      colorscale: [[0, colour("blue")], [0.5, colour("paper")], [1, colour("high")]],
-      colorbar: { title: { text: "value", side: "top" }, thickness: 12, outlinewidth: 0 },
-    }],
+    traces: [
+      {
+        type: "heatmap",
+        z: values,
+        text: texts,
+        hovertemplate: hover,
+        zmin: -end,
+        zmax: end,
+        colorscale: [
+          [0, colour("blue")],
+          [0.5, colour("paper")],
+          [1, colour("high")],
+        ],
+        colorbar: { title: { text: "value", side: "top" }, thickness: 12, outlinewidth: 0 },
+      },
+    ],
     layout: layout(Math.max(280, 17 * tokens.length + 90), {
       xaxis: axis("dimension", { ...dimensions, showgrid: false, zeroline: false }),
-      yaxis: axis("token", { ...rows, autorange: "reversed", showgrid: false, zeroline: false }),
+      yaxis: axis("token", { ...rows(plain, tokens.length), autorange: "reversed", showgrid: false, zeroline: false }),
     }),
   });
   const standing = () => ({
-    traces: [{
-      type: "surface", z: values.map((row) => row.map(Math.abs)), text: texts, hoverinfo: "text", showscale: false,
-      contours: { x: { highlight: false }, y: { highlight: false }, z: { highlight: false } },
-      colorscale: [[0, colour("below")], [0.15, colour("above")], [0.5, colour("high")], [1, colour(dark.matches ? "top" : "red")]],
-    }],
-    layout: layout(narrow.matches ? 360 : 520, { scene: {
-      xaxis: axis("dimension", dimensions), yaxis: axis("token", { ...standingRows, tickfont: { size: 9 } }), zaxis: axis("magnitude"),
-      aspectmode: "manual", aspectratio: narrow.matches ? { x: 1.1, y: 1, z: 0.6 } : { x: 2, y: 1.2, z: 0.8 },
-      camera: { eye: narrow.matches ? { x: 1, y: -2.4, z: 1.1 } : { x: 0.7, y: -1.9, z: 0.9 }, center: { x: 0, y: 0, z: -0.15 } },
-    } }, { dragmode: "turntable", margin: { l: 0, r: 0, t: 0, b: 0 } }),
+    traces: [
+      {
+        type: "surface",
+        z: values.map((row) => row.map(Math.abs)),
+        text: texts,
+        hoverinfo: "text",
+        showscale: false,
+        contours: { x: { highlight: false }, y: { highlight: false }, z: { highlight: false } },
+        colorscale: [
+          [0, colour("below")],
+          [0.15, colour("above")],
+          [0.5, colour("high")],
+          [1, colour(dark.matches ? "top" : "red")],
+        ],
+      },
+    ],
+    layout: layout(
+      narrow.matches ? 360 : 520,
+      {
+        scene: {
+          xaxis: axis("dimension", dimensions),
+          yaxis: axis("token", { ...rows(unlike, narrow.matches ? 6 : 18), tickfont: { size: 9 } }),
+          zaxis: axis("magnitude"),
+          aspectmode: "manual",
+          aspectratio: narrow.matches ? { x: 1.1, y: 1, z: 0.6 } : { x: 2, y: 1.2, z: 0.8 },
+          camera: {
+            eye: narrow.matches ? { x: 0.95, y: -2.4, z: 1.1 } : { x: 0.7, y: -1.9, z: 0.9 },
+            center: { x: 0, y: 0, z: -0.15 },
+          },
+        },
+      },
+      { dragmode: "turntable", margin: { l: 0, r: 0, t: 0, b: 0 } },
+    ),
   });
   const show = (make) => draw("surface-chart", make);
-  choice("surface-choices", "As", [["heatmap", "heatmap"], ["surface", "surface"]], (value) => show(value === "surface" ? standing : flat));
+  choice(
+    "surface-choices",
+    "As",
+    [
+      ["heatmap", "heatmap"],
+      ["surface", "surface"],
+    ],
+    (value) => show(value === "surface" ? standing : flat),
+  );
   show(flat);
+}
+
+// Neighbouring bins joined until each is at least so wide: finer ones would blur into each other.
+function coarser(histogram, width) {
+  const edges = [histogram.edges[0]];
+  const counts = [];
+  let waiting = 0;
+  histogram.counts.forEach((many, k) => {
+    const end = histogram.edges[k + 1];
+    waiting += many;
+    if (end - edges.at(-1) < width && k + 1 < histogram.counts.length) return;
+    edges.push(end);
+    counts.push(waiting);
+    waiting = 0;
+  });
+  return { edges, counts };
 }
 
 function histograms(report) {
@@ -151,26 +245,39 @@ function histograms(report) {
     const holder = element("div", undefined, "chart");
     holder.id = id;
     byId("histogram-charts").append(holder);
-    const { edges, counts } = histogram;
-    const centres = counts.map((_, k) => (edges[k] + edges[k + 1]) / 2);
-    const filled = counts.map((_, k) => k).filter((k) => counts[k] > 0);
+    const filled = histogram.counts.map((_, k) => k).filter((k) => histogram.counts[k] > 0);
     const room = 1.3 * report.threshold; // both thresholds stay in view
-    const range = [Math.min(edges[filled[0]] ?? 0, -room), Math.max(edges[(filled.at(-1) ?? -1) + 1], room)];
+    const ends = filled.length ? [histogram.edges[filled[0]], histogram.edges[filled.at(-1) + 1]] : [0, 0];
+    const range = [Math.min(ends[0], -room), Math.max(ends[1], room)];
+    const { edges, counts } = coarser(histogram, (range[1] - range[0]) / 60);
+    const centres = counts.map((_, k) => (edges[k] + edges[k + 1]) / 2);
     const inside = (value) => value >= range[0] && value <= range[1];
     draw(id, () => ({
-      traces: [{
-        type: "bar", x: centres, y: counts, width: counts.map((_, k) => edges[k + 1] - edges[k]), marker: { color: colour("blue"), opacity: 0.6 }, hovertemplate: hover,
-        text: counts.map((many, k) => `${number(edges[k])} to ${number(edges[k + 1])}<br>${count(many)} values`), textposition: "none",
-      }],
-      layout: layout(240, { xaxis: axis("value", { range }), yaxis: axis("values") }, {
-        title: { text: `dim ${histogram.dim}, layer ${histogram.layer}`, font: { size: 13 }, x: 0.02, y: 0.97 },
-        margin: { l: 52, r: 12, t: 34, b: 44 },
-        bargap: 0,
-        shapes: [
-          ...[-report.threshold, report.threshold].filter(inside).map((value) => line(value, "y", "dash")),
-          ...(histogram.quartiles ?? []).filter(inside).map((value) => line(value, "y", "dot")),
-        ],
-      }),
+      traces: [
+        {
+          type: "bar",
+          x: centres,
+          y: counts.map((many, k) => many / (edges[k + 1] - edges[k])), // bins need not be equally wide
+          width: counts.map((_, k) => edges[k + 1] - edges[k]),
+          marker: { color: colour("blue"), opacity: 0.6 },
+          hovertemplate: hover,
+          text: counts.map((many, k) => `${number(edges[k])} to ${number(edges[k + 1])}<br>${count(many)} values`),
+          textposition: "none",
+        },
+      ],
+      layout: layout(
+        240,
+        { xaxis: axis("value", { range }), yaxis: axis("values per unit") },
+        {
+          title: { text: `dim ${histogram.dim}, layer ${histogram.layer}`, font: { size: 13 }, x: 0.02, y: 0.97 },
+          margin: { l: 52, r: 12, t: 34, b: 44 },
+          bargap: 0,
+          shapes: [
+            ...[-report.threshold, report.threshold].filter(inside).map((value) => line(value, "y", "dash")),
+            ...(histogram.quartiles ?? []).filter(inside).map((value) => line(value, "y", "dot")),
+          ],
+        },
+      ),
     }));
   });
 }
