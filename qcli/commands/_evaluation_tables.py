@@ -10,42 +10,47 @@ from qcli.sizes import format_bytes
 
 
 def show(result: Evaluation) -> None:
-    """Prints the rows in one table, the comparison with a base in another, and the protocol."""
+    """Prints the rows, what was rounded and how fast each is in tables of their own, the comparison with a base, the protocol."""
     compared = len(result.rows) > 1
-    timed = any(row.speed for row in result.rows)
-    columns = ["method" if result.simulated else "model", "bits/weight", "weights", "perplexity"]
+    what = "method" if result.simulated else "model"
+    columns = [what, "bits/weight", "weights", "perplexity"]
     columns += ["change", "KL (nats)", "same top"] if compared else ["loss (nats)", "bits/byte"]
-    columns += ["weight SQNR", "activation SQNR", "of ordinary columns"] if result.simulated else []
-    columns += ["prefill", "decode", "peak memory"] if timed else []
-    console.table("", columns, [_cells(row, compared, result.simulated, timed) for row in result.rows])
+    console.table("", columns, [_cells(row, compared) for row in result.rows])
+    if result.simulated:
+        columns = [what, "weights", "activations", "ordinary activations"]
+        console.table("SQNR", columns, [_rounding(row) for row in result.rows])
+    if any(row.speed for row in result.rows):
+        columns = [what, "prefill", "decode", "peak memory"]
+        console.table("speed", columns, [_speed(row) for row in result.rows if row.speed])
     if not result.simulated and result.rows[-1].against:
         _show_comparison(result.rows[-1].against, result.rows[0].name)
     if result.simulated:
         console.out(
             f"Methods simulated in {result.model}. bits/weight is of the linear layers; change, of perplexity against fp32; "
-            "ordinary columns are those without an outlier."
+            "ordinary activations are those of columns without an outlier."
         )
     for sentence in [*result.protocol.sentences(), *result.notes]:
         console.out(sentence)
 
 
-def _cells(row: Row, compared: bool, simulated: bool, timed: bool) -> list[str]:
-    quality, against, speed = row.quality, row.against, row.speed
+def _cells(row: Row, compared: bool) -> list[str]:
+    quality, against = row.quality, row.against
     cells = [row.name, f"{row.bits_per_weight:.3f}", format_bytes(row.bytes), _estimate(quality.perplexity)]
     if not compared:
-        cells += [_estimate(quality.loss), _estimate(quality.bits_per_byte)]
-    elif against is None:
-        cells += ["-"] * 3
-    else:
-        cells += [_change(against), _estimate(against.divergence.mean), f"{against.same_top.value:.2%}"]
-    if simulated:
-        cells += [_decibels(x) for x in (row.weight_sqnr, row.activation_sqnr, row.ordinary_activation_sqnr)]
-    if timed and speed is None:
-        cells += ["-"] * 3
-    elif timed:
-        decode = "-" if speed.decode is None else f"{speed.decode:,.1f}/s"
-        cells += [f"{speed.prefill:,.1f}/s", decode, format_bytes(speed.peak_memory)]
-    return cells
+        return cells + [_estimate(quality.loss), _estimate(quality.bits_per_byte)]
+    if against is None:
+        return cells + ["-"] * 3
+    return cells + [_change(against), _estimate(against.divergence.mean), f"{against.same_top.value:.2%}"]
+
+
+def _rounding(row: Row) -> list[str]:
+    return [row.name, *(_decibels(x) for x in (row.weight_sqnr, row.activation_sqnr, row.ordinary_activation_sqnr))]
+
+
+def _speed(row: Row) -> list[str]:
+    speed = row.speed
+    decode = "-" if speed.decode is None else f"{speed.decode:,.1f}/s"
+    return [row.name, f"{speed.prefill:,.1f}/s", decode, format_bytes(speed.peak_memory)]
 
 
 def _show_comparison(found: Comparison, base: str) -> None:

@@ -12,7 +12,7 @@ from qcli.evaluation.statistics import perplexity
 from qcli.outliers import paper, results
 from qcli.outliers.ablation import RANDOM, WHOLE, WITHOUT, Ablation, random_dims
 from qcli.outliers.attention import LayerAttention
-from qcli.outliers.damage import METHODS, SAMPLE_TOKENS
+from qcli.outliers.damage import METHODS, SAMPLE_TOKENS, weight_of
 from qcli.outliers.features import Feature, find_features, hidden_sites
 from qcli.outliers.measure import LayerMeasure, Meter
 from qcli.outliers.recommend import recommend
@@ -112,7 +112,7 @@ def _report(
     tokens = [skeleton.tokenizer.decode([token]) for token in window]
     found = recommend(model, layers, features, threshold)
     return results.VERSION | {
-        "model": results.describe_model(skeleton),
+        "model": results.describe_model(skeleton, len(layers)),
         "text": results.describe_text(corpus),
         "threshold": threshold, "min_layers": paper.MIN_LAYERS, "min_positions": paper.MIN_POSITIONS,
         "layers": [results.describe_layer(i, layer) for i, layer in enumerate(layers)],
@@ -176,8 +176,8 @@ def _notes(skeleton: Skeleton, layers: Sequence[LayerMeasure], hidden_size: int)
             "The weights are quantized already, so what each method would cost is not measured; inspect the original."
         )
     unseen = [
-        (layer.name, path) for layer in layers for site in layer.sites for path in site.site.modules
-        if not skeleton.quantizer and not site.damage
+        (layer.name, path) for layer in layers for site in layer.sites for path, module in site.site.modules.items()
+        if not skeleton.quantizer and (not site.damage or weight_of(module) is None)
     ]  # fmt: skip
     if unseen:
         notes.append(

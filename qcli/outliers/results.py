@@ -23,8 +23,8 @@ def number(value: float | torch.Tensor | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def describe_model(skeleton) -> dict[str, object]:
-    """The model's name and measures."""
+def describe_model(skeleton, layers: int) -> dict[str, object]:
+    """The model's name and measures; `layers` were passed."""
     model, source = skeleton.model, skeleton.source
     stored = source.config.get("quantization_config") or {}
     kind = None
@@ -33,7 +33,7 @@ def describe_model(skeleton) -> dict[str, object]:
     return {
         "name": source.label.rstrip("/") if source.is_hub else source.name,
         "architecture": type(model).__name__,
-        "layers": len(skeleton.blocks),
+        "layers": layers,
         "hidden_size": model.config.get_text_config(decoder=True).hidden_size,
         "parameters": None if kind else _parameters(model),
         "quantization": kind,

@@ -35,10 +35,14 @@ def linear_modules(block: nn.Module) -> dict[str, nn.Module]:
     """The linear modules of a block by path, and with them fused experts, whose input is that of a linear layer."""
     found = {}
     for path, module in block.named_modules():
-        fused = any(p is not None and p.dim() == 3 for p in module._parameters.values())
-        if isinstance(module, (nn.Linear, Conv1D, Linear4bit, Linear8bit)) or (fused and path):
+        if isinstance(module, (nn.Linear, Conv1D, Linear4bit, Linear8bit)) or (path and _is_fused(module)):
             found[path] = module
     return found
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether a module holds the weights of several experts as one."""
+    return any(p is not None and p.dim() == 3 for p in module._parameters.values())
 
 
 class SiteFinder:
@@ -50,7 +54,7 @@ class SiteFinder:
     def __init__(self, block: nn.Module, seen: Callable[[Site, nn.Module, torch.Tensor, bool], None]):
         self.sites: dict[tuple[str, int], Site] = {}
         self._seen, self._call = seen, None
-        self._last: dict[str, tuple[torch.Tensor, int]] = {}
+        self._inputs: dict[str, list[torch.Tensor]] = {}  # of each group, in this call
         self._handles = [
             module.register_forward_pre_hook(self._hook(path)) for path, module in linear_modules(block).items()
         ]
@@ -62,11 +66,12 @@ class SiteFinder:
         def hook(module, args):
             call, x = current_call(), args[0]
             if call is not self._call:
-                self._call, self._last = call, {}
-            before = self._last.get(group)
-            first = before is None or not _same(before[0], x)
-            order = 0 if before is None else before[1] + first
-            self._last[group] = x, order
+                self._call, self._inputs = call, {}
+            inputs = self._inputs.setdefault(group, [])
+            order = next((i for i, before in enumerate(inputs) if _same(before, x)), len(inputs))
+            first = order == len(inputs)
+            if first:
+                inputs.append(x)
             key = (shown.rpartition(".")[0], order)
             site = self.sites.setdefault(key, Site(*key))
             site.modules.setdefault(shown, module)
@@ -78,7 +83,7 @@ class SiteFinder:
         """Takes the hooks off and returns the sites with their kinds, in the order in which they were met."""
         for handle in self._handles:
             handle.remove()
-        self._call, self._last = None, {}
+        self._call, self._inputs = None, {}
         groups: dict[str, list[Site]] = {}
         for site in self.sites.values():
             # Linear layers that lie in the block itself belong together by their names.
@@ -104,4 +109,5 @@ def _name(sites: list[Site]) -> None:
         return
     sites[0].kind = first
     if len(sites) > 1:
-        sites[-1].kind = last
+        fused = all(_is_fused(module) for module in sites[-1].modules.values())
+        sites[-1].kind = first if fused else last  # of fused experts only what enters them is seen

@@ -64,7 +64,7 @@ class SpikeFinder:
         return [m.register_forward_hook(self._note) for m in linear_modules(block).values() if hasattr(m, "weight")]
 
     def _note(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if current_call() is None or not output.numel():
+        if current_call() is None or not isinstance(output, torch.Tensor) or not output.numel():
             return
         y = output.reshape(-1, output.shape[-1])
         token, row = divmod(int(y.abs().argmax()), y.shape[1])

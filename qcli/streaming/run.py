@@ -64,6 +64,7 @@ def run_calls(
             waiting.append((index, thread, wanted))
 
     with torch.inference_mode(), _suspended(skeleton):
+        skeleton.load(skeleton.embedding)  # some models ask where it lies before they enter it
         try:
             for i, call in enumerate(calls):
                 thread = greenlet(call.run)

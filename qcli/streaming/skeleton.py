@@ -5,6 +5,7 @@ experts, dtypes, our quantized modules) is transformers' own loading, given the 
 """
 
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 from accelerate import init_empty_weights
@@ -20,7 +21,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
 from qcli.checkpoint import dtypes
-from qcli.checkpoint.linears import find_linears, transformers_class
+from qcli.checkpoint.linears import Layout, find_linears, transformers_class
 from qcli.checkpoint.safetensors_file import TensorInfo, read_into
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, UsageError
@@ -36,7 +37,7 @@ _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 class Skeleton:
-    """A causal language model, its tokenizer, and its `units`; `layout` says which modules are linear.
+    """A causal language model, its tokenizer, and its `units`.
 
     `bytes_read` counts what was read from the checkpoint so far.
     """
@@ -58,7 +59,7 @@ class Skeleton:
         one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
         self.device = pick_device(device)
         self.source = open_checkpoint(model, revision, trust_remote_code)
-        self.layout = find_linears(self.source, trust_remote_code=trust_remote_code)
+        self._trust_remote_code = trust_remote_code
         self.dtype = dtypes.torch_dtype(model_dtype(self.source, dtype))
         with quiet():
             self._build(dtype, attention, trust_remote_code)
@@ -73,6 +74,16 @@ class Skeleton:
         for unit in self.units:
             if unit.resident:
                 self.load(unit)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Which modules are linear: as transformers quantizes them, or by names and shapes where it quantizes none."""
+        try:
+            return find_linears(self.source, trust_remote_code=self._trust_remote_code)
+        except CheckpointError:
+            if self.source.config.get("quantization_config"):
+                raise
+            return find_linears(self.source, rules=True)
 
     def _build(self, dtype: str, attention: str | None, trust_remote_code: bool) -> None:
         source = self.source
@@ -126,6 +137,12 @@ class Skeleton:
             for name, _, _ in unit.weights():
                 if name in tied and name not in self._origin and tied[name] != name:
                     unit.ties.append((name, tied[name]))
+
+    @property
+    def embedding(self) -> Unit:
+        """The unit that token ids enter."""
+        module = self.model.get_input_embeddings()
+        return next(unit for unit in self.units if unit.module is module)
 
     @property
     def blocks(self) -> list[Unit]:

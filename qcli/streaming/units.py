@@ -46,7 +46,7 @@ def find_units(model: nn.Module) -> list[Unit]:
     lists: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and not inside and next(module.parameters(), None) is not None:
+        if isinstance(module, nn.ModuleList) and not inside and _holds_blocks(module):
             lists.append(name)
             for i, child in enumerate(module):
                 blocks.append(Unit(f"{name}.{i}", child, len(blocks)))
@@ -60,3 +60,8 @@ def find_units(model: nn.Module) -> list[Unit]:
             unit.resident = any(True for _ in module.children())
             around.append(unit)
     return around + blocks
+
+
+def _holds_blocks(modules: nn.ModuleList) -> bool:
+    """Whether a list holds blocks, and not bare layers as some models have around theirs."""
+    return any(True for child in modules for _ in child.children()) and next(modules.parameters(), None) is not None

@@ -55,6 +55,24 @@ def test_logits_are_those_of_the_whole_model(tmp_path, name):
     assert blocks <= below <= blocks + head  # no tensor was read twice
 
 
+def test_a_model_that_asks_where_its_embedding_lies(tmp_path):
+    """Llama 4 moves token ids there before it enters it; and parameters of its experts come uninitialised."""
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(
+        hidden_size=64, intermediate_size=128, intermediate_size_mlp=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, vocab_size=256, max_position_embeddings=64, num_local_experts=2,
+    )  # fmt: skip
+    model = transformers.Llama4ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+    model.save_pretrained(tmp_path)
+    add_tokenizer(tmp_path)
+    found, _, _ = streamed_logits(tmp_path)
+    for ours, theirs in zip(found, whole_logits(model)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_checkpoint_gives_what_it_gives_whole(tmp_path, bits):
     folder = tmp_path / "quantized"
