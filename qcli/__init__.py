@@ -15,10 +15,11 @@ _EXPORTS = {
     "quantize": "qcli.quantization",
     "load": "qcli.model",
     "evaluate": "qcli.evaluation.evaluate",
+    "inspect_outliers": "qcli.outliers.instrument",
     "QcliError": "qcli.errors",
 }
 
-__all__ = ["QcliError", "__version__", "evaluate", "load", "quantize"]
+__all__ = ["QcliError", "__version__", "evaluate", "inspect_outliers", "load", "quantize"]
 
 
 def __getattr__(name: str):

@@ -69,7 +69,7 @@ def test_methods_and_speed(quick_cli):
     arguments = (DEMO, "--methods", "vector-wise,nf4+dq", "--text", STORIES, "--tokens", 200)
     text = run(quick_cli, *arguments, "--speed").stdout
     for part in (
-        "int8 vector-wise", "NF4+DQ", "weight SQNR", "of ordinary columns", "exact", "decode", "peak memory", "float32 on cpu",
+        "int8 vector-wise", "NF4+DQ", "SQNR", "ordinary activations", "exact", "decode", "peak memory", "float32 on cpu",
     ):  # fmt: skip
         assert part in text
     found = json.loads(run(quick_cli, *arguments, "--json").stdout)
