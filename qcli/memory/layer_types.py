@@ -1,0 +1,124 @@
+"""Which kind each layer is, in the words of transformers 5, from whichever fields a config has.
+
+A present list is taken as it is; what follows are the rules of transformers 5's configuration classes for configs written
+before `layer_types` was.
+"""
+
+from qcli.errors import UsageError
+
+_RENAMED = {
+    "mamba": "linear_attention", "mamba2": "linear_attention", "recurrent": "linear_attention",
+    "attention": "full_attention", "deepseek_sparse_attention": "indexed_attention",
+}  # fmt: skip
+_NEMOTRON = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+_COMPRESSED = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
+_UNIFORM = {
+    "mamba": "linear_attention", "mamba2": "linear_attention", "falcon_mamba": "linear_attention",
+    "falcon_h1": "hybrid", "granitemoehybrid": "linear_attention", "bamba": "linear_attention",
+    "deepseek_v32": "indexed_attention", "glm_moe_dsa": "indexed_attention",
+}  # fmt: skip
+# Every p-th layer is full attention, the others are of the kind named.
+_PERIODIC = {
+    "gemma2": ("sliding_attention", 2), "gpt_oss": ("sliding_attention", 2), "vaultgemma": ("sliding_attention", 2),
+    "gemma3": ("sliding_attention", 6), "gemma3_text": ("sliding_attention", 6),
+    "gemma3n": ("sliding_attention", 5), "gemma3n_text": ("sliding_attention", 5),
+    "gemma4": ("sliding_attention", 6), "gemma4_text": ("sliding_attention", 6),
+    "cohere2": ("sliding_attention", 4), "olmo3": ("sliding_attention", 4), "afmoe": ("sliding_attention", 4),
+    "exaone4": ("sliding_attention", 4), "exaone_moe": ("sliding_attention", 4),
+    "qwen3_next": ("linear_attention", 4), "olmo_hybrid": ("linear_attention", 4),
+    "qwen3_5": ("linear_attention", 4), "qwen3_5_text": ("linear_attention", 4),
+    "qwen3_5_moe": ("linear_attention", 4), "qwen3_5_moe_text": ("linear_attention", 4),
+}  # fmt: skip
+_PERIODS = ("sliding_window_pattern", "full_attention_interval", "global_attn_every_n_layers")
+_LATE_WINDOW = frozenset({
+    "qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3", "qwen3_vl", "qwen3_vl_text", "dots1",
+})  # fmt: skip
+
+
+def of(config) -> list[str]:
+    """The kind of every layer of `config`, a ModelConfig. UsageError where a list is not as long as the model is deep."""
+    count = config.layers
+    listed = config.get("layer_types", "layers_block_type", default=None)
+    if listed is None:
+        listed = _from_older_lists(config, count)
+    if listed is None:
+        return _by_rule(config, count)
+    if len(listed) < count or (len(listed) > count and config.model_type != "deepseek_v4"):
+        raise UsageError(f"{config.label} types {len(listed)} layers, and the model has {count}.")
+    return [_RENAMED.get(kind, kind) for kind in listed[:count]]
+
+
+def window(config) -> int | None:
+    """`sliding_window` of `config`, or None where it is null, 0 or unknown to the model."""
+    names = ("sliding_window", "attention_window_size")
+    return config.integer(*names, default=None) or None
+
+
+def _from_older_lists(config, count: int) -> list[str] | None:
+    """Lists of layers under the names they had before."""
+    pattern = config.get("hybrid_override_pattern", default=None)
+    if pattern is not None:
+        return [_NEMOTRON[letter] for letter in pattern]
+    cycle = config.get("block_types", "_block_types", default=None)
+    if cycle is not None:  # RecurrentGemma, whose attention is always local
+        kinds = {"recurrent": "linear_attention", "attention": "sliding_attention"}
+        return [kinds[cycle[i % len(cycle)]] for i in range(count)]
+    ratios = config.get("compress_ratios", default=None)
+    if ratios is not None:
+        return [_COMPRESSED[ratio] for ratio in ratios]
+    flags = config.get("attn_type_list", default=None)
+    if flags is not None:
+        return ["full_attention" if flag else "linear_attention" for flag in flags]
+    first_is_one = config.get("linear_attn_config", default={}).get("full_attn_layers")
+    if first_is_one is not None:
+        return ["full_attention" if i + 1 in first_is_one else "linear_attention" for i in range(count)]
+    full, other = config.get("attn_layer_indices", default=None), "linear_attention"
+    if full is None:
+        full, other = config.get("full_attn_idxs", default=None), "conv"
+    if full is None:
+        return None
+    return ["full_attention" if i in full else other for i in range(count)]
+
+
+def _by_rule(config, count: int) -> list[str]:
+    kind = config.model_type
+    if kind in _UNIFORM:
+        return [_UNIFORM[kind]] * count
+    if config.get("attn_layer_period", default=None) is not None:
+        period, offset = config.integer("attn_layer_period"), config.integer("attn_layer_offset")
+        return ["full_attention" if i % period == offset else "linear_attention" for i in range(count)]
+    if kind in ("llama4", "llama4_text"):
+        interval = config.integer("no_rope_layer_interval", default=4)
+        rotary = config.get("no_rope_layers", default=None) or [(i + 1) % interval for i in range(count)]
+        return ["chunked_attention" if flag else "full_attention" for flag in rotary]
+    if kind == "deepseek_v4":
+        later = [_COMPRESSED[4 if i % 2 else 128] for i in range(count - 2)]
+        return [_COMPRESSED[128]] * min(count, 2) + later
+    if kind == "cwm":
+        return ["sliding_attention" if i % 4 else "full_attention" for i in range(count)]
+    if kind == "minimax":
+        return ["linear_attention" if i % 2 else "full_attention" for i in range(count)]
+    if kind in _PERIODIC:
+        return _periodic(config, count, *_PERIODIC[kind])
+    windowed = window(config) is not None and config.get("use_sliding_window", default=True)
+    if windowed and kind in _LATE_WINDOW:
+        first = config.integer("max_window_layers")
+        return ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
+    if windowed and kind == "qwen2_moe":
+        last = config.integer("max_window_layers")
+        return ["sliding_attention" if i % 2 == 0 and i < last else "full_attention" for i in range(count)]
+    return ["sliding_attention" if windowed else "full_attention"] * count
+
+
+def _periodic(config, count: int, other: str, period: int) -> list[str]:
+    if other == "sliding_attention" and window(config) is None:
+        return ["full_attention"] * count
+    period = config.get(*_PERIODS, default=period)
+    if isinstance(period, str):  # "LLLG": local and global, the last layer always global
+        local = [period[i % len(period)] == "L" and i < count - 1 for i in range(count)]
+    else:
+        local = [(i + 1) % period != 0 for i in range(count)]
+    types = [other if flag else "full_attention" for flag in local]
+    if config.model_type in ("gemma4", "gemma4_text"):
+        types[-1] = "full_attention"
+    return types
