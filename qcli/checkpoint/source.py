@@ -33,11 +33,16 @@ def open_source(
 
     Raises CheckpointError, HubError. Faults that do not stop the reading of headers are listed in `Source.problems`.
     """
+    return Source(open_place(model, revision, stream=stream), model, trust_remote_code)
+
+
+def open_place(model: str, revision: str | None = None, *, stream: bool = False):
+    """The files of the folder `model`, or of the hub repository of that id. Raises CheckpointError, HubError."""
     path = Path(model)
     if path.is_dir():
         if revision is not None:
             raise CheckpointError(f"{model} is a folder, so there is no revision {revision!r}", "Leave out --revision.")
-        return Source(LocalFiles(path, path.resolve().name or "model"), model, trust_remote_code)
+        return LocalFiles(path, path.resolve().name or "model")
     if path.exists():
         raise CheckpointError(
             f"{model} is a file, expected a model's folder", "Give the folder that holds config.json."
@@ -46,7 +51,7 @@ def open_source(
         raise CheckpointError(
             f"there is no folder {model}, and it is no hub id either", "Check the path, or write org/name."
         )
-    return Source(hubs.open_repository(model, revision, stream=stream), model, trust_remote_code)
+    return hubs.open_repository(model, revision, stream=stream)
 
 
 class Source:

@@ -1,0 +1,258 @@
+"""The verb `estimate_memory`: what a model needs under each method, whether it fits, and what to do where it does not."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from qcli.errors import UsageError
+from qcli.memory import verdict
+from qcli.memory.components import Component, Setting, components, needs_of
+from qcli.memory.hardware import Gpu, gpus
+from qcli.memory.opening import Model, open_model
+from qcli.memory.solve import largest
+from qcli.memory.verdict import FITS, Needs, Placement
+
+DEFAULT_CONTEXT = 8192
+MOST_BATCH = 1 << 20  # sequences at a time, where memory sets no limit
+MOST_CONTEXT = 1 << 24  # tokens, for models that set no limit themselves
+STORED = "stored"  # the method of a checkpoint that is quantized already
+METHODS = ("float32", "bfloat16", "float16", "llm-int8", "nf4", "nf4-plain", "fp4")
+_BY_BITS = {"32": "float32", "8": "llm-int8", "4": "nf4"}
+RUNTIMES = ("transformers", "vllm")
+TRAINING = ("qlora", "lora")
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The largest context (tokens) or batch (sequences) that fits, all else as asked; `bound` is what stops it there."""
+
+    value: int
+    bound: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What would fit where this method does not: `count` of the first GPU named, `smaller` methods on the GPUs named, and how many
+    bytes would have to lie in the CPU's memory (None where offloading does not help either)."""
+
+    count: int | None
+    smaller: list[str]
+    on_cpu: int | None
+
+
+@dataclass(frozen=True)
+class MethodEstimate:
+    """One method. `components` sum to what `needs` has besides the overhead. `placement` and what follows it are None where no GPU
+    was named."""
+
+    method: str
+    components: list[Component]
+    needs: Needs
+    bits_per_weight: float
+    placement: Placement | None = None
+    context: Reach | None = None
+    batch: Reach | None = None
+    advice: Advice | None = None
+
+    def component(self, name: str) -> int:
+        """Bytes of a component, 0 where it is not there."""
+        return sum(part.bytes for part in self.components if part.name == name)
+
+    @property
+    def total(self) -> tuple[int, int]:
+        """Bytes on one GPU, with the least and the most overhead."""
+        return self.needs.least, self.needs.most
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What was asked, `methods`, and `assumed`: a sentence for everything that the config left open."""
+
+    model: Model
+    setting: Setting
+    gpus: list[Gpu]
+    methods: list[MethodEstimate]
+    assumed: list[str] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        """Whether any of the methods fits the GPUs named, with the most overhead; True where none was named."""
+        return not self.gpus or any(entry.placement.verdict == FITS for entry in self.methods)
+
+
+def estimate_memory(
+    model: str | None = None,
+    *,
+    params: str | None = None,
+    gpu: Sequence[str] = (),
+    context: int | None = None,
+    batch: int = 1,
+    bits: Sequence[str] = (),
+    kv_dtype: str = "auto",
+    runtime: str = "transformers",
+    train: str | None = None,
+    rank: int = 16,
+    revision: str | None = None,
+) -> Estimate:
+    """Estimates the memory of `model` (a config.json, a folder, a hub id) or of a Llama-like one of `params` ("7B") parameters.
+
+    `gpu` are sizes or names as of `--gpu`; `context` counts tokens of prompt and answer together (default: 8,192, or the
+    model's limit if that is less) and `batch` sequences; `bits` are 32, 16, 8, 4 or methods (default: those that the stored
+    weights can become); `train` is None, "qlora" or "lora", with adapters of `rank` on every linear layer.
+
+    Raises UsageError, CheckpointError, HubError, DeviceError.
+    """
+    _check(context=context, batch=batch, rank=rank)
+    _one_of("runtime", runtime, RUNTIMES)
+    if train is not None:
+        _one_of("train", train, TRAINING)
+        _one_of("runtime", runtime, ("transformers",), " with --train")
+    devices = gpus(list(gpu))
+    opened = open_model(model, params, revision)
+    limit = opened.config.max_context
+    setting = Setting(
+        context=context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT), batch=batch, kv_dtype=kv_dtype,
+        runtime=runtime, train=train, rank=rank, dtype=sixteen_bit(opened),
+    )  # fmt: skip
+    chosen = _methods(opened, bits, train)
+    rows = [_estimate(opened, method, setting, devices) for method in chosen]
+    if devices:
+        rows = [_advised(opened, row, setting, devices, rows) for row in rows]
+    assumed = list(opened.config.assumed)
+    if limit and setting.context > limit:
+        assumed.append(f"{setting.context:,} tokens is more than the {limit:,} that {opened.label} was made for.")
+    return Estimate(opened, setting, devices, rows, assumed)
+
+
+def sixteen_bit(model: Model) -> str:
+    """The dtype of what is not quantized: the stored one, bfloat16 where that has 32 bits."""
+    return model.config.dtype if model.config.dtype in ("bfloat16", "float16") else "bfloat16"
+
+
+def _check(**numbers: int | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} is {value}, expected at least 1")
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str], where: str = "") -> None:
+    if value not in allowed:
+        raise UsageError(f"--{name} is {value!r}, expected {' or '.join(allowed)}{where}")
+
+
+def _methods(model: Model, bits: Sequence[str], train: str | None) -> list[str]:
+    if model.config.quantization:
+        if bits:
+            kind = model.config.quantization.get("quant_method", "an unnamed method")
+            raise UsageError(
+                f"{model.label} is quantized already ({kind}), and --bits {bits[0]} was given",
+                "Leave out --bits, or name the original checkpoint.",
+            )
+        return [STORED]
+    half = sixteen_bit(model)
+    if not bits:
+        if train:
+            return ["nf4"] if train == "qlora" else [half]
+        return ["float32"] * (model.config.dtype == "float32") + [half, "llm-int8", "nf4"]
+    found = []
+    for text in bits:
+        method = _BY_BITS.get(text.strip(), half if text.strip() == "16" else text.strip().lower())
+        if method not in METHODS:
+            raise UsageError(f"--bits is {text!r}, expected 32, 16, 8, 4 or one of {', '.join(METHODS)}")
+        found.append(method)
+    if train == "qlora" and any(method in METHODS[:3] for method in found):
+        raise UsageError(f"--train qlora trains on quantized weights, and --bits {bits[0]} was given", "Use --train lora.")
+    return list(dict.fromkeys(found))
+
+
+def _estimate(model: Model, method: str, setting: Setting, devices: list[Gpu]) -> MethodEstimate:
+    parts, needs, bits_per_weight = components(model, method, setting)
+    row = MethodEstimate(method, parts, needs, bits_per_weight)
+    if not devices:
+        return row
+    return replace(
+        row,
+        placement=verdict.place(needs, devices, quantized=method not in METHODS[:3]),
+        context=_reach(model, method, setting, devices, "context"),
+        batch=_reach(model, method, setting, devices, "batch"),
+    )
+
+
+def _reach(model: Model, method: str, setting: Setting, devices: list[Gpu], name: str) -> Reach:
+    own = model.config.max_context
+    limit = MOST_BATCH if name == "batch" else own or MOST_CONTEXT
+    value = largest(lambda n: verdict.fits(needs_of(model, method, replace(setting, **{name: n})), devices), limit)
+    stop = "the model's own limit" if name == "context" and own else "the largest that is looked at"
+    return Reach(value, stop if value == limit else "memory")
+
+
+def _advised(
+    model: Model, row: MethodEstimate, setting: Setting, devices: list[Gpu], rows: Sequence[MethodEstimate]
+) -> MethodEstimate:
+    if row.placement.verdict == FITS:
+        return row
+    needs = row.needs
+    moved = verdict.offload(needs, devices) if setting.runtime == "transformers" and not setting.train else None
+    smaller = [other.method for other in rows if other.placement.verdict == FITS and other.total < row.total]
+    tried = {other.method for other in rows}
+    for method in ("llm-int8", "nf4"):
+        if row.method != STORED and method not in tried and not (setting.train == "qlora" and method == "llm-int8"):
+            other = needs_of(model, method, setting)
+            if other.most < needs.most and verdict.fits(other, devices):
+                smaller.append(method)
+    advice = Advice(
+        count=verdict.count_that_fits(needs, devices[0]), smaller=smaller, on_cpu=moved.on_cpu if moved else None
+    )
+    return replace(row, advice=advice)
+
+
+def summary(found: Estimate) -> dict[str, object]:
+    """For JSON. Sizes are bytes; a later version may add keys, and changes none.
+
+    model: name, type, parameters, layers, max_context, read (what was counted). setting: context, batch, dtype, kv_dtype,
+    runtime, train, rank. gpus: name, memory, said. fits: see `Estimate.fits`. assumed: sentences. methods: for each method,
+    bits_per_weight; components: name, bytes, formula (sentences); overhead and total: least and most on one GPU; and with GPUs
+    named verdict ("fits", "tight", "does not fit"), left (of the fullest GPU), split ("device_map auto" or "by hand" over
+    several), gpus (holds, weights, state, working, overhead, left), largest_context and largest_batch (value, bound), and advice
+    (count, smaller, on_cpu) or null.
+    """
+    config = found.model.config
+    setting = vars(found.setting) | {"rank": found.setting.rank if found.setting.train else None}
+    return {
+        "model": {
+            "name": found.model.label, "type": config.model_type, "parameters": found.model.parameter_count,
+            "layers": config.layers, "max_context": config.max_context, "read": found.model.read,
+        },
+        "setting": setting,
+        "gpus": [vars(gpu) for gpu in found.gpus],
+        "fits": found.fits if found.gpus else None,
+        "assumed": found.assumed,
+        "methods": [_method_summary(row) for row in found.methods],
+    }  # fmt: skip
+
+
+def _method_summary(row: MethodEstimate) -> Mapping[str, object]:
+    shown = {
+        "method": row.method,
+        "bits_per_weight": round(row.bits_per_weight, 4),
+        "components": [vars(part) for part in row.components],
+        "overhead": list(row.needs.overhead),
+        "total": list(row.total),
+    }
+    if row.placement is None:
+        return shown
+    loads = [
+        {
+            "gpu": load.gpu.name, "holds": load.holds, "weights": load.weights, "state": load.state,
+            "working": load.working, "overhead": list(load.overhead), "left": load.left,
+        }
+        for load in row.placement.loads
+    ]  # fmt: skip
+    return shown | {
+        "verdict": row.placement.verdict,
+        "left": row.placement.left,
+        "split": None if len(loads) == 1 else "device_map auto" if row.placement.automatic else "by hand",
+        "gpus": loads,
+        "largest_context": vars(row.context),
+        "largest_batch": vars(row.batch),
+        "advice": row.advice and vars(row.advice),
+    }
