@@ -82,7 +82,7 @@ def _components(found: Estimate) -> None:
         [
             [
                 row.method, f"{row.bits_per_weight:.3f}", *(format_bytes(row.component(name)) for name in names),
-                _range(row.overhead), _range(row.total),
+                _range(row.needs.overhead), _range(row.total),
             ]
             for row in found.methods
         ],
@@ -133,7 +133,9 @@ def _splits(found: Estimate) -> None:
     for row in found.methods:
         if row.placement.verdict == NO:
             continue
-        how = 'as device_map="auto" splits it' if row.placement.automatic else 'not as device_map="auto" would: give this device map'
+        how = 'as device_map="auto" splits it'
+        if not row.placement.automatic:
+            how = 'device_map="auto" splits it otherwise, and that does not fit: give this device map'
         console.table(
             f"{row.method}: {how}",
             ["GPU", "holds", "weights", "cache and state", "working", "left"],
@@ -171,7 +173,7 @@ def _sentence(found: Estimate, row: MethodEstimate) -> str:
         ways.append(f"--gpu {row.advice.count}x{found.gpus[0].name.replace(' ', '')}")
     if row.advice.on_cpu:
         ways.append(f"--device-map auto with {format_bytes(row.advice.on_cpu)} of the layers in the CPU's memory")
-    return f"{row.method} {state}: " + ("; what would: " + ", ".join(ways) if ways else "and nothing that was tried would")
+    return f"{row.method} {state}; " + (f"what would: {', '.join(ways)}" if ways else "nothing that was tried would")
 
 
 def _explain(found: Estimate) -> None:
@@ -181,4 +183,4 @@ def _explain(found: Estimate) -> None:
             console.out(f"  {part.name}: {format_bytes(part.bytes)}")
             for sentence in part.formula:
                 console.out(f"    {sentence}")
-        console.out(f"  overhead on each GPU: {_range(row.overhead)}")
+        console.out(f"  overhead on each GPU: {_range(row.needs.overhead)}")

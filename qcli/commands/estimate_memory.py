@@ -34,7 +34,9 @@ def estimate_memory(
         list[str] | None,
         typer.Option(help="32, 16, 8, 4, nf4, nf4-plain, fp4, llm-int8... Repeatable.", show_default=False),
     ] = None,
-    kv_dtype: Annotated[str, typer.Option(help="Of the cache: auto, bfloat16, float16, float32, fp8.")] = "auto",
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="Of the cache: fp8, q8_0, q4_0... Default: the model's.", show_default=False)
+    ] = None,
     runtime: Annotated[str, typer.Option(help="What runs it: transformers or vllm.")] = "transformers",
     train: Annotated[str | None, typer.Option(help="Train it instead: qlora or lora.", show_default=False)] = None,
     rank: Annotated[int, typer.Option(help="Of the adapters that are trained.")] = 16,
@@ -68,6 +70,7 @@ def estimate_memory(
     from qcli.memory import figure
     from qcli.memory.estimate import estimate_memory as estimate
     from qcli.memory.estimate import summary
+    from qcli.memory.quantizing import quantizing as quantizing_of
 
     if plot is not None:
         figure.check(plot)
@@ -75,7 +78,7 @@ def estimate_memory(
         model, params=params, gpu=gpu or [], context=context, batch=batch, bits=bits or [], kv_dtype=kv_dtype,
         runtime=runtime, train=train, rank=rank, revision=revision,
     )  # fmt: skip
-    runs = _quantizing(found) if quantizing else []
+    runs = quantizing_of(found.model, Path.cwd()) if quantizing else []
     if json:
         console.json(summary(found) | ({"quantizing": [vars(run) for run in runs]} if quantizing else {}))
     else:
@@ -106,9 +109,3 @@ def _table(models: list[str], gpus: list[str], json: bool) -> None:
         console.json({"rule": rule, "rows": [paper_table.summary(row) for row in rows]})
     else:
         tables.show_table(rows, rule)
-
-
-def _quantizing(found) -> list:
-    from qcli.memory.quantizing import runs
-
-    return runs(found.model, Path.cwd())

@@ -5,17 +5,17 @@ from dataclasses import dataclass, field, replace
 
 from qcli.errors import UsageError
 from qcli.memory import verdict
-from qcli.memory.components import Component, Setting, components, needs_of
+from qcli.memory.components import Component, Costs, Setting
 from qcli.memory.hardware import Gpu, gpus
 from qcli.memory.opening import Model, open_model
 from qcli.memory.solve import largest
+from qcli.memory.weights import ITEMSIZE, METHODS
 from qcli.memory.verdict import FITS, Needs, Placement
 
 DEFAULT_CONTEXT = 8192
 MOST_BATCH = 1 << 20  # sequences at a time, where memory sets no limit
 MOST_CONTEXT = 1 << 24  # tokens, for models that set no limit themselves
 STORED = "stored"  # the method of a checkpoint that is quantized already
-METHODS = ("float32", "bfloat16", "float16", "llm-int8", "nf4", "nf4-plain", "fp4")
 _BY_BITS = {"32": "float32", "8": "llm-int8", "4": "nf4"}
 RUNTIMES = ("transformers", "vllm")
 TRAINING = ("qlora", "lora")
@@ -87,7 +87,7 @@ def estimate_memory(
     context: int | None = None,
     batch: int = 1,
     bits: Sequence[str] = (),
-    kv_dtype: str = "auto",
+    kv_dtype: str | None = None,
     runtime: str = "transformers",
     train: str | None = None,
     rank: int = 16,
@@ -113,10 +113,10 @@ def estimate_memory(
         context=context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT), batch=batch, kv_dtype=kv_dtype,
         runtime=runtime, train=train, rank=rank, dtype=sixteen_bit(opened),
     )  # fmt: skip
-    chosen = _methods(opened, bits, train)
-    rows = [_estimate(opened, method, setting, devices) for method in chosen]
+    costs = [Costs(opened, method, setting.dtype) for method in _methods(opened, bits, train)]
+    rows = [_estimate(cost, setting, devices) for cost in costs]
     if devices:
-        rows = [_advised(opened, row, setting, devices, rows) for row in rows]
+        rows = [_advised(cost, row, setting, devices, rows) for cost, row in zip(costs, rows)]
     assumed = list(opened.config.assumed)
     if limit and setting.context > limit:
         assumed.append(f"{setting.context:,} tokens is more than the {limit:,} that {opened.label} was made for.")
@@ -156,51 +156,51 @@ def _methods(model: Model, bits: Sequence[str], train: str | None) -> list[str]:
     found = []
     for text in bits:
         method = _BY_BITS.get(text.strip(), half if text.strip() == "16" else text.strip().lower())
-        if method not in METHODS:
-            raise UsageError(f"--bits is {text!r}, expected 32, 16, 8, 4 or one of {', '.join(METHODS)}")
+        if method not in METHODS or method == STORED:
+            raise UsageError(f"--bits is {text!r}, expected 32, 16, 8, 4 or one of {', '.join(METHODS[:-1])}")
         found.append(method)
-    if train == "qlora" and any(method in METHODS[:3] for method in found):
+    if train == "qlora" and any(method in ITEMSIZE for method in found):
         raise UsageError(f"--train qlora trains on quantized weights, and --bits {bits[0]} was given", "Use --train lora.")
     return list(dict.fromkeys(found))
 
 
-def _estimate(model: Model, method: str, setting: Setting, devices: list[Gpu]) -> MethodEstimate:
-    parts, needs, bits_per_weight = components(model, method, setting)
-    row = MethodEstimate(method, parts, needs, bits_per_weight)
+def _estimate(costs: Costs, setting: Setting, devices: list[Gpu]) -> MethodEstimate:
+    needs, components = costs.counted(setting)
+    row = MethodEstimate(costs.method, components, needs, costs.weights.bits_per_weight)
     if not devices:
         return row
     return replace(
         row,
-        placement=verdict.place(needs, devices, quantized=method not in METHODS[:3]),
-        context=_reach(model, method, setting, devices, "context"),
-        batch=_reach(model, method, setting, devices, "batch"),
+        placement=verdict.place(needs, devices, quantized=costs.method not in ITEMSIZE),
+        context=_reach(costs, setting, devices, "context"),
+        batch=_reach(costs, setting, devices, "batch"),
     )
 
 
-def _reach(model: Model, method: str, setting: Setting, devices: list[Gpu], name: str) -> Reach:
-    own = model.config.max_context
+def _reach(costs: Costs, setting: Setting, devices: list[Gpu], name: str) -> Reach:
+    own = costs.model.config.max_context
     limit = MOST_BATCH if name == "batch" else own or MOST_CONTEXT
-    value = largest(lambda n: verdict.fits(needs_of(model, method, replace(setting, **{name: n})), devices), limit)
-    stop = "the model's own limit" if name == "context" and own else "the largest that is looked at"
+    value = largest(lambda n: verdict.fits(costs.needs(replace(setting, **{name: n})), devices), limit)
+    stop = "the model's limit" if name == "context" and own else "none larger was tried"
     return Reach(value, stop if value == limit else "memory")
 
 
 def _advised(
-    model: Model, row: MethodEstimate, setting: Setting, devices: list[Gpu], rows: Sequence[MethodEstimate]
+    costs: Costs, row: MethodEstimate, setting: Setting, devices: list[Gpu], rows: Sequence[MethodEstimate]
 ) -> MethodEstimate:
     if row.placement.verdict == FITS:
         return row
-    needs = row.needs
-    moved = verdict.offload(needs, devices) if setting.runtime == "transformers" and not setting.train else None
+    moved = verdict.offload(row.needs, devices) if setting.runtime == "transformers" and not setting.train else None
     smaller = [other.method for other in rows if other.placement.verdict == FITS and other.total < row.total]
-    tried = {other.method for other in rows}
-    for method in ("llm-int8", "nf4"):
-        if row.method != STORED and method not in tried and not (setting.train == "qlora" and method == "llm-int8"):
-            other = needs_of(model, method, setting)
-            if other.most < needs.most and verdict.fits(other, devices):
-                smaller.append(method)
+    tried = {other.method for other in rows} | ({"llm-int8", "nf4"} if row.method == STORED else set())
+    for method in {"llm-int8", "nf4"} - tried:
+        other = Costs(costs.model, method, setting.dtype).needs(setting)
+        if other.most < row.needs.most and verdict.fits(other, devices):
+            smaller.append(method)
     advice = Advice(
-        count=verdict.count_that_fits(needs, devices[0]), smaller=smaller, on_cpu=moved.on_cpu if moved else None
+        count=verdict.count_that_fits(row.needs, devices[0]),
+        smaller=sorted(smaller),
+        on_cpu=moved.on_cpu if moved else None,
     )
     return replace(row, advice=advice)
 

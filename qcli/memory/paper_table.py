@@ -42,7 +42,7 @@ class Row:
 def table(models: Sequence[Model], hardware: Sequence[Hardware]) -> list[Row]:
     """A row for each hardware."""
     split = {
-        bits: {model.label: blocks_of(model, method, "bfloat16") for model in models}
+        bits: {model.label: blocks_of(model, method, "bfloat16", every_linear=True) for model in models}
         for bits, method in ((8, "llm-int8"), (16, "bfloat16"))
     }
     found = []
@@ -54,6 +54,17 @@ def table(models: Sequence[Model], hardware: Sequence[Hardware]) -> list[Row]:
         }
         found.append(Row(entry, cells[8], cells[16]))
     return found
+
+
+def summary(row: Row) -> dict[str, object]:
+    """For JSON; `memory` is bytes of each GPU."""
+    return {
+        "class": row.hardware.kind,
+        "hardware": row.hardware.label,
+        "memory": [gpu.memory for gpu in row.hardware.gpus],
+        "largest_8bit": row.largest_8bit,
+        "largest_16bit": row.largest_16bit,
+    }
 
 
 def _largest(models: list[Model]) -> list[str]:

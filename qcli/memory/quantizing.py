@@ -6,7 +6,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from qcli.errors import QcliError
+from qcli.errors import QcliError, UsageError
+from qcli.memory.opening import Model
+from qcli.memory.tensor_rules import Parameter
+from qcli.memory.weights import ITEMSIZE, weights
 
 # The working memory of qcli.checkpoint.plan: chunks in work on several threads, with the float32 copies made of each.
 _CHUNK_BYTES, _CHUNKS_IN_WORK = 1 << 20, 128
@@ -29,25 +32,36 @@ class Quantizing:
     seconds: float
 
 
-def quantizing(
-    method: str, largest: tuple[int, int], source_bytes: int, stored_bytes: int, files: list[Path], folder: Path
-) -> Quantizing:
-    """The estimate for `method`. `largest` is [out_features, in_features] of the largest linear weight, `stored_bytes` what the
-    result takes on disk; `files` are the weight files where they are here, and the result goes to `folder`.
+def quantizing(model: Model, folder: Path) -> list[Quantizing]:
+    """The estimate for each method of `qcli quantize`, the result going to `folder`; a second or so, for the disk is measured.
 
     Reading, quantizing and writing overlap, and the first and the last bound the whole: measured over 7.9 GB, a run takes 0.96
-    times as long as reading the source once and then writing the result. Raises QcliError where `folder` cannot be written.
+    times as long as reading the source once and then writing the result. Raises UsageError for a model that is quantized
+    already, QcliError where `folder` cannot be written.
     """
-    out_features, in_features = largest
-    kept = _PER_ROW * out_features
-    if method != "llm-int8":
-        kept = _PER_BLOCK * -(-out_features * in_features // _BLOCK_SIZE)
-    read, write = _read_rate(files), _write_rate(folder)
-    seconds = stored_bytes / write + (source_bytes / read if read else 0)
-    return Quantizing(
-        method=method, memory=kept + _CHUNKS_IN_WORK * _CHUNK_BYTES, disk=stored_bytes,
-        download=0 if files else source_bytes, read_rate=read, write_rate=write, seconds=seconds,
-    )  # fmt: skip
+    if model.config.quantization:
+        raise UsageError(f"{model.label} is quantized already, and --quantizing was given", "Leave out --quantizing.")
+    dtype = model.config.dtype if model.config.dtype in ITEMSIZE else "bfloat16"
+    source = model.file_bytes or weights(model.parameters, dtype).stored
+    linears = [parameter for parameter in model.parameters if parameter.quantizable]
+    read, write = _read_rate(model.files), _write_rate(folder)
+    found = []
+    for method in ("llm-int8", "nf4", "fp4"):
+        stored = weights(model.parameters, method, dtype).stored
+        kept = max((_kept(method, linear) for linear in linears), default=0)
+        found.append(
+            Quantizing(
+                method=method, memory=kept + _CHUNKS_IN_WORK * _CHUNK_BYTES, disk=stored, download=0 if model.files else source,
+                read_rate=read, write_rate=write, seconds=stored / write + (source / read if read else 0),
+            )
+        )  # fmt: skip
+    return found
+
+
+def _kept(method: str, linear: Parameter) -> int:
+    if method == "llm-int8":
+        return _PER_ROW * linear.out_features
+    return _PER_BLOCK * -(-linear.numel // _BLOCK_SIZE)
 
 
 def _read_rate(files: list[Path]) -> float | None:

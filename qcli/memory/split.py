@@ -1,11 +1,12 @@
 """A model over several GPUs, block by block in the order of its forward pass: as transformers places it, and where it fits.
 
-A block is the embedding, a decoder layer, or the final norm with the head; none is ever cut in two.
+A block is an embedding, a layer, or the final norm with the head; none is ever cut in two.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+STACK_PREFIX = "layer "  # of the names of the blocks that hold keys and values
 CPU = -1  # the place of a block for which no GPU had room
 _BUFFER = 1.25  # of the largest block, on top of an equal share: transformers' get_balanced_memory
 _QUANTIZED_SHARE = 0.90  # of each GPU, all that transformers' bitsandbytes quantizers use
@@ -98,11 +99,16 @@ def loads(blocks: Sequence[Block], places: Sequence[int], count: int) -> list[tu
 
 def ranges(blocks: Sequence[Block], places: Sequence[int], gpu: int) -> str:
     """What lies on a GPU, in words: "embedding, layers 0-9"."""
-    here = [block.name for block, place in zip(blocks, places) if place == gpu]
-    layers = [int(name.removeprefix("layer ")) for name in here if name.startswith("layer ")]
-    words = [name for name in here if not name.startswith("layer ")]
-    if layers:
-        numbers = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
-        at = next((i for i, name in enumerate(here) if name.startswith("layer ")), 0)
-        words.insert(min(at, len(words)), f"layer{'s' * (len(layers) > 1)} {numbers}")
-    return ", ".join(words) or "nothing"
+    runs: list[list[str]] = []  # [kind, first number, last number]
+    for block, place in zip(blocks, places):
+        if place == gpu:
+            kind, _, number = block.name.rpartition(" ")
+            if kind and runs and runs[-1][0] == kind:
+                runs[-1][2] = number
+            elif kind or [number] not in runs:
+                runs.append([kind, number, number] if kind else [number])
+    return ", ".join(_run(*run) for run in runs) or "nothing"
+
+
+def _run(kind: str, first: str = "", last: str = "") -> str:
+    return f"{kind} {first}".rstrip() if first == last else f"{kind}s {first}-{last}"

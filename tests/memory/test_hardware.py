@@ -82,7 +82,9 @@ def test_auto_asks_for_what_is_free(nvidia_smi, monkeypatch):
     assert "--id=1" in asked.read_text()
 
 
-@pytest.mark.parametrize("text, code", [("No devices were found", 6), ("", 0), ("NVIDIA-SMI has failed", 9), ("GPU, [N/A], [N/A]", 0)])
+@pytest.mark.parametrize(
+    "text, code", [("No devices were found", 6), ("", 0), ("NVIDIA-SMI has failed", 9), ("GPU, [N/A], [N/A]", 0)]
+)
 def test_auto_without_a_gpu_says_so(nvidia_smi, text, code):
     nvidia_smi(text, code)
     with pytest.raises(DeviceError, match="--gpu auto"):

@@ -21,20 +21,21 @@ def blocks_of(model) -> list[Block]:
     sizes: dict[str, int] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         part = next((f"layer {p}" for p in name.split(".") if p.isdigit()), None)
-        part = part or ("embedding" if "embed_tokens" in name or ".wt" in name or ".wp" in name else "head")
+        part = part or (name if "embed_tokens" in name or ".wt" in name or ".wp" in name else "head")
         sizes[part] = sizes.get(part, 0) + tensor.numel() * tensor.element_size()
-    order = ["embedding", *(f"layer {i}" for i in range(model.config.num_hidden_layers)), "head"]
+    layers = [f"layer {i}" for i in range(model.config.num_hidden_layers)]
+    order = [*(name for name in sizes if name not in (*layers, "head")), *layers, "head"]
     tied = model.config.tie_word_embeddings
     return [Block(name, sizes[name], sizes[name], with_first=tied and name == "head") for name in order]
 
 
 def places_by_transformers(model, memory: dict) -> list[int]:
-    """The place of the embedding, of each layer and of the head in the map that from_pretrained(device_map="auto") makes."""
+    """The place of each embedding, of each layer and of the head in the map that from_pretrained(device_map="auto") makes."""
     made = _get_device_map(model, "auto", memory | {"cpu": 1 << 40}, None)
-    stack, embedding, head = ("model.layers", "model.embed_tokens", "lm_head")
+    stack, embeddings, head = "model.layers", ["model.embed_tokens"], "lm_head"
     if model.config.model_type == "gpt2":
-        stack, embedding = "transformer.h", "transformer.wte"
-    names = [embedding, *(f"{stack}.{i}" for i in range(model.config.num_hidden_layers)), head]
+        stack, embeddings = "transformer.h", ["transformer.wte", "transformer.wpe"]
+    names = [*embeddings, *(f"{stack}.{i}" for i in range(model.config.num_hidden_layers)), head]
     found = []
     for name in names:
         prefixes = [".".join(name.split(".")[:n]) for n in range(len(name.split(".")), -1, -1)]
@@ -86,4 +87,8 @@ def test_what_lies_where_in_words():
     assert ranges(blocks, [0, 0, 0, 1, 1], 1) == "layer 2, head"
     assert ranges(blocks, [0, 0, 0, 0, 0], 0) == "embedding, layers 0-2, head"
     assert ranges(blocks, [0, 0, 0, 0, 0], 1) == "nothing"
+    assert ranges([Block("encoder layer 0", 1, 1), Block("encoder layer 1", 1, 1), *blocks[1:]], [0] * 6, 0) == (
+        "encoder layers 0-1, layers 0-2, head"
+    )
+    assert ranges([Block("embedding", 1, 1), *blocks], [0] * 6, 0) == "embedding, layers 0-2, head"
     assert ranges(blocks, [0, 0, CPU, CPU, 0], 0) == "embedding, layer 0, head"

@@ -1,0 +1,64 @@
+"""One model under one method: what it needs for a setting, block by block, and the components of that with their formulas."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from qcli.memory.blocks import blocks_of
+from qcli.memory.cache import cache
+from qcli.memory.opening import Model
+from qcli.memory.split import STACK_PREFIX
+from qcli.memory.verdict import Needs
+from qcli.memory.weights import weights
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the model is to do: `batch` sequences of `context` tokens, run by `runtime`, or trained by `train` ("qlora", "lora",
+    None) with adapters of `rank`. `dtype` is that of all that is not quantized; `kv_dtype` the cache's, None for the model's."""
+
+    context: int
+    batch: int
+    dtype: str
+    kv_dtype: str | None
+    runtime: str
+    train: str | None
+    rank: int
+
+
+@dataclass(frozen=True)
+class Component:
+    """Bytes of one part of the whole, and the sentences that lead to them."""
+
+    name: str
+    bytes: int
+    formula: Sequence[str]
+
+
+class Costs:
+    """`model` under `method`. What does not depend on the setting is counted once."""
+
+    def __init__(self, model: Model, method: str, dtype: str):
+        self.model, self.method = model, method
+        self.weights = weights(model.parameters, method, dtype)
+        self.blocks = blocks_of(model, method, dtype)
+
+    def needs(self, setting: Setting) -> Needs:
+        """What has to find room on the GPUs."""
+        return self.counted(setting)[0]
+
+    def counted(self, setting: Setting) -> tuple[Needs, list[Component]]:
+        """What has to find room, and its parts, which sum to it but for the overhead."""
+        kept = cache(self.model.config, setting.context, setting.batch, setting.kv_dtype, setting.runtime)
+        working = 10**8
+        blocks, layer = [], 0
+        for block in self.blocks:
+            if block.name.startswith(STACK_PREFIX):
+                block, layer = replace(block, state=kept.by_layer[layer]), layer + 1
+            blocks.append(block)
+        needs = Needs(blocks, working, (10**8, 2 * 10**8))
+        parts = [
+            Component("weights", needs.weights, self.weights.formula),
+            Component("KV cache", kept.total, kept.formula),
+            Component("activations", working, []),
+        ]
+        return needs, parts
