@@ -77,8 +77,8 @@ def _is_buffer(name: str, shape: tuple[int, ...]) -> bool:
 
 def _is_beyond(name: str, config: ModelConfig) -> bool:
     """Whether it lies in a layer after the last of the config, as DeepSeek-V3 stores its prediction of further tokens."""
-    layer = layer_of(name, config)
-    return layer is not None and layer >= config.encoder_layers + config.layers
+    layer = layer_of(name)
+    return layer is not None and layer >= (config.encoder_layers if name.startswith("encoder.") else config.layers)
 
 
 def _scheme(main: TensorInfo, infos: list[TensorInfo], config: ModelConfig) -> str | None:

@@ -17,6 +17,7 @@ _UNIFORM = {
     "falcon_h1": "hybrid", "granitemoehybrid": "linear_attention", "bamba": "linear_attention",
     "deepseek_v32": "indexed_attention", "glm_moe_dsa": "indexed_attention",
 }  # fmt: skip
+_LISTED = {"zamba": "layers_block_type", "zamba2": "layers_block_type", "recurrent_gemma": "block_types"}
 # Every p-th layer is full attention, the others are of the kind named; p, and the field that overrules it if one does.
 _PERIODIC = {
     "gemma2": ("sliding_attention", 2, None), "vaultgemma": ("sliding_attention", 2, None),
@@ -88,6 +89,8 @@ def _from_older_lists(config, count: int) -> list[str] | None:
 
 def _by_rule(config, count: int) -> list[str]:
     kind = config.model_type
+    if kind in _LISTED:
+        raise UsageError(f"{config.label} has no {_LISTED[kind]}, and {kind} has no rule for its layers' kinds.")
     if kind in _UNIFORM:
         return [_UNIFORM[kind]] * count
     if config.get("attn_layer_period", default=None) is not None:

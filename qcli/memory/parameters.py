@@ -16,7 +16,7 @@ _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _TIED_BELOW = 4e9  # parameters; Llama 3.2 ties its embeddings at 1B and 3B, its larger models do not
 _VOCABULARY, _CONTEXT = 128_256, 131_072  # Llama 3.1's
 _KV_HEADS = 8
-_WIDTHS_A_LAYER = 128  # hidden_size / layers of Llama 7B, 8B and 13B; 70B has 102
+_SLENDERNESS = 115  # hidden_size / layers: Llama 8B has 128, 70B has 102, 405B has 130
 
 
 def parameters(config: ModelConfig) -> list[Parameter]:
@@ -56,8 +56,9 @@ def from_size(size: str) -> ModelConfig:
     config = ModelConfig(raw, f"the shape of {size.strip()}")
     config.assume(
         f"{size.strip()} is taken for a model like Llama 3: {raw['num_hidden_layers']} layers of width {raw['hidden_size']:,}, "
-        f"{raw['num_attention_heads']} heads, {raw['num_key_value_heads']} for keys and values, an MLP of {raw['intermediate_size']:,}, "
-        f"{_VOCABULARY:,} tokens, {'tied' if tied else 'untied'} embeddings: {_count(raw):,} parameters."
+        f"{raw['num_attention_heads']} heads, {raw['num_key_value_heads']} for keys and values, "
+        f"an MLP of {raw['intermediate_size']:,}, {_VOCABULARY:,} tokens, "
+        f"{'tied' if tied else 'untied'} embeddings: {_count(raw):,} parameters."
     )
     return config
 
@@ -88,5 +89,5 @@ def _count(raw: dict) -> int:
 
 def _oddness(raw: dict) -> float:
     """How far from common proportions a shape is, on the scale of a relative error in its size."""
-    slenderness = raw["hidden_size"] / raw["num_hidden_layers"] / _WIDTHS_A_LAYER
+    slenderness = raw["hidden_size"] / raw["num_hidden_layers"] / _SLENDERNESS
     return 0.05 * abs(slenderness - 1) + (0.0 if raw["num_key_value_heads"] == _KV_HEADS else 0.02)

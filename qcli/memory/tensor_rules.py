@@ -15,7 +15,8 @@ _EXPERT = re.compile(r"(?:^|\.)experts(?:\.|$)")
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 _EMBEDDINGS = {
     "embed_tokens", "wte", "wpe", "shared", "embed_in", "embed_positions", "word_embeddings", "word_embedding", "tok_embeddings",
-    "embeddings", "embedding", "position_embedding", "position_embeddings", "tokens_embed", "positions_embed", "embed_tokens_per_layer",
+    "embeddings", "embedding", "position_embedding", "position_embeddings", "tokens_embed", "positions_embed",
+    "embed_tokens_per_layer",
 }  # fmt: skip
 _HEADS = {"lm_head", "embed_out", "output_layer", "output", "head", "score", "classifier"}
 _ATTENTION = re.compile(r"attn|attention|mamba|mixer|time_mix|qkv|[qkvo]_proj$|short_conv", re.IGNORECASE)
@@ -29,7 +30,7 @@ _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 # Subclasses of nn.Linear, which transformers leaves alone: it compares types.
 _LINEAR_SUBCLASSES = {"falcon"}
 # `_keep_in_fp32_modules` of the models: float32 under float16, and never quantized whatever the dtype.
-_KEEP_FP32 = {"gpt_oss": re.compile("norm"), **dict.fromkeys(("t5", "mt5", "umt5", "longt5", "switch_transformers"), re.compile("wo"))}  # fmt: skip
+_KEEP_FP32 = {"gpt_oss": re.compile("norm"), **dict.fromkeys(("t5", "mt5", "umt5"), re.compile("wo"))}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Parameter:
 
     shape       as the model holds it; [1 count] of a quantized weight whose shape is not known.
     kind        one of KINDS.
-    layer       index of its block, in the order in which blocks run (a decoder's after its encoder's); None outside.
+    layer       index of its block in its stack (T5 has two, whose names begin with encoder and decoder); None outside.
     linear      the weight of a linear layer, whether or not it is quantized.
     quantizable transformers 5 with bitsandbytes would convert it: not the head, not fused experts, not `keep_fp32`.
     keep_fp32   stays float32 when the model is loaded in float16 (bfloat16 stays bfloat16).
@@ -88,7 +89,7 @@ def parameter(
     keeps = _KEEP_FP32.get(config.model_type)
     keep_fp32 = bool(keeps and keeps.search(name))
     return Parameter(
-        name, tuple(shape), kind, layer_of(name, config), linear and not keep_fp32 and config.model_type not in _LINEAR_SUBCLASSES,
+        name, tuple(shape), kind, layer_of(name), linear and not keep_fp32 and config.model_type not in _LINEAR_SUBCLASSES,
         keep_fp32, linear, linear and config.model_type in _CONV1D_MODELS, scheme, stored,
     )  # fmt: skip
 
@@ -116,10 +117,8 @@ def kind_of(name: str, shape: tuple[int, ...]) -> str:
     return "other"
 
 
-def layer_of(name: str, config) -> int | None:
-    """The block to which a parameter belongs, see Parameter.layer."""
-    number = next((part for part in name.split(".") if part.isdigit()), None)
-    if number is None or _PART.search(name):
+def layer_of(name: str) -> int | None:
+    """The index of the block to which a parameter belongs, see Parameter.layer."""
+    if _PART.search(name):
         return None
-    first = config.encoder_layers if "decoder" in name.split(".") else 0
-    return first + int(number)
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)

@@ -41,8 +41,15 @@ class Shapes:
 
 
 def attention(
-    model: Shapes, at: str, config: ModelConfig, *, bias: bool = False, output_bias: bool | None = None, output: str = "o_proj", gated: bool = False
-) -> None:  # fmt: skip
+    model: Shapes,
+    at: str,
+    config: ModelConfig,
+    *,
+    bias: bool = False,
+    output_bias: bool | None = None,
+    output: str = "o_proj",
+    gated: bool = False,
+) -> None:
     """Query, key, value and output projections, grouped heads; `gated` doubles the query's width (Qwen3-Next)."""
     hidden, width, kv_width = config.hidden_size, config.heads * config.head_dim, config.kv_heads * config.head_dim
     model.linear(f"{at}.q_proj", width * (2 if gated else 1), hidden, bias)

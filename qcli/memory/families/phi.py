@@ -7,7 +7,7 @@ MODEL_TYPES = ("phi", "phi3", "starcoder2")
 
 
 def shapes(config: ModelConfig, model: Shapes) -> None:
-    hidden, width = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
     biased = config.model_type != "phi3"
     model.embedding("model.embed_tokens", config.vocab_size, hidden)
     for i in range(config.layers):
