@@ -53,7 +53,9 @@ def show_quantizing(runs: Sequence[Quantizing]) -> None:
     )
     rate = runs[0].read_rate
     read = f"reads {format_bytes(rate)}/s here, " if rate else ""
-    console.out(f"memory is above Python and its libraries; {read}writes {format_bytes(runs[0].write_rate)}/s, measured now")
+    console.out(
+        f"memory is above Python and its libraries; {read}writes {format_bytes(runs[0].write_rate)}/s, measured now"
+    )
 
 
 def _time(run: Quantizing) -> str:
@@ -66,7 +68,12 @@ def show_table(rows: Sequence[Row], rule: str) -> None:
         "",
         ["class", "hardware", "largest in 8 bits", "largest in 16 bits"],
         [
-            [row.hardware.kind, row.hardware.label, " / ".join(row.largest_8bit) or "none", " / ".join(row.largest_16bit) or "none"]
+            [
+                row.hardware.kind,
+                row.hardware.label,
+                " / ".join(row.largest_8bit) or "none",
+                " / ".join(row.largest_16bit) or "none",
+            ]
             for row in rows
         ],
         left=(0, 1, 2, 3),

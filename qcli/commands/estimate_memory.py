@@ -21,13 +21,18 @@ def estimate_memory(
     gpu: Annotated[
         list[str] | None,
         typer.Option(
-            "--gpu", "--gpus", metavar="GPU",
-            help="24GB (1e9), 24GiB (2^30), rtx4090, 8xa100-80, or auto for those here. Repeatable.", show_default=False,
+            "--gpu",
+            "--gpus",
+            metavar="GPU",
+            help="24GB (1e9), 24GiB (2^30), rtx4090, 8xa100-80, or auto for those here. Repeatable.",
+            show_default=False,
         ),
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option(help="Tokens of prompt and answer. Default: the model's limit, at most 8,192.", show_default=False),
+        typer.Option(
+            help="Tokens of prompt and answer. Default: the model's limit, at most 8,192.", show_default=False
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     bits: Annotated[
@@ -48,7 +53,9 @@ def estimate_memory(
     ] = False,
     models: Annotated[
         list[str] | None,
-        typer.Option(metavar="MODEL", help="With --table: these instead of the paper's. Repeatable.", show_default=False),
+        typer.Option(
+            metavar="MODEL", help="With --table: these instead of the paper's. Repeatable.", show_default=False
+        ),
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the formula behind each figure.")] = False,
     plot: Annotated[
@@ -67,13 +74,14 @@ def estimate_memory(
         return
     if models:
         raise UsageError("--models was given without --table", "Add --table, or name one model as the argument.")
+    from qcli import figure_file
     from qcli.memory import figure
     from qcli.memory.estimate import estimate_memory as estimate
     from qcli.memory.estimate import summary
     from qcli.memory.quantizing import quantizing as quantizing_of
 
     if plot is not None:
-        figure.check(plot)
+        figure_file.check(plot)
     found = estimate(
         model, params=params, gpu=gpu or [], context=context, batch=batch, bits=bits or [], kv_dtype=kv_dtype,
         runtime=runtime, train=train, rank=rank, revision=revision,

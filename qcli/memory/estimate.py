@@ -9,8 +9,8 @@ from qcli.memory.components import Component, Costs, Setting
 from qcli.memory.hardware import Gpu, gpus
 from qcli.memory.opening import Model, open_model
 from qcli.memory.solve import largest
-from qcli.memory.weights import ITEMSIZE, METHODS
 from qcli.memory.verdict import FITS, Needs, Placement
+from qcli.memory.weights import ITEMSIZE, METHODS
 
 DEFAULT_CONTEXT = 8192
 MOST_BATCH = 1 << 20  # sequences at a time, where memory sets no limit
@@ -160,7 +160,9 @@ def _methods(model: Model, bits: Sequence[str], train: str | None) -> list[str]:
             raise UsageError(f"--bits is {text!r}, expected 32, 16, 8, 4 or one of {', '.join(METHODS[:-1])}")
         found.append(method)
     if train == "qlora" and any(method in ITEMSIZE for method in found):
-        raise UsageError(f"--train qlora trains on quantized weights, and --bits {bits[0]} was given", "Use --train lora.")
+        raise UsageError(
+            f"--train qlora trains on quantized weights, and --bits {bits[0]} was given", "Use --train lora."
+        )
     return list(dict.fromkeys(found))
 
 

@@ -21,7 +21,9 @@ def draw(found: Estimate, path: Path) -> None:
         for row, bar in enumerate(stacked):
             left = 0.0
             for name, size in bar.parts.items():
-                panel.barh(row, size / 1e9, left=left, height=0.65, color=_COLOURS[name], label=name if row == 0 else None)
+                panel.barh(
+                    row, size / 1e9, left=left, height=0.65, color=_COLOURS[name], label=name if row == 0 else None
+                )
                 left += size / 1e9
             panel.annotate(f"{left:.1f}", (left, row), (4, 0), textcoords="offset points", va="center", fontsize=11)
             if bar.memory is not None:
@@ -39,4 +41,6 @@ def draw(found: Estimate, path: Path) -> None:
             f"Memory of {figure_file.printable(found.model.label)}: {setting.context:,} tokens, batch {setting.batch}, {use}",
             parse_math=False,  # a name may hold a dollar sign
         )
-        panel.legend(frameon=False, fontsize=11, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.4 / len(stacked)))
+        panel.legend(
+            frameon=False, fontsize=11, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.4 / len(stacked))
+        )

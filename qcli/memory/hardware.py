@@ -73,7 +73,8 @@ def _gpu(text: str) -> Gpu:
     if not re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMGT]i?B\s*", text, re.IGNORECASE):
         near = difflib.get_close_matches(_plain(text), names(), n=3, cutoff=0.5)
         raise UsageError(
-            f"--gpu is {text!r}, neither a size nor a name in the table" + (f"; nearest: {', '.join(near)}" if near else ""),
+            f"--gpu is {text!r}, neither a size nor a name in the table"
+            + (f"; nearest: {', '.join(near)}" if near else ""),
             f"Write a size as 24GB (1e9) or 24GiB (2^30), or auto, or one of: {', '.join(names())}.",
         )
     memory = parse_size(text, "--gpu")

@@ -59,7 +59,9 @@ def _from_place(model: str, revision: str | None) -> Model:
         raise CheckpointError(f"{model} has no config.json", "Give the folder or repository of a Hugging Face model.")
     if not any(name.endswith(".safetensors") for name in place.names):
         raw = _read(place.local("config.json"))
-        return _from_config(ModelConfig(raw, f"{model}/config.json"), model, "config.json alone, for want of safetensors")
+        return _from_config(
+            ModelConfig(raw, f"{model}/config.json"), model, "config.json alone, for want of safetensors"
+        )
     source = Source(place, model, trust_remote_code=False)
     config = ModelConfig(source.config, f"{model}/config.json")
     files = [] if place.is_hub else [place.weights(file) for file in source.files]

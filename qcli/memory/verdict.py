@@ -130,9 +130,7 @@ def _on_one(needs: Needs, gpu: Gpu) -> Placement:
     return _placement(verdict, needs, [gpu], [0] * len(needs.blocks), automatic=True)
 
 
-def _placement(
-    verdict: str, needs: Needs, gpus: Sequence[Gpu], places: Sequence[int], automatic: bool
-) -> Placement:
+def _placement(verdict: str, needs: Needs, gpus: Sequence[Gpu], places: Sequence[int], automatic: bool) -> Placement:
     found = [
         Load(gpu, split.ranges(needs.blocks, places, i), weights, state, needs.working, needs.overhead)
         for i, (gpu, (weights, state)) in enumerate(zip(gpus, split.loads(needs.blocks, places, len(gpus))))

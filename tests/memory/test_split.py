@@ -44,7 +44,9 @@ def places_by_transformers(model, memory: dict) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("shares", [(1.0, 1.0), (0.5, 0.9), (0.3, 0.4, 0.9), (0.25, 0.25, 0.25, 0.6), (0.3, 0.3)], ids=str)
+@pytest.mark.parametrize(
+    "shares", [(1.0, 1.0), (0.5, 0.9), (0.3, 0.4, 0.9), (0.25, 0.25, 0.25, 0.6), (0.3, 0.3)], ids=str
+)
 @pytest.mark.parametrize("model_class, config", [(t.LlamaForCausalLM, LLAMA), (t.GPT2LMHeadModel, GPT2)])
 def test_the_split_is_that_of_transformers(model_class, config, shares):
     with torch.device("meta"):
