@@ -88,7 +88,7 @@ def table(
 def bar(label: str, parts: Sequence[tuple[float, str, str]], whole: float, note: str, *, cells: int = 48) -> None:
     """Writes one stacked bar on stdout: `parts` are (amount, character, colour), of `whole`. Beyond `whole` it is marked by "|"."""
     used = sum(amount for amount, _, _ in parts)
-    scale = cells / max(whole, used, 1)
+    scale = (cells - (used > whole)) / max(whole, used, 1)
     pieces, reached, drawn = [], 0.0, 0
     for amount, character, colour in parts:
         reached += amount

@@ -156,6 +156,27 @@ def test_a_quantized_checkpoint_is_taken_as_stored(quick_cli, tmp_path):
     assert refused.returncode == 2 and "quantized already (bitsandbytes)" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    "change, options, words",
+    [
+        ({}, ("--context", "200000"), "200,000 tokens is more than the 131,072"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2},
+            (),
+            "leaves in bfloat16: 90.19 GB",
+        ),
+        ({"model_type": "falcon"}, (), "quantizes no layer of a falcon model"),
+        ({}, ("--runtime", "vllm", "--gpu", "2xt4"), "pipeline parallelism"),
+    ],
+    ids=["context", "experts", "falcon", "vllm"],
+)
+def test_what_may_surprise_is_noted(quick_cli, tmp_path, change, options, words):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | change))
+    done = quick_cli("estimate-memory", "config.json", *options)
+    assert any(line.startswith("note: ") and words in line for line in done.stderr.splitlines())
+    assert "note:" not in quick_cli("estimate-memory", DEMO).stderr
+
+
 def test_training_needs_more(estimate):
     (run,) = found(estimate("--bits", "4", "--context", "2048", "--json"))["methods"]
     (trained,) = found(estimate("--train", "qlora", "--rank", "64", "--context", "2048", "--json"))["methods"]
@@ -180,14 +201,18 @@ def test_the_papers_table(quick_cli):
 
 
 def test_the_table_of_anyones_models_and_hardware(quick_cli, config):
-    done = quick_cli("estimate-memory", "--table", "--models", f"{DEMO},{config}", "--gpu", "2x12GB", "--gpu", "4GB", "--json")
+    done = quick_cli(
+        "estimate-memory", "--table", "--models", f"{DEMO},{config}", "--gpu", "2x12GB", "--gpu", "4GB", "--json"
+    )
     both = json.loads(done.stdout)["rows"]
     assert [row["hardware"] for row in both] == ["2x12GB", "4GB"]
     assert both[0]["largest_16bit"] == [str(config)] and both[1]["largest_8bit"] == [str(DEMO)]
 
 
 def test_quantizing_agrees_with_the_plan(quick_cli):
-    runs = {run["method"]: run for run in found(quick_cli("estimate-memory", DEMO, "--quantizing", "--json"))["quantizing"]}
+    runs = {
+        run["method"]: run for run in found(quick_cli("estimate-memory", DEMO, "--quantizing", "--json"))["quantizing"]
+    }
     for method in ("nf4", "llm-int8", "fp4"):
         plan = json.loads(quick_cli("quantize", DEMO, "--method", method, "--dry-run", "--json", "-o", "out").stdout)
         assert runs[method]["disk"] == sum(tensor["bytes_after"] for tensor in plan["tensors"])
@@ -220,7 +245,8 @@ def test_the_figure(estimate, tmp_path):
     "arguments, words",
     [
         ((), "neither given"), (("--params", "7B", "x"), "both given"), (("--params", "none"), "7B"),
-        (("./nowhere",), "there is no folder ./nowhere"), (("bad.json",), "is not valid JSON"), (("list.json",), "expected an object"),
+        (("./nowhere",), "there is no folder ./nowhere"), (("bad.json",), "is not valid JSON"),
+        (("list.json",), "expected an object"),
         (("empty.json",), "model_type"), (("partial.json",), "hidden_size"), (("unknown.json",), "'martian'"),
         (("null.json",), "num_hidden_layers"), (("llama-8b.json", "--bits", "3"), "--bits is '3'"),
         (("llama-8b.json", "--context", "0"), "--context is 0"), (("llama-8b.json", "--batch", "-1"), "--batch is -1"),

@@ -31,6 +31,8 @@ def show(found: Estimate, *, explain: bool) -> None:
     for row in found.methods:
         if row.advice is not None:
             console.out(_sentence(found, row))
+    for sentence in found.notes:
+        console.say(f"note: {sentence}")
     for sentence in found.assumed:
         console.say(f"assumed: {sentence}")
     for said in dict.fromkeys(gpu.said for gpu in found.gpus):
@@ -51,11 +53,8 @@ def show_quantizing(runs: Sequence[Quantizing]) -> None:
             for run in runs
         ],
     )
-    rate = runs[0].read_rate
-    read = f"reads {format_bytes(rate)}/s here, " if rate else ""
-    console.out(
-        f"memory is above Python and its libraries; {read}writes {format_bytes(runs[0].write_rate)}/s, measured now"
-    )
+    rates = f"reads {format_bytes(runs[0].read_rate)}/s and writes {format_bytes(runs[0].write_rate)}/s"
+    console.out(f"memory is above Python and its libraries; this disk {rates}, measured now")
 
 
 def _time(run: Quantizing) -> str:
@@ -145,10 +144,10 @@ def _splits(found: Estimate) -> None:
             how = 'device_map="auto" splits it otherwise, and that does not fit: give this device map'
         console.table(
             f"{row.method}: {how}",
-            ["GPU", "holds", "weights", "cache and state", "working", "left"],
+            ["GPU", "holds", "weights", "cache and state", "activations", "left"],
             [
                 [
-                    f"{i}", load.holds, format_bytes(load.weights), format_bytes(load.state), format_bytes(load.working),
+                    f"{i}", load.holds, format_bytes(load.weights), format_bytes(load.state), format_bytes(load.activations),
                     format_bytes(load.left),
                 ]
                 for i, load in enumerate(row.placement.loads)

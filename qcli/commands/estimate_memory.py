@@ -77,8 +77,8 @@ def estimate_memory(
     from qcli import figure_file
     from qcli.memory import figure
     from qcli.memory.estimate import estimate_memory as estimate
-    from qcli.memory.estimate import summary
     from qcli.memory.quantizing import quantizing as quantizing_of
+    from qcli.memory.summary import summary
 
     if plot is not None:
         figure_file.check(plot)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from qcli.memory.estimate import Estimate, MethodEstimate
 from qcli.memory.verdict import NO
 
-PARTS = ("weights", "cache and state", "working", "overhead")
+PARTS = ("weights", "cache and state", "activations", "overhead")
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ def bars(found: Estimate) -> list[Bar]:
 
 def _whole(row: MethodEstimate) -> Bar:
     needs = row.needs
-    sizes = (needs.weights, needs.state, needs.working, needs.overhead[1])
+    sizes = (needs.weights, needs.state, needs.activations, needs.overhead[1])
     return Bar(row.method, dict(zip(PARTS, sizes)), None)
 
 
 def _on(label: str, load) -> Bar:
-    sizes = (load.weights, load.state, load.working, load.overhead[1])
+    sizes = (load.weights, load.state, load.activations, load.overhead[1])
     return Bar(label, dict(zip(PARTS, sizes)), load.gpu.memory)

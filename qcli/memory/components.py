@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from qcli.memory.activations import activations
 from qcli.memory.blocks import blocks_of
-from qcli.memory.cache import cache
+from qcli.memory.cache import Cache, cache
 from qcli.memory.opening import Model
 from qcli.memory.split import STACK_PREFIX
 from qcli.memory.verdict import Needs
 from qcli.memory.weights import weights
+from qcli.sizes import format_bytes
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Component:
     formula: Sequence[str]
 
 
+STORED = "stored"  # the method of a checkpoint that is quantized already
+
+
 class Costs:
     """`model` under `method`. What does not depend on the setting is counted once."""
 
@@ -41,6 +46,7 @@ class Costs:
         self.model, self.method = model, method
         self.weights = weights(model.parameters, method, dtype)
         self.blocks = blocks_of(model, method, dtype)
+        self.computes_as = _stored_method(model, dtype) if method == STORED else method
 
     def needs(self, setting: Setting) -> Needs:
         """What has to find room on the GPUs."""
@@ -49,16 +55,37 @@ class Costs:
     def counted(self, setting: Setting) -> tuple[Needs, list[Component]]:
         """What has to find room, and its parts, which sum to it but for the overhead."""
         kept = cache(self.model.config, setting.context, setting.batch, setting.kv_dtype, setting.runtime)
-        working = 10**8
+        working = self._working(setting, kept)
         blocks, layer = [], 0
         for block in self.blocks:
             if block.name.startswith(STACK_PREFIX):
                 block, layer = replace(block, state=kept.by_layer[layer]), layer + 1
             blocks.append(block)
-        needs = Needs(blocks, working, (10**8, 2 * 10**8))
+        needs = Needs(blocks, working.bytes, (2 * 10**8, 10**9))
         parts = [
             Component("weights", needs.weights, self.weights.formula),
             Component("KV cache", kept.total, kept.formula),
-            Component("activations", working, []),
+            working,
         ]
         return needs, parts
+
+    def _working(self, setting: Setting, kept: Cache) -> Component:
+        """The largest of three moments: the whole context is read as a prompt, a step is made at its end, or the largest weight
+        is read to be quantized."""
+        found = activations(
+            self.model.config, setting.context, setting.batch, method=self.computes_as, dtype=setting.dtype,
+            runtime=setting.runtime,
+        )  # fmt: skip
+        moments = {
+            f"prompt of {setting.context:,} tokens, at its {found.binding}": found.prefill + kept.prompt_extra,
+            f"step at {setting.context:,} tokens": found.decode + kept.append,
+            "loading, the largest tensor whole in the model's dtype": self.weights.largest,
+        }
+        sentences = [f"{name}: {format_bytes(size)}" for name, size in moments.items()]
+        return Component("activations", max(moments.values()), [*sentences, *found.formula])
+
+
+def _stored_method(model: Model, dtype: str) -> str:
+    """The method whose products a stored checkpoint makes; those that are not bitsandbytes' are taken for 16-bit ones."""
+    schemes = {parameter.scheme for parameter in model.parameters}
+    return next((method for method in ("nf4", "fp4", "llm-int8") if method in schemes), dtype)

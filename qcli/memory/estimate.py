@@ -1,21 +1,21 @@
 """The verb `estimate_memory`: what a model needs under each method, whether it fits, and what to do where it does not."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from qcli.errors import UsageError
 from qcli.memory import verdict
-from qcli.memory.components import Component, Costs, Setting
+from qcli.memory.components import STORED, Component, Costs, Setting
 from qcli.memory.hardware import Gpu, gpus
 from qcli.memory.opening import Model, open_model
 from qcli.memory.solve import largest
 from qcli.memory.verdict import FITS, Needs, Placement
 from qcli.memory.weights import ITEMSIZE, METHODS
+from qcli.sizes import format_bytes
 
 DEFAULT_CONTEXT = 8192
 MOST_BATCH = 1 << 20  # sequences at a time, where memory sets no limit
 MOST_CONTEXT = 1 << 24  # tokens, for models that set no limit themselves
-STORED = "stored"  # the method of a checkpoint that is quantized already
 _BY_BITS = {"32": "float32", "8": "llm-int8", "4": "nf4"}
 RUNTIMES = ("transformers", "vllm")
 TRAINING = ("qlora", "lora")
@@ -65,13 +65,14 @@ class MethodEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What was asked, `methods`, and `assumed`: a sentence for everything that the config left open."""
+    """What was asked, and `methods`. Sentences: `assumed` for what the config left open, `notes` for what may surprise."""
 
     model: Model
     setting: Setting
     gpus: list[Gpu]
     methods: list[MethodEstimate]
-    assumed: list[str] = field(default_factory=list)
+    assumed: list[str]
+    notes: list[str]
 
     @property
     def fits(self) -> bool:
@@ -117,10 +118,27 @@ def estimate_memory(
     rows = [_estimate(cost, setting, devices) for cost in costs]
     if devices:
         rows = [_advised(cost, row, setting, devices, rows) for cost, row in zip(costs, rows)]
-    assumed = list(opened.config.assumed)
+    return Estimate(opened, setting, devices, rows, list(opened.config.assumed), _notes(opened, setting, devices, rows))
+
+
+def _notes(model: Model, setting: Setting, devices: list[Gpu], rows: Sequence[MethodEstimate]) -> list[str]:
+    found, limit = [], model.config.max_context
     if limit and setting.context > limit:
-        assumed.append(f"{setting.context:,} tokens is more than the {limit:,} that {opened.label} was made for.")
-    return Estimate(opened, setting, devices, rows, assumed)
+        found.append(f"{setting.context:,} tokens is more than the {limit:,} that {model.label} was made for.")
+    quantized = [row.method for row in rows if row.method not in ITEMSIZE and row.method != STORED]
+    fused = sum(
+        parameter.numel for parameter in model.parameters if parameter.kind == "experts" and not parameter.quantizable
+    )
+    if quantized and not any(parameter.quantizable for parameter in model.parameters):
+        found.append(f"transformers 5 quantizes no layer of a {model.config.model_type} model.")
+    elif quantized and fused:
+        size = format_bytes(fused * ITEMSIZE[setting.dtype])
+        found.append(
+            f"Experts are fused parameters, which transformers 5 leaves in {setting.dtype}: {size} under every method."
+        )
+    if setting.runtime == "vllm" and len(devices) > 1:
+        found.append("Over several GPUs the layers are split as by vLLM's pipeline parallelism, not within each layer.")
+    return found
 
 
 def sixteen_bit(model: Model) -> str:
@@ -205,56 +223,3 @@ def _advised(
         on_cpu=moved.on_cpu if moved else None,
     )
     return replace(row, advice=advice)
-
-
-def summary(found: Estimate) -> dict[str, object]:
-    """For JSON. Sizes are bytes; a later version may add keys, and changes none.
-
-    model: name, type, parameters, layers, max_context, read (what was counted). setting: context, batch, dtype, kv_dtype,
-    runtime, train, rank. gpus: name, memory, said. fits: see `Estimate.fits`. assumed: sentences. methods: for each method,
-    bits_per_weight; components: name, bytes, formula (sentences); overhead and total: least and most on one GPU; and with GPUs
-    named verdict ("fits", "tight", "does not fit"), left (of the fullest GPU), split ("device_map auto" or "by hand" over
-    several), gpus (holds, weights, state, working, overhead, left), largest_context and largest_batch (value, bound), and advice
-    (count, smaller, on_cpu) or null.
-    """
-    config = found.model.config
-    setting = vars(found.setting) | {"rank": found.setting.rank if found.setting.train else None}
-    return {
-        "model": {
-            "name": found.model.label, "type": config.model_type, "parameters": found.model.parameter_count,
-            "layers": config.layers, "max_context": config.max_context, "read": found.model.read,
-        },
-        "setting": setting,
-        "gpus": [vars(gpu) for gpu in found.gpus],
-        "fits": found.fits if found.gpus else None,
-        "assumed": found.assumed,
-        "methods": [_method_summary(row) for row in found.methods],
-    }  # fmt: skip
-
-
-def _method_summary(row: MethodEstimate) -> Mapping[str, object]:
-    shown = {
-        "method": row.method,
-        "bits_per_weight": round(row.bits_per_weight, 4),
-        "components": [vars(part) for part in row.components],
-        "overhead": list(row.needs.overhead),
-        "total": list(row.total),
-    }
-    if row.placement is None:
-        return shown
-    loads = [
-        {
-            "gpu": load.gpu.name, "holds": load.holds, "weights": load.weights, "state": load.state,
-            "working": load.working, "overhead": list(load.overhead), "left": load.left,
-        }
-        for load in row.placement.loads
-    ]  # fmt: skip
-    return shown | {
-        "verdict": row.placement.verdict,
-        "left": row.placement.left,
-        "split": None if len(loads) == 1 else "device_map auto" if row.placement.automatic else "by hand",
-        "gpus": loads,
-        "largest_context": vars(row.context),
-        "largest_batch": vars(row.batch),
-        "advice": row.advice and vars(row.advice),
-    }

@@ -20,14 +20,13 @@ _SAMPLE = 32 << 20  # bytes read and written to measure a rate
 @dataclass(frozen=True)
 class Quantizing:
     """Bytes and seconds of one run. `memory` is above Python and its libraries, an upper estimate. `read_rate` and
-    `write_rate` are bytes a second as measured here; `read_rate` is None, and the download not in `seconds`, for a model that is
-    not on this machine."""
+    `write_rate` are bytes a second as measured here; `seconds` do not count the download."""
 
     method: str
     memory: int
     disk: int
     download: int
-    read_rate: float | None
+    read_rate: float
     write_rate: float
     seconds: float
 
@@ -44,7 +43,7 @@ def quantizing(model: Model, folder: Path) -> list[Quantizing]:
     dtype = model.config.dtype if model.config.dtype in ITEMSIZE else "bfloat16"
     source = model.file_bytes or weights(model.parameters, dtype).stored
     linears = [parameter for parameter in model.parameters if parameter.quantizable]
-    read, write = _read_rate(model.files), _write_rate(folder)
+    read, write = _rates(model.files, folder)
     found = []
     for method in ("llm-int8", "nf4", "fp4"):
         stored = weights(model.parameters, method, dtype).stored
@@ -52,7 +51,7 @@ def quantizing(model: Model, folder: Path) -> list[Quantizing]:
         found.append(
             Quantizing(
                 method=method, memory=kept + _CHUNKS_IN_WORK * _CHUNK_BYTES, disk=stored, download=0 if model.files else source,
-                read_rate=read, write_rate=write, seconds=stored / write + (source / read if read else 0),
+                read_rate=read, write_rate=write, seconds=source / read + stored / write,
             )
         )  # fmt: skip
     return found
@@ -64,31 +63,31 @@ def _kept(method: str, linear: Parameter) -> int:
     return _PER_BLOCK * -(-linear.numel // _BLOCK_SIZE)
 
 
-def _read_rate(files: list[Path]) -> float | None:
-    """Bytes a second from the largest file's middle, which a run of anything else has seldom left in memory."""
-    if not files:
-        return None
-    file = max(files, key=lambda path: path.stat().st_size)
-    fd = os.open(file, os.O_RDONLY)
+def _rates(files: list[Path], folder: Path) -> tuple[float, float]:
+    """Bytes a second read from the largest of `files` (without any, from what was just written, dropped from memory first) and
+    written to a nameless file in `folder`, with the disk's own confirmation."""
+    piece = os.urandom(1 << 20)
     try:
-        size = os.fstat(fd).st_size
-        started = time.perf_counter()
-        count = len(os.pread(fd, _SAMPLE, max(0, size // 2 - _SAMPLE // 2)))
-        return count / max(time.perf_counter() - started, 1e-9) if count else None
-    finally:
-        os.close(fd)
-
-
-def _write_rate(folder: Path) -> float:
-    """Bytes a second into a file without a name that is gone when it is closed, with the disk's own confirmation."""
-    data = os.urandom(1 << 20)
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=folder) as sample:
             started = time.perf_counter()
-            for _ in range(_SAMPLE // len(data)):
-                file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            return _SAMPLE / (time.perf_counter() - started)
+            for _ in range(_SAMPLE // len(piece)):
+                sample.write(piece)
+            sample.flush()
+            os.fsync(sample.fileno())
+            write = _SAMPLE / (time.perf_counter() - started)
+            if not files:
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(sample.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                return _read_rate(sample.fileno()), write
     except OSError as e:
         raise QcliError(f"{folder} cannot be written: {e.strerror}", "Run it where the result would go.") from e
+    with open(max(files, key=lambda path: path.stat().st_size), "rb", buffering=0) as file:
+        return _read_rate(file.fileno()), write
+
+
+def _read_rate(fd: int) -> float:
+    """Bytes a second from the middle of a file."""
+    offset = max(0, os.fstat(fd).st_size // 2 - _SAMPLE // 2)
+    started = time.perf_counter()
+    count = len(os.pread(fd, _SAMPLE, offset))
+    return count / (time.perf_counter() - started)

@@ -12,11 +12,11 @@ FITS, TIGHT, NO = "fits", "tight", "does not fit"
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes. `blocks` carry the weights, and what each layer holds besides; every GPU needs `working` (the peak of activations
-    and other passing things) and `overhead`, least and most, on top."""
+    """Bytes. `blocks` carry the weights, and what each layer holds besides; every GPU needs `activations` (their peak, with
+    other passing things) and `overhead`, least and most, on top."""
 
     blocks: list[Block]
-    working: int
+    activations: int
     overhead: tuple[int, int]
 
     @property
@@ -30,12 +30,12 @@ class Needs:
     @property
     def least(self) -> int:
         """All of it on one GPU, with the least overhead."""
-        return self.weights + self.state + self.working + self.overhead[0]
+        return self.weights + self.state + self.activations + self.overhead[0]
 
     @property
     def most(self) -> int:
         """All of it on one GPU, with the most overhead."""
-        return self.weights + self.state + self.working + self.overhead[1]
+        return self.weights + self.state + self.activations + self.overhead[1]
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Load:
     holds: str
     weights: int
     state: int
-    working: int
+    activations: int
     overhead: tuple[int, int]
 
     @property
     def left(self) -> int:
         """What the GPU has over at the most overhead; less than 0 where that much is missing."""
-        return self.gpu.memory - self.weights - self.state - self.working - self.overhead[1]
+        return self.gpu.memory - self.weights - self.state - self.activations - self.overhead[1]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def place(needs: Needs, gpus: Sequence[Gpu], quantized: bool) -> Placement:
     memory = [gpu.memory for gpu in gpus]
     automatic = split.device_map_auto(needs.blocks, memory, quantized)
     for verdict, overhead in ((FITS, needs.overhead[1]), (TIGHT, needs.overhead[0])):
-        rooms = [max(0, size - needs.working - overhead) for size in memory]
+        rooms = [max(0, size - needs.activations - overhead) for size in memory]
         if _holds(needs.blocks, automatic, rooms):
             return _placement(verdict, needs, gpus, automatic, automatic=True)
         places = split.even(needs.blocks, rooms)
@@ -116,7 +116,7 @@ def count_that_fits(needs: Needs, gpu: Gpu) -> int | None:
 
 
 def _rooms(needs: Needs, gpus: Sequence[Gpu]) -> list[int]:
-    return [max(0, gpu.memory - needs.working - needs.overhead[1]) for gpu in gpus]
+    return [max(0, gpu.memory - needs.activations - needs.overhead[1]) for gpu in gpus]
 
 
 def _holds(blocks: Sequence[Block], places: Sequence[int], rooms: Sequence[int]) -> bool:
@@ -132,7 +132,7 @@ def _on_one(needs: Needs, gpu: Gpu) -> Placement:
 
 def _placement(verdict: str, needs: Needs, gpus: Sequence[Gpu], places: Sequence[int], automatic: bool) -> Placement:
     found = [
-        Load(gpu, split.ranges(needs.blocks, places, i), weights, state, needs.working, needs.overhead)
+        Load(gpu, split.ranges(needs.blocks, places, i), weights, state, needs.activations, needs.overhead)
         for i, (gpu, (weights, state)) in enumerate(zip(gpus, split.loads(needs.blocks, places, len(gpus))))
     ]
     left_over = sum(block.weights + block.state for block, place in zip(needs.blocks, places) if place == CPU)
