@@ -108,7 +108,8 @@ class ModelConfig:
         if listed and self.model_type == "nemotron_h":  # there num_hidden_layers is ignored
             return len(listed)
         names = ("num_decoder_layers", *_LAYERS) if self.is_encoder_decoder else _LAYERS
-        return self._positive(*names)
+        # A layer of LongCat holds two attention blocks, and transformers counts each as a layer.
+        return self._positive(*names) * (2 if self.model_type == "longcat_flash" else 1)
 
     @property
     def encoder_layers(self) -> int:
@@ -142,7 +143,8 @@ class ModelConfig:
             return self.integer("qk_nope_head_dim") + self.integer("qk_rope_head_dim")
         given = self.get("head_dim", "kv_channels", "d_kv", "attention_head_dim", default=None)
         if given is None:
-            return self.integer("attention_hidden_size", default=self.hidden_size) // self.heads
+            doubled = 2 if self.model_type in ("zamba", "zamba2") else 1
+            return self.integer("attention_hidden_size", default=doubled * self.hidden_size) // self.heads
         return self._positive("head_dim", "kv_channels", "d_kv", "attention_head_dim")
 
     @property

@@ -17,19 +17,26 @@ _UNIFORM = {
     "falcon_h1": "hybrid", "granitemoehybrid": "linear_attention", "bamba": "linear_attention",
     "deepseek_v32": "indexed_attention", "glm_moe_dsa": "indexed_attention",
 }  # fmt: skip
-# Every p-th layer is full attention, the others are of the kind named.
+_LISTED = {"zamba": "layers_block_type", "zamba2": "layers_block_type", "recurrent_gemma": "block_types"}
+# Every p-th layer is full attention, the others are of the kind named; p, and the field that overrules it if one does.
 _PERIODIC = {
-    "gemma2": ("sliding_attention", 2), "gpt_oss": ("sliding_attention", 2), "vaultgemma": ("sliding_attention", 2),
-    "gemma3": ("sliding_attention", 6), "gemma3_text": ("sliding_attention", 6),
-    "gemma3n": ("sliding_attention", 5), "gemma3n_text": ("sliding_attention", 5),
-    "gemma4": ("sliding_attention", 6), "gemma4_text": ("sliding_attention", 6),
-    "cohere2": ("sliding_attention", 4), "olmo3": ("sliding_attention", 4), "afmoe": ("sliding_attention", 4),
-    "exaone4": ("sliding_attention", 4), "exaone_moe": ("sliding_attention", 4),
-    "qwen3_next": ("linear_attention", 4), "olmo_hybrid": ("linear_attention", 4),
-    "qwen3_5": ("linear_attention", 4), "qwen3_5_text": ("linear_attention", 4),
-    "qwen3_5_moe": ("linear_attention", 4), "qwen3_5_moe_text": ("linear_attention", 4),
+    "gemma2": ("sliding_attention", 2, None), "vaultgemma": ("sliding_attention", 2, None),
+    "gpt_oss": ("sliding_attention", 2, None), "olmo3": ("sliding_attention", 4, None),
+    "gemma3": ("sliding_attention", 6, "sliding_window_pattern"),
+    "gemma3_text": ("sliding_attention", 6, "sliding_window_pattern"),
+    "gemma3n": ("sliding_attention", 5, None), "gemma3n_text": ("sliding_attention", 5, None),
+    "gemma4": ("sliding_attention", 6, None), "gemma4_text": ("sliding_attention", 6, None),
+    "cohere2": ("sliding_attention", 4, "sliding_window_pattern"),
+    "exaone4": ("sliding_attention", 4, "sliding_window_pattern"),
+    "exaone_moe": ("sliding_attention", 4, "sliding_window_pattern"),
+    "afmoe": ("sliding_attention", 4, "global_attn_every_n_layers"),
+    "olmo_hybrid": ("linear_attention", 4, None),
+    "qwen3_next": ("linear_attention", 4, "full_attention_interval"),
+    "qwen3_5": ("linear_attention", 4, "full_attention_interval"),
+    "qwen3_5_text": ("linear_attention", 4, "full_attention_interval"),
+    "qwen3_5_moe": ("linear_attention", 4, "full_attention_interval"),
+    "qwen3_5_moe_text": ("linear_attention", 4, "full_attention_interval"),
 }  # fmt: skip
-_PERIODS = ("sliding_window_pattern", "full_attention_interval", "global_attn_every_n_layers")
 _LATE_WINDOW = frozenset({
     "qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3", "qwen3_vl", "qwen3_vl_text", "dots1",
 })  # fmt: skip
@@ -82,6 +89,8 @@ def _from_older_lists(config, count: int) -> list[str] | None:
 
 def _by_rule(config, count: int) -> list[str]:
     kind = config.model_type
+    if kind in _LISTED:
+        raise UsageError(f"{config.label} has no {_LISTED[kind]}, and {kind} has no rule for its layers' kinds.")
     if kind in _UNIFORM:
         return [_UNIFORM[kind]] * count
     if config.get("attn_layer_period", default=None) is not None:
@@ -94,6 +103,10 @@ def _by_rule(config, count: int) -> list[str]:
     if kind == "deepseek_v4":
         later = [_COMPRESSED[4 if i % 2 else 128] for i in range(count - 2)]
         return [_COMPRESSED[128]] * min(count, 2) + later
+    if kind == "kimi_linear":
+        return ["full_attention" if i and i % 4 == 0 else "linear_attention" for i in range(count)]
+    if kind == "mimo_v2_flash":
+        return ["sliding_attention" if i and (i + 1) % 6 else "full_attention" for i in range(count)]
     if kind == "cwm":
         return ["sliding_attention" if i % 4 else "full_attention" for i in range(count)]
     if kind == "minimax":
@@ -110,10 +123,11 @@ def _by_rule(config, count: int) -> list[str]:
     return ["sliding_attention" if windowed else "full_attention"] * count
 
 
-def _periodic(config, count: int, other: str, period: int) -> list[str]:
+def _periodic(config, count: int, other: str, period: int, field: str | None) -> list[str]:
     if other == "sliding_attention" and window(config) is None:
         return ["full_attention"] * count
-    period = config.get(*_PERIODS, default=period)
+    if field is not None:
+        period = config.get(field, default=period)
     if isinstance(period, str):  # "LLLG": local and global, the last layer always global
         local = [period[i % len(period)] == "L" and i < count - 1 for i in range(count)]
     else:
