@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 from qcli.errors import UsageError
 from qcli.memory.config import ModelConfig
@@ -19,7 +20,7 @@ _SLENDERNESS = 115  # hidden_size / layers: Llama 8B has 128, 70B has 102, 405B 
 
 
 def parameters(config: ModelConfig) -> list[Parameter]:
-    """Every parameter that transformers 5 builds from `config`, tied weights once; their order is not the model's.
+    """Every parameter that transformers 5 builds from `config`, tied weights once.
 
     Raises UsageError for a family that is not known here and for a missing field.
     """
@@ -32,7 +33,10 @@ def parameters(config: ModelConfig) -> list[Parameter]:
         )
     if config.text is not config.raw and not any("vision_tower" in name for name in shapes):
         config.assume(f"Only the language model of {config.label} is counted, not what reads images or sound.")
-    return [parameter(name, shape, config) for name, shape in shapes.items()]
+    found = [parameter(name, shape, config) for name, shape in shapes.items()]
+    # transformers never converts the module of the last parameter, which it takes for the head's.
+    found[-1] = replace(found[-1], quantizable=False)
+    return found
 
 
 def from_size(size: str) -> ModelConfig:
