@@ -104,10 +104,10 @@ def _logical_shape(
     leaf, shape = main.name.rpartition(".")[2], main.shape
     if leaf == "qweight":
         rows, columns = shape
-        codes = 32 // _bits(config)
-        return (columns * codes, rows) if scheme == "awq" else (columns, rows * codes)
+        bits = _bits(config)  # GPTQ packs along the rows, AWQ along the columns
+        return (columns * 32 // bits, rows) if scheme == "awq" else (columns, rows * 32 // bits)
     if leaf == "weight_packed":
-        return (shape[0], shape[1] * (2 if main.dtype == "U8" else 32 // _bits(config)))
+        return (shape[0], shape[1] * 2 if main.dtype == "U8" else shape[1] * 32 // _bits(config))
     if leaf.endswith("_blocks"):
         return (*shape[:-2], shape[-2] * shape[-1] * 2)
     if scheme in ("nf4", "fp4"):
