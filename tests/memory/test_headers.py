@@ -45,6 +45,7 @@ def test_headers_say_what_the_config_says(name, tmp_path):
     for method in ("bfloat16", "float16", "llm-int8", "nf4"):
         ours, theirs = weights(found, method), weights(derived, method)
         assert (ours.by_kind, ours.stored, ours.total) == (theirs.by_kind, theirs.stored, theirs.total)
+        assert ours.largest == theirs.largest
     assert sum(p.quantizable for p in found) == ARCHITECTURES[name][2]
     assert all(p.scheme is None and p.stored == 2 * p.numel for p in found)
 
