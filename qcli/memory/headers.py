@@ -13,7 +13,7 @@ from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import Source
 from qcli.errors import UsageError
 from qcli.memory.config import ModelConfig
-from qcli.memory.families import families
+from qcli.memory.families import shapes_of
 from qcli.memory.tensor_rules import Parameter, layer_of, parameter
 from qcli.sizes import format_bytes
 
@@ -33,14 +33,16 @@ def parameters_of(source: Source, config: ModelConfig) -> list[Parameter]:
     groups: dict[str, list[TensorInfo]] = {}
     for name, (_, info) in source.tensors.items():
         groups.setdefault(_owner(name, source.tensors), []).append(info)
-    shapes = _known_shapes(config) if config.quantization else {}
+    # bitsandbytes' 4-bit headers do not say shapes; the family may.
+    shapes = (shapes_of(config) if config.quantization else None) or {}
+    predicting = _prediction_layers(config)
     found, ignored = [], 0
     for name, infos in groups.items():
         main = max(infos, key=lambda info: info.nbytes)
         stored = sum(info.nbytes for info in infos)
         if _is_buffer(name, main.shape):
             continue
-        if _PREDICTION.search(name) or _is_beyond(name, config):
+        if layer_of(name) in predicting or _PREDICTION.search(name):
             ignored += stored
             continue
         scheme = _scheme(main, infos, config)
@@ -75,10 +77,10 @@ def _is_buffer(name: str, shape: tuple[int, ...]) -> bool:
     return bool(_BUFFER.search(name)) and (len(shape) == 4 or not name.endswith(".bias"))
 
 
-def _is_beyond(name: str, config: ModelConfig) -> bool:
-    """Whether it lies in a layer after the last of the config, as DeepSeek-V3 stores its prediction of further tokens."""
-    layer = layer_of(name)
-    return layer is not None and layer >= (config.encoder_layers if name.startswith("encoder.") else config.layers)
+def _prediction_layers(config: ModelConfig) -> range:
+    """The numbers of layers that predict further tokens, where a checkpoint numbers them on, as DeepSeek-V3's does."""
+    extra = config.integer("num_nextn_predict_layers", default=0)
+    return range(config.layers, config.layers + extra) if extra else range(0)
 
 
 def _scheme(main: TensorInfo, infos: list[TensorInfo], config: ModelConfig) -> str | None:
@@ -102,10 +104,10 @@ def _logical_shape(
     leaf, shape = main.name.rpartition(".")[2], main.shape
     if leaf == "qweight":
         rows, columns = shape
-        codes = 32 // _bits(config)
-        return (columns * codes, rows) if scheme == "awq" else (columns, rows * codes)
+        bits = _bits(config)  # GPTQ packs along the rows, AWQ along the columns
+        return (columns * 32 // bits, rows) if scheme == "awq" else (columns, rows * 32 // bits)
     if leaf == "weight_packed":
-        return (shape[0], shape[1] * (2 if main.dtype == "U8" else 32 // _bits(config)))
+        return (shape[0], shape[1] * 2 if main.dtype == "U8" else shape[1] * 32 // _bits(config))
     if leaf.endswith("_blocks"):
         return (*shape[:-2], shape[-2] * shape[-1] * 2)
     if scheme in ("nf4", "fp4"):
@@ -125,13 +127,6 @@ def _bits(config: ModelConfig) -> int:
     if bits not in (2, 3, 4, 8):
         raise UsageError(f"{config.label}: quantization_config says {bits!r} bits, expected 2, 3, 4 or 8.")
     return bits
-
-
-def _known_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes by name where the family is known: bitsandbytes' 4-bit headers do not say them."""
-    from qcli.memory.parameters import parameters
-
-    return {p.name: p.shape for p in parameters(config)} if config.model_type in families() else {}
 
 
 def _without_copies(found: list[Parameter], config: ModelConfig) -> list[Parameter]:

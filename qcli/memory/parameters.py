@@ -1,12 +1,12 @@
 """The parameters of a model, before there is a model: from config.json alone, from a checkpoint's headers, or from a size."""
 
+import math
 import re
-from importlib import import_module
+from dataclasses import replace
 
 from qcli.errors import UsageError
 from qcli.memory.config import ModelConfig
-from qcli.memory.families import families
-from qcli.memory.families._shapes import Shapes
+from qcli.memory.families import families, shapes_of
 from qcli.memory.headers import parameters_of
 from qcli.memory.tensor_rules import Parameter, parameter
 
@@ -20,22 +20,23 @@ _SLENDERNESS = 115  # hidden_size / layers: Llama 8B has 128, 70B has 102, 405B 
 
 
 def parameters(config: ModelConfig) -> list[Parameter]:
-    """Every parameter that transformers 5 builds from `config`, tied weights once; their order is not the model's.
+    """Every parameter that transformers 5 builds from `config`, tied weights once.
 
     Raises UsageError for a family that is not known here and for a missing field.
     """
-    known = families()
-    if config.model_type not in known:
+    shapes = shapes_of(config)
+    if shapes is None:
         raise UsageError(
             f"{config.label}: the parameters of the model type {config.model_type!r} do not follow from its config alone here; "
-            f"known are {', '.join(sorted(known))}",
+            f"known are {', '.join(sorted(families()))}",
             "Give the folder or the hub id of a checkpoint in safetensors instead: its headers say it for any model.",
         )
-    shapes = Shapes()
-    import_module(known[config.model_type]).shapes(config, shapes)
-    if config.text is not config.raw and not any("vision_tower" in name for name in shapes.found):
+    if config.text is not config.raw and not any("vision_tower" in name for name in shapes):
         config.assume(f"Only the language model of {config.label} is counted, not what reads images or sound.")
-    return [parameter(name, shape, config) for name, shape in shapes.found.items()]
+    found = [parameter(name, shape, config) for name, shape in shapes.items()]
+    # transformers never converts the module of the last parameter, which it takes for the head's.
+    found[-1] = replace(found[-1], quantizable=False)
+    return found
 
 
 def from_size(size: str) -> ModelConfig:
@@ -46,12 +47,12 @@ def from_size(size: str) -> ModelConfig:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMBT]?)\s*", size, re.IGNORECASE)
     target = float(match[1]) * _SUFFIXES.get(match[2].upper(), 1) if match else 0
-    if not 1e6 <= target <= 1e14:
-        raise UsageError(f"the size is {size!r}, expected a number of parameters", "Write it as 7B, 350M or 1.5T.")
+    if not 1e8 <= target <= 1e14:
+        raise UsageError(f"the size is {size!r}, expected 100M to 100T parameters", "Write it as 7B, 350M or 1.5T.")
     tied = target < _TIED_BELOW
+    widths = [512, 1024, 1536, *range(2048, 65536, 1024)]
     raw = min(
-        (_shape(128 * i, target, tied) for i in range(1, 1024)),
-        key=lambda raw: abs(_count(raw) / target - 1) + _oddness(raw),
+        (_shape(width, target, tied) for width in widths), key=lambda raw: abs(_count(raw) / target - 1) + _oddness(raw)
     )
     config = ModelConfig(raw, f"the shape of {size.strip()}")
     config.assume(
@@ -69,7 +70,7 @@ def _shape(hidden: int, target: float, tied: bool) -> dict:
     raw = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_size": hidden,
         "num_hidden_layers": 0, "num_attention_heads": heads, "head_dim": hidden // heads,
-        "num_key_value_heads": next(n for n in range(min(_KV_HEADS, heads), 0, -1) if heads % n == 0),
+        "num_key_value_heads": _KV_HEADS,
         "intermediate_size": hidden * 7 // 2, "vocab_size": _VOCABULARY, "max_position_embeddings": _CONTEXT,
         "tie_word_embeddings": tied, "attention_bias": False, "mlp_bias": False,
     }  # fmt: skip
@@ -89,5 +90,4 @@ def _count(raw: dict) -> int:
 
 def _oddness(raw: dict) -> float:
     """How far from common proportions a shape is, on the scale of a relative error in its size."""
-    slenderness = raw["hidden_size"] / raw["num_hidden_layers"] / _SLENDERNESS
-    return 0.05 * abs(slenderness - 1) + (0.0 if raw["num_key_value_heads"] == _KV_HEADS else 0.02)
+    return 0.2 * abs(math.log(raw["hidden_size"] / raw["num_hidden_layers"] / _SLENDERNESS))

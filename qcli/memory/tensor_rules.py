@@ -5,21 +5,29 @@ One copy of the rules serves both sources of parameters, the shapes of `families
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from math import prod
+
+from qcli.memory.config import ModelConfig
 
 KINDS = ("embedding", "attention", "ffn", "experts", "router", "norm", "head", "other")
 
-_PART = re.compile(r"(?:^|\.)(?:vision\w*|visual|vit|image\w*|audio\w*|multi_modal_projector|mm_projector)(?:\.|$)")
-_NORM = re.compile(r"norm|^ln(?:_|\d|$)")
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+_PART = re.compile(
+    r"(?:^|\.)(?:vision\w*|visual|vit|image\w*|audio\w*|multi_modal_projector|mm_projector|connector)(?:\.|$)"
+)
+_NORM = re.compile(r"norm|(?:^|_)ln(?:_|\d|$)", re.IGNORECASE)
 _EXPERT = re.compile(r"(?:^|\.)experts(?:\.|$)")
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 _EMBEDDINGS = {
     "embed_tokens", "wte", "wpe", "shared", "embed_in", "embed_positions", "word_embeddings", "word_embedding", "tok_embeddings",
     "embeddings", "embedding", "position_embedding", "position_embeddings", "tokens_embed", "positions_embed",
-    "embed_tokens_per_layer",
+    "embed_tokens_per_layer", "token_type_embeddings",
 }  # fmt: skip
 _HEADS = {"lm_head", "embed_out", "output_layer", "output", "head", "score", "classifier"}
-_ATTENTION = re.compile(r"attn|attention|mamba|mixer|time_mix|qkv|[qkvo]_proj$|short_conv", re.IGNORECASE)
+_ATTENTION = re.compile(
+    r"attn|attention|mamba|mixer|time_mix|temporal_block|qkv|[qkvo]_proj$|short_conv", re.IGNORECASE
+)
 _FFN = re.compile(r"mlp|ffn|feed_?forward|shared_expert|DenseReluDense|^fc|channel_mix|^(?:gate|up|down|gate_up)_proj$")
 _NOT_LINEAR = re.compile(r"conv|relative_attention_bias|position_bias|_embed\w*$|^embed|^probe$")
 # torch's MultiheadAttention reads its output projection's weight by hand, so it is of a Linear class of its own.
@@ -71,14 +79,32 @@ class Parameter:
 
 
 def parameter(
-    name: str, shape: tuple[int, ...], config, scheme: str | None = None, stored: int | None = None
+    name: str, shape: tuple[int, ...], config: ModelConfig, scheme: str | None = None, stored: int | None = None
 ) -> Parameter:
-    """The Parameter that the rules make of a name and a shape in the model of `config`, a ModelConfig."""
-    kind = kind_of(name, shape)
+    """The Parameter that the rules make of a name and a shape in the model of `config`."""
+    cube = len(shape) == 3 and min(shape) > 1
+    kind, linear, keep_fp32 = _judge(_NUMBER.sub(".#", name), len(shape), cube, config.model_type)
+    return Parameter(
+        name=name, shape=tuple(shape), kind=kind, layer=layer_of(name),
+        quantizable=linear and not keep_fp32 and config.model_type not in _LINEAR_SUBCLASSES, keep_fp32=keep_fp32,
+        linear=linear, transposed=linear and config.model_type in _CONV1D_MODELS, scheme=scheme, stored=stored,
+    )  # fmt: skip
+
+
+def layer_of(name: str) -> int | None:
+    """The index of the block to which a parameter belongs, see Parameter.layer."""
+    number = _NUMBER.search(name)
+    return int(number[0][1:]) if number and not _PART.search(name) else None
+
+
+@cache  # a model has a few dozen such names, however many layers and experts
+def _judge(name: str, dimensions: int, cube: bool, model_type: str) -> tuple[str, bool, bool]:
+    """kind, linear and keep_fp32 of a parameter whose name has # for its numbers; `cube`: three dimensions, none of them 1."""
+    kind = _kind(name, cube)
     module, _, end = name.rpartition(".")
     leaf = module.rpartition(".")[2]
     linear = (
-        len(shape) == 2
+        dimensions == 2
         and end == "weight"
         and kind in ("attention", "ffn", "router", "other")
         and (kind != "router" or leaf == "shared_expert_gate")  # the other routers are no Linear but bare parameters
@@ -86,39 +112,26 @@ def parameter(
         and leaf not in _EMBEDDINGS
         and not _NO_PLAIN_LINEAR.search(module)
     )
-    keeps = _KEEP_FP32.get(config.model_type)
-    keep_fp32 = bool(keeps and keeps.search(name))
-    return Parameter(
-        name, tuple(shape), kind, layer_of(name), linear and not keep_fp32 and config.model_type not in _LINEAR_SUBCLASSES,
-        keep_fp32, linear, linear and config.model_type in _CONV1D_MODELS, scheme, stored,
-    )  # fmt: skip
+    keeps = _KEEP_FP32.get(model_type)
+    return kind, linear, bool(keeps and keeps.search(name))
 
 
-def kind_of(name: str, shape: tuple[int, ...]) -> str:
+def _kind(name: str, cube: bool) -> str:
     """One of KINDS. Whatever mixes tokens is "attention": Mamba and DeltaNet too. Towers for images or sound are "other"."""
     if _PART.search(name):
         return "other"
-    parts = [part for part in name.split(".") if not part.isdigit()]
-    leaf = parts[-2] if len(parts) > 1 and parts[-1] in ("weight", "bias", "qweight") else parts[-1]
+    parts = [part for part in name.split(".") if part != "#"]
+    leaf = parts[-2] if len(parts) > 1 and parts[-1] in ("weight", "bias") else parts[-1]
     if _NORM.search(leaf):
         return "norm"
-    if _EXPERT.search(name) or (len(shape) == 3 and min(shape) > 1 and "conv" not in name):
+    if _EXPERT.search(name) or (cube and "conv" not in name):
         return "experts"
     if leaf in _ROUTERS or "router" in parts or parts[-1] == "e_score_correction_bias":
         return "router"
     if leaf in _EMBEDDINGS:
         return "embedding"
-    if leaf in _HEADS and not any(part.isdigit() for part in name.split(".")):
+    if leaf in _HEADS and "#" not in name:
         return "head"
     if any(_ATTENTION.search(part) for part in parts):
         return "attention"
-    if any(_FFN.search(part) for part in parts):
-        return "ffn"
-    return "other"
-
-
-def layer_of(name: str) -> int | None:
-    """The index of the block to which a parameter belongs, see Parameter.layer."""
-    if _PART.search(name):
-        return None
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+    return "ffn" if any(_FFN.search(part) for part in parts) else "other"

@@ -23,14 +23,14 @@ from qcli.sizes import format_bytes
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 METHODS = (*ITEMSIZE, "llm-int8", "nf4", "nf4-plain", "fp4", "stored")
-_QUANT_TYPES = {
-    "nf4": ("nf4", True),
-    "nf4-plain": ("nf4", False),
-    "fp4": ("fp4", True),
-}  # codebook, double quantization
+# method -> codebook, double quantization
+_QUANT_TYPES = {"nf4": ("nf4", True), "nf4-plain": ("nf4", False), "fp4": ("fp4", True)}
 _BLOCK_SIZE = 64
 _OFFSET = 4  # float32, by which double quantization shifts absmax; stored inside of the quant_state
 _CUDA_GRANULE = 512  # bytes, to which torch's CUDA allocator rounds
+# Names of the experts that transformers makes one tensor of.
+_EXPERT = re.compile(r"experts\.\d+\.")
+_FUSED = re.compile(r"(experts\.)(?:gate_proj|up_proj|gate_up_proj|w1|w3)(?=\.|$)")
 _ONLY_STORED = re.compile(r"\.quant_state\.|weight_format$")
 _DOUBLE = "half a byte each, 1 byte a block of 64, 4 bytes every 256 blocks and 1,092 bytes a tensor"
 _RULES = {
@@ -77,6 +77,7 @@ def weights(
     dtype = method if method in ITEMSIZE else dtype
     by_kind: Counter[str] = Counter()
     terms: dict[str, _Term] = {}
+    fused: Counter[str] = Counter()
     stored = allocated = largest = 0
     for parameter in parameters:
         term, tensors, on_disk = _tensors(parameter, method, dtype, every_linear)
@@ -84,10 +85,13 @@ def weights(
         by_kind[parameter.kind] += held
         stored += on_disk
         allocated += sum(-(-size // _CUDA_GRANULE) * _CUDA_GRANULE for size in tensors)
-        if term not in ITEMSIZE or parameter.kind == "experts":
-            largest = max(largest, 0 if term == "stored" else parameter.numel * ITEMSIZE[dtype])
+        if term not in (*ITEMSIZE, "stored"):
+            largest = max(largest, parameter.numel * ITEMSIZE[dtype])
+        elif parameter.kind == "experts" and term != "stored":
+            fused[_FUSED.sub(r"\1gate_up", _EXPERT.sub("experts.", parameter.name))] += held
         terms.setdefault(term, _Term()).add(parameter, held)
     total = sum(by_kind.values())
+    largest = max([largest, *fused.values()])
     count = sum(parameter.numel for parameter in parameters)
     return Weights(
         dict(by_kind), total, stored, allocated, 8 * total / max(count, 1), largest, [t.sentence(name) for name, t in terms.items()]

@@ -28,7 +28,7 @@ def _latent_attention(model: Shapes, at: str, config: ModelConfig) -> None:
     hidden, heads, bias = config.hidden_size, config.heads, config.get("attention_bias", default=False)
     nope, rope = config.integer("qk_nope_head_dim"), config.integer("qk_rope_head_dim")
     value, latent = config.integer("v_head_dim"), config.integer("kv_lora_rank")
-    rank = config.get("q_lora_rank", default=None)
+    rank = config.integer("q_lora_rank", default=None)
     if rank is None:
         model.linear(f"{at}.q_proj", heads * (nope + rope), hidden)
     else:
