@@ -66,6 +66,18 @@ def test_weights_and_cache_are_exact(estimate):
     assert {p["KV cache"] for p in parts.values()} == {131_072 * 1000 * 3}
 
 
+def test_a_dtype_is_that_of_the_cache_and_the_activations_too(quick_cli, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | {"dtype": "float32"}))
+    options = ("--context", "1000", "--json")
+    full, half, *quantized = found(quick_cli("estimate-memory", "config.json", *options))["methods"]
+    assert (full["method"], half["method"]) == ("float32", "bfloat16")
+    assert [p["bytes"] for p in full["components"]] == [2 * p["bytes"] for p in half["components"]]
+    for method in quantized:
+        assert method["components"][1]["bytes"] == half["components"][1]["bytes"] == 131_072_000
+    (fp8,) = found(quick_cli("estimate-memory", "config.json", "--bits", "4", "--kv-dtype", "fp8", *options))["methods"]
+    assert fp8["components"][1]["bytes"] == 65_536_000
+
+
 def test_what_is_said_to_fit_is_the_largest_that_does():
     estimated = qcli.estimate_memory(str(DEMO), gpu=["2GB"], batch=2)
     asked = estimated.setting

@@ -9,14 +9,14 @@ from qcli.memory.cache import Cache, cache
 from qcli.memory.opening import Model
 from qcli.memory.split import STACK_PREFIX
 from qcli.memory.verdict import Needs
-from qcli.memory.weights import weights
+from qcli.memory.weights import ITEMSIZE, weights
 from qcli.sizes import format_bytes
 
 
 @dataclass(frozen=True)
 class Setting:
     """What the model is to do: `batch` sequences of `context` tokens, run by `runtime`, or trained by `train` ("qlora", "lora",
-    None) with adapters of `rank`. `dtype` is that of all that is not quantized; `kv_dtype` the cache's, None for the model's."""
+    None) with adapters of `rank`. `dtype` is that of all that is not quantized; `kv_dtype` the cache's, None for the same."""
 
     context: int
     batch: int
@@ -44,6 +44,7 @@ class Costs:
 
     def __init__(self, model: Model, method: str, dtype: str):
         self.model, self.method = model, method
+        self.dtype = method if method in ITEMSIZE else dtype  # of activations, keys and values
         self.weights = weights(model.parameters, method, dtype)
         self.blocks = blocks_of(model, method, dtype)
         self.computes_as = _stored_method(model, dtype) if method == STORED else method
@@ -54,7 +55,9 @@ class Costs:
 
     def counted(self, setting: Setting) -> tuple[Needs, list[Component]]:
         """What has to find room, and its parts, which sum to it but for the overhead."""
-        kept = cache(self.model.config, setting.context, setting.batch, setting.kv_dtype, setting.runtime)
+        kept = cache(
+            self.model.config, setting.context, setting.batch, setting.kv_dtype or self.dtype, setting.runtime
+        )
         working = self._working(setting, kept)
         blocks, layer = [], 0
         for block in self.blocks:
@@ -73,7 +76,7 @@ class Costs:
         """The largest of three moments: the whole context is read as a prompt, a step is made at its end, or the largest weight
         is read to be quantized."""
         found = activations(
-            self.model.config, setting.context, setting.batch, method=self.computes_as, dtype=setting.dtype,
+            self.model.config, setting.context, setting.batch, method=self.computes_as, dtype=self.dtype,
             runtime=setting.runtime,
         )  # fmt: skip
         moments = {
