@@ -85,6 +85,15 @@ def table(
     stream.flush()
 
 
+def can_show(text: str) -> bool:
+    """Whether stdout's encoding has every character of `text`."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def bar(label: str, parts: Sequence[tuple[float, str, str]], whole: float, note: str, *, cells: int = 48) -> None:
     """Writes one stacked bar on stdout: `parts` are (amount, character, colour), of `whole`. Beyond `whole` it is marked by "|"."""
     used = sum(amount for amount, _, _ in parts)
@@ -98,7 +107,7 @@ def bar(label: str, parts: Sequence[tuple[float, str, str]], whole: float, note:
     if used > whole:
         pieces = _cut(pieces, round(whole * scale))
     else:
-        pieces.append(("\u00b7" * (cells - drawn), "dim"))
+        pieces.append((("\u00b7" if can_show("\u00b7") else ".") * (cells - drawn), "dim"))
     line = [(f"{label} ", ""), *pieces, (f"  {note}", "")]
     if not sys.stdout.isatty():
         out("".join(text for text, _ in line))

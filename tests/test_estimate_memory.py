@@ -136,6 +136,12 @@ def test_bars_are_as_long_as_what_they_show(estimate):
     assert "·" not in short and short.index("|") < short.rindex("█")
 
 
+def test_a_terminal_without_shades_gets_letters(cli, config):
+    done = cli("estimate-memory", config, "--gpu", "24GB", env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "# weights  = cache and state" in done.stdout, done.stderr
+    assert "nf4      ####" in done.stdout
+
+
 def test_units_are_told(estimate):
     assert "24GB was read as 24 GB, 1e9 bytes each" in estimate("--gpu", "24GB").stderr
     assert "24GiB was read as 24 GiB, 2^30 bytes each" in estimate("--gpu", "24GiB").stderr

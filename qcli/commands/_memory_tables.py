@@ -10,7 +10,8 @@ from qcli.memory.quantizing import Quantizing
 from qcli.memory.verdict import NO
 from qcli.sizes import format_bytes, format_seconds
 
-_LOOKS = dict(zip(PARTS, (("█", "blue"), ("▓", "green"), ("▒", "yellow"), ("░", "magenta"))))  # of a bar
+_SHADES, _LETTERS = "█▓▒░", "#=+-"  # of a bar's parts; the second where the terminal has no shades
+_COLOURS = ("blue", "green", "yellow", "magenta")
 
 
 def show(found: Estimate, *, explain: bool) -> None:
@@ -160,11 +161,12 @@ def _bars(found: Estimate) -> None:
     stacked = bars(found)
     width = max(len(bar.label) for bar in stacked)
     whole = max(bar.used for bar in stacked)
+    looks = _SHADES if console.can_show(_SHADES) else _LETTERS
     for bar in stacked:
         note = format_bytes(bar.used) + (f" of {format_bytes(bar.memory)}" if bar.memory else "")
-        parts = [(size, *_LOOKS[name]) for name, size in bar.parts.items()]
+        parts = list(zip(bar.parts.values(), looks, _COLOURS))
         console.bar(bar.label.ljust(width), parts, bar.memory or whole, note)
-    console.out(" " * (width + 1) + "  ".join(f"{character} {name}" for name, (character, _) in _LOOKS.items()))
+    console.out(" " * (width + 1) + "  ".join(f"{look} {name}" for look, name in zip(looks, PARTS)))
 
 
 def _sentence(found: Estimate, row: MethodEstimate) -> str:
