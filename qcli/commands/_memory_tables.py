@@ -89,7 +89,7 @@ def _components(found: Estimate) -> None:
         [
             [
                 row.method, f"{row.bits_per_weight:.3f}", *(format_bytes(row.component(name)) for name in names),
-                _range(row.needs.overhead), _range(row.total),
+                _range(row.needs.overhead[::2]), _range((row.needs.least, row.needs.most)),
             ]
             for row in found.methods
         ],
@@ -191,4 +191,6 @@ def _explain(found: Estimate) -> None:
             console.out(f"  {part.name}: {format_bytes(part.bytes)}")
             for sentence in part.formula:
                 console.out(f"    {sentence}")
-        console.out(f"  overhead on each GPU: {_range(row.needs.overhead)}")
+        console.out(f"  overhead on each GPU: {_range(row.needs.overhead[::2])}")
+        for sentence in row.overhead:
+            console.out(f"    {sentence}")

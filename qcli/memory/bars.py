@@ -29,16 +29,16 @@ def bars(found: Estimate) -> list[Bar]:
     if len(found.gpus) == 1:
         return [_on(row.method, row.placement.loads[0]) for row in found.methods]
     shown = [row for row in found.methods if row.placement.verdict != NO]
-    shown = shown or [min(found.methods, key=lambda row: row.total)]
+    shown = shown or [min(found.methods, key=lambda row: row.needs.most)]
     return [_on(f"{row.method} GPU {i}", load) for row in shown for i, load in enumerate(row.placement.loads)]
 
 
 def _whole(row: MethodEstimate) -> Bar:
     needs = row.needs
-    sizes = (needs.weights, needs.state, needs.activations, needs.overhead[1])
+    sizes = (needs.weights, needs.state, needs.activations, needs.overhead[-1])
     return Bar(row.method, dict(zip(PARTS, sizes)), None)
 
 
 def _on(label: str, load) -> Bar:
-    sizes = (load.weights, load.state, load.activations, load.overhead[1])
+    sizes = (load.weights, load.state, load.activations, load.overhead[-1])
     return Bar(label, dict(zip(PARTS, sizes)), load.gpu.memory)

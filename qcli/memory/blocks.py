@@ -25,6 +25,7 @@ def blocks_of(model: Model, method: str, dtype: str, *, every_linear: bool = Fal
                 name=_NAMES[stage].format(index),
                 weights=weights(held, method, dtype, every_linear=every_linear).total,
                 counted=sum(_counted(parameter, method, dtype) for parameter in held),
+                unquantized=sum(parameter.numel for parameter in held if not _is_quantized(parameter, method)),
                 with_first=stage == _HEAD and model.config.tied_embeddings,
             )
         )
@@ -37,9 +38,11 @@ def _place(parameter) -> tuple[int, int]:
     return (_ENCODER if parameter.name.startswith("encoder.") else _STACK), parameter.layer
 
 
+def _is_quantized(parameter, method: str) -> bool:
+    return parameter.scheme is not None if method == "stored" else parameter.quantizable and method in _COUNTED_BITS
+
+
 def _counted(parameter, method: str, dtype: str) -> int:
-    if method == "stored" and parameter.scheme is not None:
-        return parameter.stored
-    if parameter.quantizable and method in _COUNTED_BITS:
-        return parameter.numel * _COUNTED_BITS[method] // 8
+    if _is_quantized(parameter, method):
+        return parameter.stored if method == "stored" else parameter.numel * _COUNTED_BITS[method] // 8
     return parameter.numel * ITEMSIZE[method if method in ITEMSIZE else dtype]

@@ -41,11 +41,13 @@ class Advice:
 
 @dataclass(frozen=True)
 class MethodEstimate:
-    """One method. `components` sum to what `needs` has besides the overhead. `placement` and what follows it are None where no GPU
-    was named."""
+    """One method. `components` sum to what `needs` has besides the overhead, for which `overhead` has the sentences.
+    `placement` and what follows it are None where no GPU was named.
+    """
 
     method: str
     components: list[Component]
+    overhead: Sequence[str]
     needs: Needs
     bits_per_weight: float
     placement: Placement | None = None
@@ -56,11 +58,6 @@ class MethodEstimate:
     def component(self, name: str) -> int:
         """Bytes of a component, 0 where it is not there."""
         return sum(part.bytes for part in self.components if part.name == name)
-
-    @property
-    def total(self) -> tuple[int, int]:
-        """Bytes on one GPU, with the least and the most overhead."""
-        return self.needs.least, self.needs.most
 
 
 @dataclass(frozen=True)
@@ -185,8 +182,9 @@ def _methods(model: Model, bits: Sequence[str], train: str | None) -> list[str]:
 
 
 def _estimate(costs: Costs, setting: Setting, devices: list[Gpu]) -> MethodEstimate:
-    needs, components = costs.counted(setting)
-    row = MethodEstimate(costs.method, components, needs, costs.weights.bits_per_weight)
+    counted = costs.counted(setting, devices)
+    needs = counted.needs
+    row = MethodEstimate(costs.method, counted.components, counted.overhead, needs, costs.weights.bits_per_weight)
     if not devices:
         return row
     return replace(
@@ -200,7 +198,7 @@ def _estimate(costs: Costs, setting: Setting, devices: list[Gpu]) -> MethodEstim
 def _reach(costs: Costs, setting: Setting, devices: list[Gpu], name: str) -> Reach:
     own = costs.model.config.max_context
     limit = MOST_BATCH if name == "batch" else own or MOST_CONTEXT
-    value = largest(lambda n: verdict.fits(costs.needs(replace(setting, **{name: n})), devices), limit)
+    value = largest(lambda n: verdict.fits(costs.needs(replace(setting, **{name: n}), devices), devices), limit)
     stop = "the model's limit" if name == "context" and own else "none larger was tried"
     return Reach(value, stop if value == limit else "memory")
 
@@ -211,14 +209,14 @@ def _advised(
     if row.placement.verdict == FITS:
         return row
     moved = verdict.offload(row.needs, devices) if setting.runtime == "transformers" and not setting.train else None
-    smaller = [other.method for other in rows if other.placement.verdict == FITS and other.total < row.total]
+    smaller = [other.method for other in rows if other.placement.verdict == FITS and other.needs.most < row.needs.most]
     tried = {other.method for other in rows} | ({"llm-int8", "nf4"} if row.method == STORED else set())
     for method in {"llm-int8", "nf4"} - tried:
-        other = Costs(costs.model, method, setting.dtype).needs(setting)
+        other = Costs(costs.model, method, setting.dtype).needs(setting, devices)
         if other.most < row.needs.most and verdict.fits(other, devices):
             smaller.append(method)
     advice = Advice(
-        count=verdict.count_that_fits(row.needs, devices[0]),
+        count=verdict.count_that_fits(lambda gpus: costs.needs(setting, gpus), devices[0]),
         smaller=sorted(smaller),
         on_cpu=moved.on_cpu if moved else None,
     )

@@ -37,6 +37,11 @@ class Gpu:
     memory: int
     said: str
 
+    @property
+    def is_hopper(self) -> bool:
+        """Whether it is of compute capability 9.0, by its name."""
+        return re.search(r"gh?[12]00|h[12]00", self.name.lower()) is not None
+
 
 def names() -> list[str]:
     """The names in the table."""

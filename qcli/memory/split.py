@@ -15,12 +15,15 @@ _QUANTIZED_SHARE = 0.90  # of each GPU, all that transformers' bitsandbytes quan
 @dataclass(frozen=True)
 class Block:
     """Bytes of a block: `weights` as they lie in memory, `counted` as transformers counts them for a device map (without
-    scales), `state` of keys, values and recurrent state. `with_first` for a head that is the embedding's own tensor."""
+    scales), `state` of what it keeps besides (keys and values, adapters). `unquantized` counts parameters. `with_first` for a
+    head that is the embedding's own tensor.
+    """
 
     name: str
     weights: int
     counted: int
     state: int = 0
+    unquantized: int = 0
     with_first: bool = False
 
 

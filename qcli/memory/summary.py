@@ -8,8 +8,8 @@ def summary(found: Estimate) -> dict[str, object]:
 
     model: name, type, parameters, layers, max_context, read (what was counted). setting: context, batch, dtype, kv_dtype,
     runtime, train, rank. gpus: name, memory, said. fits: see `Estimate.fits`. assumed, notes: sentences. methods: for each method,
-    bits_per_weight; components: name, bytes, formula (sentences); overhead and total: least and most on one GPU; and with GPUs
-    named verdict ("fits", "tight", "does not fit"), left (of the fullest GPU), split ("device_map auto" or "by hand" over
+    bits_per_weight; components: name, bytes, formula (sentences); overhead and total: least, likely and most on one GPU; and with
+    GPUs named verdict ("fits", "tight", "does not fit"), left (of the fullest GPU), split ("device_map auto" or "by hand" over
     several), gpus (holds, weights, state, activations, overhead, left), largest_context and largest_batch (value, bound), and
     advice (count, smaller, on_cpu) or null.
     """
@@ -34,15 +34,15 @@ def _method_summary(row: MethodEstimate) -> dict[str, object]:
         "method": row.method,
         "bits_per_weight": round(row.bits_per_weight, 4),
         "components": [vars(part) for part in row.components],
-        "overhead": list(row.needs.overhead),
-        "total": list(row.total),
+        "overhead": _three(row.needs.overhead) | {"formula": list(row.overhead)},
+        "total": _three((row.needs.least, row.needs.likely, row.needs.most)),
     }
     if row.placement is None:
         return shown
     loads = [
         {
             "gpu": load.gpu.name, "holds": load.holds, "weights": load.weights, "state": load.state,
-            "activations": load.activations, "overhead": list(load.overhead), "left": load.left,
+            "activations": load.activations, "overhead": _three(load.overhead), "left": load.left,
         }
         for load in row.placement.loads
     ]  # fmt: skip
@@ -55,3 +55,7 @@ def _method_summary(row: MethodEstimate) -> dict[str, object]:
         "largest_batch": vars(row.batch),
         "advice": row.advice and vars(row.advice),
     }
+
+
+def _three(sizes: tuple[int, int, int]) -> dict[str, object]:
+    return dict(zip(("least", "likely", "most"), sizes))

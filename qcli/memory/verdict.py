@@ -1,6 +1,6 @@
 """Whether what a model needs fits the GPUs, what is left on each, and, where it does not fit, what would."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qcli.memory import split
@@ -13,11 +13,11 @@ FITS, TIGHT, NO = "fits", "tight", "does not fit"
 @dataclass(frozen=True)
 class Needs:
     """Bytes. `blocks` carry the weights, and what each layer holds besides; every GPU needs `activations` (their peak, with
-    other passing things) and `overhead`, least and most, on top."""
+    other passing things) and `overhead` (least, likely, most) on top."""
 
     blocks: list[Block]
     activations: int
-    overhead: tuple[int, int]
+    overhead: tuple[int, int, int]
 
     @property
     def weights(self) -> int:
@@ -33,9 +33,14 @@ class Needs:
         return self.weights + self.state + self.activations + self.overhead[0]
 
     @property
+    def likely(self) -> int:
+        """All of it on one GPU, with the likely overhead."""
+        return self.weights + self.state + self.activations + self.overhead[1]
+
+    @property
     def most(self) -> int:
         """All of it on one GPU, with the most overhead."""
-        return self.weights + self.state + self.activations + self.overhead[1]
+        return self.weights + self.state + self.activations + self.overhead[-1]
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,12 @@ class Load:
     weights: int
     state: int
     activations: int
-    overhead: tuple[int, int]
+    overhead: tuple[int, int, int]
 
     @property
     def left(self) -> int:
         """What the GPU has over at the most overhead; less than 0 where that much is missing."""
-        return self.gpu.memory - self.weights - self.state - self.activations - self.overhead[1]
+        return self.gpu.memory - self.weights - self.state - self.activations - self.overhead[-1]
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def place(needs: Needs, gpus: Sequence[Gpu], quantized: bool) -> Placement:
         return _on_one(needs, gpus[0])
     memory = [gpu.memory for gpu in gpus]
     automatic = split.device_map_auto(needs.blocks, memory, quantized)
-    for verdict, overhead in ((FITS, needs.overhead[1]), (TIGHT, needs.overhead[0])):
+    for verdict, overhead in ((FITS, needs.overhead[-1]), (TIGHT, needs.overhead[0])):
         rooms = [max(0, size - needs.activations - overhead) for size in memory]
         if _holds(needs.blocks, automatic, rooms):
             return _placement(verdict, needs, gpus, automatic, automatic=True)
@@ -107,16 +112,17 @@ def offload(needs: Needs, gpus: Sequence[Gpu]) -> Placement | None:
     return None if all(place == CPU for place in places) else _placement(NO, needs, gpus, places, automatic=False)
 
 
-def count_that_fits(needs: Needs, gpu: Gpu) -> int | None:
-    """How many of one GPU it takes; None where no number does, for a single block and what goes with it exceed it."""
-    for count in range(1, len(needs.blocks) + 1):
-        if fits(needs, [gpu] * count):
+def count_that_fits(needs: Callable[[Sequence[Gpu]], Needs], gpu: Gpu) -> int | None:
+    """How many of one GPU it takes for what `needs` says of so many; None where no number does, for a single block and what goes
+    with it exceed it."""
+    for count in range(1, len(needs([gpu]).blocks) + 1):
+        if fits(needs([gpu] * count), [gpu] * count):
             return count
     return None
 
 
 def _rooms(needs: Needs, gpus: Sequence[Gpu]) -> list[int]:
-    return [max(0, gpu.memory - needs.activations - needs.overhead[1]) for gpu in gpus]
+    return [max(0, gpu.memory - needs.activations - needs.overhead[-1]) for gpu in gpus]
 
 
 def _holds(blocks: Sequence[Block], places: Sequence[int], rooms: Sequence[int]) -> bool:
