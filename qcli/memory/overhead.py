@@ -9,7 +9,7 @@ allocator from CUDACachingAllocator.cpp. vLLM's from its own logs: 0.27 to 0.39 
 from dataclasses import dataclass
 
 from qcli.errors import UsageError
-from qcli.memory.cache import RUNTIMES
+from qcli.memory.cache_parts import RUNTIMES
 
 _MIB = 2**20
 _CONTEXT = (140 * _MIB, 512 * _MIB, 640 * _MIB)

@@ -6,6 +6,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
 from qcli.errors import UsageError
 from qcli.memory.activations import activations
+from qcli.memory.cache import cache
 from qcli.memory.config import ModelConfig
 from tests.memory.live import Live, fused_attention
 
@@ -72,11 +73,11 @@ def measured(name: str, fields: dict, tokens: int, batch: int = 1, past: int = 0
     attention = "eager" if name in EAGER else "sdpa"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(theirs, dtype=torch.bfloat16, attn_implementation=attention).eval()
-        cache = DynamicCache(config=theirs)
+        past_key_values = DynamicCache(config=theirs)
         with torch.no_grad(), Live([*model.parameters(), *model.buffers()]) as live:
             for count in (past, tokens) if past else (tokens,):
                 live.peak = live.now
-                model(torch.zeros(batch, count, dtype=torch.int64), past_key_values=cache, logits_to_keep=1)
+                model(torch.zeros(batch, count, dtype=torch.int64), past_key_values=past_key_values, logits_to_keep=1)
     return live.peak - live.now
 
 
@@ -105,3 +106,64 @@ def test_a_step_expands_the_latents_of_one_layer():
     fields = MODELS["deepseek_v3"]
     found = activations(config("deepseek_v3", fields), 1, context=4097)
     assert found.decode == pytest.approx(measured("deepseek_v3", fields, 1, past=4096), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_appending_holds_a_layer_twice(name):
+    """Keys in a layer that keeps all, keys and values in one that keeps a window: nothing else is as large in a step."""
+    fields = MODELS[name]
+    made, context = config(name, fields), 4097
+    found = cache(made, context).append
+    assert found == (min(context, 64) * 2 if name == "mistral" else context) * 4 * D * 2
+    if name == "llama":
+        assert found == pytest.approx(measured(name, fields, 1, past=context - 1), rel=0.05)
+
+
+def test_logits_of_all_tokens():
+    llama = config("llama", dict(vocab_size=128256, num_hidden_layers=32, hidden_size=4096, intermediate_size=14336,
+                                 num_attention_heads=32, num_key_value_heads=8))  # fmt: skip
+    found = activations(llama, 8192, logits="all")
+    assert found.binding == "logits"
+    assert found.prefill == 8192 * (128256 * (2 + 4) + 4096 * 2)  # 2.10 GB in 16 bit, 4.20 GB in float32
+    assert activations(llama, 8192).moments["logits"] == 128256 * (2 + 8) + 4096 * 2
+
+
+@pytest.mark.parametrize(
+    ("method", "extra"),
+    [
+        ("nf4", 4096 * 14336 * 2 + 4096 * 14336 // 64 * 4),
+        ("nf4-plain", 4096 * 14336 * 2),  # "the whole weight dequantized": 117 MB for Llama-3.1-8B
+        ("fp4", 4096 * 14336 * 2),
+        ("llm-int8", 64 * (4096 + 4 + 4 * 14336)),
+    ],
+)
+def test_transients_of_quantized_products(method, extra):
+    llama = config("llama", dict(vocab_size=128256, num_hidden_layers=32, hidden_size=4096, intermediate_size=14336,
+                                 num_attention_heads=32, num_key_value_heads=8))  # fmt: skip
+    found = activations(llama, 64, method=method)
+    assert found.moments["up projection"] == 64 * (4 * 4096 + 2 * 14336) * 2 + extra
+    assert found.prefill >= found.moments["up projection"]
+    assert activations(llama, 8, method="nf4").moments["up projection"] == 8 * (4 * 4096 + 2 * 14336) * 2
+
+
+def test_vllm_takes_a_chunk_at_a_time():
+    llama = config("llama", LLAMA)
+    assert activations(llama, 100_000, 4, runtime="vllm").prefill == activations(llama, 8192).prefill
+    assert activations(llama, 512, 2, runtime="vllm", chunk=256).prefill == activations(llama, 256).prefill
+
+
+def test_float32_takes_twice_as_much():
+    assert (
+        activations(config("llama", LLAMA), 512, dtype="float32").prefill
+        == 2 * activations(config("llama", LLAMA), 512).prefill
+    )
+
+
+def test_what_is_asked_wrongly():
+    llama = config("llama", LLAMA)
+    with pytest.raises(UsageError, match="method is 'int2', expected one of bfloat16"):
+        activations(llama, 1, method="int2")
+    with pytest.raises(UsageError, match="runtime is 'tgi'"):
+        activations(llama, 1, runtime="tgi")
+    with pytest.raises(UsageError, match="logits is 'some'"):
+        activations(llama, 1, logits="some")
