@@ -19,7 +19,8 @@ _PEAK = {"qlora": (24, 16, 8, 8), "lora": (14, 40, 8, 4)}
 _KEPT = {"qlora": (16, 16, 8, 8), "lora": (10, 28, 8, 4)}
 _LAST = {"qlora": (8, 2, 0, 0), "lora": (0, 20, 0, 0)}  # beyond what is kept, without checkpoints
 _STREAM = {"qlora": 4, "lora": 2}
-_LOGITS = {"qlora": 16, "lora": 14}  # bytes for each logit: itself, in float32, its softmax, their gradients
+# Bytes for each logit: itself, held by the training loop, in float32, its softmax, their gradients.
+_LOGITS = {"qlora": 16, "lora": 14}
 _ADAPTER_BYTES = {"adapters": 4, "gradients of adapters": 4, "AdamW's moments": 8}
 
 
