@@ -7,7 +7,7 @@ quantized product within it, and of the logits. What the allocator adds, and ker
 from dataclasses import dataclass
 
 from qcli.errors import UsageError
-from qcli.memory.cache import KV_BYTES, RUNTIMES
+from qcli.memory.cache_parts import KV_BYTES, RUNTIMES
 from qcli.memory.layer_moments import Pass, expanded, is_gated, moments
 
 FOUR_BITS = ("nf4", "nf4-plain", "fp4")

@@ -8,7 +8,7 @@ through attention. Rotary tables and masks are alive through all layers.
 
 from dataclasses import dataclass
 
-from qcli.memory.cache import attention_shape
+from qcli.memory.cache_parts import attention_shape
 
 # Feed-forward without a gate: (f, h) alive at its activation. Activations made of several operations keep their parts.
 UNGATED = {
