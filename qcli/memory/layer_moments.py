@@ -1,0 +1,156 @@
+"""The moments at which a layer holds most: in its feed-forward, its attention, its recurrence.
+
+A moment is a count of elements per token, read off transformers 5's modeling files and held against the tensors that are alive
+there: h hidden_size, f the feed-forward's width, a heads x head_dim, g kv_heads x head_dim, k experts per token. Four h are
+alive through a feed-forward: the embeddings, the layer's input, the residual sum and what the module was given; three
+through attention. Rotary tables and masks are alive through all layers.
+"""
+
+from dataclasses import dataclass
+
+from qcli.memory.cache import attention_shape
+
+# Feed-forward without a gate: (f, h) alive at its activation. Activations made of several operations keep their parts.
+UNGATED = {
+    "gpt2": (4, 6), "gptj": (4, 6), "codegen": (4, 6), "gpt_neo": (4, 8), "bloom": (5, 6), "phi": (4, 4), "mpt": (2, 8),
+    "opt": (2, 4), "gpt_neox": (2, 4), "falcon": (2, 4), "starcoder2": (2, 4), "gpt_bigcode": (2, 4),
+    "persimmon": (3, 4), "nemotron": (3, 4), "t5": (2, 4), "mt5": (2, 4), "umt5": (2, 4),
+}  # fmt: skip
+_GATED = {"phi3": (4, 4), "glm": (4, 4), "glm4": (4, 4), "stablelm": (3, 6), "olmo2": (3, 3), "olmo3": (3, 3)}
+# Attention that transformers does not fuse: bytes of scores alive per head and pair of tokens, a beside them, and bytes of the
+# scores that stay alive through the feed-forward.
+_EAGER = {
+    "gemma2": (10, 3, 2), "gpt_oss": (6, 3, 2), "bloom": (14, 3, 0), "mpt": (12, 3, 2), "gptj": (10, 8, 2),
+    "codegen": (10, 8, 2), "gpt_neo": (10, 6, 2), "t5": (12, 3, 0), "mt5": (12, 3, 0), "umt5": (12, 3, 0),
+}  # fmt: skip
+_NO_ROTARY = ("gpt2", "opt", "bloom", "mpt", "gpt_neo", "gpt_bigcode", "t5", "mt5", "umt5")
+_MASKED = ("falcon", "qwen2_moe")  # a mask even where causality is all there is to it
+_ROUTED_IN_16_BIT = ("qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "qwen3_5_moe", "qwen3_5_moe_text")
+_WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
+_NO_ATTENTION = ("linear_attention", "conv", "moe", "mlp")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What goes through a layer at once: `total` tokens, in sequences that span `span` positions, of which `pairs` pairs
+    meet in attention (0 where that is fused, whatever the model); elements of `itemsize` bytes."""
+
+    total: int
+    span: int
+    pairs: int
+    itemsize: int
+
+
+def moments(config, through: Pass) -> tuple[dict[str, int], list[str]]:
+    """Bytes of each moment of the layer of `config`, a ModelConfig, that holds most there, and a sentence for each."""
+    found: dict[str, int] = {}
+    sentences: list[str] = []
+    masks, mask_bytes = _masks(config, through)
+    always = masks * mask_bytes * through.pairs + _rotary(config) * through.span * through.itemsize
+    if always:
+        sentences.append(f"rotary tables and {masks} masks: {always} bytes, alive through all layers")
+    for name, count, why in (_feed_forward(config), *_mixers(config)):
+        extra = (
+            _EAGER.get(config.model_type, (0, 0, 0))[2] * config.heads * through.pairs if name == "feed-forward" else 0
+        )
+        found[name] = max(found.get(name, 0), through.total * count * through.itemsize + always + extra)
+        sentences.append(f"{name}: {through.total} tokens x {count} elements ({why}) x {through.itemsize} bytes")
+    scores, why = _scores(config, through, masks)
+    if scores:
+        found["attention"] = max(found.get("attention", 0), scores + always)
+        sentences.append(why)
+    return found, sentences
+
+
+def _feed_forward(config) -> tuple[str, int, str]:
+    h, f, kind = config.hidden_size, config.intermediate_size, config.model_type
+    if any(config.is_moe_layer(i) for i in range(config.layers)):
+        f, k = config.moe_intermediate_size, config.experts_per_token
+        wide, deep = 9 if kind == "gpt_oss" else 4, 4 if kind in _ROUTED_IN_16_BIT else 6
+        inside, after = k * (wide * f + h), deep * k * h
+        if inside >= after:
+            return "feed-forward", inside + 4 * h, f"k x ({wide} x f + h) + 4 x h, f={f}, h={h}, k={k}"
+        return "feed-forward", after + 4 * h, f"{deep} x k x h where experts' outputs are summed + 4 x h, h={h}, k={k}"
+    if kind in UNGATED and not is_gated(config):
+        wide, deep = UNGATED[kind]
+    else:
+        wide, deep = _GATED.get(kind, (3, 4))
+    return "feed-forward", wide * f + deep * h, f"{wide} x f + {deep} x h, f={f}, h={h}"
+
+
+def is_gated(config) -> bool:
+    """Whether the feed-forward has a gate; T5 says so by a field."""
+    return config.model_type not in UNGATED or str(config.get("feed_forward_proj", default="")).startswith("gated")
+
+
+def _mixers(config) -> list[tuple[str, int, str]]:
+    """The moments of attention and of recurrence, beyond the cache that they fill."""
+    types, h, made = set(config.layer_types), config.hidden_size, []
+    if "linear_attention" in types and config.get("linear_num_value_heads", default=None) is not None:
+        heads = config.integer("linear_num_value_heads")
+        keys, values = (heads * config.integer(f"linear_{part}_head_dim") for part in ("key", "value"))
+        # The torch path works in float32 on chunks of 64 tokens.
+        count = (27 * keys + 29 * values + 342 * heads) // 2 + 5 * h
+        made.append(("recurrence", count, f"13.5 x {keys} keys + 14.5 x {values} values + 171 x {heads} heads + 5 x h"))
+    attending = types - set(_NO_ATTENTION)
+    if not attending:
+        return made
+    a = config.heads * config.head_dim
+    if config.get("kv_lora_rank", default=None) is not None:
+        rope, value = config.integer("qk_rope_head_dim"), config.integer("v_head_dim")
+        count = 4 * h + 2 * a + config.heads * (rope + value) + expanded(config)
+        made.append(("attention", count, "4 x h, queries in three forms, keys and values expanded, output"))
+        return made
+    heads, width = max((attention_shape(config, kind) for kind in attending), key=lambda shape: shape[0] * shape[1])
+    g, kind = heads * width, config.model_type
+    if kind in ("cohere", "olmo2", "olmo3"):  # turned in float32, and OLMo norms all heads at once
+        count, why = (3 * h + 7 * a + 6 * g, "7 x a + 6 x g") if kind == "cohere" else (3 * h + 9 * a, "9 x a")
+    elif kind in _NO_ROTARY:
+        count, why = 3 * h + 4 * a, "4 x a"
+    else:
+        count, why = 3 * h + max(4 * a, 2 * a + 3 * g), "the larger of 4 x a and 2 x a + 3 x g"
+    made.append(("attention", count, f"3 x h + {why}, h={h}, a={a}, g={g}"))
+    return made
+
+
+def _rotary(config) -> int:
+    """Elements per position of the tables of cosines and sines, two for every kind of position."""
+    types = set(config.layer_types) - set(_NO_ATTENTION)
+    if not types or config.model_type in _NO_ROTARY:
+        return 0
+    mla = config.get("kv_lora_rank", default=None) is not None
+    width = config.integer("qk_rope_head_dim") if mla else config.head_dim
+    return 2 * width * (len(types) if config.model_type.startswith("gemma3") else 1)
+
+
+def _masks(config, through: Pass) -> tuple[int, int]:
+    """(masks, bytes of one for each pair): one for each kind of attention, if attention is not fused or a window is passed."""
+    kinds = set(config.layer_types) - set(_NO_ATTENTION)
+    windowed = [kind for kind in kinds if kind in _WINDOWED and (config.sliding_window or through.span) < through.span]
+    if config.model_type in _EAGER:
+        return len(kinds), through.itemsize
+    return (1, 1) if windowed or config.model_type in _MASKED else (0, 0)
+
+
+def _scores(config, through: Pass, masks: int) -> tuple[int, str]:
+    """Bytes of the attention of every token with every other, where it is not fused or takes a mask."""
+    h, a, kind = config.hidden_size, config.heads * config.head_dim, config.model_type
+    if not masks or not through.pairs:
+        return 0, ""
+    if kind in _EAGER:
+        wide, beside, _ = _EAGER[kind]
+        wide = wide if through.itemsize == 2 else wide * 8 // 5
+        count = through.pairs * config.heads * wide + through.total * (3 * h + beside * a) * through.itemsize
+        return (
+            count,
+            f"attention: {through.pairs} pairs x {config.heads} heads x {wide} bytes, not fused in transformers",
+        )
+    # The mask of bools is copied in the dtype; keys and values are repeated for every head.
+    count = through.pairs * through.itemsize + through.total * (3 * h + 4 * a) * through.itemsize
+    return count, f"attention: a mask's copy, {through.pairs} pairs x {through.itemsize} bytes, and 3 x h + 4 x a"
+
+
+def expanded(config) -> int:
+    """Elements per token of one layer's latents expanded to keys and values of every head, keys put together once more."""
+    nope, value = config.integer("qk_nope_head_dim"), config.integer("v_head_dim")
+    return config.heads * (nope + value + config.head_dim)
