@@ -33,8 +33,9 @@ def parameters_of(source: Source, config: ModelConfig) -> list[Parameter]:
     groups: dict[str, list[TensorInfo]] = {}
     for name, (_, info) in source.tensors.items():
         groups.setdefault(_owner(name, source.tensors), []).append(info)
+    quantization = config.quantization if isinstance(config.quantization, dict) else {}
     # bitsandbytes' 4-bit headers do not say shapes; the family may.
-    shapes = (shapes_of(config) if config.quantization else None) or {}
+    shapes = (shapes_of(config) if quantization else None) or {}
     predicting = _prediction_layers(config)
     found, ignored = [], 0
     for name, infos in groups.items():
@@ -45,8 +46,8 @@ def parameters_of(source: Source, config: ModelConfig) -> list[Parameter]:
         if layer_of(name) in predicting or _PREDICTION.search(name):
             ignored += stored
             continue
-        scheme = _scheme(main, infos, config)
-        shape = _logical_shape(name, main, infos, scheme, config, shapes)
+        scheme = _scheme(main, infos, quantization)
+        shape = _logical_shape(main, infos, scheme, quantization, shapes.get(name, ()))
         found.append(parameter(name, shape, config, scheme, stored))
     if ignored:
         config.assume(
@@ -83,7 +84,7 @@ def _prediction_layers(config: ModelConfig) -> range:
     return range(config.layers, config.layers + extra) if extra else range(0)
 
 
-def _scheme(main: TensorInfo, infos: list[TensorInfo], config: ModelConfig) -> str | None:
+def _scheme(main: TensorInfo, infos: list[TensorInfo], quantization: Mapping) -> str | None:
     for info in infos:
         if match := _QUANT_STATE.search(info.name):
             return match[1]
@@ -93,39 +94,42 @@ def _scheme(main: TensorInfo, infos: list[TensorInfo], config: ModelConfig) -> s
         return None
     leaf = main.name.rpartition(".")[2]
     if leaf in _PACKED or leaf.endswith("_blocks"):
-        return str((config.quantization or {}).get("quant_method", main.dtype))
+        return str(quantization.get("quant_method", main.dtype))
     return main.dtype
 
 
 def _logical_shape(
-    name: str, main: TensorInfo, infos: list[TensorInfo], scheme: str | None, config: ModelConfig, known: dict[str, tuple[int, ...]]
-) -> tuple[int, ...]:  # fmt: skip
-    """The shape of what the stored tensor stands for."""
+    main: TensorInfo, infos: list[TensorInfo], scheme: str | None, quantization: Mapping, known: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The shape of what the stored tensor stands for. `known` is the family's word for it, if it has one."""
     leaf, shape = main.name.rpartition(".")[2], main.shape
-    if leaf == "qweight":
-        rows, columns = shape
-        bits = _bits(config)  # GPTQ packs along the rows, AWQ along the columns
-        return (columns * 32 // bits, rows) if scheme == "awq" else (columns, rows * 32 // bits)
-    if leaf == "weight_packed":
-        return (shape[0], shape[1] * 2 if main.dtype == "U8" else shape[1] * 32 // _bits(config))
-    if leaf.endswith("_blocks"):
-        return (*shape[:-2], shape[-2] * shape[-1] * 2)
     if scheme in ("nf4", "fp4"):
         count = 2 * main.nbytes
-        return known[name] if prod(known.get(name, ())) in (count, count - 1) else (1, count)
-    if main.dtype == "U8" and any(info.name.endswith(".weight_scale") for info in infos):  # NVFP4 of ModelOpt
-        return (shape[0], shape[1] * 2)
-    return shape
+        return known if prod(known) in (count, count - 1) else (1, count)
+    if leaf.endswith("_blocks") and len(shape) > 2:
+        return (*shape[:-2], shape[-2] * shape[-1] * 2)
+    if len(shape) != 2:
+        return shape
+    rows, columns = shape
+    if leaf == "qweight":  # GPTQ packs along the rows of its transposed weight, AWQ along the columns
+        bits = _bits(quantization)
+        return (columns * 32 // bits, rows) if scheme == "awq" else (columns, rows * 32 // bits)
+    if leaf == "weight_packed" and main.dtype == "I32":
+        return (rows, columns * 32 // _bits(quantization))
+    # NVFP4, of compressed-tensors or ModelOpt: two codes a byte
+    pairs = main.dtype == "U8" and any(info.name.endswith(".weight_scale") for info in infos)
+    return (rows, columns * 2) if pairs else shape
 
 
-def _bits(config: ModelConfig) -> int:
+def _bits(quantization: Mapping) -> int:
     """Bits a code of a checkpoint that packs codes into 32-bit words; 4 where the config does not say."""
-    quantization = config.quantization or {}
-    groups = [g.get("weights") or {} for g in (quantization.get("config_groups") or {}).values() if isinstance(g, dict)]
-    given = next((g["num_bits"] for g in groups if g.get("num_bits")), None)
+    groups = quantization.get("config_groups")
+    groups = groups.values() if isinstance(groups, dict) else ()
+    weights = [group.get("weights") for group in groups if isinstance(group, dict)]
+    given = next((w["num_bits"] for w in weights if isinstance(w, dict) and w.get("num_bits")), None)
     bits = given or quantization.get("bits") or quantization.get("w_bit") or 4
     if bits not in (2, 3, 4, 8):
-        raise UsageError(f"{config.label}: quantization_config says {bits!r} bits, expected 2, 3, 4 or 8.")
+        raise UsageError(f"the quantization_config says {bits!r} bits, expected 2, 3, 4 or 8.")
     return bits
 
 

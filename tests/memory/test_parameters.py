@@ -132,3 +132,11 @@ def test_a_size_gives_about_so_many_parameters_in_common_proportions(size, count
 def test_a_size_that_is_none_is_refused(size):
     with pytest.raises(UsageError, match="expected 100M to 100T parameters"):
         from_size(size)
+
+
+@pytest.mark.parametrize(
+    ("vision", "said"), [([1], "vision_config"), ({"hidden_size": "wide"}, "hidden_size"), ({"patch_size": 0}, "patch_size")]
+)  # fmt: skip
+def test_a_wrong_vision_config_is_named(vision, said):
+    with pytest.raises(UsageError, match=said):
+        parameters(ModelConfig(OTHERS["Gemma-3-4B"] | {"vision_config": vision}, "config.json"))

@@ -1,17 +1,20 @@
 """The SigLIP vision tower, with the defaults of transformers' SiglipVisionConfig."""
 
+from qcli.errors import UsageError
+from qcli.memory.config import ModelConfig
 from qcli.memory.families._shapes import Shapes, norms
 
-_DEFAULTS = {
+_SIZES = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_channels": 3, "image_size": 224, "patch_size": 16,
-    "vision_use_head": True,
 }  # fmt: skip
 
 
-def shapes(vision: dict, model: Shapes, at: str) -> int:
-    """Tells `model` the tower of a `vision_config`; returns its width."""
-    field = {name: default if vision.get(name) is None else vision[name] for name, default in _DEFAULTS.items()}
+def shapes(vision: ModelConfig, model: Shapes, at: str) -> int:
+    """Tells `model` the tower of a vision_config; returns its width. Raises UsageError."""
+    field = {name: vision.integer(name, default=default) for name, default in _SIZES.items()}
     width, inner, patch = field["hidden_size"], field["intermediate_size"], field["patch_size"]
+    if not patch:
+        raise UsageError(f"patch_size in {vision.label} is 0, expected at least 1.")
     model.tensor(f"{at}.embeddings.patch_embedding.weight", width, field["num_channels"], patch, patch)
     model.tensor(f"{at}.embeddings.patch_embedding.bias", width)
     model.embedding(f"{at}.embeddings.position_embedding", (field["image_size"] // patch) ** 2, width)
@@ -22,7 +25,7 @@ def shapes(vision: dict, model: Shapes, at: str) -> int:
         _mlp(model, f"{block}.mlp", width, inner)
         norms(model, block, ("layer_norm1", "layer_norm2"), width, bias=True)
     model.norm(f"{at}.post_layernorm", width, bias=True)
-    if field["vision_use_head"]:
+    if vision.get("vision_use_head", default=True):
         model.tensor(f"{at}.head.probe", 1, 1, width)
         model.tensor(f"{at}.head.attention.in_proj_weight", 3 * width, width)
         model.tensor(f"{at}.head.attention.in_proj_bias", 3 * width)

@@ -1,5 +1,6 @@
 """Gemma 1, 2 and 3. Gemma 3 comes as a text model and with a SigLIP tower for images."""
 
+from qcli.errors import UsageError
 from qcli.memory.config import ModelConfig
 from qcli.memory.families import _siglip
 from qcli.memory.families._shapes import Shapes, attention, gated_mlp, norms
@@ -15,8 +16,7 @@ def shapes(config: ModelConfig, model: Shapes) -> None:
     multimodal = config.raw.get("model_type") == "gemma3"
     prefix = "model.language_model" if multimodal else "model"
     if multimodal:
-        vision = config.raw.get("vision_config") or {}
-        width = _siglip.shapes(vision, model, "model.vision_tower")
+        width = _siglip.shapes(_vision(config), model, "model.vision_tower")
         model.tensor("model.multi_modal_projector.mm_input_projection_weight", width, hidden)
         model.norm("model.multi_modal_projector.mm_soft_emb_norm", width)
     model.embedding(f"{prefix}.embed_tokens", config.vocab_size, hidden)
@@ -29,3 +29,10 @@ def shapes(config: ModelConfig, model: Shapes) -> None:
         norms(model, at, _AROUND[:2] if config.model_type == "gemma" else _AROUND, hidden)
     model.norm(f"{prefix}.norm", hidden)
     model.head(config, hidden)
+
+
+def _vision(config: ModelConfig) -> ModelConfig:
+    given = config.raw.get("vision_config") or {}
+    if not isinstance(given, dict):
+        raise UsageError(f"vision_config in {config.label} is a {type(given).__name__}, expected an object.")
+    return ModelConfig({"model_type": "siglip_vision_model"} | given, f"vision_config of {config.label}")
