@@ -52,7 +52,9 @@ def test_the_exit_code_tells_scripts_whether_it_fits(estimate):
 def test_components_sum_to_the_total_and_are_explained(estimate):
     for method in found(estimate("--json", "--context", "8192"))["methods"]:
         known = sum(part["bytes"] for part in method["components"])
-        assert method["total"] == [known + overhead for overhead in method["overhead"]]
+        for how in ("least", "likely", "most"):
+            assert method["total"][how] == known + method["overhead"][how]
+        assert method["total"]["least"] < method["total"]["likely"] < method["total"]["most"]
         assert all(part["formula"] for part in method["components"])
     text = estimate("--explain").stdout
     assert "8,030,261,248 parameters" in text and "32 layers x (8 heads x (128 + 128)" in text
@@ -63,7 +65,7 @@ def test_weights_and_cache_are_exact(estimate):
     parts = {name: {p["name"]: p["bytes"] for p in m["components"]} for name, m in methods.items()}
     assert parts["bfloat16"]["weights"] == 2 * 8_030_261_248
     assert 9.08e9 < parts["llm-int8"]["weights"] < 9.09e9 and 5.70e9 < parts["nf4"]["weights"] < 5.71e9
-    assert {p["KV cache"] for p in parts.values()} == {131_072 * 1000 * 3}
+    assert {p["cache"] for p in parts.values()} == {131_072 * 1000 * 3}
 
 
 def test_a_dtype_is_that_of_the_cache_and_the_activations_too(quick_cli, tmp_path):
@@ -85,8 +87,8 @@ def test_what_is_said_to_fit_is_the_largest_that_does():
         costs, device = Costs(estimated.model, row.method, asked.dtype), gpus(["2GB"])
         assert row.context.value == 512 and row.context.bound == "the model's limit"
         assert row.batch.bound == "memory" and row.batch.value > 2
-        assert verdict.fits(costs.needs(replace(asked, batch=row.batch.value)), device)
-        assert not verdict.fits(costs.needs(replace(asked, batch=row.batch.value + 1)), device)
+        assert verdict.fits(costs.needs(replace(asked, batch=row.batch.value), device), device)
+        assert not verdict.fits(costs.needs(replace(asked, batch=row.batch.value + 1), device), device)
 
 
 def test_advice_is_true(estimate):
@@ -172,6 +174,9 @@ def test_a_quantized_checkpoint_is_taken_as_stored(quick_cli, tmp_path):
     assert row["components"][0]["bytes"] == pytest.approx(original.component("weights"), rel=0.01)
     refused = quick_cli("estimate-memory", tmp_path / "nf4", "--bits", "8")
     assert refused.returncode == 2 and "quantized already (bitsandbytes)" in refused.stderr
+    (trained,) = found(quick_cli("estimate-memory", tmp_path / "nf4", "--train", "qlora", "--json"))["methods"]
+    assert {part["name"] for part in trained["components"]} >= {"adapters and optimizer", "float32 casts"}
+    assert "--train qlora" in quick_cli("estimate-memory", tmp_path / "nf4", "--train", "lora").stderr
 
 
 @pytest.mark.parametrize(
@@ -195,13 +200,28 @@ def test_what_may_surprise_is_noted(quick_cli, tmp_path, change, options, words)
     assert "note:" not in quick_cli("estimate-memory", DEMO).stderr
 
 
+def test_vllm_takes_nine_tenths_of_a_gpu(estimate):
+    done = estimate("--gpu", "20GB", "--runtime", "vllm", "--json")
+    assert found(done)["gpus"][0]["memory"] == 18_000_000_000 and "90%" in found(done)["gpus"][0]["said"]
+
+
 def test_training_needs_more(estimate):
-    (run,) = found(estimate("--bits", "4", "--context", "2048", "--json"))["methods"]
-    (trained,) = found(estimate("--train", "qlora", "--rank", "64", "--context", "2048", "--json"))["methods"]
-    (low,) = found(estimate("--train", "qlora", "--rank", "8", "--context", "2048", "--json"))["methods"]
-    assert trained["method"] == "nf4" and run["total"] < low["total"] < trained["total"]
-    refused = estimate("--train", "qlora", "--bits", "16")
-    assert refused.returncode == 2 and "--train lora" in refused.stderr
+    options = ("--context", "2048", "--gpu", "2x24GB", "--json")
+    (run,) = found(estimate("--bits", "4", *options))["methods"]
+    (trained,) = found(estimate("--train", "qlora", "--rank", "64", *options))["methods"]
+    parts = {part["name"]: part["bytes"] for part in trained["components"]}
+    assert trained["method"] == "nf4" and trained["total"]["most"] > run["total"]["most"]
+    assert parts["adapters and optimizer"] == 16 * 167_772_160  # Llama-3.1-8B's at rank 64, in float32 with AdamW
+    assert parts["float32 casts"] == 2 * (2 * 128256 * 4096 + 65 * 4096)  # embedding, head and norms
+    assert sum(gpu["weights"] + gpu["state"] for gpu in trained["gpus"]) + trained["gpus"][0]["activations"] == sum(
+        parts.values()
+    )
+    (half,) = found(estimate("--train", "lora", *options))["methods"]
+    assert half["method"] == "bfloat16" and "float32 casts" not in {part["name"] for part in half["components"]}
+    for train, bits, words in (("qlora", "16", "--train lora"), ("lora", "4", "--train qlora")):
+        refused = estimate("--train", train, "--bits", bits)
+        assert refused.returncode == 2 and words in refused.stderr
+    assert estimate("--train", "qlora", "--runtime", "vllm").returncode == 2
 
 
 def test_the_papers_table(quick_cli):

@@ -108,9 +108,7 @@ def _verdicts(found: Estimate) -> None:
     for row in found.methods:
         left = row.placement.left
         over = f"{format_bytes(left)} left" if left >= 0 else f"{format_bytes(-left)} short"
-        rows.append(
-            [row.method, row.placement.verdict, over, _reach(row.context, "tokens"), _reach(row.batch, "sequences")]
-        )
+        rows.append([row.method, row.placement.verdict, over, _reach(row.context, "tokens"), _reach(row.batch)])
     asked = f"{found.setting.context:,} tokens"
     console.table(
         f"on {_named(found)}",
@@ -120,10 +118,10 @@ def _verdicts(found: Estimate) -> None:
     )
 
 
-def _reach(reach, unit: str) -> str:
+def _reach(reach, unit: str = "") -> str:
     if not reach.value:
         return "none"
-    return f"{reach.value:,} {unit}" + ("" if reach.bound == "memory" else f" ({reach.bound})")
+    return f"{reach.value:,} {unit}".rstrip() + ("" if reach.bound == "memory" else f" ({reach.bound})")
 
 
 def _named(found: Estimate) -> str:

@@ -105,6 +105,8 @@ def estimate_memory(
         _one_of("train", train, TRAINING)
         _one_of("runtime", runtime, ("transformers",), " with --train")
     devices = gpus(list(gpu))
+    if runtime == "vllm":
+        devices = [_taken_by_vllm(device) for device in devices]
     opened = open_model(model, params, revision)
     limit = opened.config.max_context
     setting = Setting(
@@ -143,6 +145,11 @@ def sixteen_bit(model: Model) -> str:
     return model.config.dtype if model.config.dtype in ("bfloat16", "float16") else "bfloat16"
 
 
+def _taken_by_vllm(gpu: Gpu) -> Gpu:
+    share = f"{gpu.said}; vLLM takes 90% of it unless --gpu-memory-utilization says otherwise"
+    return replace(gpu, memory=gpu.memory * 9 // 10, said=share)
+
+
 def _check(**numbers: int | None) -> None:
     for name, value in numbers.items():
         if value is not None and value < 1:
@@ -162,6 +169,8 @@ def _methods(model: Model, bits: Sequence[str], train: str | None) -> list[str]:
                 f"{model.label} is quantized already ({kind}), and --bits {bits[0]} was given",
                 "Leave out --bits, or name the original checkpoint.",
             )
+        if train == "lora":
+            raise _wrong_training(train, f"{model.label} is quantized")
         return [STORED]
     half = sixteen_bit(model)
     if not bits:
@@ -174,11 +183,14 @@ def _methods(model: Model, bits: Sequence[str], train: str | None) -> list[str]:
         if method not in METHODS or method == STORED:
             raise UsageError(f"--bits is {text!r}, expected 32, 16, 8, 4 or one of {', '.join(METHODS[:-1])}")
         found.append(method)
-    if train == "qlora" and any(method in ITEMSIZE for method in found):
-        raise UsageError(
-            f"--train qlora trains on quantized weights, and --bits {bits[0]} was given", "Use --train lora."
-        )
+    if train and any((method in ITEMSIZE) == (train == "qlora") for method in found):
+        raise _wrong_training(train, f"--bits {', '.join(bits)} was given")
     return list(dict.fromkeys(found))
+
+
+def _wrong_training(train: str, found: str) -> UsageError:
+    kind, other = ("quantized", "lora") if train == "qlora" else ("unquantized", "qlora")
+    return UsageError(f"--train {train} is for {kind} weights, and {found}", f"Use --train {other}.")
 
 
 def _estimate(costs: Costs, setting: Setting, devices: list[Gpu]) -> MethodEstimate:
