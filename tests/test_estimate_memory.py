@@ -314,6 +314,8 @@ def test_no_weight_of_a_hub_model_is_downloaded(cli, tmp_path):
     bins.mkdir()
     shutil.copy(DEMO / "config.json", bins)
     (bins / "pytorch_model.bin").write_bytes(b"0" * 1000)
+    (bins / "original").mkdir()
+    shutil.copy(DEMO / "model.safetensors", bins / "original")
     with running_hub() as hub:
         hub.add_repo("org/demo", DEMO)
         hub.add_repo("org/bins", bins)
@@ -326,4 +328,6 @@ def test_no_weight_of_a_hub_model_is_downloaded(cli, tmp_path):
         done = cli("estimate-memory", "org/bins", env=environment)
         assert done.returncode == 0 and "1,369,728 parameters (config.json alone" in done.stdout, done.stderr
         assert hub.sent("pytorch_model.bin") == 0
+        hub.requests.clear()
         assert "gated" in cli("estimate-memory", "org/gated", env=environment | {"HF_TOKEN": ""}).stderr
+        assert len(hub.requests) == 1  # a refusal is no lost connection: it is not asked for again

@@ -230,6 +230,6 @@ def _advised(
     advice = Advice(
         count=verdict.count_that_fits(lambda gpus: costs.needs(setting, gpus), devices[0]),
         smaller=sorted(smaller),
-        on_cpu=moved.on_cpu if moved else None,
+        on_cpu=moved,
     )
     return replace(row, advice=advice)

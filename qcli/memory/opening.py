@@ -57,7 +57,7 @@ def _from_place(model: str, revision: str | None) -> Model:
     place = open_place(model, revision)
     if "config.json" not in place.names:
         raise CheckpointError(f"{model} has no config.json", "Give the folder or repository of a Hugging Face model.")
-    if not any(name.endswith(".safetensors") for name in place.names):
+    if not _has_headers(place.names):
         raw = _read(place.local("config.json"))
         return _from_config(
             ModelConfig(raw, f"{model}/config.json"), model, "config.json alone, for want of safetensors"
@@ -69,6 +69,14 @@ def _from_place(model: str, revision: str | None) -> Model:
         label=model, config=config, parameters=parameters_of(source, config), read="safetensors headers",
         file_bytes=sum(place.size(file) for file in source.files), files=files,
     )  # fmt: skip
+
+
+def _has_headers(names: list[str]) -> bool:
+    """Whether the weights that `Source` would read are safetensors: torch's own files would have to be fetched, and loaded."""
+    if {"model.safetensors", "model.safetensors.index.json"} & set(names):
+        return True
+    torch_files = {"pytorch_model.bin", "pytorch_model.bin.index.json"} & set(names)
+    return not torch_files and any(name.endswith(".safetensors") and "/" not in name for name in names)
 
 
 def _read(path: Path) -> dict:

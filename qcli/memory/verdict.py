@@ -103,13 +103,24 @@ def fits(needs: Needs, gpus: Sequence[Gpu]) -> bool:
     return CPU not in split.fill(needs.blocks, _rooms(needs, gpus))
 
 
-def offload(needs: Needs, gpus: Sequence[Gpu]) -> Placement | None:
-    """The GPUs filled in turn and the rest in the CPU's memory, with room on GPU 0 for the largest block that moves between
-    them; None where not one block stays on a GPU."""
+def offload(needs: Needs, gpus: Sequence[Gpu]) -> int | None:
+    """Bytes of the weights that go to the CPU's memory when the GPUs are filled in turn; None where not one layer stays.
+
+    Layers on the CPU are brought to GPU 0 one at a time and run there, so it keeps room for the largest block and has the state
+    of all of them.
+    """
     rooms = _rooms(needs, gpus)
-    rooms[0] = max(0, rooms[0] - max(block.weights for block in needs.blocks))
-    places = split.fill(needs.blocks, rooms)
-    return None if all(place == CPU for place in places) else _placement(NO, needs, gpus, places, automatic=False)
+    rooms[0] -= max(block.weights for block in needs.blocks)
+    moved = 0
+    while rooms[0] > moved:
+        places = split.fill(needs.blocks, [rooms[0] - moved, *rooms[1:]])
+        away = [block for block, place in zip(needs.blocks, places) if place == CPU]
+        state = sum(block.state for block in away)
+        if state <= moved:
+            here = len(needs.blocks) - len(away)
+            return sum(block.weights for block in away) if here > 1 else None
+        moved = state
+    return None
 
 
 def count_that_fits(needs: Callable[[Sequence[Gpu]], Needs], gpu: Gpu) -> int | None:
