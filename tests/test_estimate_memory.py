@@ -95,10 +95,10 @@ def test_advice_is_true(estimate):
     """What is advised is tried: it fits, and one GPU fewer does not."""
     (row,) = found(estimate("--gpu", "rtx3080", "--bits", "16", "--json"))["methods"]
     assert row["verdict"] == "does not fit" and row["left"] < 0
-    count, smaller = row["advice"]["count"], row["advice"]["smaller"]
-    assert "nf4" in smaller and count > 1
-    for bits in smaller:
-        assert estimate("--gpu", "rtx3080", "--bits", bits).returncode == 0
+    count, options = row["advice"]["count"], row["advice"]["options"]
+    assert "--bits nf4" in options and count > 1
+    for option in options:
+        assert estimate("--gpu", "rtx3080", *option.split()).returncode == 0
     assert estimate("--gpu", f"{count}xrtx3080", "--bits", "16").returncode == 0
     assert estimate("--gpu", f"{count - 1}xrtx3080", "--bits", "16").returncode == 3
     assert 0 < row["advice"]["on_cpu"] < 2 * 8_030_261_248
@@ -222,6 +222,7 @@ def test_training_needs_more(estimate):
         refused = estimate("--train", train, "--bits", bits)
         assert refused.returncode == 2 and words in refused.stderr
     assert estimate("--train", "qlora", "--runtime", "vllm").returncode == 2
+    assert "what would: --train qlora, " in estimate("--train", "lora", "--context", "512", "--gpu", "14GB").stdout
 
 
 def test_the_papers_table(quick_cli):
@@ -286,7 +287,8 @@ def test_the_figure(estimate, tmp_path):
         (("./nowhere",), "there is no folder ./nowhere"), (("bad.json",), "is not valid JSON"),
         (("list.json",), "expected an object"),
         (("empty.json",), "model_type"), (("partial.json",), "hidden_size"), (("unknown.json",), "'martian'"),
-        (("null.json",), "num_hidden_layers"), (("llama-8b.json", "--bits", "3"), "--bits is '3'"),
+        (("null.json",), "num_hidden_layers"), (("scheme.json",), "quantization_config is 'int4'"),
+        (("llama-8b.json", "--bits", "3"), "--bits is '3'"),
         (("llama-8b.json", "--context", "0"), "--context is 0"), (("llama-8b.json", "--batch", "-1"), "--batch is -1"),
         (("llama-8b.json", "--runtime", "x"), "--runtime is 'x'"), (("llama-8b.json", "--train", "x"), "--train is 'x'"),
         (("llama-8b.json", "--kv-dtype", "int3"), "int3"), (("llama-8b.json", "--models", "a"), "without --table"),
@@ -299,6 +301,7 @@ def test_what_is_refused(quick_cli, config, tmp_path, arguments, words):
     files = {
         "bad.json": "{", "list.json": "[1]", "empty.json": "{}", "unknown.json": json.dumps(LLAMA_8B | {"model_type": "martian"}),
         "partial.json": json.dumps({k: v for k, v in LLAMA_8B.items() if k != "hidden_size"}),
+        "scheme.json": json.dumps(LLAMA_8B | {"quantization_config": "int4"}),
         "null.json": json.dumps(LLAMA_8B | {"num_hidden_layers": None}),
     }  # fmt: skip
     for name, text in files.items():
@@ -330,4 +333,4 @@ def test_no_weight_of_a_hub_model_is_downloaded(cli, tmp_path):
         assert hub.sent("pytorch_model.bin") == 0
         hub.requests.clear()
         assert "gated" in cli("estimate-memory", "org/gated", env=environment | {"HF_TOKEN": ""}).stderr
-        assert len(hub.requests) == 1  # a refusal is no lost connection: it is not asked for again
+        assert len(hub.requests) == 2  # the listing and config.json: a refusal is no lost connection, to be tried again

@@ -139,7 +139,9 @@ def _splits(found: Estimate) -> None:
         if row.placement.verdict == NO:
             continue
         how = 'as device_map="auto" splits it'
-        if not row.placement.automatic:
+        if found.setting.runtime == "vllm":
+            how = "a split of its layers that fits"
+        elif not row.placement.automatic:
             how = 'device_map="auto" splits it otherwise, and that does not fit: give this device map'
         console.table(
             f"{row.method}: {how}",
@@ -169,12 +171,7 @@ def _bars(found: Estimate) -> None:
 
 def _sentence(found: Estimate, row: MethodEstimate) -> str:
     state = "fits only if the overhead is small" if row.placement.verdict != NO else "does not fit"
-    ways = []
-    if 0 < row.context.value < found.setting.context:
-        ways.append(f"--context {row.context.value}")
-    if 0 < row.batch.value < found.setting.batch:
-        ways.append(f"--batch {row.batch.value}")
-    ways += [f"--bits {method}" for method in row.advice.smaller]
+    ways = list(row.advice.options)
     if row.advice.count:
         ways.append(f"--gpu {row.advice.count}x{found.gpus[0].name.replace(' ', '')}")
     if row.advice.on_cpu:

@@ -9,6 +9,7 @@ from qcli.memory.components import STORED, Component, Costs, Setting
 from qcli.memory.hardware import Gpu, gpus
 from qcli.memory.opening import Model, open_model
 from qcli.memory.solve import largest
+from qcli.memory.split import device_map_auto
 from qcli.memory.verdict import FITS, Needs, Placement
 from qcli.memory.weights import ITEMSIZE, METHODS
 from qcli.sizes import format_bytes
@@ -31,11 +32,11 @@ class Reach:
 
 @dataclass(frozen=True)
 class Advice:
-    """What would fit where this method does not: `count` of the first GPU named, `smaller` methods on the GPUs named, and how many
-    bytes would have to lie in the CPU's memory (None where offloading does not help either)."""
+    """What would fit where this does not: any one of `options` added to what was asked ("--bits nf4"), `count` of the first GPU
+    named instead of those named, or `on_cpu` bytes of the layers in the CPU's memory. None where that does not help."""
 
+    options: list[str]
     count: int | None
-    smaller: list[str]
     on_cpu: int | None
 
 
@@ -111,7 +112,7 @@ def estimate_memory(
     limit = opened.config.max_context
     setting = Setting(
         context=context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT), batch=batch, kv_dtype=kv_dtype,
-        runtime=runtime, train=train, rank=rank, dtype=sixteen_bit(opened),
+        runtime=runtime, train=train, rank=rank, dtype=_sixteen_bit(opened),
     )  # fmt: skip
     costs = [Costs(opened, method, setting.dtype) for method in _methods(opened, bits, train)]
     rows = [_estimate(cost, setting, devices) for cost in costs]
@@ -140,7 +141,7 @@ def _notes(model: Model, setting: Setting, devices: list[Gpu], rows: Sequence[Me
     return found
 
 
-def sixteen_bit(model: Model) -> str:
+def _sixteen_bit(model: Model) -> str:
     """The dtype of what is not quantized: the stored one, bfloat16 where that has 32 bits."""
     return model.config.dtype if model.config.dtype in ("bfloat16", "float16") else "bfloat16"
 
@@ -172,7 +173,7 @@ def _methods(model: Model, bits: Sequence[str], train: str | None) -> list[str]:
         if train == "lora":
             raise _wrong_training(train, f"{model.label} is quantized")
         return [STORED]
-    half = sixteen_bit(model)
+    half = _sixteen_bit(model)
     if not bits:
         if train:
             return ["nf4"] if train == "qlora" else [half]
@@ -201,7 +202,7 @@ def _estimate(costs: Costs, setting: Setting, devices: list[Gpu]) -> MethodEstim
         return row
     return replace(
         row,
-        placement=verdict.place(needs, devices, quantized=costs.method not in ITEMSIZE),
+        placement=verdict.place(needs, devices, _automatic(costs, setting, needs, devices)),
         context=_reach(costs, setting, devices, "context"),
         batch=_reach(costs, setting, devices, "batch"),
     )
@@ -215,21 +216,47 @@ def _reach(costs: Costs, setting: Setting, devices: list[Gpu], name: str) -> Rea
     return Reach(value, stop if value == limit else "memory")
 
 
+def _automatic(costs: Costs, setting: Setting, needs: Needs, devices: list[Gpu]) -> list[int] | None:
+    """The split that comes of itself: that of device_map="auto" in transformers, none in vLLM."""
+    if setting.runtime == "vllm":
+        return None
+    memory = [device.memory for device in devices]
+    return device_map_auto(needs.blocks, memory, quantized=costs.method not in ITEMSIZE)
+
+
 def _advised(
     costs: Costs, row: MethodEstimate, setting: Setting, devices: list[Gpu], rows: Sequence[MethodEstimate]
 ) -> MethodEstimate:
     if row.placement.verdict == FITS:
         return row
-    moved = verdict.offload(row.needs, devices) if setting.runtime == "transformers" and not setting.train else None
-    smaller = [other.method for other in rows if other.placement.verdict == FITS and other.needs.most < row.needs.most]
-    tried = {other.method for other in rows} | ({"llm-int8", "nf4"} if row.method == STORED else set())
-    for method in {"llm-int8", "nf4"} - tried:
-        other = Costs(costs.model, method, setting.dtype).needs(setting, devices)
-        if other.most < row.needs.most and verdict.fits(other, devices):
-            smaller.append(method)
+    options = []
+    if 0 < row.context.value < setting.context:
+        options.append(f"--context {row.context.value}")
+    if 0 < row.batch.value < setting.batch:
+        options.append(f"--batch {row.batch.value}")
+    options += _smaller(costs, row, setting, devices, rows)
+    can_offload = setting.runtime == "transformers" and not setting.train
     advice = Advice(
+        options=options,
         count=verdict.count_that_fits(lambda gpus: costs.needs(setting, gpus), devices[0]),
-        smaller=sorted(smaller),
-        on_cpu=moved,
+        on_cpu=verdict.offload(row.needs, devices) if can_offload else None,
     )
     return replace(row, advice=advice)
+
+
+def _smaller(
+    costs: Costs, row: MethodEstimate, setting: Setting, devices: list[Gpu], rows: Sequence[MethodEstimate]
+) -> list[str]:
+    """Options for fewer bits that fit, the least loss first."""
+    if row.method == STORED:
+        return []
+    counted = {other.method: other.needs for other in rows}
+    if setting.train == "lora":
+        needs = Costs(costs.model, "nf4", setting.dtype).needs(replace(setting, train="qlora"), devices)
+        return ["--train qlora"] if verdict.fits(needs, devices) else []
+    found = []
+    for method in (*(name for name in counted if name in ITEMSIZE), "llm-int8", "nf4"):
+        needs = counted.get(method) or Costs(costs.model, method, setting.dtype).needs(setting, devices)
+        if needs.most < row.needs.most and verdict.fits(needs, devices):
+            found.append(f"--bits {method}")
+    return found

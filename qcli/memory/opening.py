@@ -47,8 +47,14 @@ def open_model(model: str | None, size: str | None = None, revision: str | None 
     return _from_place(model, revision)
 
 
+def _checked(config: ModelConfig) -> ModelConfig:
+    if not isinstance(config.quantization, dict | None):
+        raise CheckpointError(f"{config.label}: quantization_config is {config.quantization!r}, expected an object")
+    return config
+
+
 def _from_config(config: ModelConfig, label: str, read: str) -> Model:
-    return Model(label, config, parameters(config), read)
+    return Model(label, config, parameters(_checked(config)), read)
 
 
 def _from_place(model: str, revision: str | None) -> Model:
@@ -63,7 +69,7 @@ def _from_place(model: str, revision: str | None) -> Model:
             ModelConfig(raw, f"{model}/config.json"), model, "config.json alone, for want of safetensors"
         )
     source = Source(place, model, trust_remote_code=False)
-    config = ModelConfig(source.config, f"{model}/config.json")
+    config = _checked(ModelConfig(source.config, f"{model}/config.json"))
     files = [] if place.is_hub else [place.weights(file) for file in source.files]
     return Model(
         label=model, config=config, parameters=parameters_of(source, config), read="safetensors headers",

@@ -11,7 +11,7 @@ def summary(found: Estimate) -> dict[str, object]:
     bits_per_weight; components: name, bytes, formula (sentences); overhead and total: least, likely and most on one GPU; and with
     GPUs named verdict ("fits", "tight", "does not fit"), left (of the fullest GPU), split ("device_map auto" or "by hand" over
     several), gpus (holds, weights, state, activations, overhead, left), largest_context and largest_batch (value, bound), and
-    advice (count, smaller, on_cpu) or null.
+    advice (options, count, on_cpu: see `Advice`) or null.
     """
     config = found.model.config
     setting = vars(found.setting) | {"rank": found.setting.rank if found.setting.train else None}

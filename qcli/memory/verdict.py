@@ -62,7 +62,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Placement:
-    """The verdict and the load of each GPU. `automatic`: the split is the one of device_map="auto", or there is but one GPU.
+    """The verdict and the load of each GPU. `automatic`: the split comes of itself, or there is but one GPU.
     `on_cpu` is bytes of the blocks that found no room."""
 
     verdict: str
@@ -76,8 +76,8 @@ class Placement:
         return -self.on_cpu if self.on_cpu else min(load.left for load in self.loads)
 
 
-def place(needs: Needs, gpus: Sequence[Gpu], quantized: bool) -> Placement:
-    """The split of a model over GPUs: the one of device_map="auto" if it fits, else one that does.
+def place(needs: Needs, gpus: Sequence[Gpu], automatic: Sequence[int] | None) -> Placement:
+    """The split of a model over GPUs: `automatic`, the one that comes of itself, if it fits, else one that does.
 
     "fits" holds with the most overhead, "tight" only with the least. What fits in no way fills the GPUs in turn, and the rest
     is left over.
@@ -85,10 +85,9 @@ def place(needs: Needs, gpus: Sequence[Gpu], quantized: bool) -> Placement:
     if len(gpus) == 1:
         return _on_one(needs, gpus[0])
     memory = [gpu.memory for gpu in gpus]
-    automatic = split.device_map_auto(needs.blocks, memory, quantized)
     for verdict, overhead in ((FITS, needs.overhead[-1]), (TIGHT, needs.overhead[0])):
         rooms = [max(0, size - needs.activations - overhead) for size in memory]
-        if _holds(needs.blocks, automatic, rooms):
+        if automatic and _holds(needs.blocks, automatic, rooms):
             return _placement(verdict, needs, gpus, automatic, automatic=True)
         places = split.even(needs.blocks, rooms)
         if CPU not in places:
