@@ -9,20 +9,27 @@ through attention. Rotary tables and masks are alive through all layers.
 from dataclasses import dataclass
 
 from qcli.memory.cache_parts import attention_shape
+from qcli.memory.states import state
 
 # Feed-forward without a gate: (f, h) alive at its activation. Activations made of several operations keep their parts.
 UNGATED = {
     "gpt2": (4, 6), "gptj": (4, 6), "codegen": (4, 6), "gpt_neo": (4, 8), "bloom": (5, 6), "phi": (4, 4), "mpt": (2, 8),
-    "opt": (2, 4), "gpt_neox": (2, 4), "falcon": (2, 4), "starcoder2": (2, 4), "gpt_bigcode": (2, 4),
+    "opt": (2, 4), "gpt_neox": (2, 4), "falcon": (2, 4), "starcoder2": (2, 4), "gpt_bigcode": (2, 6), "apertus": (6, 4),
     "persimmon": (3, 4), "nemotron": (3, 4), "t5": (2, 4), "mt5": (2, 4), "umt5": (2, 4),
 }  # fmt: skip
-_GATED = {"phi3": (4, 4), "glm": (4, 4), "glm4": (4, 4), "stablelm": (3, 6), "olmo2": (3, 3), "olmo3": (3, 3)}
-# Attention that transformers does not fuse: bytes of scores alive per head and pair of tokens, a beside them, and bytes of the
-# scores that stay alive through the feed-forward.
+_GATED = {
+    "phi3": (4, 4), "glm": (4, 4), "glm4": (4, 4), "stablelm": (3, 6), "olmo2": (3, 3), "olmo3": (3, 3), "exaone4": (3, 3),
+    "t5": (4, 4), "mt5": (4, 4), "umt5": (4, 4),
+}  # fmt: skip
+# Attention that transformers does not fuse, or whose bias is as large: bytes alive per head and pair of tokens, a beside them,
+# and bytes of those that stay alive through the feed-forward.
 _EAGER = {
     "gemma2": (10, 3, 2), "gpt_oss": (6, 3, 2), "bloom": (14, 3, 0), "mpt": (12, 3, 2), "gptj": (10, 8, 2),
-    "codegen": (10, 8, 2), "gpt_neo": (10, 6, 2), "t5": (12, 3, 0), "mt5": (12, 3, 0), "umt5": (12, 3, 0),
+    "codegen": (10, 8, 2), "gpt_neo": (10, 6, 2), "mimo_v2_flash": (6, 3, 2), "t5": (6, 2, 2), "mt5": (6, 2, 2), "umt5": (6, 2, 2),
 }  # fmt: skip
+# Queries and keys turned or normed in float32: (a, g).
+_IN_FLOAT32 = {"cohere": (7, 6), "ernie4_5": (6, 4), "olmo2": (9, 0), "olmo3": (9, 0)}
+_ROTARY_BY_KIND = ("gemma3", "gemma3_text", "gemma3n_text", "gemma4_text", "olmo3")
 _NO_ROTARY = ("gpt2", "opt", "bloom", "mpt", "gpt_neo", "gpt_bigcode", "t5", "mt5", "umt5")
 _MASKED = ("falcon", "qwen2_moe")  # a mask even where causality is all there is to it
 _ROUTED_IN_16_BIT = ("qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "qwen3_5_moe", "qwen3_5_moe_text")
@@ -66,6 +73,8 @@ def _feed_forward(config) -> tuple[str, int, str]:
     h, f, kind = config.hidden_size, config.intermediate_size, config.model_type
     if any(config.is_moe_layer(i) for i in range(config.layers)):
         f, k = config.moe_intermediate_size, config.experts_per_token
+        if kind in ("llama4", "llama4_text"):  # every expert sees every token
+            k = config.num_experts
         wide, deep = 9 if kind == "gpt_oss" else 4, 4 if kind in _ROUTED_IN_16_BIT else 6
         inside, after = k * (wide * f + h), deep * k * h
         if inside >= after:
@@ -75,6 +84,8 @@ def _feed_forward(config) -> tuple[str, int, str]:
         wide, deep = UNGATED[kind]
     else:
         wide, deep = _GATED.get(kind, (3, 4))
+    if kind == "gemma3n_text":
+        deep = 12 + 3 * config.integer("altup_num_inputs", default=4)
     return "feed-forward", wide * f + deep * h, f"{wide} x f + {deep} x h, f={f}, h={h}"
 
 
@@ -86,12 +97,11 @@ def is_gated(config) -> bool:
 def _mixers(config) -> list[tuple[str, int, str]]:
     """The moments of attention and of recurrence, beyond the cache that they fill."""
     types, h, made = set(config.layer_types), config.hidden_size, []
-    if "linear_attention" in types and config.get("linear_num_value_heads", default=None) is not None:
-        heads = config.integer("linear_num_value_heads")
-        keys, values = (heads * config.integer(f"linear_{part}_head_dim") for part in ("key", "value"))
-        # The torch path works in float32 on chunks of 64 tokens.
-        count = (27 * keys + 29 * values + 342 * heads) // 2 + 5 * h
-        made.append(("recurrence", count, f"13.5 x {keys} keys + 14.5 x {values} values + 171 x {heads} heads + 5 x h"))
+    if types & {"linear_attention", "hybrid", "hybrid_sliding"} and config.model_type not in (
+        "minimax",
+        "recurrent_gemma",
+    ):
+        made.append(("recurrence", *_recurrence(config)))
     attending = types - set(_NO_ATTENTION)
     if not attending:
         return made
@@ -103,14 +113,34 @@ def _mixers(config) -> list[tuple[str, int, str]]:
         return made
     heads, width = max((attention_shape(config, kind) for kind in attending), key=lambda shape: shape[0] * shape[1])
     g, kind = heads * width, config.model_type
-    if kind in ("cohere", "olmo2", "olmo3"):  # turned in float32, and OLMo norms all heads at once
-        count, why = (3 * h + 7 * a + 6 * g, "7 x a + 6 x g") if kind == "cohere" else (3 * h + 9 * a, "9 x a")
+    if kind in _IN_FLOAT32:
+        queries, keys = _IN_FLOAT32[kind]
+        count, why = 3 * h + queries * a + keys * g, f"{queries} x a + {keys} x g"
     elif kind in _NO_ROTARY:
         count, why = 3 * h + 4 * a, "4 x a"
     else:
         count, why = 3 * h + max(4 * a, 2 * a + 3 * g), "the larger of 4 x a and 2 x a + 3 x g"
     made.append(("attention", count, f"3 x h + {why}, h={h}, a={a}, g={g}"))
     return made
+
+
+def _recurrence(config) -> tuple[int, str]:
+    """Elements per token, of 16 bit, of a recurrent layer's scan as transformers does it in torch: in float32, by chunks. The
+    kernels of mamba-ssm and flash-linear-attention, which are not part of it, need a small share of this."""
+    h, kind = config.hidden_size, config.model_type
+    shape = state(config, "linear_attention")
+    if kind == "kimi_linear":
+        width = shape.channels // 3
+        return 400 * width + 4 * h, f"400 x heads x head_dim {width} + 4 x h"
+    if shape.heads and shape.chunk:
+        chunks = shape.heads * (11 * shape.chunk + 15 * shape.size + 400) // 2
+        scan = f"{shape.heads} heads x (5.5 x chunk {shape.chunk} + 7.5 x state {shape.size} + 200)"
+        return chunks + 31 * shape.inner // 2 + 4 * h, f"{scan} + 15.5 x inner {shape.inner} + 4 x h"
+    if shape.heads:
+        keys, values = shape.heads * shape.size, shape.inner
+        count = (27 * keys + 29 * values + 342 * shape.heads) // 2 + 5 * h
+        return count, f"13.5 x {keys} keys + 14.5 x {values} values + 171 x {shape.heads} heads + 5 x h"
+    return (6 * shape.size + 11) * shape.inner + 3 * h, f"(6 x state {shape.size} + 11) x inner {shape.inner} + 3 x h"
 
 
 def _rotary(config) -> int:
@@ -120,7 +150,7 @@ def _rotary(config) -> int:
         return 0
     mla = config.get("kv_lora_rank", default=None) is not None
     width = config.integer("qk_rope_head_dim") if mla else config.head_dim
-    return 2 * width * (len(types) if config.model_type.startswith("gemma3") else 1)
+    return 2 * width * (len(types) if config.model_type in _ROTARY_BY_KIND else 1)
 
 
 def _masks(config, through: Pass) -> tuple[int, int]:

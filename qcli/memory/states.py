@@ -17,12 +17,20 @@ _MAMBA_1 = ("mamba", "falcon_mamba", "jamba", "zamba")
 
 @dataclass(frozen=True)
 class State:
-    """Elements that one layer keeps for one sequence: `channels` x `kernel` inputs and `recurrent` more; `formula` says why."""
+    """Elements that one layer keeps for one sequence: `channels` x `kernel` inputs and `recurrent` more; `formula` says why.
+
+    What its scan works on: `inner` channels, in `heads` (0 where each is alone) of `size` states or keys each, `chunk` tokens
+    at a time where the config says how many.
+    """
 
     channels: int
     kernel: int
     recurrent: int
     formula: str
+    inner: int = 0
+    heads: int = 0
+    size: int = 0
+    chunk: int = 0
 
 
 def state(config, kind: str) -> State:
@@ -43,7 +51,8 @@ def state(config, kind: str) -> State:
     if config.model_type in _MAMBA_1:
         inner = config.integer(*_EXPAND) * config.hidden_size
         formula = "inner x conv_kernel inputs, inner x state_size; inner = expand x hidden_size"
-        return State(inner, config.integer(*_KERNEL), inner * config.integer(*_STATE), formula)
+        size = config.integer(*_STATE)
+        return State(inner, config.integer(*_KERNEL), inner * size, formula, inner, size=size)
     return _mamba_2(config)
 
 
@@ -56,7 +65,9 @@ def _mamba_2(config) -> State:
     groups = config.integer("mamba_n_groups", "mamba_ngroups", "n_groups")
     size = config.integer(*_STATE)
     formula = "(inner + 2 x groups x state_size) x conv_kernel inputs, inner x state_size"
-    return State(inner + 2 * groups * size, config.integer(*_KERNEL), inner * size, formula)
+    channels, kernel = inner + 2 * groups * size, config.integer(*_KERNEL)
+    heads, chunk = config.integer(*_HEADS), config.integer("mamba_chunk_size", "chunk_size", default=256)
+    return State(channels, kernel, inner * size, formula, inner, heads, size, chunk)
 
 
 def _gated_delta(config) -> State:
@@ -67,8 +78,8 @@ def _gated_delta(config) -> State:
     formula = (
         "(2 x key_heads x key_dim + value_heads x value_dim) x conv_kernel inputs, value_heads x key_dim x value_dim"
     )
-    channels = 2 * key_heads * key_dim + value_heads * value_dim
-    return State(channels, config.integer("linear_conv_kernel_dim"), value_heads * key_dim * value_dim, formula)
+    inner, kernel = value_heads * value_dim, config.integer("linear_conv_kernel_dim")
+    return State(2 * key_heads * key_dim + inner, kernel, inner * key_dim, formula, inner, value_heads, key_dim)
 
 
 def _kimi_delta(config) -> State:

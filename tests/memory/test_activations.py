@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, T5Config, T5ForConditionalGeneration
 
 from qcli.errors import UsageError
 from qcli.memory.activations import activations
@@ -22,6 +22,8 @@ MLA = dict(
     kv_lora_rank=64, q_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=40, n_routed_experts=8,
     n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1, num_key_value_heads=8,
 )  # fmt: skip
+MAMBA_2 = dict(mamba_n_heads=16, mamba_d_head=64, mamba_d_state=128)
+ALTERNATING = ["sliding_attention", "full_attention"] * 2
 MODELS = {
     "llama": LLAMA,
     "qwen2": LLAMA,
@@ -58,9 +60,46 @@ MODELS = {
         head_dim=D, linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=32, linear_value_head_dim=32,
         shared_expert_intermediate_size=F,
     ),
+    "glm4": LLAMA | dict(head_dim=D),
+    "nemotron": LLAMA | dict(head_dim=D),
+    "persimmon": LLAMA,
+    "gpt_bigcode": GPT,
+    "codegen": GPT | dict(rotary_dim=16),
+    "olmo3": LLAMA | dict(sliding_window=64),
+    "exaone4": LLAMA | dict(sliding_window=64),
+    "cohere2": LLAMA | dict(head_dim=D, sliding_window=64),
+    "ernie4_5": LLAMA,
+    "olmoe": MOE,
+    "phimoe": MOE,
+    "glm4_moe": MOE | dict(head_dim=D, first_k_dense_replace=1, n_routed_experts=8, n_group=1, topk_group=1),
+    "llama4_text": MOE | dict(
+        head_dim=D, intermediate_size_mlp=F, attention_chunk_size=64, interleave_moe_layer_step=1
+    ),
+    "mimo_v2_flash": MOE | dict(head_dim=D, v_head_dim=D, n_routed_experts=8, sliding_window=64),
+    "gemma3n_text": LLAMA | dict(
+        head_dim=D, sliding_window=64, num_kv_shared_layers=0, layer_types=ALTERNATING, hidden_size_per_layer_input=64,
+        vocab_size_per_layer_input=128, laurel_rank=8, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4,
+    ),
+    "gemma4_text": LLAMA | dict(
+        head_dim=D, global_head_dim=D, sliding_window=64, num_kv_shared_layers=0, layer_types=ALTERNATING,
+        hidden_size_per_layer_input=64, vocab_size_per_layer_input=128,
+    ),
+    "lfm2": LLAMA | dict(layer_types=["conv", "full_attention", "conv", "conv"], block_auto_adjust_ff_dim=False),
+    "jamba": LLAMA | dict(num_experts=1, attn_layer_period=4, attn_layer_offset=2),
+    "bamba": LLAMA | MAMBA_2 | dict(attn_layer_indices=[2]),
+    "falcon_h1": LLAMA | MAMBA_2 | dict(mamba_d_ssm=1024),
+    "nemotron_h": {name: value for name, value in LLAMA.items() if name != "num_hidden_layers"} | dict(
+        hybrid_override_pattern="M*-M", head_dim=D, mamba_num_heads=16, mamba_head_dim=64, ssm_state_size=128, n_groups=1
+    ),
+    "granitemoehybrid": MOE | MAMBA_2 | dict(
+        layer_types=["mamba", "attention", "mamba", "mamba"], shared_intermediate_size=F
+    ),
+    "kimi_linear": MOE | MLA | dict(
+        linear_num_heads=8, linear_head_dim=64, layer_types=["linear_attention", "full_attention"] * 2
+    ),
 }  # fmt: skip
 # transformers has no fused attention for these.
-EAGER = ("gemma2", "gptj", "gpt_neo", "bloom", "mpt", "gpt_oss")
+EAGER = ("gemma2", "gptj", "codegen", "gpt_neo", "bloom", "mpt", "gpt_oss", "mimo_v2_flash")
 
 
 def config(name: str, fields: dict) -> ModelConfig:
@@ -167,3 +206,15 @@ def test_what_is_asked_wrongly():
         activations(llama, 1, runtime="tgi")
     with pytest.raises(UsageError, match="logits is 'some'"):
         activations(llama, 1, logits="some")
+
+
+@pytest.mark.parametrize("projection", ["relu", "gated-gelu"])
+@pytest.mark.parametrize("tokens", [64, 512])
+def test_the_encoder_of_t5(projection, tokens):
+    fields = dict(vocab_size=128, d_model=H, d_kv=D, d_ff=F, num_layers=4, num_heads=8, feed_forward_proj=projection)
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(T5Config(**fields)).to(torch.bfloat16).eval()
+        with torch.no_grad(), Live([*model.parameters(), *model.buffers()]) as live:
+            model.encoder(torch.zeros(1, tokens, dtype=torch.int64))
+    t5 = config("t5", fields | {"is_encoder_decoder": True})
+    assert activations(t5, tokens).prefill == pytest.approx(live.peak, rel=0.05)
