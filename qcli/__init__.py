@@ -15,11 +15,12 @@ _EXPORTS = {
     "quantize": "qcli.quantization",
     "load": "qcli.model",
     "evaluate": "qcli.evaluation.evaluate",
+    "estimate_memory": "qcli.memory.estimate",
     "inspect_outliers": "qcli.outliers.instrument",
     "QcliError": "qcli.errors",
 }
 
-__all__ = ["QcliError", "__version__", "evaluate", "inspect_outliers", "load", "quantize"]
+__all__ = ["QcliError", "__version__", "estimate_memory", "evaluate", "inspect_outliers", "load", "quantize"]
 
 
 def __getattr__(name: str):

@@ -85,6 +85,50 @@ def table(
     stream.flush()
 
 
+def can_show(text: str) -> bool:
+    """Whether stdout's encoding has every character of `text`."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def bar(label: str, parts: Sequence[tuple[float, str, str]], whole: float, note: str, *, cells: int = 48) -> None:
+    """Writes one stacked bar on stdout: `parts` are (amount, character, colour), of `whole`. Beyond `whole` it is marked by "|"."""
+    used = sum(amount for amount, _, _ in parts)
+    scale = (cells - (used > whole)) / max(whole, used, 1)
+    pieces, reached, drawn = [], 0.0, 0
+    for amount, character, colour in parts:
+        reached += amount
+        count = round(reached * scale) - drawn
+        drawn += count
+        pieces.append((character * count, colour))
+    if used > whole:
+        pieces = _cut(pieces, round(whole * scale))
+    else:
+        pieces.append((("\u00b7" if can_show("\u00b7") else ".") * (cells - drawn), "dim"))
+    line = [(f"{label} ", ""), *pieces, (f"  {note}", "")]
+    if not sys.stdout.isatty():
+        out("".join(text for text, _ in line))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(highlight=False, soft_wrap=True).print(Text.assemble(*line))
+    sys.stdout.flush()
+
+
+def _cut(pieces: list[tuple[str, str]], at: int) -> list[tuple[str, str]]:
+    """`pieces` with a mark where `at` characters have gone before."""
+    marked = []
+    for text, colour in pieces:
+        here = 0 <= at <= len(text) and not any(mark == "|" for mark, _ in marked)
+        marked += [(text[:at], colour), ("|", "bold red"), (text[at:], colour)] if here else [(text, colour)]
+        at -= len(text)
+    return marked
+
+
 class Progress:
     """Progress of a run counted in source bytes: one live line on a terminal, else a plain line every few seconds."""
 

@@ -33,12 +33,13 @@ def test_readme_names_every_option():
     import inspect
     import re
 
+    from qcli.commands.estimate_memory import estimate_memory
     from qcli.commands.evaluate import evaluate
     from qcli.commands.inspect_outliers import inspect_outliers
     from qcli.commands.quantize import quantize
 
     readme = (ROOT / "README.md").read_text()
-    for command in (quantize, inspect_outliers, evaluate):
+    for command in (quantize, inspect_outliers, evaluate, estimate_memory):
         for name in inspect.signature(command).parameters:
             option = "--" + name.strip("_").replace("_", "-")
             assert name == "model" or option in readme, option

@@ -107,6 +107,19 @@ def test_help_loads_no_heavy_library():
     assert loaded_after("import qcli.checkpoint.source, qcli.checkpoint.describe").isdisjoint(heavy)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("examples/demo-model", "--gpu", "24GB", "--explain"), ("--params", "7B", "--train", "qlora"), ("--table",)],
+    ids=" ".join,
+)
+def test_an_estimate_loads_neither_torch_nor_transformers_nor_numpy(arguments):
+    run = f"app(args={['estimate-memory', *arguments]!r}, standalone_mode=False)"
+    quietly = "import contextlib\nfrom qcli.cli import app\nwith contextlib.redirect_stdout(open(os.devnull, 'w')): "
+    loaded = loaded_after(f"import os\nos.chdir({str(ROOT)!r})\n{quietly}{run}")
+    assert "qcli.memory.paper_table" in loaded
+    assert loaded.isdisjoint({"torch", "transformers", "numpy", "huggingface_hub", "matplotlib"})
+
+
 BARE = """
 import typer
 app = typer.Typer(help="Bare.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

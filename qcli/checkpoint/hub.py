@@ -171,12 +171,15 @@ def _is_connection_loss(error: BaseException | None) -> bool:
 
 
 def _retried(call):
+    from huggingface_hub.errors import HfHubHTTPError
+
     wait = _BACK_OFF
     for left in range(_TRIES - 1, -1, -1):
         try:
             return call()
         except Exception as e:  # only a lost connection is tried again
-            lost = e if not e.__cause__ or _is_connection_loss(e) else e.__cause__
+            answered = isinstance(e, HfHubHTTPError) and e.response is not None
+            lost = e if answered or not e.__cause__ or _is_connection_loss(e) else e.__cause__
             if not left or not _is_connection_loss(lost):
                 raise
             time.sleep(wait)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +24,7 @@ _CARRIED = re.compile(
     re.IGNORECASE,
 )
 _NEVER = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|onnx|h5|msgpack|index\.json)$")
+_CONNECTIONS = 8  # at a time: the largest models have two hundred shards, and a header's time is the way there and back
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 
@@ -33,11 +35,16 @@ def open_source(
 
     Raises CheckpointError, HubError. Faults that do not stop the reading of headers are listed in `Source.problems`.
     """
+    return Source(open_place(model, revision, stream=stream), model, trust_remote_code)
+
+
+def open_place(model: str, revision: str | None = None, *, stream: bool = False):
+    """The files of the folder `model`, or of the hub repository of that id. Raises CheckpointError, HubError."""
     path = Path(model)
     if path.is_dir():
         if revision is not None:
             raise CheckpointError(f"{model} is a folder, so there is no revision {revision!r}", "Leave out --revision.")
-        return Source(LocalFiles(path, path.resolve().name or "model"), model, trust_remote_code)
+        return LocalFiles(path, path.resolve().name or "model")
     if path.exists():
         raise CheckpointError(
             f"{model} is a file, expected a model's folder", "Give the folder that holds config.json."
@@ -46,7 +53,7 @@ def open_source(
         raise CheckpointError(
             f"there is no folder {model}, and it is no hub id either", "Check the path, or write org/name."
         )
-    return Source(hubs.open_repository(model, revision, stream=stream), model, trust_remote_code)
+    return hubs.open_repository(model, revision, stream=stream)
 
 
 class Source:
@@ -127,12 +134,9 @@ class Source:
         )
 
     def _read_headers(self) -> None:
-        for file in self.files:
-            label = f"{self.label}/{file}"
-            if file.endswith(".safetensors"):
-                header = read_header_with(lambda o, n, file=file: self.read(file, o, n), self.place.size(file), label)
-            else:
-                header = torch_file.read_header(self.place.weights(file), label)
+        with ThreadPoolExecutor(_CONNECTIONS if self.is_hub else 1) as pool:
+            headers = list(pool.map(self._header, self.files))
+        for file, header in zip(self.files, headers):
             self.headers[file] = header
             for name, info in header.tensors.items():
                 if name in self.tensors:
@@ -140,6 +144,12 @@ class Source:
                 self.tensors[name] = (file, info)
         if not self.tensors:
             raise CheckpointError(f"{self.label} holds no tensors", "Fetch the model again.")
+
+    def _header(self, file: str) -> Header:
+        label = f"{self.label}/{file}"
+        if file.endswith(".safetensors"):
+            return read_header_with(lambda offset, count: self.read(file, offset, count), self.place.size(file), label)
+        return torch_file.read_header(self.place.weights(file), label)
 
     def read(self, file: str, offset: int, count: int) -> bytes:
         """`count` bytes of a weight file from byte `offset` on. On the hub that is a ranged request: the file is not fetched.

@@ -90,9 +90,9 @@ def _check_files(weights_only: bool, ablate: bool, csv: Path | None, report: Pat
 
         page.check()
     if plot is not None:
-        from qcli.outliers import figure
+        from qcli import figure_file
 
-        figure.check(plot)
+        figure_file.check(plot)
 
 
 def _write_files(

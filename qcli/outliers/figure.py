@@ -1,16 +1,12 @@
 """The report as one static figure, for a paper or an issue: four panels by matplotlib."""
 
-import importlib.util
-import io
 import math
-import warnings
 from pathlib import Path
 
-from qcli.errors import QcliError, UsageError
+from qcli import figure_file
+from qcli.figure_file import printable
 from qcli.outliers.heatmap import worth_showing
-from qcli.whole_file import check_place, write_whole
 
-FORMATS = (".png", ".svg", ".pdf")
 _KINDS = {
     "attention input": "#1b6db3",
     "attention output": "#7b4fa3",
@@ -30,41 +26,18 @@ _ABOVE = ("#f0b27a", "#b3361f", "#3d0b1f")
 _MOST_DIMS = 12  # in the panel of quartiles
 
 
-def check(path: Path) -> None:
-    """Raises UsageError or QcliError where `draw` could not write to `path`: to be known before hours of measuring."""
-    if path.suffix.lower() not in FORMATS:
-        found = f"not {path.suffix}" if path.suffix else "and this name has no suffix"
-        raise UsageError(f"{path}: a figure is written as {', '.join(FORMATS)}, {found}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise QcliError("The figure needs matplotlib, which is not installed.", "pip install 'qcli[plot]'")
-    check_place(path)
-
-
 def draw(report: dict, path: Path) -> None:
     """Draws a report of `qcli inspect-outliers` to `path`, 1600 x 1200 pixels as PNG; SVG and PDF by the suffix.
 
     The file is there whole or not at all. Raises UsageError for another suffix, QcliError where matplotlib is not
     installed or the file cannot be written.
     """
-    check(path)
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
-    settings = {
-        "font.size": 12,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.hashsalt": "qcli",
-        "svg.fonttype": "none",
-    }
-    with matplotlib.style.context(["default", settings]):  # whatever the user's own style is
-        figure = Figure(figsize=(16, 12), dpi=100, layout="constrained")  # no window system, no global state
-        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    with figure_file.figure(path, 16, 12) as figure:
         model, text = report["model"], report["text"]
         outliers = f"{report['table4']['outliers']} of {model['hidden_size']} dimensions"
         figure.suptitle(
-            f"Outlier features of {_printable(model['name'])}: {outliers}\n"
-            f"{text['tokens']:,} positions of {_printable(text['name'])}, threshold {report['threshold']:g}",
+            f"Outlier features of {printable(model['name'])}: {outliers}\n"
+            f"{text['tokens']:,} positions of {printable(text['name'])}, threshold {report['threshold']:g}",
             fontsize=16,
             parse_math=False,  # a name may hold a dollar sign
         )
@@ -73,18 +46,6 @@ def draw(report: dict, path: Path) -> None:
         _kurtosis(panels[0, 1], report)
         _noise(panels[1, 0], report)
         _quartiles(panels[1, 1], report)
-        drawn = io.BytesIO()
-        kind = path.suffix.lower()[1:]
-        undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same report, the same bytes
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # the picture shows a box for it
-            figure.savefig(drawn, format=kind, metadata=undated[kind])
-    write_whole(path, drawn.getvalue())
-
-
-def _printable(name: str) -> str:
-    """Of a name what fonts and XML can hold: neither control characters nor halves of surrogate pairs."""
-    return "".join(character if character.isprintable() else "\ufffd" for character in name)
 
 
 def _heatmap(figure, panel, report: dict) -> None:

@@ -1,0 +1,135 @@
+"""One model under one method: what it needs for a setting, block by block, and the components of that with their formulas."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from qcli.memory.activations import activations
+from qcli.memory.blocks import blocks_of
+from qcli.memory.cache import cache
+from qcli.memory.hardware import Gpu
+from qcli.memory.opening import Model
+from qcli.memory.overhead import overhead
+from qcli.memory.split import STACK_PREFIX
+from qcli.memory.training import training
+from qcli.memory.verdict import Needs
+from qcli.memory.weights import ITEMSIZE, weights
+from qcli.sizes import format_bytes
+
+STORED = "stored"  # the method of a checkpoint that is quantized already
+_OPTIMIZED = ("adapters", "gradients of adapters", "AdamW's moments")
+_PASSING = ("logits or one layer", "one weight expanded")  # of training, gone before the next step
+_CASTS = "float32 casts"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the model is to do: `batch` sequences of `context` tokens, run by `runtime`, or trained by `train` ("qlora", "lora",
+    None) with adapters of `rank`. `dtype` is that of all that is not quantized; `kv_dtype` the cache's, None for the same."""
+
+    context: int
+    batch: int
+    dtype: str
+    kv_dtype: str | None
+    runtime: str
+    train: str | None
+    rank: int
+
+
+@dataclass(frozen=True)
+class Component:
+    """Bytes of one part of the whole, and the sentences that lead to them."""
+
+    name: str
+    bytes: int
+    formula: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """`components` sum to what `needs` has besides the overhead, for which `overhead` has the sentences."""
+
+    needs: Needs
+    components: list[Component]
+    overhead: Sequence[str]
+
+
+class Costs:
+    """`model` under `method` (of qcli.memory.weights), the rest in `dtype`. What no setting changes is counted once."""
+
+    def __init__(self, model: Model, method: str, dtype: str):
+        self.model, self.method = model, method
+        self.dtype = method if method in ITEMSIZE else dtype  # of activations, keys and values
+        self.weights = weights(model.parameters, method, dtype)
+        self.blocks = blocks_of(model, method, dtype)
+        self.computes_as = _stored_method(model, self.dtype) if method == STORED else method
+        self.linears = [(p.out_features, p.numel // p.out_features) for p in model.parameters if p.linear]
+
+    def needs(self, setting: Setting, gpus: Sequence[Gpu]) -> Needs:
+        """What has to find room on `gpus`."""
+        return self.counted(setting, gpus).needs
+
+    def counted(self, setting: Setting, gpus: Sequence[Gpu]) -> Counted:
+        """What has to find room on `gpus` (on one, where that is empty), and its parts."""
+        states, passing, parts = self._training(setting) if setting.train else self._inference(setting)
+        blocks = [replace(block, state=state) for block, state in zip(self.blocks, states)]
+        share = max(1, len(gpus))
+        beside = overhead(
+            self.weights.total // share, passing + sum(states) // share, setting.runtime,
+            hopper=any(gpu.is_hopper for gpu in gpus),
+        )  # fmt: skip
+        needs = Needs(blocks, passing, (beside.low, beside.likely, beside.high))
+        return Counted(needs, [Component("weights", needs.weights, self.weights.formula), *parts], beside.formula)
+
+    def _inference(self, setting: Setting) -> tuple[list[int], int, list[Component]]:
+        """Cache by block, bytes that pass, and both as components. What passes is the most of three moments: the whole context
+        is read as a prompt, a step is made at its end, or the largest weight is read to be quantized."""
+        config, context, batch = self.model.config, setting.context, setting.batch
+        kept = cache(config, context, batch, setting.kv_dtype or self.dtype, setting.runtime)
+        found = activations(config, context, batch, method=self.computes_as, dtype=self.dtype, runtime=setting.runtime)
+        moments = {
+            f"a prompt of {context:,} tokens, at its {found.binding}": found.prefill + kept.prompt_extra,
+            f"a step at {context:,} tokens": found.decode + kept.append,
+            "loading, the largest tensor whole": self.weights.largest,
+        }
+        passing = max(moments.values())
+        sentences = [f"{name}: {format_bytes(size)}" for name, size in moments.items()]
+        parts = [
+            Component("cache", kept.total, kept.formula),
+            Component("activations", passing, [*sentences, *found.formula]),
+        ]
+        return self._by_layer(kept.by_layer), passing, parts
+
+    def _training(self, setting: Setting) -> tuple[list[int], int, list[Component]]:
+        """As `_inference`: adapters with their optimizer, and what each layer keeps of a batch, are state of the layers."""
+        config, layers = self.model.config, self.model.config.layers
+        others = [block.unquantized for block in self.blocks]
+        found = training(
+            config, self.linears, sum(others), setting.context, setting.batch, setting.rank, setting.train,
+            others_itemsize=ITEMSIZE[self.dtype],
+        )  # fmt: skip
+        passing = sum(size for name, size in found.components.items() if name in _PASSING)
+        optimized = sum(found.components[name] for name in _OPTIMIZED)
+        casts = found.components.get(_CASTS, 0)
+        kept = found.total - passing - optimized - casts
+        first = (optimized + kept) // layers
+        states = self._by_layer([optimized + kept - first * (layers - 1), *[first] * (layers - 1)])
+        states = [state + casts * count // max(1, sum(others)) for state, count in zip(states, others)]
+        sentences = list(found.formula)
+        parts = [
+            Component("adapters and optimizer", optimized, sentences[:1]),
+            Component("activations", kept + passing, sentences[1 + (_CASTS in found.components) :]),
+        ]
+        if casts:
+            parts.insert(0, Component(_CASTS, sum(states) - optimized - kept, sentences[1:2]))
+        return states, max(passing, self.weights.largest), parts
+
+    def _by_layer(self, sizes: Sequence[int]) -> list[int]:
+        """`sizes` of the layers as state of the blocks."""
+        left = iter(sizes)
+        return [next(left) if block.name.startswith(STACK_PREFIX) else 0 for block in self.blocks]
+
+
+def _stored_method(model: Model, dtype: str) -> str:
+    """The method whose products a stored checkpoint makes; those that are not bitsandbytes' are taken for 16-bit ones."""
+    schemes = {parameter.scheme for parameter in model.parameters}
+    return next((method for method in ("nf4", "fp4", "llm-int8") if method in schemes), dtype)

@@ -1,0 +1,262 @@
+"""The verb `estimate_memory`: what a model needs under each method, whether it fits, and what to do where it does not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from qcli.errors import UsageError
+from qcli.memory import verdict
+from qcli.memory.components import STORED, Component, Costs, Setting
+from qcli.memory.hardware import Gpu, gpus
+from qcli.memory.opening import Model, open_model
+from qcli.memory.solve import largest
+from qcli.memory.split import device_map_auto
+from qcli.memory.verdict import FITS, Needs, Placement
+from qcli.memory.weights import ITEMSIZE, METHODS
+from qcli.sizes import format_bytes
+
+DEFAULT_CONTEXT = 8192
+MOST_BATCH = 1 << 20  # sequences at a time, where memory sets no limit
+MOST_CONTEXT = 1 << 24  # tokens, for models that set no limit themselves
+_BY_BITS = {"32": "float32", "8": "llm-int8", "4": "nf4"}
+RUNTIMES = ("transformers", "vllm")
+TRAINING = ("qlora", "lora")
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The largest context (tokens) or batch (sequences) that fits, all else as asked; `bound` is what stops it there."""
+
+    value: int
+    bound: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What would fit where this does not: any one of `options` added to what was asked ("--bits nf4"), `count` of the first GPU
+    named instead of those named, or `on_cpu` bytes of the layers in the CPU's memory. None where that does not help."""
+
+    options: list[str]
+    count: int | None
+    on_cpu: int | None
+
+
+@dataclass(frozen=True)
+class MethodEstimate:
+    """One method. `components` sum to what `needs` has besides the overhead, for which `overhead` has the sentences.
+    `placement` and what follows it are None where no GPU was named.
+    """
+
+    method: str
+    components: list[Component]
+    overhead: Sequence[str]
+    needs: Needs
+    bits_per_weight: float
+    placement: Placement | None = None
+    context: Reach | None = None
+    batch: Reach | None = None
+    advice: Advice | None = None
+
+    def component(self, name: str) -> int:
+        """Bytes of a component, 0 where it is not there."""
+        return sum(part.bytes for part in self.components if part.name == name)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What was asked, and `methods`. Sentences: `assumed` for what the config left open, `notes` for what may surprise."""
+
+    model: Model
+    setting: Setting
+    gpus: list[Gpu]
+    methods: list[MethodEstimate]
+    assumed: list[str]
+    notes: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether any of the methods fits the GPUs named, with the most overhead; True where none was named."""
+        return not self.gpus or any(entry.placement.verdict == FITS for entry in self.methods)
+
+
+def estimate_memory(
+    model: str | None = None,
+    *,
+    params: str | None = None,
+    gpu: Sequence[str] = (),
+    context: int | None = None,
+    batch: int = 1,
+    bits: Sequence[str] = (),
+    kv_dtype: str | None = None,
+    runtime: str = "transformers",
+    train: str | None = None,
+    rank: int = 16,
+    revision: str | None = None,
+) -> Estimate:
+    """Estimates the memory of `model` (a config.json, a folder, a hub id) or of a Llama-like one of `params` ("7B") parameters.
+
+    `gpu` are sizes or names as of `--gpu`; `context` counts tokens of prompt and answer together (default: 8,192, or the
+    model's limit if that is less) and `batch` sequences; `bits` are 32, 16, 8, 4 or methods (default: those that the stored
+    weights can become); `train` is None, "qlora" or "lora", with adapters of `rank` on every linear layer.
+
+    Raises UsageError, CheckpointError, HubError, DeviceError.
+    """
+    _check(context=context, batch=batch, rank=rank)
+    _one_of("runtime", runtime, RUNTIMES)
+    if train is not None:
+        _one_of("train", train, TRAINING)
+        _one_of("runtime", runtime, ("transformers",), " with --train")
+    devices = gpus(list(gpu))
+    if runtime == "vllm":
+        devices = [_taken_by_vllm(device) for device in devices]
+    opened = open_model(model, params, revision)
+    limit = opened.config.max_context
+    setting = Setting(
+        context=context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT), batch=batch, kv_dtype=kv_dtype,
+        runtime=runtime, train=train, rank=rank, dtype=_sixteen_bit(opened),
+    )  # fmt: skip
+    costs = [Costs(opened, method, setting.dtype) for method in _methods(opened, bits, train)]
+    rows = [_estimate(cost, setting, devices) for cost in costs]
+    if devices:
+        rows = [_advised(cost, row, setting, devices, rows) for cost, row in zip(costs, rows)]
+    return Estimate(opened, setting, devices, rows, list(opened.config.assumed), _notes(opened, setting, devices, rows))
+
+
+def _notes(model: Model, setting: Setting, devices: list[Gpu], rows: Sequence[MethodEstimate]) -> list[str]:
+    found, limit = [], model.config.max_context
+    if limit and setting.context > limit:
+        found.append(f"{setting.context:,} tokens is more than the {limit:,} that {model.label} was made for.")
+    quantized = [row.method for row in rows if row.method not in ITEMSIZE and row.method != STORED]
+    fused = sum(
+        parameter.numel for parameter in model.parameters if parameter.kind == "experts" and not parameter.quantizable
+    )
+    if quantized and not any(parameter.quantizable for parameter in model.parameters):
+        found.append(f"transformers 5 quantizes no layer of a {model.config.model_type} model.")
+    elif quantized and fused:
+        size = format_bytes(fused * ITEMSIZE[setting.dtype])
+        found.append(
+            f"Experts are fused parameters, which transformers 5 leaves in {setting.dtype}: {size} under every method."
+        )
+    if setting.runtime == "vllm" and len(devices) > 1:
+        found.append("Over several GPUs the layers are split as by vLLM's pipeline parallelism, not within each layer.")
+    return found
+
+
+def _sixteen_bit(model: Model) -> str:
+    """The dtype of what is not quantized: the stored one, bfloat16 where that has 32 bits."""
+    return model.config.dtype if model.config.dtype in ("bfloat16", "float16") else "bfloat16"
+
+
+def _taken_by_vllm(gpu: Gpu) -> Gpu:
+    share = f"{gpu.said}; vLLM takes 90% of it unless --gpu-memory-utilization says otherwise"
+    return replace(gpu, memory=gpu.memory * 9 // 10, said=share)
+
+
+def _check(**numbers: int | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} is {value}, expected at least 1")
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str], where: str = "") -> None:
+    if value not in allowed:
+        raise UsageError(f"--{name} is {value!r}, expected {' or '.join(allowed)}{where}")
+
+
+def _methods(model: Model, bits: Sequence[str], train: str | None) -> list[str]:
+    if model.config.quantization:
+        if bits:
+            kind = model.config.quantization.get("quant_method", "an unnamed method")
+            raise UsageError(
+                f"{model.label} is quantized already ({kind}), and --bits {bits[0]} was given",
+                "Leave out --bits, or name the original checkpoint.",
+            )
+        if train == "lora":
+            raise _wrong_training(train, f"{model.label} is quantized")
+        return [STORED]
+    half = _sixteen_bit(model)
+    if not bits:
+        if train:
+            return ["nf4"] if train == "qlora" else [half]
+        return ["float32"] * (model.config.dtype == "float32") + [half, "llm-int8", "nf4"]
+    found = []
+    for text in bits:
+        method = _BY_BITS.get(text.strip(), half if text.strip() == "16" else text.strip().lower())
+        if method not in METHODS or method == STORED:
+            raise UsageError(f"--bits is {text!r}, expected 32, 16, 8, 4 or one of {', '.join(METHODS[:-1])}")
+        found.append(method)
+    if train and any((method in ITEMSIZE) == (train == "qlora") for method in found):
+        raise _wrong_training(train, f"--bits {', '.join(bits)} was given")
+    return list(dict.fromkeys(found))
+
+
+def _wrong_training(train: str, found: str) -> UsageError:
+    kind, other = ("quantized", "lora") if train == "qlora" else ("unquantized", "qlora")
+    return UsageError(f"--train {train} is for {kind} weights, and {found}", f"Use --train {other}.")
+
+
+def _estimate(costs: Costs, setting: Setting, devices: list[Gpu]) -> MethodEstimate:
+    counted = costs.counted(setting, devices)
+    needs = counted.needs
+    row = MethodEstimate(costs.method, counted.components, counted.overhead, needs, costs.weights.bits_per_weight)
+    if not devices:
+        return row
+    return replace(
+        row,
+        placement=verdict.place(needs, devices, _automatic(costs, setting, needs, devices)),
+        context=_reach(costs, setting, devices, "context"),
+        batch=_reach(costs, setting, devices, "batch"),
+    )
+
+
+def _reach(costs: Costs, setting: Setting, devices: list[Gpu], name: str) -> Reach:
+    own = costs.model.config.max_context
+    limit = MOST_BATCH if name == "batch" else own or MOST_CONTEXT
+    value = largest(lambda n: verdict.fits(costs.needs(replace(setting, **{name: n}), devices), devices), limit)
+    stop = "the model's limit" if name == "context" and own else "none larger was tried"
+    return Reach(value, stop if value == limit else "memory")
+
+
+def _automatic(costs: Costs, setting: Setting, needs: Needs, devices: list[Gpu]) -> list[int] | None:
+    """The split that comes of itself: that of device_map="auto" in transformers, none in vLLM."""
+    if setting.runtime == "vllm":
+        return None
+    memory = [device.memory for device in devices]
+    return device_map_auto(needs.blocks, memory, quantized=costs.method not in ITEMSIZE)
+
+
+def _advised(
+    costs: Costs, row: MethodEstimate, setting: Setting, devices: list[Gpu], rows: Sequence[MethodEstimate]
+) -> MethodEstimate:
+    if row.placement.verdict == FITS:
+        return row
+    options = []
+    if 0 < row.context.value < setting.context:
+        options.append(f"--context {row.context.value}")
+    if 0 < row.batch.value < setting.batch:
+        options.append(f"--batch {row.batch.value}")
+    options += _smaller(costs, row, setting, devices, rows)
+    can_offload = setting.runtime == "transformers" and not setting.train
+    advice = Advice(
+        options=options,
+        count=verdict.count_that_fits(lambda gpus: costs.needs(setting, gpus), devices[0]),
+        on_cpu=verdict.offload(row.needs, devices) if can_offload else None,
+    )
+    return replace(row, advice=advice)
+
+
+def _smaller(
+    costs: Costs, row: MethodEstimate, setting: Setting, devices: list[Gpu], rows: Sequence[MethodEstimate]
+) -> list[str]:
+    """Options for fewer bits that fit, the least loss first."""
+    if row.method == STORED:
+        return []
+    counted = {other.method: other.needs for other in rows}
+    if setting.train == "lora":
+        needs = Costs(costs.model, "nf4", setting.dtype).needs(replace(setting, train="qlora"), devices)
+        return ["--train qlora"] if verdict.fits(needs, devices) else []
+    found = []
+    for method in (*(name for name in counted if name in ITEMSIZE), "llm-int8", "nf4"):
+        needs = counted.get(method) or Costs(costs.model, method, setting.dtype).needs(setting, devices)
+        if needs.most < row.needs.most and verdict.fits(needs, devices):
+            found.append(f"--bits {method}")
+    return found
