@@ -34,13 +34,14 @@ _NO_ROTARY = ("gpt2", "opt", "bloom", "mpt", "gpt_neo", "gpt_bigcode", "t5", "mt
 _MASKED = ("falcon", "qwen2_moe")  # a mask even where causality is all there is to it
 _ROUTED_IN_16_BIT = ("qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "qwen3_5_moe", "qwen3_5_moe_text")
 _WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
+_RECURRENT = {"linear_attention", "hybrid", "hybrid_sliding"}
 _NO_ATTENTION = ("linear_attention", "conv", "moe", "mlp")
 
 
 @dataclass(frozen=True)
 class Pass:
     """What goes through a layer at once: `total` tokens, in sequences that span `span` positions, of which `pairs` pairs
-    meet in attention (0 where that is fused, whatever the model); elements of `itemsize` bytes."""
+    meet in attention (0 where that and recurrence have kernels, whatever the model); elements of `itemsize` bytes."""
 
     total: int
     span: int
@@ -56,10 +57,9 @@ def moments(config, through: Pass) -> tuple[dict[str, int], list[str]]:
     always = masks * mask_bytes * through.pairs + _rotary(config) * through.span * through.itemsize
     if always:
         sentences.append(f"rotary tables and {masks} masks: {always} bytes, alive through all layers")
-    for name, count, why in (_feed_forward(config), *_mixers(config)):
-        extra = (
-            _EAGER.get(config.model_type, (0, 0, 0))[2] * config.heads * through.pairs if name == "feed-forward" else 0
-        )
+    kept_scores = _EAGER.get(config.model_type, (0, 0, 0))[2] * config.heads * through.pairs
+    for name, count, why in (_feed_forward(config), *_mixers(config, kernels=not through.pairs)):
+        extra = kept_scores if name == "feed-forward" else 0
         found[name] = max(found.get(name, 0), through.total * count * through.itemsize + always + extra)
         sentences.append(f"{name}: {through.total} tokens x {count} elements ({why}) x {through.itemsize} bytes")
     scores, why = _scores(config, through, masks)
@@ -94,7 +94,7 @@ def is_gated(config) -> bool:
     return config.model_type not in UNGATED or str(config.get("feed_forward_proj", default="")).startswith("gated")
 
 
-def _mixers(config) -> list[tuple[str, int, str]]:
+def _mixers(config, kernels: bool) -> list[tuple[str, int, str]]:
     """The moments of attention and of recurrence, beyond the cache that they fill."""
     types, h, made = set(config.layer_types), config.hidden_size, []
     if types & {"linear_attention", "hybrid", "hybrid_sliding"} and config.model_type not in (
