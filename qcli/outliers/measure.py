@@ -129,8 +129,10 @@ class Meter(Observer):
                 site, ChannelStats(channels), OutlierSketch(self.threshold), ChannelStats(channels),
                 histograms=ChannelHistograms(channels) if hidden else None,
             )  # fmt: skip
-        whole = x.numel() == batch.ids.numel() * channels
-        if not whole:  # an expert's share of the tokens: their positions are not known here
+        apart = any("*" in path for path in site.modules)
+        if (
+            apart or x.numel() != batch.ids.numel() * channels
+        ):  # an expert's share: its tokens' positions are not known here
             self._count(measure, x.reshape(-1, channels))
             return
         x = x.reshape(*batch.ids.shape, channels)

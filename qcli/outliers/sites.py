@@ -45,6 +45,11 @@ def _is_fused(module: nn.Module) -> bool:
     return any(p is not None and p.dim() == 3 for p in module._parameters.values())
 
 
+def shown_path(path: str) -> str:
+    """A module's path with `*` for an expert's number."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
+
+
 class SiteFinder:
     """Hooks the linear modules of a block and says of each call which site it is.
 
@@ -61,7 +66,7 @@ class SiteFinder:
 
     def _hook(self, path: str) -> Callable:
         group = path.rpartition(".")[0]
-        shown = re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
+        shown = shown_path(path)
 
         def hook(module, args):
             call, x = current_call(), args[0]
