@@ -5,6 +5,7 @@ experts, dtypes, our quantized modules) is transformers' own loading, given the 
 """
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 
 import torch
 from accelerate import init_empty_weights
@@ -60,6 +61,8 @@ class Skeleton:
         self.source = open_checkpoint(model, revision, trust_remote_code)
         self.layout = find_linears(self.source, trust_remote_code=trust_remote_code)
         self.dtype = dtypes.torch_dtype(model_dtype(self.source, dtype))
+        for name in self.source.extra_files:
+            self.source.extra_path(name)  # of a hub model: fetched to where transformers looks for them
         with quiet():
             self._build(dtype, attention, trust_remote_code)
             self.tokenizer = read_tokenizer(self.source, trust_remote_code)
@@ -153,16 +156,11 @@ class Skeleton:
             )
 
     def _read(self, tensors: Iterable[tuple[str, str, TensorInfo]]) -> None:
-        files = {file for _, file, _ in tensors}
-        opened = {file: self.source.open(file) for file in files}
-        try:
-            descriptors = {file: context.__enter__() for file, context in opened.items()}
+        with ExitStack() as opened:
+            descriptors = {file: opened.enter_context(self.source.open(file)) for file in {f for _, f, _ in tensors}}
             state = {name: _Stored(descriptors[file], info) for name, file, info in tensors}
             with quiet(), torch.inference_mode():
                 info, _ = convert_and_load_state_dict_in_model(self.model, state, self._config)
-        finally:
-            for context in opened.values():
-                context.__exit__(None, None, None)
         self.bytes_read += sum(info.nbytes for _, _, info in tensors)
         if info.conversion_errors or info.mismatched_keys:
             wrong = sorted(info.conversion_errors) or sorted(str(key[0]) for key in info.mismatched_keys)
