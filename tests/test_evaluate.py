@@ -109,7 +109,9 @@ def test_what_no_method_rounds_is_told(quick_cli, tmp_path):
     make_model("mixtral", tmp_path)
     add_tokenizer(tmp_path)
     text = run(quick_cli, tmp_path, "--methods", "nf4", "--tokens", 60).stdout
-    assert "196,608 parameters of fused experts are no linear layers" in text  # 2 layers of 4 experts, three 64 x 128 each
+    assert (
+        "196,608 parameters of fused experts are no linear layers" in text
+    )  # 2 layers of 4 experts, three 64 x 128 each
 
 
 def test_models_that_predict_no_text(refused, tmp_path):

@@ -15,7 +15,7 @@ from qcli.outliers.attention import LayerAttention
 from qcli.outliers.damage import METHODS, SAMPLE_TOKENS
 from qcli.outliers.features import Feature, find_features, hidden_sites
 from qcli.outliers.measure import LayerMeasure, Meter
-from qcli.outliers.recommend import recommend
+from qcli.outliers.recommend import Recommendation, recommend
 from qcli.outliers.sites import HIDDEN
 from qcli.simulation import SIMULATIONS
 from qcli.streaming.skeleton import Skeleton
@@ -72,7 +72,10 @@ def inspect_outliers(
         reading = Reading(skeleton, corpus.windows, advance, observer=meter)
         _, (scores,) = score(None, [Form(model, reading)], corpus.windows)
         features = find_features(meter.layers, meter.union.values(), config.hidden_size)
-        report = _report(model, skeleton, corpus, meter, features, threshold)
+        loading = ["--revision", revision] if revision else []
+        loading += ["--trust-remote-code"] if trust_remote_code else []
+        found = recommend(model, meter.layers, features, threshold, loading)
+        report = _report(skeleton, corpus, meter, features, found)
         report["table4"]["perplexity"] = perplexity(scores.loss, corpus.scored_bytes).perplexity.value
         if ablate:
             _ablate(report, open_model, corpus, meter.layers, features, config.hidden_size, advance)
@@ -105,16 +108,15 @@ def _with_threshold(name: str, threshold: float):
 
 
 def _report(
-    model: str, skeleton: Skeleton, corpus: Corpus, meter: Meter, features: list[Feature], threshold: float
+    skeleton: Skeleton, corpus: Corpus, meter: Meter, features: list[Feature], found: Recommendation | None
 ) -> dict:
     layers, hidden_size = meter.layers, meter.hidden_size
     window = corpus.windows[0].ids[:64]
     tokens = [skeleton.tokenizer.decode([token]) for token in window]
-    found = recommend(model, layers, features, threshold)
     return results.VERSION | {
-        "model": results.describe_model(skeleton),
+        "model": results.describe_model(skeleton, len(layers)),
         "text": results.describe_text(corpus),
-        "threshold": threshold, "min_layers": paper.MIN_LAYERS, "min_positions": paper.MIN_POSITIONS,
+        "threshold": meter.threshold, "min_layers": paper.MIN_LAYERS, "min_positions": paper.MIN_POSITIONS,
         "layers": [results.describe_layer(i, layer) for i, layer in enumerate(layers)],
         "features": results.describe_features(features),
         "table4": results.table_4(features, None),

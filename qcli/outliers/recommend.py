@@ -37,9 +37,13 @@ class Recommendation:
 
 
 def recommend(
-    model: str, layers: Sequence[LayerMeasure], features: Sequence[Feature], threshold: float
+    model: str,
+    layers: Sequence[LayerMeasure],
+    features: Sequence[Feature],
+    threshold: float,
+    loading: Sequence[str] = (),
 ) -> Recommendation | None:
-    """None where there is nothing to quantize: no site's damage was measured."""
+    """None where there is nothing to quantize: no site's damage was measured. `loading` are the options that opened the model."""
     measured = [(layer, site) for layer in layers for site in layer.sites if site.damage]
     if not measured:
         return None
@@ -67,8 +71,8 @@ def recommend(
     options = [] if threshold == paper.THRESHOLD or method == "nf4" else ["--threshold", f"{threshold:g}"]
     skips = [part for module in skip for part in ("--skip", module)]
     bits = "8" if method == "llm-int8" else "4"
-    command = ["qcli", "quantize", model, "--bits", bits, *options, *skips]
-    other = ["qcli", "quantize", model, "--bits", "4" if bits == "8" else "8"]
+    command = ["qcli", "quantize", model, "--bits", bits, *options, *skips, *loading]
+    other = ["qcli", "quantize", model, "--bits", "4" if bits == "8" else "8", *loading]
     return Recommendation(
         method, threshold if method == "llm-int8" else None, skip, shlex.join(command), shlex.join(other), [s for s in why if s]
     )  # fmt: skip

@@ -31,6 +31,11 @@ class Site:
     kind: str = OTHER
 
 
+def shown_path(path: str) -> str:
+    """A module's path in its block, with `*` for an expert's number."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
+
+
 def linear_modules(block: nn.Module) -> dict[str, nn.Module]:
     """The linear modules of a block by path, and with them fused experts, whose input is that of a linear layer."""
     found = {}
@@ -50,23 +55,24 @@ class SiteFinder:
     def __init__(self, block: nn.Module, seen: Callable[[Site, nn.Module, torch.Tensor, bool], None]):
         self.sites: dict[tuple[str, int], Site] = {}
         self._seen, self._call = seen, None
-        self._last: dict[str, tuple[torch.Tensor, int]] = {}
+        self._inputs: dict[str, list[torch.Tensor]] = {}  # of this call, by group
         self._handles = [
             module.register_forward_pre_hook(self._hook(path)) for path, module in linear_modules(block).items()
         ]
 
     def _hook(self, path: str) -> Callable:
         group = path.rpartition(".")[0]
-        shown = re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
+        shown = shown_path(path)
 
         def hook(module, args):
             call, x = current_call(), args[0]
             if call is not self._call:
-                self._call, self._last = call, {}
-            before = self._last.get(group)
-            first = before is None or not _same(before[0], x)
-            order = 0 if before is None else before[1] + first
-            self._last[group] = x, order
+                self._call, self._inputs = call, {}
+            inputs = self._inputs.setdefault(group, [])
+            order = next((i for i, before in enumerate(inputs) if _same(before, x)), len(inputs))
+            first = order == len(inputs)
+            if first:
+                inputs.append(x)
             key = (shown.rpartition(".")[0], order)
             site = self.sites.setdefault(key, Site(*key))
             site.modules.setdefault(shown, module)
@@ -78,7 +84,7 @@ class SiteFinder:
         """Takes the hooks off and returns the sites with their kinds, in the order in which they were met."""
         for handle in self._handles:
             handle.remove()
-        self._call, self._last = None, {}
+        self._call, self._inputs = None, {}
         groups: dict[str, list[Site]] = {}
         for site in self.sites.values():
             # Linear layers that lie in the block itself belong together by their names.

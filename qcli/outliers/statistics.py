@@ -90,6 +90,12 @@ class Moments:
         return torch.where(flat, torch.nan, fourth / variance.square())
 
 
+def is_outlier(x: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Where |x| >= threshold, bool of x's shape: in float32, as activation_stats counts. In 16 bits the threshold itself would be
+    rounded."""
+    return x.float().abs() >= threshold
+
+
 class OutlierSketch:
     """The distribution of each channel's values of magnitude `threshold` and more, in bins of a constant ratio.
 
@@ -109,7 +115,7 @@ class OutlierSketch:
         """Counts the outliers of x [rows, channels] in."""
         if self.threshold <= 0:
             return
-        where = (x.abs() >= self.threshold).nonzero()
+        where = is_outlier(x, self.threshold).nonzero()
         values = x[where[:, 0], where[:, 1]].double()
         bins = 1 + ((values.abs() / self.threshold).log() / self._ratio).floor().long()
         keys = where[:, 1] * self._CHANNEL + self._CHANNEL // 2 + bins * values.sign().long()
@@ -167,6 +173,10 @@ class ChannelHistograms:
         counts = self._counts.view(-1, HISTOGRAM_BINS)
         self._kept = {channel: counts[channel].clone() for channel in channels}
         del self._counts
+
+    def __contains__(self, channel: int) -> bool:
+        """Whether a channel was kept."""
+        return channel in self._kept
 
     def of(self, channel: int) -> tuple[list[float], list[int]]:
         """(edges, counts) of a channel that was kept, without the empty bins at both ends."""
