@@ -5,10 +5,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+
 from qcli.corpus import Corpus, read_windows
 from qcli.errors import UsageError
 from qcli.evaluation.passes import Form, Reading, score
 from qcli.evaluation.statistics import perplexity
+from qcli.evaluation.tokens import TokenScores
 from qcli.outliers import paper, results
 from qcli.outliers.ablation import RANDOM, WHOLE, WITHOUT, Ablation, random_dims
 from qcli.outliers.attention import LayerAttention
@@ -76,7 +79,7 @@ def inspect_outliers(
         loading += ["--trust-remote-code"] if trust_remote_code else []
         found = recommend(model, meter.layers, features, threshold, loading)
         report = _report(skeleton, corpus, meter, features, found)
-        report["table4"]["perplexity"] = perplexity(scores.loss, corpus.scored_bytes).perplexity.value
+        report["table4"]["perplexity"] = _perplexity(scores, corpus)
         if ablate:
             _ablate(report, open_model, corpus, meter.layers, features, config.hidden_size, advance)
     return report
@@ -204,18 +207,23 @@ def _ablate(
     reading = Reading(skeleton, corpus.windows, advance, variants=(WHOLE, WITHOUT, RANDOM), observer=ablation)
     forms = [Form(f"{report['model']['name']}, {variant}", reading, variant) for variant in (WHOLE, WITHOUT, RANDOM)]
     _, scores = score(None, forms, corpus.windows)
-    values = [perplexity(s.loss, corpus.scored_bytes).perplexity for s in scores]
+    values = [_perplexity(s, corpus) for s in scores]
     report["ablation"] = {
         "dims": dims,
         "random_dims": others,
         "top1": _top1(ablation.attention),
-        "perplexity": dict(zip((WHOLE, WITHOUT, RANDOM), (v.value for v in values))) | {"tokens": corpus.scored},
+        "perplexity": dict(zip((WHOLE, WITHOUT, RANDOM), values)) | {"tokens": corpus.scored},
     }
     report["attention"] = _attention(ablation.attention)
     if top1 := report["ablation"]["top1"]:
         report["table4"] |= {"top1_with": top1["with"], "top1_without": top1[WITHOUT]}
     else:
         report["notes"].append("The attention modules show no probabilities, so only perplexity was ablated.")
+
+
+def _perplexity(scores: TokenScores, corpus: Corpus) -> float | None:
+    with np.errstate(over="ignore"):
+        return results.number(perplexity(scores.loss, corpus.scored_bytes).perplexity.value)
 
 
 def _top1(attention: Sequence[LayerAttention]) -> dict[str, float] | None:

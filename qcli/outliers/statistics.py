@@ -9,6 +9,7 @@ from qcli.ops.activation_stats import FIELDS, activation_stats
 
 SKETCH_ERROR = 0.005  # of a quantile of the sketch, relative
 HISTOGRAM_BINS = 129
+_LEAST_VARIANCE = 1e-5  # of the mean square: power sums in float64 hold no kurtosis of less
 _STEPS = 8  # bins of the histogram per unit of asinh(x)
 
 
@@ -81,12 +82,12 @@ class Moments:
 
     @property
     def kurtosis(self) -> torch.Tensor:
-        """Fourth central moment over the squared variance: 3 for a Gaussian. NaN where the values do not vary."""
+        """Fourth central moment over the squared variance: 3 for a Gaussian. NaN where values vary by less than a 300th of their
+        mean: there rounding of the sums takes a 100,000th of it, and soon all."""
         m, n = self.mean, self.count
         variance = self.sum_squares / n - m.square()
         fourth = self.sum_fourths / n - 4 * m * self.sum_cubes / n + 6 * m.square() * self.sum_squares / n - 3 * m**4
-        # What rounding leaves of equal values is no variance.
-        flat = variance <= 1e-12 * self.sum_squares / n
+        flat = variance <= _LEAST_VARIANCE * self.sum_squares / n
         return torch.where(flat, torch.nan, fourth / variance.square())
 
 

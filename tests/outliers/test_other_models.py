@@ -1,6 +1,7 @@
 """The instrument on models that are put together in other ways than a Llama, and on rare turns of one."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import pytest
 import torch
 import transformers
 
+from qcli.commands import _outlier_tables
 from qcli.outliers.instrument import inspect_outliers
-from qcli.outliers.statistics import OutlierSketch, quartiles
+from qcli.outliers.statistics import ChannelStats, OutlierSketch, quartiles
 from tests.conftest import ROOT
 from tests.hub_server import running_hub
 from tests.outliers.planted import LAYERS, plant, save, small_llama, write_text
@@ -102,6 +104,32 @@ def test_a_threshold_that_16_bits_do_not_hold():
     assert counts.tolist() == [1, 1]
     assert values.tolist() == pytest.approx([-6.125, 6.1875], rel=0.005)
     assert quartiles(values, counts)[0] < 0
+
+
+@pytest.mark.parametrize("mean", [1.0, 100.0, 300.0, 3000.0, 100_000.0])
+def test_kurtosis_far_from_zero_is_right_or_not_told(mean):
+    """Float64 power sums do not hold it where values hardly vary."""
+    x = mean + torch.randn(2000, 1, generator=torch.Generator().manual_seed(0))
+    stats = ChannelStats(1)
+    for part in x.split(300):
+        stats.add(part, 6.0)
+    centred = x.double() - x.double().mean()
+    exact = (centred.pow(4).mean() / centred.square().mean() ** 2).item()
+    found = stats.channel_moments().kurtosis.item()
+    assert math.isnan(found) if mean > 1000 else found == pytest.approx(exact, rel=1e-4)
+
+
+def test_a_perplexity_beyond_all_numbers_is_none(tmp_path):
+    model = small_llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    model = plant(model, {5: 40.0})
+    report = inspect(model, tmp_path, characters=64, ablate=True)
+    assert report["table4"]["perplexity"] is None
+    assert set(report["ablation"]["perplexity"]) == {"whole", "without", "random", "tokens"}
+    assert report["ablation"]["perplexity"]["whole"] is None
+    json.dumps(report, allow_nan=False)
+    _outlier_tables.show(report)
 
 
 def test_a_hub_model_and_the_command_that_opens_the_same(tmp_path):
