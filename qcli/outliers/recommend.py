@@ -95,7 +95,10 @@ def read_skip(path: Path) -> list[str]:
     recommendation = report.get("recommendation")
     if recommendation is None:
         raise UsageError(f"{path} holds no recommendation: the model that it is of was quantized already", hint)
-    return list(recommendation["skip"])
+    skip = recommendation.get("skip") if isinstance(recommendation, dict) else None
+    if not isinstance(skip, list) or not all(isinstance(module, str) for module in skip):
+        raise UsageError(f"{path}: its recommendation has no list of modules to skip", hint)
+    return skip
 
 
 def _median(sites: Sequence[SiteMeasure], method: str) -> float | None:
