@@ -87,7 +87,7 @@ class SpikeFinder:
                 continue
             x, y, median = self._largest[id(module)]
             rows = ((y.abs() > MASSIVE) & (y.abs() >= MASSIVE_RATIO * median)).nonzero().view(-1)
-            for row, weights in zip(rows.tolist(), _rows(module, rows)):
+            for row, weights in zip(rows.tolist(), _rows(module, rows) if len(rows) else ()):
                 column = int((weights * x).abs().argmax())
                 weight, spike, output = weights[column].item(), x[column].item(), y[row].item()
                 if abs(weight * spike) >= SUPER_SHARE * abs(output):

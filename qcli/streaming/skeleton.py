@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -81,6 +82,8 @@ class Skeleton:
         source = self.source
         built, config = transformers_class(source, trust_remote_code)
         name = built.__name__ if built else ", ".join(source.config.get("architectures") or ["model of no known class"])
+        if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+            name += " with is_decoder false, an encoder"
         if built is None or config.is_encoder_decoder or not name.endswith(_CAUSAL):
             raise UsageError(
                 f"{source.label} is a {name}, expected a causal language model, which predicts the next token",

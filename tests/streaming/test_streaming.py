@@ -158,8 +158,11 @@ def test_what_is_no_causal_model_is_refused(tmp_path):
         Skeleton(str(tmp_path / "t5"))
     config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
-    with pytest.raises(UsageError, match="BertForMaskedLM, expected a causal"):
+    with pytest.raises(UsageError, match="BertForMaskedLM with is_decoder false, an encoder, expected a causal"):
         Skeleton(str(tmp_path / "bert"))
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "head")
+    with pytest.raises(UsageError, match="BertLMHeadModel with is_decoder false, an encoder, expected a causal"):
+        Skeleton(str(tmp_path / "head"))
 
 
 def test_a_shard_that_vanishes_is_named(tmp_path):
