@@ -96,7 +96,6 @@ def test_reports_that_are_none(quick_cli, planted, tmp_path, content, words):
         (("--csv", "missing/out.csv"), 1, "there is no folder missing"),
         (("--report", "."), 1, ". is a folder"),
         (("--plot", "out.gif"), 2, "out.gif"),
-        (("--weights-only", "--ablate"), 2, "--ablate was given with --weights-only"),
         (("--threshold", "-1"), 2, "--threshold is -1.0, expected a number above 0"),
         (("--tokens", "1"), 2, "--tokens is 1, expected 2 or more"),
         (("--tokens", "99999"), 2, "text.txt holds 300 tokens, and --tokens asks for 99,999"),
@@ -106,6 +105,15 @@ def test_reports_that_are_none(quick_cli, planted, tmp_path, content, words):
 def test_bad_options(inspect, options, code, words):
     done = inspect(*options)
     assert done.returncode == code and words in done.stderr and not done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--text", STORIES), ("--tokens", 10), ("--sequence-length", 32), ("--ablate",), ("--report", "a.html"), ("--plot", "a.png")],
+)  # fmt: skip
+def test_options_of_a_run_are_refused_where_nothing_runs(quick_cli, option):
+    done = quick_cli("inspect-outliers", DEMO, "--weights-only", *option)
+    assert done.returncode == 2 and f"{option[0]} was given with --weights-only" in done.stderr and not done.stdout
 
 
 def test_weights_only(quick_cli, tmp_path):

@@ -158,9 +158,10 @@ def _ablation(report: dict) -> None:
 
 
 def _ablated(top1: dict | None, name: str, perplexity: dict, variant: str) -> tuple:
-    change = perplexity[variant] / perplexity["whole"] - 1
-    shown = "" if variant == "whole" else f"{change:+,.1%}"
-    return _percent(top1 and top1[name], 1), _number(perplexity[variant]), shown
+    shown, whole, found = "", perplexity["whole"], perplexity[variant]
+    if variant != "whole" and whole is not None and found is not None:
+        shown = f"{found / whole - 1:+,.1%}"
+    return _percent(top1 and top1[name], 1), _number(found), shown
 
 
 def _dims(dims: list[int]) -> str:

@@ -10,6 +10,7 @@ import torch
 from qcli.corpus import Window
 from qcli.errors import NonFiniteError
 from qcli.evaluation.tokens import TokenScores, log_probabilities
+from qcli.nn import Linear8bit
 from qcli.streaming.batches import BATCH_TOKENS, make_batches
 from qcli.streaming.head import Head
 from qcli.streaming.run import Call, Observer, current_call, run_calls
@@ -49,8 +50,8 @@ class Reading:
     """Windows that a model has read up to its head, in one or more variants of it. Of each token and variant it keeps the last
     hidden state.
 
-    `observer` is told of each unit, `alone` gives each window a call of its own, `advance` hears of finished work, which is
-    `work` in all once the reading has been scored.
+    `observer` is told of each unit, `alone` gives each window a call of its own, as a model in 8 bits has it always, `advance`
+    hears of finished work, which is `work` in all once the reading has been scored.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class Reading:
     ):
         self.skeleton, self.head, self.advance = skeleton, Head(skeleton), advance
         self._broken: dict[tuple[str, str], torch.Tensor] = {}
+        # LLM.int8() takes the outlier columns of all tokens of a call, which must be those of one text.
+        alone = alone or any(isinstance(module, Linear8bit) for module in skeleton.model.modules())
         batches = make_batches([window.ids for window in windows], 0, 1 if alone else BATCH_TOKENS)
         calls = [Call(self.head.below(batch), variant, batch) for variant in variants for batch in batches]
         handles = [unit.module.register_forward_hook(self._watch(unit)) for unit in skeleton.blocks]

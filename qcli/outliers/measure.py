@@ -9,7 +9,7 @@ from qcli.errors import NonFiniteError
 from qcli.outliers import spikes
 from qcli.outliers.damage import Damage, SampleOf
 from qcli.outliers.sites import FFN_OUTPUT, HIDDEN, Site, SiteFinder
-from qcli.outliers.statistics import ChannelHistograms, ChannelStats, OutlierSketch
+from qcli.outliers.statistics import ChannelHistograms, ChannelStats, OutlierSketch, is_outlier
 from qcli.streaming.batches import Batch
 from qcli.streaming.run import Observer, current_call
 from qcli.streaming.skeleton import Skeleton
@@ -143,7 +143,7 @@ class Meter(Observer):
             measure.bos.add(x[:, : self.prefix].reshape(-1, channels), self.threshold)
         if measure.histograms is not None:
             measure.histograms.add(rows)
-            self._outliers.setdefault(id(site), {})[batch.windows] = (rows.abs() >= self.threshold).cpu()
+            self._outliers.setdefault(id(site), {})[batch.windows] = is_outlier(rows, self.threshold).cpu()
             if 0 in batch.windows:
                 row = batch.windows.index(0)
                 measure.surface = x[row, : min(SURFACE_TOKENS, int(batch.mask[row].sum()))].float().cpu()

@@ -24,7 +24,7 @@ def number(value: float | torch.Tensor | None) -> float | None:
 
 
 def describe_model(skeleton, layers: int) -> dict[str, object]:
-    """The model's name and measures; `layers` were passed."""
+    """The model's name and measures; `layers` are those that text passes."""
     model, source = skeleton.model, skeleton.source
     stored = source.config.get("quantization_config") or {}
     kind = None
@@ -191,11 +191,14 @@ def _surface(shown: list[tuple[int, SiteMeasure]], tokens: list[str]) -> dict[st
 
 
 def _histograms(sites: list[tuple[int, SiteMeasure]], features: Sequence[Feature]) -> list[dict[str, object]]:
-    """One of each outlier feature, where it is most often an outlier."""
+    """One of each outlier feature, where it is most often an outlier of those sites that kept its histogram."""
     found = []
     for feature in [f for f in features if f.outlier][:HISTOGRAMS]:
+        kept = [entry for entry in sites if feature.dim in entry[1].histograms]
+        if not kept:
+            continue
         index, site = max(
-            sites, key=lambda entry: entry[1].stats["count"][feature.dim].item() / max(entry[1].stats.rows, 1)
+            kept, key=lambda entry: entry[1].stats["count"][feature.dim].item() / max(entry[1].stats.rows, 1)
         )
         edges, counts = site.histograms.of(feature.dim)
         found.append(

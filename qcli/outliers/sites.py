@@ -31,6 +31,11 @@ class Site:
     kind: str = OTHER
 
 
+def shown_path(path: str) -> str:
+    """A module's path in its block, with `*` for an expert's number."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
+
+
 def linear_modules(block: nn.Module) -> dict[str, nn.Module]:
     """The linear modules of a block by path, and with them fused experts, whose input is that of a linear layer."""
     found = {}
@@ -45,11 +50,6 @@ def _is_fused(module: nn.Module) -> bool:
     return any(p is not None and p.dim() == 3 for p in module._parameters.values())
 
 
-def shown_path(path: str) -> str:
-    """A module's path with `*` for an expert's number."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
-
-
 class SiteFinder:
     """Hooks the linear modules of a block and says of each call which site it is.
 
@@ -59,7 +59,7 @@ class SiteFinder:
     def __init__(self, block: nn.Module, seen: Callable[[Site, nn.Module, torch.Tensor, bool], None]):
         self.sites: dict[tuple[str, int], Site] = {}
         self._seen, self._call = seen, None
-        self._inputs: dict[str, list[torch.Tensor]] = {}  # of each group, in this call
+        self._inputs: dict[str, list[torch.Tensor]] = {}  # of this call, by group
         self._handles = [
             module.register_forward_pre_hook(self._hook(path)) for path, module in linear_modules(block).items()
         ]
