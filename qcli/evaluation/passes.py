@@ -71,12 +71,15 @@ class Reading:
         batches = make_batches([window.ids for window in windows], 0, 1 if alone else BATCH_TOKENS)
         calls = [Call(self.head.below(batch), variant, batch) for variant in variants for batch in batches]
         handles = [unit.module.register_forward_hook(self._watch(unit)) for unit in skeleton.blocks]
+        counting = _Counting(observer or Observer(), advance)
         try:
             with self.head.stopping():
-                outputs = run_calls(skeleton, calls, _Counting(observer or Observer(), advance))
+                outputs = run_calls(skeleton, calls, counting)
         finally:
             for handle in handles:
                 handle.remove()
+        unentered = self.work(skeleton) - counting.counted
+        advance(unentered - weight_bytes(self.head.unit), "units that text does not enter")
         self._places: dict[tuple[str, int], tuple[Any, int]] = {}
         for call, output in zip(calls, outputs):
             for row, window in enumerate(call.batch.windows):
@@ -112,12 +115,13 @@ class _Counting(Observer):
     """Passes on what it is told, and counts the weights that are done with."""
 
     def __init__(self, observer: Observer, advance: Advance):
-        self.observer, self.advance = observer, advance
+        self.observer, self.advance, self.counted = observer, advance, 0
         self.loaded, self.variant = observer.loaded, observer.variant
 
     def passed(self, unit: Unit) -> None:
         """Every call has passed `unit`."""
         self.observer.passed(unit)
+        self.counted += weight_bytes(unit)
         self.advance(weight_bytes(unit), unit.name)
 
 

@@ -5,6 +5,8 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,7 +50,16 @@ def test_layers_are_those_that_text_passes(tmp_path):
     vision = {"depth": 3, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 14, "mlp_ratio": 2}
     text = _TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
     config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
-    report = inspect(transformers.Qwen2VLForConditionalGeneration(config), tmp_path)
+    done = []
+
+    @contextmanager
+    def progress(total, already):
+        done.append([total, already])
+        yield SimpleNamespace(advance=lambda count, name: done.append(count))
+
+    report = inspect(transformers.Qwen2VLForConditionalGeneration(config), tmp_path, progress=progress)
+    (total, _), *counts = done
+    assert total - 7 < sum(counts) <= total  # the head's bytes are shared out over 7 windows
     assert report["model"]["layers"] == len(report["layers"]) == 2
 
 
