@@ -88,6 +88,8 @@ def read_windows(
     Raises UsageError for a file that cannot be read, a text with too little in it, and options out of range.
     """
     prefix = _prefix(tokenizer)
+    if model_limit is not None and model_limit <= 0:  # some configs say so for a model without one
+        model_limit = None
     if sequence_length is None:
         sequence_length = min(DEFAULT_SEQUENCE_LENGTH, model_limit or DEFAULT_SEQUENCE_LENGTH)
     stride = sequence_length if stride is None else stride

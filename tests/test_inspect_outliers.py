@@ -31,7 +31,7 @@ def test_tables(quick_cli):
     assert done.returncode == 0, done.stderr
     text = done.stdout
     for heading in (
-        "inputs of linear layers",
+        "the residual stream that leaves each block",
         "SQNR of the outputs",
         "dimensions of the hidden state",
         "Table 4",
@@ -52,7 +52,7 @@ def test_json_csv_page_and_figure(inspect, tmp_path):
     assert {f["dim"] for f in report["features"] if f["outlier"]} == {5, 23}
     with open(tmp_path / "out.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 16 and rows[0]["site"] == "attention input"
+    assert len(rows) == 20 and rows[0]["site"] == "attention input" and rows[4]["site"] == "residual stream"
     assert float(rows[0]["kurtosis"]) == report["layers"][0]["sites"][0]["kurtosis"]
     assert (tmp_path / "out.html").stat().st_size > 1_000_000
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")

@@ -28,16 +28,21 @@ def weight_bytes(unit: Unit) -> int:
     return sum(p.numel() * p.element_size() for p in unit.module.parameters())
 
 
-def goes(skeletons: Sequence[Skeleton], windows: Sequence[Window], variants: int = 1) -> list[Sequence[Window]]:
-    """The windows in as few runs as HIDDEN_BYTES allows: every model's weights are read once for each of them.
+def hidden_bytes(skeletons: Sequence[Skeleton], windows: Sequence[Window], variants: int = 1) -> int:
+    """Bytes of the hidden states that wait together when the models, each in so many variants, read the windows.
 
-    A token's hidden state waits twice: as what the model began with, which transformers keeps, and as what a block has made.
+    A token's waits twice: as what the model began with, which transformers keeps, and as what a block has made.
     """
     width = sum(2 * s.model.config.get_text_config(decoder=True).hidden_size * s.dtype.itemsize for s in skeletons)
+    return width * variants * sum(len(window.ids) for window in windows)
+
+
+def goes(skeletons: Sequence[Skeleton], windows: Sequence[Window], variants: int = 1) -> list[Sequence[Window]]:
+    """The windows in as few runs as HIDDEN_BYTES allows: every model's weights are read once for each of them."""
     found: list[list[Window]] = []
     room = 0
     for window in windows:
-        size = len(window.ids) * width * variants
+        size = hidden_bytes(skeletons, [window], variants)
         if size > room or not found:
             found.append([])
             room = HIDDEN_BYTES

@@ -6,10 +6,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from qcli.corpus import Corpus, read_windows
 from qcli.errors import UsageError
-from qcli.evaluation.passes import Form, Reading, score
+from qcli.evaluation.passes import Form, Reading, hidden_bytes, score
 from qcli.evaluation.statistics import perplexity
 from qcli.evaluation.tokens import TokenScores
 from qcli.outliers import paper, results
@@ -20,7 +21,9 @@ from qcli.outliers.features import Feature, find_features, hidden_sites
 from qcli.outliers.measure import LayerMeasure, Meter
 from qcli.outliers.recommend import Recommendation, recommend
 from qcli.outliers.sites import HIDDEN
+from qcli.process import available_memory
 from qcli.simulation import SIMULATIONS
+from qcli.sizes import format_bytes
 from qcli.streaming.skeleton import Skeleton
 
 DEFAULT_TOKENS = 8192
@@ -69,6 +72,7 @@ def inspect_outliers(
         skeleton.tokenizer, text, tokens=tokens, default_tokens=DEFAULT_TOKENS, sequence_length=sequence_length,
         model_limit=getattr(config, "max_position_embeddings", None),
     )  # fmt: skip
+    _check_room(skeleton, corpus, 3 if ablate else 1)
     work = Reading.work(skeleton)
     with _shown(progress, work * (2 if ablate else 1)) as advance:
         meter = _meter(skeleton, corpus, threshold)
@@ -77,12 +81,25 @@ def inspect_outliers(
         features = find_features(meter.layers, meter.union.values(), config.hidden_size)
         loading = ["--revision", revision] if revision else []
         loading += ["--trust-remote-code"] if trust_remote_code else []
+        loading += ["--set", "modules=rules"] if skeleton.layout.explicit_skip else []
         found = recommend(model, meter.layers, features, threshold, loading)
         report = _report(skeleton, corpus, meter, features, found)
         report["table4"]["perplexity"] = _perplexity(scores, corpus)
         if ablate:
             _ablate(report, open_model, corpus, meter.layers, features, config.hidden_size, advance)
     return report
+
+
+def _check_room(skeleton: Skeleton, corpus: Corpus, variants: int) -> None:
+    """Raises UsageError where the hidden states, which wait for each block together, have no room."""
+    free = torch.cuda.mem_get_info()[0] if skeleton.device.type == "cuda" else available_memory()
+    needed = hidden_bytes([skeleton], corpus.windows, variants)
+    if free is not None and needed > free:
+        raise UsageError(
+            f"the hidden states of {corpus.tokens:,} tokens take {format_bytes(needed)}, and {format_bytes(free)} of memory are "
+            "free",
+            f"Read fewer: --tokens {corpus.tokens * free // needed // 2:,} or so.".replace(",", ""),
+        )
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def recommend(
     skips = [part for module in skip for part in ("--skip", module)]
     bits = "8" if method == "llm-int8" else "4"
     command = ["qcli", "quantize", model, "--bits", bits, *options, *skips, *loading]
-    other = ["qcli", "quantize", model, "--bits", "4" if bits == "8" else "8", *loading]
+    other = ["qcli", "quantize", model, "--bits", "4" if bits == "8" else "8", *skips, *loading]
     return Recommendation(
         method, threshold if method == "llm-int8" else None, skip, shlex.join(command), shlex.join(other), [s for s in why if s]
     )  # fmt: skip

@@ -13,6 +13,7 @@ from qcli.streaming.run import current_call
 
 ATTENTION_INPUT, ATTENTION_OUTPUT = "attention input", "attention output"
 FFN_INPUT, FFN_OUTPUT, OTHER = "ffn input", "ffn output", "other"
+RESIDUAL = "residual stream"  # what leaves a block
 HIDDEN = (ATTENTION_INPUT, FFN_INPUT)  # sites whose channels are the dimensions of the hidden state
 
 _ATTENTION = re.compile(r"att")

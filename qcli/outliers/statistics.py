@@ -10,6 +10,7 @@ from qcli.ops.activation_stats import FIELDS, activation_stats
 SKETCH_ERROR = 0.005  # of a quantile of the sketch, relative
 HISTOGRAM_BINS = 129
 _LEAST_VARIANCE = 1e-5  # of the mean square: power sums in float64 hold no kurtosis of less
+_SKETCH_PIECE = 1 << 20  # elements at a time: each that is an outlier takes some forty bytes on the way
 _STEPS = 8  # bins of the histogram per unit of asinh(x)
 
 
@@ -114,8 +115,10 @@ class OutlierSketch:
 
     def add(self, x: torch.Tensor) -> None:
         """Counts the outliers of x [rows, channels] in."""
-        if self.threshold <= 0:
-            return
+        for part in x.split(max(_SKETCH_PIECE // max(x.shape[-1], 1), 1)):
+            self._add(part)
+
+    def _add(self, x: torch.Tensor) -> None:
         where = is_outlier(x, self.threshold).nonzero()
         values = x[where[:, 0], where[:, 1]].double()
         bins = 1 + ((values.abs() / self.threshold).log() / self._ratio).floor().long()
