@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qcli.errors import UsageError
 from qcli.memory.cache_parts import KV_BYTES, RUNTIMES
-from qcli.memory.layer_moments import Pass, expanded, is_gated, moments
+from qcli.memory.layer_moments import Pass, attends, expanded, has_feed_forward, is_gated, moments
 
 FOUR_BITS = ("nf4", "nf4-plain", "fp4")
 METHODS = ("bfloat16", "float16", "float32", "llm-int8", *FOUR_BITS)
@@ -96,10 +96,10 @@ def _of_pass(config, through: Pass, method: str) -> tuple[dict[str, int], list[s
 def _linears(config) -> list[_Linear]:
     """The quantized products that can be the peak. Experts are fused parameters, which stay in 16 bit."""
     h, f, made = config.hidden_size, config.intermediate_size, []
-    if any(kind not in ("linear_attention", "conv", "moe", "mlp") for kind in config.layer_types):
+    if attends(config):
         a = config.heads * config.head_dim
         made = [_Linear("query projection", 3 * h, h, a), _Linear("output projection", 3 * h + a, a, h)]
-    if all(config.is_moe_layer(i) for i in range(config.layers)):
+    if not has_feed_forward(config) or all(config.is_moe_layer(i) for i in range(config.layers)):
         return made
     made.append(_Linear("up projection", 4 * h + (f if is_gated(config) else 0), h, f))
     made.append(_Linear("down projection", 4 * h + f, f, h))

@@ -100,7 +100,7 @@ def _widths(config, kind: str, runtime: str) -> tuple[int, int, str, str]:
     if rank is not None and runtime != "transformers4":
         rope = config.integer("qk_rope_head_dim")
         return rank, rope, f"kv_lora_rank {rank} + qk_rope_head_dim {rope}", "latents (MLA)"
-    value = config.integer("v_head_dim", default=width) or width
+    value = config.value_head_dim if width == config.head_dim else width
     return heads * width, heads * value, f"{heads} heads x ({width} + {value})", "keys and values"
 
 

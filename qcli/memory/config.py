@@ -138,7 +138,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of a query and key head; the value head of MLA is `get("v_head_dim")`."""
+        """Width of a query and key head."""
         if self.get("kv_lora_rank", default=None) is not None:
             return self.integer("qk_nope_head_dim") + self.integer("qk_rope_head_dim")
         given = self.get("head_dim", "kv_channels", "d_kv", "attention_head_dim", default=None)
@@ -146,6 +146,12 @@ class ModelConfig:
             doubled = 2 if self.model_type in ("zamba", "zamba2") else 1
             return self.integer("attention_hidden_size", default=doubled * self.hidden_size) // self.heads
         return self._positive("head_dim", "kv_channels", "d_kv", "attention_head_dim")
+
+    @property
+    def value_head_dim(self) -> int:
+        """Width of a value head, which under MLA (and in MiMo) is not that of a key."""
+        latent = self.get("kv_lora_rank", default=None) is not None
+        return self.integer("v_head_dim", default=None) or (self.hidden_size // self.heads if latent else self.head_dim)
 
     @property
     def intermediate_size(self) -> int:

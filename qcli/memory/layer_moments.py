@@ -57,8 +57,9 @@ def moments(config, through: Pass) -> tuple[dict[str, int], list[str]]:
     always = masks * mask_bytes * through.pairs + _rotary(config) * through.span * through.itemsize
     if always:
         sentences.append(f"rotary tables and {masks} masks: {always} bytes, alive through all layers")
-    kept_scores = _EAGER.get(config.model_type, (0, 0, 0))[2] * config.heads * through.pairs
-    for name, count, why in (_feed_forward(config), *_mixers(config, kernels=not through.pairs)):
+    eager = _EAGER.get(config.model_type)
+    kept_scores = eager[2] * config.heads * through.pairs if eager else 0
+    for name, count, why in (*_feed_forward(config), *_mixers(config, kernels=not through.pairs)):
         extra = kept_scores if name == "feed-forward" else 0
         found[name] = max(found.get(name, 0), through.total * count * through.itemsize + always + extra)
         sentences.append(f"{name}: {through.total} tokens x {count} elements ({why}) x {through.itemsize} bytes")
@@ -69,8 +70,10 @@ def moments(config, through: Pass) -> tuple[dict[str, int], list[str]]:
     return found, sentences
 
 
-def _feed_forward(config) -> tuple[str, int, str]:
+def _feed_forward(config) -> list[tuple[str, int, str]]:
     h, f, kind = config.hidden_size, config.intermediate_size, config.model_type
+    if not has_feed_forward(config):
+        return []
     if any(config.is_moe_layer(i) for i in range(config.layers)):
         f, k = config.moe_intermediate_size, config.experts_per_token
         if kind in ("llama4", "llama4_text"):  # every expert sees every token
@@ -78,15 +81,27 @@ def _feed_forward(config) -> tuple[str, int, str]:
         wide, deep = 9 if kind == "gpt_oss" else 4, 4 if kind in _ROUTED_IN_16_BIT else 6
         inside, after = k * (wide * f + h), deep * k * h
         if inside >= after:
-            return "feed-forward", inside + 4 * h, f"k x ({wide} x f + h) + 4 x h, f={f}, h={h}, k={k}"
-        return "feed-forward", after + 4 * h, f"{deep} x k x h where experts' outputs are summed + 4 x h, h={h}, k={k}"
+            return [("feed-forward", inside + 4 * h, f"k x ({wide} x f + h) + 4 x h, f={f}, h={h}, k={k}")]
+        return [
+            ("feed-forward", after + 4 * h, f"{deep} x k x h where experts' outputs are summed + 4 x h, h={h}, k={k}")
+        ]
     if kind in UNGATED and not is_gated(config):
         wide, deep = UNGATED[kind]
     else:
         wide, deep = _GATED.get(kind, (3, 4))
     if kind == "gemma3n_text":
         deep = 12 + 3 * config.integer("altup_num_inputs", default=4)
-    return "feed-forward", wide * f + deep * h, f"{wide} x f + {deep} x h, f={f}, h={h}"
+    return [("feed-forward", wide * f + deep * h, f"{wide} x f + {deep} x h, f={f}, h={h}")]
+
+
+def attends(config) -> bool:
+    """Whether any layer has attention."""
+    return bool(set(config.layer_types) - set(_NO_ATTENTION))
+
+
+def has_feed_forward(config) -> bool:
+    """Whether there is one: a layer of a pure Mamba is its scan and nothing else."""
+    return config.model_type not in ("mamba", "mamba2", "falcon_mamba")
 
 
 def is_gated(config) -> bool:
@@ -107,7 +122,7 @@ def _mixers(config, kernels: bool) -> list[tuple[str, int, str]]:
         return made
     a = config.heads * config.head_dim
     if config.get("kv_lora_rank", default=None) is not None:
-        rope, value = config.integer("qk_rope_head_dim"), config.integer("v_head_dim")
+        rope, value = config.integer("qk_rope_head_dim"), config.value_head_dim
         count = 4 * h + 2 * a + config.heads * (rope + value) + expanded(config)
         made.append(("attention", count, "4 x h, queries in three forms, keys and values expanded, output"))
         return made
@@ -164,9 +179,9 @@ def _masks(config, through: Pass) -> tuple[int, int]:
 
 def _scores(config, through: Pass, masks: int) -> tuple[int, str]:
     """Bytes of the attention of every token with every other, where it is not fused or takes a mask."""
-    h, a, kind = config.hidden_size, config.heads * config.head_dim, config.model_type
     if not masks or not through.pairs:
         return 0, ""
+    h, a, kind = config.hidden_size, config.heads * config.head_dim, config.model_type
     if kind in _EAGER:
         wide, beside, _ = _EAGER[kind]
         wide = wide if through.itemsize == 2 else wide * 8 // 5
@@ -182,5 +197,5 @@ def _scores(config, through: Pass, masks: int) -> tuple[int, str]:
 
 def expanded(config) -> int:
     """Elements per token of one layer's latents expanded to keys and values of every head, keys put together once more."""
-    nope, value = config.integer("qk_nope_head_dim"), config.integer("v_head_dim")
+    nope, value = config.integer("qk_nope_head_dim"), config.value_head_dim
     return config.heads * (nope + value + config.head_dim)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qcli.errors import UsageError
-from qcli.memory.layer_moments import is_gated
+from qcli.memory.layer_moments import attends, has_feed_forward, is_gated
 
 KINDS = ("qlora", "lora")
 # Bytes per token for each (f, h, a, g): what the backward pass of one layer holds at its peak, and what one layer keeps for
@@ -94,10 +94,12 @@ def _activations(config, passed: int, train: str, checkpointing: bool) -> tuple[
 
 def _weighted(config, factors: tuple[int, int, int, int]) -> int:
     """Bytes per token of the layer that takes most."""
-    f = config.intermediate_size
+    f = config.intermediate_size if has_feed_forward(config) else 0
     if any(config.is_moe_layer(i) for i in range(config.layers)):
         f = max(f * (not config.is_moe_layer(0)), config.experts_per_token * config.moe_intermediate_size)
     if not is_gated(config):
         f = f * 2 // 3  # two tensors of that width in place of three
-    a, g = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    a = g = 0
+    if attends(config):
+        a, g = config.heads * config.head_dim, config.kv_heads * config.head_dim
     return factors[0] * f + factors[1] * config.hidden_size + factors[2] * a + factors[3] * g

@@ -94,12 +94,15 @@ MODELS = {
     "granitemoehybrid": MOE | MAMBA_2 | dict(
         layer_types=["mamba", "attention", "mamba", "mamba"], shared_intermediate_size=F
     ),
+    "mamba": dict(vocab_size=128, num_hidden_layers=4, hidden_size=H),
+    "mamba2": dict(vocab_size=128, num_hidden_layers=4, hidden_size=H, num_heads=16, head_dim=64, n_groups=1),
     "kimi_linear": MOE | MLA | dict(
         linear_num_heads=8, linear_head_dim=64, layer_types=["linear_attention", "full_attention"] * 2
     ),
 }  # fmt: skip
 # transformers has no fused attention for these.
 EAGER = ("gemma2", "gptj", "codegen", "gpt_neo", "bloom", "mpt", "gpt_oss", "mimo_v2_flash")
+SCANS = ("mamba", "mamba2")  # with a state and no attention
 
 
 def config(name: str, fields: dict) -> ModelConfig:
@@ -109,14 +112,14 @@ def config(name: str, fields: dict) -> ModelConfig:
 def measured(name: str, fields: dict, tokens: int, batch: int = 1, past: int = 0) -> int:
     """Bytes beyond weights and what remains (the cache) at the peak of a forward pass over `tokens` after `past`."""
     theirs = CONFIG_MAPPING[name](**fields)
-    attention = "eager" if name in EAGER else "sdpa"
+    attention = "eager" if name in (*EAGER, *SCANS) else "sdpa"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(theirs, dtype=torch.bfloat16, attn_implementation=attention).eval()
-        past_key_values = DynamicCache(config=theirs)
+        state = {"use_cache": True} if name in SCANS else {"past_key_values": DynamicCache(config=theirs)}
         with torch.no_grad(), Live([*model.parameters(), *model.buffers()]) as live:
             for count in (past, tokens) if past else (tokens,):
                 live.peak = live.now
-                model(torch.zeros(batch, count, dtype=torch.int64), past_key_values=past_key_values, logits_to_keep=1)
+                model(torch.zeros(batch, count, dtype=torch.int64), logits_to_keep=1, **state)
     return live.peak - live.now
 
 
