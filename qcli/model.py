@@ -16,9 +16,11 @@ from qcli import methods, out_of_memory
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.linears import Layout, find_linears
 from qcli.checkpoint.source import Source
-from qcli.devices import place
+from qcli.devices import Placement, place
 from qcli.errors import CheckpointError, UsageError
+from qcli.memory.check import check_room
 from qcli.nn import Linear8bit
+from qcli.process import available_memory
 from qcli.quantizer import LoadingStopped, NoRoom, QcliConfig
 from qcli.settings import one_of
 from qcli.stored import open_checkpoint, read_stored
@@ -54,6 +56,7 @@ def load(
     wanted = methods.method_name(bits, method) if bits is not None or method is not None else None
     if stored and wanted:
         raise CheckpointError(f"{model} is quantized already", "Leave out --bits and --method.")
+    _check_room(source, wanted, dtype, placement)
     files = [source.place.weights(file) for file in source.files]
     for name in source.extra_files:
         source.extra_path(name)
@@ -90,6 +93,21 @@ def load(
     if not int8_activations:
         _keep_activations(model, loaded)
     return loaded.eval(), tokenizer
+
+
+def _check_room(source: Source, wanted: str | None, dtype: str, placement: Placement) -> None:
+    """Refuses, before weights are fetched or read, what a single device has no room for. Splits find their own room."""
+    if set(placement.device_map) != {""}:
+        return
+    gpus = placement.gpus()
+    if gpus:
+        check_room(source, wanted, dtype, out_of_memory.free_memory(gpus)[gpus[0]][0], "GPU memory")
+        return
+    # On a CPU unquantized weights stay in the mapped file, whose pages the system takes back as it needs.
+    mapped = wanted is None and not source.config.get("quantization_config") and dtype == "auto"
+    free = available_memory()
+    if free is not None and not mapped:
+        check_room(source, wanted, dtype, free, "memory")
 
 
 def _keep_activations(label: str, loaded: torch.nn.Module) -> None:

@@ -11,7 +11,7 @@ from qcli.checkpoint import plan as planning
 from qcli.checkpoint.plan import Plan
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, PlanError
-from qcli.process import peak_memory
+from qcli.process import available_memory, peak_memory
 from qcli.report import Report, sum_up
 from qcli.settings import Settings, one_of, split_settings
 from qcli.sizes import format_bytes, parse_size
@@ -100,6 +100,11 @@ def make_plan(
         allow_nonfinite=rest_.allow_nonfinite,
     )  # fmt: skip
     _check_output(plan, overwrite)
+    available = available_memory()
+    if available is not None and plan.working_memory > available:
+        problems.append(
+            f"the run needs {format_bytes(plan.working_memory)} of memory, and {format_bytes(available)} are free"
+        )
     return plan
 
 

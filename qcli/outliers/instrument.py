@@ -10,7 +10,7 @@ import torch
 
 from qcli.corpus import Corpus, read_windows
 from qcli.errors import UsageError
-from qcli.evaluation.passes import Form, Reading, hidden_bytes, score
+from qcli.evaluation.passes import Form, Reading, hidden_bytes, score, weight_bytes
 from qcli.evaluation.statistics import perplexity
 from qcli.evaluation.tokens import TokenScores
 from qcli.outliers import paper, results
@@ -91,15 +91,18 @@ def inspect_outliers(
 
 
 def _check_room(skeleton: Skeleton, corpus: Corpus, variants: int) -> None:
-    """Raises UsageError where the hidden states, which wait for each block together, have no room."""
+    """Raises UsageError where the hidden states, which wait for each block together, have no room beside the largest block."""
     free = torch.cuda.mem_get_info()[0] if skeleton.device.type == "cuda" else available_memory()
-    needed = hidden_bytes([skeleton], corpus.windows, variants)
-    if free is not None and needed > free:
-        raise UsageError(
-            f"the hidden states of {corpus.tokens:,} tokens take {format_bytes(needed)}, and {format_bytes(free)} of memory are "
-            "free",
-            f"Read fewer: --tokens {corpus.tokens * free // needed // 2:,} or so.".replace(",", ""),
-        )
+    states = hidden_bytes([skeleton], corpus.windows, variants)
+    block = max(weight_bytes(unit) for unit in skeleton.units)
+    if free is None or states + block <= free:
+        return
+    what = f"the hidden states of {corpus.tokens:,} tokens take {format_bytes(states)}, the largest block {format_bytes(block)}"
+    fewer = corpus.tokens * max(free - block, 0) // (2 * states)
+    raise UsageError(
+        f"{what}, and {format_bytes(free)} of memory are free",
+        f"Read fewer: --tokens {fewer}." if fewer > 1 else "No choice of --tokens would do; free some memory.",
+    )
 
 
 @contextmanager
