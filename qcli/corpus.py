@@ -23,6 +23,8 @@ from qcli.errors import UsageError
 DEFAULT_TOKENS = 16_384
 DEFAULT_SEQUENCE_LENGTH = 2048
 BUNDLED = "bundled text"
+_CHARACTERS = 8  # more than a token has on the average
+_SPARE = 256  # tokens
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def read_windows(
     Raises UsageError for a file that cannot be read, a text with too little in it, and options out of range.
     """
     prefix = _prefix(tokenizer)
+    if model_limit is not None and model_limit <= 0:  # some configs say so for a model without one
+        model_limit = None
     if sequence_length is None:
         sequence_length = min(DEFAULT_SEQUENCE_LENGTH, model_limit or DEFAULT_SEQUENCE_LENGTH)
     stride = sequence_length if stride is None else stride
@@ -178,9 +182,21 @@ def _prefix(tokenizer) -> tuple[int, ...]:
     return ()
 
 
+def _encode_beginning(tokenizer, text: str, limit: int):
+    """(as much of a text's beginning as has `limit` tokens and some to spare, what the tokenizer makes of it): a large file takes
+    no longer than what is read of it. Those to spare are for the cut: next to it tokens may be others than in the whole text."""
+    size = _CHARACTERS * (limit + _SPARE)
+    while True:
+        part = text[:size]
+        found = tokenizer(part, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+        if len(part) == len(text) or len(found["input_ids"]) >= limit + _SPARE:
+            return part, found
+        size *= 2
+
+
 def _tokenize(tokenizer, text: str, limit: int) -> tuple[list[int], list[int]]:
     """The first `limit` token ids of a document, and for each how many bytes of it have been read at its end."""
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    text, found = _encode_beginning(tokenizer, text, limit)
     ids, size = found["input_ids"], len(text.encode())
     if not tokenizer.is_fast:
         return ids[:limit], [size * (i + 1) // len(ids) for i in range(min(len(ids), limit))]

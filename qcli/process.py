@@ -37,3 +37,15 @@ def reset_peak_memory() -> None:
             file.write("5")
     except OSError:
         pass
+
+
+def available_memory() -> int | None:
+    """Bytes that a process may take before others are pushed out (MemAvailable); None where the system does not tell."""
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

@@ -128,6 +128,24 @@ def test_a_limit_takes_the_beginning(with_bos, text):
         assert TEXT.encode()[: corpus.scored_bytes].decode() == with_bos.decode(whole[1:101]).lstrip(" ")
 
 
+@pytest.mark.parametrize("limit", [2, 1000, 3000])
+def test_of_a_large_text_no_more_is_tokenized_than_it_takes(with_bos, tmp_path, monkeypatch, limit):
+    """The same tokens as of the whole, also where they are longer than most: here up to 40 characters."""
+    text = "".join(f"{'a' * (i % 40)}{i} {TEXT[i % 90 :][:60]}" for i in range(5000)) + " " * 100_000
+    whole, seen = with_bos(text, add_special_tokens=False)["input_ids"], []
+    original = type(with_bos).__call__
+
+    def count(self, text, *arguments, **options):
+        seen.append(len(text))
+        return original(self, text, *arguments, **options)
+
+    monkeypatch.setattr(type(with_bos), "__call__", count)
+    (tmp_path / "large.txt").write_bytes(text.encode())
+    corpus = read_windows(with_bos, tmp_path / "large.txt", tokens=limit)
+    assert scored_ids(corpus) == whole[:limit]
+    assert sum(seen) < 100 * (limit + 256) < len(text)
+
+
 def test_lengths_default_to_what_the_model_holds(with_bos, text):
     assert read_windows(with_bos, text, model_limit=512).sequence_length == 512
     assert read_windows(with_bos, text, model_limit=100_000).sequence_length == 2048

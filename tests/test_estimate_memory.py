@@ -60,6 +60,26 @@ def test_components_sum_to_the_total_and_are_explained(estimate):
     assert "8,030,261,248 parameters" in text and "32 layers x (8 heads x (128 + 128)" in text
 
 
+def test_scripts_find_the_keys_that_are_promised(estimate):
+    report = found(estimate("--gpu", "6GB", "--bits", "16", "--json"))
+    assert set(report) == {"model", "setting", "gpus", "fits", "assumed", "notes", "methods"}
+    assert set(report["model"]) == {"name", "type", "parameters", "layers", "max_context", "read"}
+    assert set(report["setting"]) == {"context", "batch", "dtype", "kv_dtype", "runtime", "train", "rank"}
+    assert [set(gpu) for gpu in report["gpus"]] == [{"name", "memory", "said"}]
+    (method,) = report["methods"]
+    assert set(method) == {
+        "method", "bits_per_weight", "components", "overhead", "total", "verdict", "left", "split", "gpus", "largest_context",
+        "largest_batch", "advice",
+    }  # fmt: skip
+    assert set(method["gpus"][0]) == {"gpu", "holds", "weights", "state", "activations", "overhead", "left"}
+    assert set(method["largest_context"]) == {"value", "bound"} and set(method["advice"]) == {
+        "options",
+        "count",
+        "on_cpu",
+    }
+    assert not {"verdict", "gpus", "advice"} & set(found(estimate("--json"))["methods"][0])
+
+
 def test_weights_and_cache_are_exact(estimate):
     methods = {m["method"]: m for m in found(estimate("--json", "--context", "1000", "--batch", "3"))["methods"]}
     parts = {name: {p["name"]: p["bytes"] for p in m["components"]} for name, m in methods.items()}

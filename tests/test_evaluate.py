@@ -105,6 +105,15 @@ def test_text_that_is_too_short(refused, tmp_path):
     refused(DEMO, "--text", tmp_path / "short.txt", message="short.txt holds 1 token")
 
 
+def test_what_no_method_rounds_is_told(quick_cli, tmp_path):
+    make_model("mixtral", tmp_path)
+    add_tokenizer(tmp_path)
+    text = run(quick_cli, tmp_path, "--methods", "nf4", "--tokens", 60).stdout
+    assert (
+        "196,608 parameters of fused experts are no linear layers" in text
+    )  # 2 layers of 4 experts, three 64 x 128 each
+
+
 def test_models_that_predict_no_text(refused, tmp_path):
     config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")

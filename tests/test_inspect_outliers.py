@@ -31,7 +31,7 @@ def test_tables(quick_cli):
     assert done.returncode == 0, done.stderr
     text = done.stdout
     for heading in (
-        "inputs of linear layers",
+        "the residual stream that leaves each block",
         "SQNR of the outputs",
         "dimensions of the hidden state",
         "Table 4",
@@ -52,7 +52,7 @@ def test_json_csv_page_and_figure(inspect, tmp_path):
     assert {f["dim"] for f in report["features"] if f["outlier"]} == {5, 23}
     with open(tmp_path / "out.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 16 and rows[0]["site"] == "attention input"
+    assert len(rows) == 20 and rows[0]["site"] == "attention input" and rows[4]["site"] == "residual stream"
     assert float(rows[0]["kurtosis"]) == report["layers"][0]["sites"][0]["kurtosis"]
     assert (tmp_path / "out.html").stat().st_size > 1_000_000
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
@@ -96,7 +96,6 @@ def test_reports_that_are_none(quick_cli, planted, tmp_path, content, words):
         (("--csv", "missing/out.csv"), 1, "there is no folder missing"),
         (("--report", "."), 1, ". is a folder"),
         (("--plot", "out.gif"), 2, "out.gif"),
-        (("--weights-only", "--ablate"), 2, "--ablate was given with --weights-only"),
         (("--threshold", "-1"), 2, "--threshold is -1.0, expected a number above 0"),
         (("--tokens", "1"), 2, "--tokens is 1, expected 2 or more"),
         (("--tokens", "99999"), 2, "text.txt holds 300 tokens, and --tokens asks for 99,999"),
@@ -106,6 +105,15 @@ def test_reports_that_are_none(quick_cli, planted, tmp_path, content, words):
 def test_bad_options(inspect, options, code, words):
     done = inspect(*options)
     assert done.returncode == code and words in done.stderr and not done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--text", STORIES), ("--tokens", 10), ("--sequence-length", 32), ("--ablate",), ("--report", "a.html"), ("--plot", "a.png")],
+)  # fmt: skip
+def test_options_of_a_run_are_refused_where_nothing_runs(quick_cli, option):
+    done = quick_cli("inspect-outliers", DEMO, "--weights-only", *option)
+    assert done.returncode == 2 and f"{option[0]} was given with --weights-only" in done.stderr and not done.stdout
 
 
 def test_weights_only(quick_cli, tmp_path):

@@ -35,17 +35,12 @@ def show(report: dict) -> None:
 
 def _sites(report: dict) -> None:
     rows = []
-    for layer, site in _each(report):
-        first = site["dims"][:_DIMS_SHOWN]
-        dims = ", ".join(f"{d['dim']}: {_number(d['absmax'])}" for d in first)
-        more = site["outlier_columns"] - len(first)
-        rows.append((
-            layer["layer"], _SHORT.get(site["kind"], site["kind"]), dims + (f" and {more:,} more" if more > 0 else ""),
-            _percent(first[0]["share"]) if first else "-", _number(site["crest"]), _number(site["kurtosis"]),
-            _number(site["channel_ratio"]), _number(site["token_ratio"]),
-        ))  # fmt: skip
+    for layer in report["layers"]:
+        rows += [_activations(layer["layer"], _SHORT.get(site["kind"], site["kind"]), site) for site in layer["sites"]]
+        if layer["residual"]:
+            rows.append(_activations(layer["layer"], "residual", layer["residual"]))
     console.table(
-        "inputs of linear layers",
+        "inputs of linear layers, and the residual stream that leaves each block",
         ("layer", "site", "outlier dims: largest value", "positions", "absmax/RMS", "kurtosis", "channels", "tokens"),
         rows,
         left=(1, 2),
@@ -55,6 +50,16 @@ def _sites(report: dict) -> None:
         "Gaussian."
     )
     console.out()
+
+
+def _activations(layer: int, name: str, site: dict) -> tuple:
+    first = site["dims"][:_DIMS_SHOWN]
+    dims = ", ".join(f"{d['dim']}: {_number(d['absmax'])}" for d in first)
+    more = site["outlier_columns"] - len(first)
+    return (
+        layer, name, dims + (f" and {more:,} more" if more > 0 else ""), _percent(first[0]["share"]) if first else "-",
+        _number(site["crest"]), _number(site["kurtosis"]), _number(site["channel_ratio"]), _number(site["token_ratio"]),
+    )  # fmt: skip
 
 
 def _damage(report: dict) -> None:
@@ -158,9 +163,10 @@ def _ablation(report: dict) -> None:
 
 
 def _ablated(top1: dict | None, name: str, perplexity: dict, variant: str) -> tuple:
-    change = perplexity[variant] / perplexity["whole"] - 1
-    shown = "" if variant == "whole" else f"{change:+,.1%}"
-    return _percent(top1 and top1[name], 1), _number(perplexity[variant]), shown
+    shown, whole, found = "", perplexity["whole"], perplexity[variant]
+    if variant != "whole" and whole is not None and found is not None:
+        shown = f"{found / whole - 1:+,.1%}"
+    return _percent(top1 and top1[name], 1), _number(found), shown
 
 
 def _dims(dims: list[int]) -> str:
@@ -179,22 +185,25 @@ def _recommendation(report: dict) -> None:
 
 
 def rows(report: dict) -> tuple[list[str], list[list]]:
-    """(columns, a row for each site) for CSV."""
+    """(columns, a row for each site and each residual stream) for CSV."""
     plain = (
-        "rows", "channels", "absmax", "rms", "crest", "kurtosis", "channel_ratio", "token_ratio", "outlier_columns", "columns_kept",
+        "rows", "channels", "absmax", "rms", "crest", "kurtosis", "channel_ratio", "token_ratio", "outlier_columns",
         "outlier_share",
     )  # fmt: skip
     methods = list(dict.fromkeys(name for _, site in _each(report) for name in site["sqnr"] or ()))
-    columns = ["layer", "site", "modules", *plain, "outlier_dims"]
+    columns = ["layer", "site", "modules", *plain, "outlier_dims", "columns_kept"]
     columns += [f"sqnr {name}{part}" for name in methods for part in ("", ", ordinary channels")]
     found = []
-    for layer, site in _each(report):
-        row = [layer["layer"], site["kind"], " ".join(site["modules"]), *(site[name] for name in plain)]
-        row.append(" ".join(str(d["dim"]) for d in site["dims"]))
-        for name in methods:
-            sqnr = (site["sqnr"] or {}).get(name) or {}
-            row += [sqnr.get("output"), sqnr.get("ordinary")]
-        found.append(row)
+    for layer in report["layers"]:
+        residual = layer["residual"]
+        sites = layer["sites"] + ([residual | {"kind": "residual stream", "modules": []}] if residual else [])
+        for site in sites:
+            row = [layer["layer"], site["kind"], " ".join(site["modules"]), *(site[name] for name in plain)]
+            row += [" ".join(str(d["dim"]) for d in site["dims"]), site.get("columns_kept")]
+            for name in methods:
+                sqnr = (site.get("sqnr") or {}).get(name) or {}
+                row += [sqnr.get("output"), sqnr.get("ordinary")]
+            found.append(row)
     return columns, found
 
 
@@ -203,10 +212,10 @@ def _each(report: dict):
 
 
 def _number(value: float | None) -> str:
-    """Three significant figures, in full above."""
+    """Three significant figures, in full above, up to a million."""
     if value is None:
         return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _percent(value: float | None, digits: int = 0) -> str:

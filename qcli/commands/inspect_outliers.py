@@ -49,7 +49,18 @@ def inspect_outliers(
     ] = None,
 ) -> None:
     """Show where a model's outlier features are, what they do, and what each quantization method would cost."""
-    _check_files(weights_only, ablate, csv, report, plot)
+    if weights_only:
+        running = {
+            "--text": text, "--tokens": tokens, "--sequence-length": sequence_length, "--ablate": ablate, "--report": report,
+            "--plot": plot,
+        }  # fmt: skip
+        for name, given in running.items():
+            if given:
+                raise UsageError(
+                    f"{name} was given with --weights-only, which runs nothing: no text, no ablation, no charts",
+                    f"Leave out {name}.",
+                )
+    _check_files(csv, report, plot)
     if weights_only:
         from qcli.commands import _weights_tables as tables
         from qcli.outliers.weight_summary import rows
@@ -71,15 +82,8 @@ def inspect_outliers(
     console.json(found) if json else tables.show(found)
 
 
-def _check_files(weights_only: bool, ablate: bool, csv: Path | None, report: Path | None, plot: Path | None) -> None:
+def _check_files(csv: Path | None, report: Path | None, plot: Path | None) -> None:
     """Raises before any work is done where a file could not be written at its end."""
-    if weights_only:
-        for name, given in (("--ablate", ablate), ("--report", report), ("--plot", plot)):
-            if given:
-                raise UsageError(
-                    f"{name} was given with --weights-only, which runs nothing to draw or to ablate",
-                    f"Leave out {name}.",
-                )
     from qcli import whole_file
 
     for path in (csv, report, plot):

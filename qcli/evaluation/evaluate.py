@@ -83,6 +83,10 @@ def evaluate(
     result = Evaluation(source.label, source.revision, protocol, rows, simulated=bool(chosen))
     if base is not None and base.dtype != skeleton.dtype:
         result.notes.append(f"{base.source.label} is computed in {str(base.dtype).removeprefix('torch.')}")
+    if chosen and (experts := skeleton.layout.expert_parameters):
+        result.notes.append(
+            f"{experts:,} parameters of fused experts are no linear layers to `qcli quantize`: every method leaves them whole"
+        )
     if speed:
         running["dtype"] = dtype
         _time(result, model, against, revision, corpus, limit, running)

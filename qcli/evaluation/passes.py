@@ -10,6 +10,7 @@ import torch
 from qcli.corpus import Window
 from qcli.errors import NonFiniteError
 from qcli.evaluation.tokens import TokenScores, log_probabilities
+from qcli.nn import Linear8bit
 from qcli.streaming.batches import BATCH_TOKENS, make_batches
 from qcli.streaming.head import Head
 from qcli.streaming.run import Call, Observer, current_call, run_calls
@@ -27,16 +28,21 @@ def weight_bytes(unit: Unit) -> int:
     return sum(p.numel() * p.element_size() for p in unit.module.parameters())
 
 
-def goes(skeletons: Sequence[Skeleton], windows: Sequence[Window], variants: int = 1) -> list[Sequence[Window]]:
-    """The windows in as few runs as HIDDEN_BYTES allows: every model's weights are read once for each of them.
+def hidden_bytes(skeletons: Sequence[Skeleton], windows: Sequence[Window], variants: int = 1) -> int:
+    """Bytes of the hidden states that wait together when the models, each in so many variants, read the windows.
 
-    A token's hidden state waits twice: as what the model began with, which transformers keeps, and as what a block has made.
+    A token's waits twice: as what the model began with, which transformers keeps, and as what a block has made.
     """
     width = sum(2 * s.model.config.get_text_config(decoder=True).hidden_size * s.dtype.itemsize for s in skeletons)
+    return width * variants * sum(len(window.ids) for window in windows)
+
+
+def goes(skeletons: Sequence[Skeleton], windows: Sequence[Window], variants: int = 1) -> list[Sequence[Window]]:
+    """The windows in as few runs as HIDDEN_BYTES allows: every model's weights are read once for each of them."""
     found: list[list[Window]] = []
     room = 0
     for window in windows:
-        size = len(window.ids) * width * variants
+        size = hidden_bytes(skeletons, [window], variants)
         if size > room or not found:
             found.append([])
             room = HIDDEN_BYTES
@@ -49,8 +55,8 @@ class Reading:
     """Windows that a model has read up to its head, in one or more variants of it. Of each token and variant it keeps the last
     hidden state.
 
-    `observer` is told of each unit, `alone` gives each window a call of its own, `advance` hears of finished work, which is
-    `work` in all once the reading has been scored.
+    `observer` is told of each unit, `alone` gives each window a call of its own, as a model in 8 bits has it always, `advance`
+    hears of finished work, which is `work` in all once the reading has been scored.
     """
 
     def __init__(
@@ -65,15 +71,20 @@ class Reading:
     ):
         self.skeleton, self.head, self.advance = skeleton, Head(skeleton), advance
         self._broken: dict[tuple[str, str], torch.Tensor] = {}
+        # LLM.int8() takes the outlier columns of all tokens of a call, which must be those of one text.
+        alone = alone or any(isinstance(module, Linear8bit) for module in skeleton.model.modules())
         batches = make_batches([window.ids for window in windows], 0, 1 if alone else BATCH_TOKENS)
         calls = [Call(self.head.below(batch), variant, batch) for variant in variants for batch in batches]
         handles = [unit.module.register_forward_hook(self._watch(unit)) for unit in skeleton.blocks]
+        counting = _Counting(observer or Observer(), advance)
         try:
             with self.head.stopping():
-                outputs = run_calls(skeleton, calls, _Counting(observer or Observer(), advance))
+                outputs = run_calls(skeleton, calls, counting)
         finally:
             for handle in handles:
                 handle.remove()
+        unentered = self.work(skeleton) - counting.counted
+        advance(unentered - weight_bytes(self.head.unit), "units that text does not enter")
         self._places: dict[tuple[str, int], tuple[Any, int]] = {}
         for call, output in zip(calls, outputs):
             for row, window in enumerate(call.batch.windows):
@@ -109,12 +120,13 @@ class _Counting(Observer):
     """Passes on what it is told, and counts the weights that are done with."""
 
     def __init__(self, observer: Observer, advance: Advance):
-        self.observer, self.advance = observer, advance
+        self.observer, self.advance, self.counted = observer, advance, 0
         self.loaded, self.variant = observer.loaded, observer.variant
 
     def passed(self, unit: Unit) -> None:
         """Every call has passed `unit`."""
         self.observer.passed(unit)
+        self.counted += weight_bytes(unit)
         self.advance(weight_bytes(unit), unit.name)
 
 

@@ -73,7 +73,9 @@ class Placement:
     @property
     def left(self) -> int:
         """What the fullest GPU has over at the most overhead; less than 0 where that much is missing."""
-        return -self.on_cpu if self.on_cpu else min(load.left for load in self.loads)
+        if self.on_cpu:
+            return -self.on_cpu - sum(max(0, -load.left) for load in self.loads)
+        return min(load.left for load in self.loads)
 
 
 def place(needs: Needs, gpus: Sequence[Gpu], automatic: Sequence[int] | None) -> Placement:

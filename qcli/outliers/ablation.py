@@ -11,7 +11,7 @@ import torch
 
 from qcli.outliers.attention import AttentionMeter, LayerAttention, zero_dims
 from qcli.outliers.measure import LayerMeasure
-from qcli.outliers.sites import ATTENTION_INPUT, HIDDEN, linear_modules
+from qcli.outliers.sites import ATTENTION_INPUT, HIDDEN, linear_modules, shown_path
 from qcli.streaming.run import Observer
 from qcli.streaming.units import Unit
 
@@ -65,11 +65,5 @@ class Ablation(Observer):
 
     def _modules(self, unit: Unit, kinds: Sequence[str]) -> dict:
         """The linear modules of a block at sites of these kinds, by path."""
-        import re
-
         shown = {path for s in self._layers[unit.name].sites if s.site.kind in kinds for path in s.site.modules}
-        return {
-            path: module
-            for path, module in linear_modules(unit.module).items()
-            if re.sub(r"(?<=\.)\d+(?=\.)", "*", path) in shown
-        }
+        return {path: module for path, module in linear_modules(unit.module).items() if shown_path(path) in shown}

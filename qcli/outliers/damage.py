@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qcli.outliers.statistics import is_outlier
+
 METHODS = {  # the name in tables -> the simulation
     "int8 per-tensor": "int8 per-tensor",
     "int8 row-wise": "int8 row-wise",
@@ -58,7 +60,7 @@ class SampleOf:
 
     def columns_kept(self, threshold: float) -> float:
         """The share of columns that LLM.int8() keeps in 16 bits: with any |x| >= threshold in a sequence, mean over sequences."""
-        shares = [(x.abs() >= threshold).any(0).double().mean().item() for x in self._sequences.values()]
+        shares = [is_outlier(x, threshold).any(0).double().mean().item() for x in self._sequences.values()]
         return sum(shares) / len(shares)
 
     def damage(
@@ -74,16 +76,18 @@ class SampleOf:
             return None
         found = {name: Damage() for name in simulations}
         sequences = [x.float() for _, x in sorted(self._sequences.items())]
-        outliers = [(x.abs() >= threshold).any(0) for x in sequences]
+        outliers = [is_outlier(x, threshold).any(0) for x in sequences]
         step = -(-sum(len(x) - self.prefix for x in sequences) // SAMPLE_TOKENS)
         for weight in weights:
             wide = weight.float()
             whole = [_parts(x[self.prefix :: step], wide, o) for x, o in zip(sequences, outliers)]
+            del wide  # a layer of a large model has hundreds of megabytes
             for name, simulation in simulations.items():
                 prepared = simulation.weight(weight)
                 for x, outlier, parts in zip(sequences, outliers, whole):
                     rounded, kept = prepared.activations(x)
                     _note(found[name], parts, _parts(rounded[self.prefix :: step], prepared.weight_for(kept), outlier))
+                del prepared
         return found
 
 

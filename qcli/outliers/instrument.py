@@ -5,19 +5,25 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from qcli.corpus import Corpus, read_windows
 from qcli.errors import UsageError
-from qcli.evaluation.passes import Form, Reading, score
+from qcli.evaluation.passes import Form, Reading, hidden_bytes, score
 from qcli.evaluation.statistics import perplexity
+from qcli.evaluation.tokens import TokenScores
 from qcli.outliers import paper, results
 from qcli.outliers.ablation import RANDOM, WHOLE, WITHOUT, Ablation, random_dims
 from qcli.outliers.attention import LayerAttention
 from qcli.outliers.damage import METHODS, SAMPLE_TOKENS, weight_of
 from qcli.outliers.features import Feature, find_features, hidden_sites
 from qcli.outliers.measure import LayerMeasure, Meter
-from qcli.outliers.recommend import recommend
+from qcli.outliers.recommend import Recommendation, recommend
 from qcli.outliers.sites import HIDDEN
+from qcli.process import available_memory
 from qcli.simulation import SIMULATIONS
+from qcli.sizes import format_bytes
 from qcli.streaming.skeleton import Skeleton
 
 DEFAULT_TOKENS = 8192
@@ -66,17 +72,34 @@ def inspect_outliers(
         skeleton.tokenizer, text, tokens=tokens, default_tokens=DEFAULT_TOKENS, sequence_length=sequence_length,
         model_limit=getattr(config, "max_position_embeddings", None),
     )  # fmt: skip
+    _check_room(skeleton, corpus, 3 if ablate else 1)
     work = Reading.work(skeleton)
     with _shown(progress, work * (2 if ablate else 1)) as advance:
         meter = _meter(skeleton, corpus, threshold)
         reading = Reading(skeleton, corpus.windows, advance, observer=meter)
         _, (scores,) = score(None, [Form(model, reading)], corpus.windows)
         features = find_features(meter.layers, meter.union.values(), config.hidden_size)
-        report = _report(model, skeleton, corpus, meter, features, threshold)
-        report["table4"]["perplexity"] = perplexity(scores.loss, corpus.scored_bytes).perplexity.value
+        loading = ["--revision", revision] if revision else []
+        loading += ["--trust-remote-code"] if trust_remote_code else []
+        loading += ["--set", "modules=rules"] if skeleton.layout.explicit_skip else []
+        found = recommend(model, meter.layers, features, threshold, loading)
+        report = _report(skeleton, corpus, meter, features, found)
+        report["table4"]["perplexity"] = _perplexity(scores, corpus)
         if ablate:
             _ablate(report, open_model, corpus, meter.layers, features, config.hidden_size, advance)
     return report
+
+
+def _check_room(skeleton: Skeleton, corpus: Corpus, variants: int) -> None:
+    """Raises UsageError where the hidden states, which wait for each block together, have no room."""
+    free = torch.cuda.mem_get_info()[0] if skeleton.device.type == "cuda" else available_memory()
+    needed = hidden_bytes([skeleton], corpus.windows, variants)
+    if free is not None and needed > free:
+        raise UsageError(
+            f"the hidden states of {corpus.tokens:,} tokens take {format_bytes(needed)}, and {format_bytes(free)} of memory are "
+            "free",
+            f"Read fewer: --tokens {corpus.tokens * free // needed // 2:,} or so.".replace(",", ""),
+        )
 
 
 @contextmanager
@@ -105,16 +128,15 @@ def _with_threshold(name: str, threshold: float):
 
 
 def _report(
-    model: str, skeleton: Skeleton, corpus: Corpus, meter: Meter, features: list[Feature], threshold: float
+    skeleton: Skeleton, corpus: Corpus, meter: Meter, features: list[Feature], found: Recommendation | None
 ) -> dict:
     layers, hidden_size = meter.layers, meter.hidden_size
     window = corpus.windows[0].ids[:64]
     tokens = [skeleton.tokenizer.decode([token]) for token in window]
-    found = recommend(model, layers, features, threshold)
     return results.VERSION | {
         "model": results.describe_model(skeleton, len(layers)),
         "text": results.describe_text(corpus),
-        "threshold": threshold, "min_layers": paper.MIN_LAYERS, "min_positions": paper.MIN_POSITIONS,
+        "threshold": meter.threshold, "min_layers": paper.MIN_LAYERS, "min_positions": paper.MIN_POSITIONS,
         "layers": [results.describe_layer(i, layer) for i, layer in enumerate(layers)],
         "features": results.describe_features(features),
         "table4": results.table_4(features, None),
@@ -202,18 +224,23 @@ def _ablate(
     reading = Reading(skeleton, corpus.windows, advance, variants=(WHOLE, WITHOUT, RANDOM), observer=ablation)
     forms = [Form(f"{report['model']['name']}, {variant}", reading, variant) for variant in (WHOLE, WITHOUT, RANDOM)]
     _, scores = score(None, forms, corpus.windows)
-    values = [perplexity(s.loss, corpus.scored_bytes).perplexity for s in scores]
+    values = [_perplexity(s, corpus) for s in scores]
     report["ablation"] = {
         "dims": dims,
         "random_dims": others,
         "top1": _top1(ablation.attention),
-        "perplexity": dict(zip((WHOLE, WITHOUT, RANDOM), (v.value for v in values))) | {"tokens": corpus.scored},
+        "perplexity": dict(zip((WHOLE, WITHOUT, RANDOM), values)) | {"tokens": corpus.scored},
     }
     report["attention"] = _attention(ablation.attention)
     if top1 := report["ablation"]["top1"]:
         report["table4"] |= {"top1_with": top1["with"], "top1_without": top1[WITHOUT]}
     else:
         report["notes"].append("The attention modules show no probabilities, so only perplexity was ablated.")
+
+
+def _perplexity(scores: TokenScores, corpus: Corpus) -> float | None:
+    with np.errstate(over="ignore"):
+        return results.number(perplexity(scores.loss, corpus.scored_bytes).perplexity.value)
 
 
 def _top1(attention: Sequence[LayerAttention]) -> dict[str, float] | None:

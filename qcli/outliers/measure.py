@@ -8,8 +8,8 @@ from torch import nn
 from qcli.errors import NonFiniteError
 from qcli.outliers import spikes
 from qcli.outliers.damage import Damage, SampleOf
-from qcli.outliers.sites import FFN_OUTPUT, HIDDEN, Site, SiteFinder
-from qcli.outliers.statistics import ChannelHistograms, ChannelStats, OutlierSketch
+from qcli.outliers.sites import FFN_OUTPUT, HIDDEN, RESIDUAL, Site, SiteFinder
+from qcli.outliers.statistics import ChannelHistograms, ChannelStats, OutlierSketch, is_outlier
 from qcli.streaming.batches import Batch
 from qcli.streaming.run import Observer, current_call
 from qcli.streaming.skeleton import Skeleton
@@ -35,18 +35,30 @@ class SiteMeasure:
 
     @property
     def dims(self) -> list[int]:
-        """Channels with outliers, those with most of them first."""
-        count = self.stats["count"]
-        return sorted(count.nonzero().view(-1).tolist(), key=lambda d: (-count[d].item(), d))
+        """Channels with outliers, those with most of them first, and of these the larger ones."""
+        count, absmax = self.stats["count"].tolist(), self.stats.absmax.tolist()
+        return sorted((d for d, n in enumerate(count) if n), key=lambda d: (-count[d], -absmax[d], d))
+
+    def count(self, rows: torch.Tensor, threshold: float, where: str) -> None:
+        """Counts rows [positions, channels] in. Raises NonFiniteError, which says `where` they were."""
+        self.stats.add(rows, threshold)
+        if bad := self.stats.nonfinite:
+            raise NonFiniteError(
+                f"{where} holds NaN or infinity in {len(bad)} of {rows.shape[1]} channels, the first is {bad[0]}",
+                "Try --dtype float32; if it stays, the weights before it are damaged: see --weights-only.",
+            )
+        self.sketch.add(rows)
+        if len(rows):
+            self.token_absmax.append(rows.abs().amax(1).float().cpu())
 
 
 @dataclass
 class LayerMeasure:
-    """A block: its sites, and the residual stream that leaves it."""
+    """A block: its sites, and the residual stream that leaves it (None where its shape is no hidden state's)."""
 
     name: str
     sites: list[SiteMeasure]
-    residual: ChannelStats
+    residual: SiteMeasure | None
     medians: list[float]  # of |x|, one a sequence
     massive: list[spikes.Massive]
     super_weights: list[spikes.SuperWeight]
@@ -75,7 +87,8 @@ class Meter(Observer):
         self._measures: dict[int, SiteMeasure] = {}  # by the site's id
         self._samples: dict[int, SampleOf] = {}
         self._outliers: dict[int, dict[tuple[int, ...], torch.Tensor]] = {}  # of each batch, by its windows
-        self._residual, self._medians, self._massive = ChannelStats(self.hidden_size), {}, {}
+        self._residual: SiteMeasure | None = None
+        self._medians, self._massive = {}, {}
         self._spikes = spikes.SpikeFinder()
         self._finder = SiteFinder(unit.module, self._seen)
         self._handles = [unit.module.register_forward_hook(self._left)]
@@ -124,13 +137,10 @@ class Meter(Observer):
         channels = x.shape[-1]
         measure = self._measures.get(id(site))
         if measure is None:
-            hidden = channels == self.hidden_size
-            measure = self._measures[id(site)] = SiteMeasure(
-                site, ChannelStats(channels), OutlierSketch(self.threshold), ChannelStats(channels),
-                histograms=ChannelHistograms(channels) if hidden else None,
-            )  # fmt: skip
-        whole = x.numel() == batch.ids.numel() * channels
-        if not whole:  # an expert's share of the tokens: their positions are not known here
+            measure = self._measures[id(site)] = self._new(site, channels)
+            measure.histograms = ChannelHistograms(channels) if channels == self.hidden_size else None
+        if any("*" in path for path in site.modules) or x.numel() != batch.ids.numel() * channels:
+            # An expert's share of the tokens: their positions are not known here.
             self._count(measure, x.reshape(-1, channels))
             return
         x = x.reshape(*batch.ids.shape, channels)
@@ -141,7 +151,7 @@ class Meter(Observer):
             measure.bos.add(x[:, : self.prefix].reshape(-1, channels), self.threshold)
         if measure.histograms is not None:
             measure.histograms.add(rows)
-            self._outliers.setdefault(id(site), {})[batch.windows] = (rows.abs() >= self.threshold).cpu()
+            self._outliers.setdefault(id(site), {})[batch.windows] = is_outlier(rows, self.threshold).cpu()
             if 0 in batch.windows:
                 row = batch.windows.index(0)
                 measure.surface = x[row, : min(SURFACE_TOKENS, int(batch.mask[row].sum()))].float().cpu()
@@ -151,34 +161,23 @@ class Meter(Observer):
             for row in taken:
                 sample.add(batch.windows[row], x[row, : int(batch.mask[row].sum())])
 
+    def _new(self, site: Site, channels: int) -> SiteMeasure:
+        return SiteMeasure(site, ChannelStats(channels), OutlierSketch(self.threshold), ChannelStats(channels))
+
     def _count(self, measure: SiteMeasure, rows: torch.Tensor) -> None:
-        measure.stats.add(rows, self.threshold)
-        if bad := measure.stats.nonfinite:
-            path = f"{self._unit.name}.{next(iter(measure.site.modules))}"
-            raise NonFiniteError(
-                f"{self.skeleton.source.label}: the input of {path} holds NaN or infinity in {len(bad)} of "
-                f"{rows.shape[1]} channels, the first is {bad[0]}",
-                "Try --dtype float32; if it stays, the weights before it are damaged: see --weights-only.",
-            )
-        measure.sketch.add(rows)
-        if len(rows):
-            measure.token_absmax.append(rows.abs().amax(1).float().cpu())
+        path = f"{self._unit.name}.{next(iter(measure.site.modules))}"
+        measure.count(rows, self.threshold, f"{self.skeleton.source.label}: the input of {path}")
 
     def _left(self, module: nn.Module, args: tuple, output: object) -> None:
         """What leaves the block: the residual stream."""
         batch: Batch = current_call().batch
         x = output[0] if isinstance(output, tuple) else output
-        if not isinstance(x, torch.Tensor) or x.shape[:2] != batch.ids.shape:
+        if not isinstance(x, torch.Tensor) or x.shape[:2] != batch.ids.shape or x.dim() != 3:
             return
-        if x.shape[-1] != self._residual["count"].numel():
-            self._residual = ChannelStats(x.shape[-1])
-        self._residual.add(x[batch.counted(self.prefix).to(x.device)], spikes.MASSIVE)
-        if bad := self._residual.nonfinite:
-            raise NonFiniteError(
-                f"{self.skeleton.source.label}: what leaves {self._unit.name} holds NaN or infinity in {len(bad)} of "
-                f"{x.shape[-1]} dimensions, the first is {bad[0]}",
-                "Try --dtype float32; if it stays, the weights of that layer are damaged: see --weights-only.",
-            )
+        if self._residual is None:
+            self._residual = self._new(Site("", 0, kind=RESIDUAL), x.shape[-1])
+        rows = x[batch.counted(self.prefix).to(x.device)]
+        self._residual.count(rows, self.threshold, f"{self.skeleton.source.label}: what leaves {self._unit.name}")
         for row, window in enumerate(batch.windows):
             hidden = x[row, : int(batch.mask[row].sum())]
             self._medians[window], self._massive[window] = spikes.massive(hidden, window)

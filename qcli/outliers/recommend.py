@@ -37,9 +37,13 @@ class Recommendation:
 
 
 def recommend(
-    model: str, layers: Sequence[LayerMeasure], features: Sequence[Feature], threshold: float
+    model: str,
+    layers: Sequence[LayerMeasure],
+    features: Sequence[Feature],
+    threshold: float,
+    loading: Sequence[str] = (),
 ) -> Recommendation | None:
-    """None where there is nothing to quantize: no site's damage was measured."""
+    """None where there is nothing to quantize: no site's damage was measured. `loading` are the options that opened the model."""
     measured = [(layer, site) for layer in layers for site in layer.sites if site.damage]
     if not measured:
         return None
@@ -67,8 +71,8 @@ def recommend(
     options = [] if threshold == paper.THRESHOLD or method == "nf4" else ["--threshold", f"{threshold:g}"]
     skips = [part for module in skip for part in ("--skip", module)]
     bits = "8" if method == "llm-int8" else "4"
-    command = ["qcli", "quantize", model, "--bits", bits, *options, *skips]
-    other = ["qcli", "quantize", model, "--bits", "4" if bits == "8" else "8"]
+    command = ["qcli", "quantize", model, "--bits", bits, *options, *skips, *loading]
+    other = ["qcli", "quantize", model, "--bits", "4" if bits == "8" else "8", *skips, *loading]
     return Recommendation(
         method, threshold if method == "llm-int8" else None, skip, shlex.join(command), shlex.join(other), [s for s in why if s]
     )  # fmt: skip
@@ -91,7 +95,10 @@ def read_skip(path: Path) -> list[str]:
     recommendation = report.get("recommendation")
     if recommendation is None:
         raise UsageError(f"{path} holds no recommendation: the model that it is of was quantized already", hint)
-    return list(recommendation["skip"])
+    skip = recommendation.get("skip") if isinstance(recommendation, dict) else None
+    if not isinstance(skip, list) or not all(isinstance(module, str) for module in skip):
+        raise UsageError(f"{path}: its recommendation has no list of modules to skip", hint)
+    return skip
 
 
 def _median(sites: Sequence[SiteMeasure], method: str) -> float | None:

@@ -24,7 +24,7 @@ def number(value: float | torch.Tensor | None) -> float | None:
 
 
 def describe_model(skeleton, layers: int) -> dict[str, object]:
-    """The model's name and measures; `layers` were passed."""
+    """The model's name and measures; `layers` are those that text passes."""
     model, source = skeleton.model, skeleton.source
     stored = source.config.get("quantization_config") or {}
     kind = None
@@ -59,30 +59,35 @@ def describe_text(corpus: Corpus) -> dict[str, object]:
 
 def describe_layer(index: int, layer: LayerMeasure) -> dict[str, object]:
     """A block's sites and what leaves it."""
-    moments = layer.residual.pooled_moments()
-    return {
-        "layer": index,
-        "name": layer.name,
-        "sites": [_site(site) for site in layer.sites],
-        "residual": {
-            "absmax": number(layer.residual.absmax.max()), "rms": number(moments.rms), "kurtosis": number(moments.kurtosis),
-            "median": number(sorted(layer.medians)[len(layer.medians) // 2]) if layer.medians else None,
+    residual = None
+    if layer.residual is not None:
+        medians = sorted(layer.medians)
+        residual = _activations(layer.residual) | {
+            "median": number(medians[len(medians) // 2]) if medians else None,
             "massive": len(layer.massive),
-        },
+        }
+    return {
+        "layer": index, "name": layer.name, "sites": [_site(site) for site in layer.sites], "residual": residual,
     }  # fmt: skip
 
 
 def _site(measure: SiteMeasure) -> dict[str, object]:
-    stats, moments = measure.stats, measure.stats.pooled_moments()
-    absmax = stats.absmax
-    tokens = torch.cat(measure.token_absmax) if measure.token_absmax else torch.zeros(1)
-    count = stats["count"]
     damage = measure.damage and {
         name: {"output": number(d.output), "ordinary": number(d.ordinary)} for name, d in measure.damage.items()
     }
+    return {"kind": measure.site.kind, "modules": list(measure.site.modules)} | _activations(measure) | {
+        "columns_kept": number(measure.columns_kept), "sqnr": damage,
+    }  # fmt: skip
+
+
+def _activations(measure: SiteMeasure) -> dict[str, object]:
+    """What is told of the activations at a site."""
+    stats, moments = measure.stats, measure.stats.pooled_moments()
+    absmax, count = stats.absmax, stats["count"]
+    tokens = torch.cat(measure.token_absmax).double() if measure.token_absmax else torch.zeros(1)
+    levels = torch.tensor([0.5, 0.99, 1.0], dtype=tokens.dtype)
+    median, high, greatest = tokens.quantile(levels, interpolation="lower").tolist()
     return {
-        "kind": measure.site.kind,
-        "modules": list(measure.site.modules),
         "channels": absmax.numel(),
         "rows": stats.rows,
         "absmax": number(absmax.max()),
@@ -90,12 +95,11 @@ def _site(measure: SiteMeasure) -> dict[str, object]:
         "crest": number(absmax.max() / moments.rms),
         "kurtosis": number(moments.kurtosis),
         "channel_ratio": number(absmax.max() / absmax.median()),
-        "token_ratio": number(tokens.max() / tokens.median()),
+        "token_ratio": number(greatest / median if median else None),
+        "token_absmax": {"median": number(median), "p99": number(high), "max": number(greatest)},
         "outlier_columns": int((count > 0).sum()),
-        "columns_kept": number(measure.columns_kept),
         "outlier_share": number(count.sum() / (stats.rows * absmax.numel())),
         "dims": [_dim(measure, dim) for dim in measure.dims[:DIMS_KEPT]],
-        "sqnr": damage,
     }
 
 
@@ -191,11 +195,14 @@ def _surface(shown: list[tuple[int, SiteMeasure]], tokens: list[str]) -> dict[st
 
 
 def _histograms(sites: list[tuple[int, SiteMeasure]], features: Sequence[Feature]) -> list[dict[str, object]]:
-    """One of each outlier feature, where it is most often an outlier."""
+    """One of each outlier feature, where it is most often an outlier of those sites that kept its histogram."""
     found = []
     for feature in [f for f in features if f.outlier][:HISTOGRAMS]:
+        kept = [entry for entry in sites if feature.dim in entry[1].histograms]
+        if not kept:
+            continue
         index, site = max(
-            sites, key=lambda entry: entry[1].stats["count"][feature.dim].item() / max(entry[1].stats.rows, 1)
+            kept, key=lambda entry: entry[1].stats["count"][feature.dim].item() / max(entry[1].stats.rows, 1)
         )
         edges, counts = site.histograms.of(feature.dim)
         found.append(

@@ -13,6 +13,7 @@ from qcli.streaming.run import current_call
 
 ATTENTION_INPUT, ATTENTION_OUTPUT = "attention input", "attention output"
 FFN_INPUT, FFN_OUTPUT, OTHER = "ffn input", "ffn output", "other"
+RESIDUAL = "residual stream"  # what leaves a block
 HIDDEN = (ATTENTION_INPUT, FFN_INPUT)  # sites whose channels are the dimensions of the hidden state
 
 _ATTENTION = re.compile(r"att")
@@ -29,6 +30,11 @@ class Site:
     order: int  # of this input among those of the parent
     modules: dict[str, nn.Module] = field(default_factory=dict)
     kind: str = OTHER
+
+
+def shown_path(path: str) -> str:
+    """A module's path in its block, with `*` for an expert's number."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
 
 
 def linear_modules(block: nn.Module) -> dict[str, nn.Module]:
@@ -54,14 +60,14 @@ class SiteFinder:
     def __init__(self, block: nn.Module, seen: Callable[[Site, nn.Module, torch.Tensor, bool], None]):
         self.sites: dict[tuple[str, int], Site] = {}
         self._seen, self._call = seen, None
-        self._inputs: dict[str, list[torch.Tensor]] = {}  # of each group, in this call
+        self._inputs: dict[str, list[torch.Tensor]] = {}  # of this call, by group
         self._handles = [
             module.register_forward_pre_hook(self._hook(path)) for path, module in linear_modules(block).items()
         ]
 
     def _hook(self, path: str) -> Callable:
         group = path.rpartition(".")[0]
-        shown = re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
+        shown = shown_path(path)
 
         def hook(module, args):
             call, x = current_call(), args[0]

@@ -53,27 +53,31 @@ class SuperWeight:
 
 
 class SpikeFinder:
-    """Notes the largest output of each linear layer of a block, and what came in at that token."""
+    """Notes the token at which each linear layer of a block gives its largest output, and what came in there."""
 
     def __init__(self):
-        # module -> (row, output, input [in_features], median of |output|)
-        self._largest: dict[int, tuple[int, float, torch.Tensor, float]] = {}
+        # module -> (input [in_features], output [out_features], median of |outputs|)
+        self._largest: dict[int, tuple[torch.Tensor, torch.Tensor, float]] = {}
 
     def hook(self, block: nn.Module) -> list:
         """Hooks every linear layer of the block; returns the hooks' handles."""
         return [m.register_forward_hook(self._note) for m in linear_modules(block).values() if hasattr(m, "weight")]
 
     def _note(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if current_call() is None or not isinstance(output, torch.Tensor) or not output.numel():
+        call = current_call()
+        if call is None or not isinstance(output, torch.Tensor) or not output.numel():
             return
-        y = output.reshape(-1, output.shape[-1])
-        token, row = divmod(int(y.abs().argmax()), y.shape[1])
-        value = y[token, row].item()
+        x, y = args[0].reshape(-1, args[0].shape[-1]), output.reshape(-1, output.shape[-1])
+        mask = call.batch.mask
+        if len(y) == mask.numel() and not mask.all():
+            real = mask.view(-1).to(y.device)
+            x, y = x[real], y[real]
+        token = int(y.abs().amax(1).argmax())
+        value = y[token].abs().max().item()
         before = self._largest.get(id(module))
-        if abs(value) <= MASSIVE or (before is not None and abs(before[1]) >= abs(value)):
+        if value <= MASSIVE or (before is not None and before[1].abs().max().item() >= value):
             return
-        x = args[0].reshape(-1, args[0].shape[-1])[token].float()
-        self._largest[id(module)] = (row, value, x, y.float().abs().median().item())
+        self._largest[id(module)] = x[token].float(), y[token].float(), y.float().abs().median().item()
 
     def super_weights(self, modules: Mapping[str, nn.Module]) -> list[SuperWeight]:
         """Of the given modules, path to module: the FFN's last ones, where they have been seen. Weights must be loaded."""
@@ -81,17 +85,18 @@ class SpikeFinder:
         for path, module in modules.items():
             if id(module) not in self._largest:
                 continue
-            row, output, x, median = self._largest[id(module)]
-            weights = _row(module, row)
-            column = int((weights * x).abs().argmax())
-            weight, spike = weights[column].item(), x[column].item()
-            if abs(output) >= MASSIVE_RATIO * median and abs(weight * spike) >= SUPER_SHARE * abs(output):
-                found.append(SuperWeight(path, row, column, weight, spike, output))
+            x, y, median = self._largest[id(module)]
+            rows = ((y.abs() > MASSIVE) & (y.abs() >= MASSIVE_RATIO * median)).nonzero().view(-1)
+            for row, weights in zip(rows.tolist(), _rows(module, rows) if len(rows) else ()):
+                column = int((weights * x).abs().argmax())
+                weight, spike, output = weights[column].item(), x[column].item(), y[row].item()
+                if abs(weight * spike) >= SUPER_SHARE * abs(output):
+                    found.append(SuperWeight(path, row, column, weight, spike, output))
         return found
 
 
-def _row(module: nn.Module, row: int) -> torch.Tensor:
-    """A row of a linear layer's weight, float32 [in_features]."""
+def _rows(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of a linear layer's weight, float32 [rows, in_features]."""
     if isinstance(module, (Linear4bit, Linear8bit)):
-        return module.dequantize(torch.float32)[row]
-    return (module.weight[row] if isinstance(module, nn.Linear) else module.weight[:, row]).float()
+        return module.dequantize(torch.float32)[rows]
+    return (module.weight[rows] if isinstance(module, nn.Linear) else module.weight[:, rows].t()).float()

@@ -9,6 +9,8 @@ from qcli.ops.activation_stats import FIELDS, activation_stats
 
 SKETCH_ERROR = 0.005  # of a quantile of the sketch, relative
 HISTOGRAM_BINS = 129
+_LEAST_VARIANCE = 1e-5  # of the mean square: power sums in float64 hold no kurtosis of less
+_SKETCH_PIECE = 1 << 20  # elements at a time: each that is an outlier takes some forty bytes on the way
 _STEPS = 8  # bins of the histogram per unit of asinh(x)
 
 
@@ -81,13 +83,19 @@ class Moments:
 
     @property
     def kurtosis(self) -> torch.Tensor:
-        """Fourth central moment over the squared variance: 3 for a Gaussian. NaN where the values do not vary."""
+        """Fourth central moment over the squared variance: 3 for a Gaussian. NaN where values vary by less than a 300th of their
+        mean: there rounding of the sums takes a 100,000th of it, and soon all."""
         m, n = self.mean, self.count
         variance = self.sum_squares / n - m.square()
         fourth = self.sum_fourths / n - 4 * m * self.sum_cubes / n + 6 * m.square() * self.sum_squares / n - 3 * m**4
-        # What rounding leaves of equal values is no variance.
-        flat = variance <= 1e-12 * self.sum_squares / n
+        flat = variance <= _LEAST_VARIANCE * self.sum_squares / n
         return torch.where(flat, torch.nan, fourth / variance.square())
+
+
+def is_outlier(x: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Where |x| >= threshold, bool of x's shape: in float32, as activation_stats counts. In 16 bits the threshold itself would be
+    rounded."""
+    return x.float().abs() >= threshold
 
 
 class OutlierSketch:
@@ -107,9 +115,11 @@ class OutlierSketch:
 
     def add(self, x: torch.Tensor) -> None:
         """Counts the outliers of x [rows, channels] in."""
-        if self.threshold <= 0:
-            return
-        where = (x.abs() >= self.threshold).nonzero()
+        for part in x.split(max(_SKETCH_PIECE // max(x.shape[-1], 1), 1)):
+            self._add(part)
+
+    def _add(self, x: torch.Tensor) -> None:
+        where = is_outlier(x, self.threshold).nonzero()
         values = x[where[:, 0], where[:, 1]].double()
         bins = 1 + ((values.abs() / self.threshold).log() / self._ratio).floor().long()
         keys = where[:, 1] * self._CHANNEL + self._CHANNEL // 2 + bins * values.sign().long()
@@ -167,6 +177,10 @@ class ChannelHistograms:
         counts = self._counts.view(-1, HISTOGRAM_BINS)
         self._kept = {channel: counts[channel].clone() for channel in channels}
         del self._counts
+
+    def __contains__(self, channel: int) -> bool:
+        """Whether a channel was kept."""
+        return channel in self._kept
 
     def of(self, channel: int) -> tuple[list[float], list[int]]:
         """(edges, counts) of a channel that was kept, without the empty bins at both ends."""

@@ -9,7 +9,7 @@ def _trim():
     """glibc's malloc_trim; None with another C library."""
     try:
         return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):  # TypeError: Windows wants a name
         return None
 
 

@@ -54,6 +54,7 @@ def run_calls(
     """
     observer = observer or Observer()
     results: dict[int, Any] = {}
+    threads: list[greenlet] = []
     waiting: list[tuple[int, greenlet, Unit]] = []
 
     def advance(index: int, thread: greenlet, *arguments: object) -> None:
@@ -69,6 +70,7 @@ def run_calls(
             for i, call in enumerate(calls):
                 thread = greenlet(call.run)
                 thread.call = call
+                threads.append(thread)
                 advance(i, thread)
             while waiting:
                 unit = _next(waiting)
@@ -85,8 +87,8 @@ def run_calls(
                 if not keep:
                     skeleton.unload(unit)
         finally:
-            for _, thread, _ in waiting:
-                thread.throw(GreenletExit)
+            for thread in threads:
+                thread.throw(GreenletExit)  # does nothing to those that are done
     return [results[i] for i in range(len(calls))]
 
 

@@ -5,11 +5,13 @@ experts, dtypes, our quantized modules) is transformers' own loading, given the 
 """
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import cached_property
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -61,6 +63,8 @@ class Skeleton:
         self.source = open_checkpoint(model, revision, trust_remote_code)
         self._trust_remote_code = trust_remote_code
         self.dtype = dtypes.torch_dtype(model_dtype(self.source, dtype))
+        for name in self.source.extra_files:
+            self.source.extra_path(name)  # of a hub model: fetched to where transformers looks for them
         with quiet():
             self._build(dtype, attention, trust_remote_code)
             self.tokenizer = read_tokenizer(self.source, trust_remote_code)
@@ -89,6 +93,8 @@ class Skeleton:
         source = self.source
         built, config = transformers_class(source, trust_remote_code)
         name = built.__name__ if built else ", ".join(source.config.get("architectures") or ["model of no known class"])
+        if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+            name += " with is_decoder false, an encoder"
         if built is None or config.is_encoder_decoder or not name.endswith(_CAUSAL):
             raise UsageError(
                 f"{source.label} is a {name}, expected a causal language model, which predicts the next token",
@@ -170,16 +176,11 @@ class Skeleton:
             )
 
     def _read(self, tensors: Iterable[tuple[str, str, TensorInfo]]) -> None:
-        files = {file for _, file, _ in tensors}
-        opened = {file: self.source.open(file) for file in files}
-        try:
-            descriptors = {file: context.__enter__() for file, context in opened.items()}
+        with ExitStack() as opened:
+            descriptors = {file: opened.enter_context(self.source.open(file)) for file in {f for _, f, _ in tensors}}
             state = {name: _Stored(descriptors[file], info) for name, file, info in tensors}
             with quiet(), torch.inference_mode():
                 info, _ = convert_and_load_state_dict_in_model(self.model, state, self._config)
-        finally:
-            for context in opened.values():
-                context.__exit__(None, None, None)
         self.bytes_read += sum(info.nbytes for _, _, info in tensors)
         if info.conversion_errors or info.mismatched_keys:
             wrong = sorted(info.conversion_errors) or sorted(str(key[0]) for key in info.mismatched_keys)

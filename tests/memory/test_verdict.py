@@ -45,7 +45,8 @@ def test_every_gpu_pays_for_activations_and_overhead():
     assert [(load.weights, load.state) for load in placement.loads] == [(47, 8), (47, 8)]
     assert placed(61, 61).verdict == TIGHT
     short = placed(60, 60)
-    assert short.verdict == NO and short.left < 0
+    assert short.verdict == NO and short.left == -12 - 7  # 49 take 7 + 3 x 12 and 4 x 12: a layer and the head are over
+    assert place(needs(layers=1), gpus(10, 10), None).left == -26 - 1 - 1  # not even 5 + 6 beside the blocks fit
 
 
 def test_the_split_of_device_map_auto_is_taken_where_it_fits():

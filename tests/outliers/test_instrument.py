@@ -123,6 +123,31 @@ def test_statistics_equal_float64_ones(report, activations):
             assert dim["std"] == pytest.approx(column.std(correction=0).item(), rel=1e-5)
 
 
+def test_the_residual_stream_is_that_of_the_whole_model(folder, report, windows):
+    """transformers' own hidden states: the output of each block."""
+    with torch.inference_mode():
+        states = [folder[0](torch.tensor([list(w)]), output_hidden_states=True).hidden_states for w in windows]
+    for layer in range(LAYERS - 1):  # the last of them has passed the final norm
+        x = torch.cat([s[layer + 1][0].double() for s in states])
+        found = report["layers"][layer]["residual"]
+        centred = x - x.mean()
+        assert found["rows"] == len(x)
+        assert found["absmax"] == pytest.approx(x.abs().max().item(), rel=1e-5)
+        assert found["kurtosis"] == pytest.approx(
+            (centred.pow(4).mean() / centred.square().mean() ** 2).item(), rel=1e-4
+        )
+        assert found["outlier_columns"] == int((x.abs() >= 6).any(0).sum())
+        tokens = np.sort(x.abs().amax(1).numpy())
+        expected = np.quantile(tokens, (0.5, 0.99, 1.0), method="lower")
+        np.testing.assert_allclose(list(found["token_absmax"].values()), expected, rtol=1e-5)
+
+
+def test_hidden_states_without_room_are_refused(folder, monkeypatch):
+    monkeypatch.setattr("qcli.outliers.instrument.available_memory", lambda: 100_000)
+    with pytest.raises(UsageError, match=r"hidden states of 1,000 tokens take 512 kB, and 100 kB of memory are free"):
+        inspect(folder[2])
+
+
 def test_histograms_count_every_position(report, activations):
     for histogram in report["charts"]["histograms"]:
         layer, dim = histogram["layer"], histogram["dim"]
