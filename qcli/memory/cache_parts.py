@@ -119,8 +119,7 @@ def attention_shape(config, kind: str) -> tuple[int, int]:
 def _compressed_parts(config, layer: int, kind: str, itemsize: Fraction) -> list[Part]:
     """DeepSeek V4: a window of shared keys and values, and one compressed entry for each `rate` tokens; the sparse kind
     also keeps compressed indexer keys. The few tokens that wait for their group are counted as a full group."""
-    rates = config.get("compress_rates", default={})
-    rate, width = rates.get(kind, _COMPRESSED[kind]), config.head_dim
+    rate, width = config.nested("compress_rates", kind) or _COMPRESSED[kind], config.head_dim
     window = config.sliding_window
     sparse = kind == "compressed_sparse_attention"
     index = config.integer("index_head_dim") if sparse else 0

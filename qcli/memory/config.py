@@ -86,6 +86,13 @@ class ModelConfig:
             raise UsageError(f"{names[0]} in {self.label} is {value!r}, expected a whole number.")
         return value
 
+    def nested(self, name: str, field: str):
+        """`field` of the object `name`, None where either is absent. UsageError where `name` is no object."""
+        inner = self.get(name, default=None)
+        if inner is not None and not isinstance(inner, dict):
+            raise UsageError(f"{name} in {self.label} is {inner!r}, expected an object.")
+        return None if inner is None else inner.get(field)
+
     def assume(self, sentence: str) -> None:
         """Note a default that was taken, once."""
         if sentence not in self.assumed:
@@ -133,7 +140,7 @@ class ModelConfig:
                 return 1
         if self.get("multi_query_attention", default=False):
             return self._positive("multi_query_group_num")
-        nested = self.get("attn_config", default={}).get("kv_n_heads")
+        nested = self.nested("attn_config", "kv_n_heads")
         return nested or self.integer("num_key_value_heads", "num_kv_heads", default=None) or self.heads
 
     @property
@@ -156,7 +163,7 @@ class ModelConfig:
     @property
     def intermediate_size(self) -> int:
         """Width of the dense feed-forward layer; the widest, where layers differ."""
-        nested = self.get("ffn_config", default={}).get("ffn_hidden_size")
+        nested = self.nested("ffn_config", "ffn_hidden_size")
         width = nested or self.integer(
             "intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", default=None
         )
@@ -212,7 +219,7 @@ class ModelConfig:
     @property
     def num_experts(self) -> int:
         """Routed experts of a mixture layer, 0 in a dense model."""
-        nested = self.get("ffn_config", default={}).get("moe_num_experts")
+        nested = self.nested("ffn_config", "moe_num_experts")
         return nested or self.integer(*moe_layers.EXPERTS, default=0)
 
     @property
@@ -220,7 +227,7 @@ class ModelConfig:
         """Routed experts that one token passes through, 0 in a dense model."""
         if not self.num_experts:
             return 0
-        return self.get("ffn_config", default={}).get("moe_top_k") or self._positive(*moe_layers.PER_TOKEN)
+        return self.nested("ffn_config", "moe_top_k") or self._positive(*moe_layers.PER_TOKEN)
 
     @property
     def moe_intermediate_size(self) -> int:

@@ -25,7 +25,7 @@ _GATED = {
 # and bytes of those that stay alive through the feed-forward.
 _EAGER = {
     "gemma2": (10, 3, 2), "gpt_oss": (6, 3, 2), "bloom": (14, 3, 0), "mpt": (12, 3, 2), "gptj": (10, 8, 2),
-    "codegen": (10, 8, 2), "gpt_neo": (10, 6, 2), "mimo_v2_flash": (6, 3, 2), "t5": (6, 2, 2), "mt5": (6, 2, 2), "umt5": (6, 2, 2),
+    "codegen": (10, 10, 2), "gpt_neo": (10, 6, 2), "mimo_v2_flash": (6, 3, 2), "t5": (6, 2, 2), "mt5": (6, 2, 2), "umt5": (6, 2, 2),
 }  # fmt: skip
 # Queries and keys turned or normed in float32: (a, g).
 _IN_FLOAT32 = {"cohere": (7, 6), "ernie4_5": (6, 4), "olmo2": (9, 0), "olmo3": (9, 0)}

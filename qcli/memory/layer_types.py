@@ -10,8 +10,14 @@ _RENAMED = {
     "mamba": "linear_attention", "mamba2": "linear_attention", "recurrent": "linear_attention",
     "attention": "full_attention", "deepseek_sparse_attention": "indexed_attention",
 }  # fmt: skip
-_NEMOTRON = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
 _COMPRESSED = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
+# Nemotron-H, RecurrentGemma (whose attention is always local), DeepSeek V4, MiniMax.
+_OLDER = {
+    "hybrid_override_pattern": {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"},
+    "block_types": {"recurrent": "linear_attention", "attention": "sliding_attention"},
+    "compress_ratios": _COMPRESSED,
+    "attn_type_list": {0: "linear_attention", 1: "full_attention"},
+}
 _UNIFORM = {
     "mamba": "linear_attention", "mamba2": "linear_attention", "falcon_mamba": "linear_attention",
     "falcon_h1": "hybrid", "granitemoehybrid": "linear_attention", "bamba": "linear_attention",
@@ -46,6 +52,8 @@ def of(config) -> list[str]:
     """The kind of every layer of `config`, a ModelConfig. UsageError where a list is not as long as the model is deep."""
     count = config.layers
     listed = config.get("layer_types", "layers_block_type", default=None)
+    if listed is not None and not isinstance(listed, list):
+        raise UsageError(f"layer_types in {config.label} is {listed!r}, expected a list.")
     if listed is None:
         listed = _from_older_lists(config, count)
     if listed is None:
@@ -63,20 +71,16 @@ def window(config) -> int | None:
 
 def _from_older_lists(config, count: int) -> list[str] | None:
     """Lists of layers under the names they had before."""
-    pattern = config.get("hybrid_override_pattern", default=None)
-    if pattern is not None:
-        return [_NEMOTRON[letter] for letter in pattern]
-    cycle = config.get("block_types", "_block_types", default=None)
-    if cycle is not None:  # RecurrentGemma, whose attention is always local
-        kinds = {"recurrent": "linear_attention", "attention": "sliding_attention"}
-        return [kinds[cycle[i % len(cycle)]] for i in range(count)]
-    ratios = config.get("compress_ratios", default=None)
-    if ratios is not None:
-        return [_COMPRESSED[ratio] for ratio in ratios]
-    flags = config.get("attn_type_list", default=None)
-    if flags is not None:
-        return ["full_attention" if flag else "linear_attention" for flag in flags]
-    first_is_one = config.get("linear_attn_config", default={}).get("full_attn_layers")
+    for name, words in _OLDER.items():
+        listed = config.get(name, default=None)
+        if listed is not None:
+            unknown = [item for item in listed if item not in words]
+            if unknown:
+                raise UsageError(f"{name} in {config.label} has {unknown[0]!r}, expected {', '.join(map(str, words))}.")
+            if name == "block_types":  # a pattern that repeats
+                listed = [listed[i % len(listed)] for i in range(count)]
+            return [words[item] for item in listed]
+    first_is_one = config.nested("linear_attn_config", "full_attn_layers")
     if first_is_one is not None:
         return ["full_attention" if i + 1 in first_is_one else "linear_attention" for i in range(count)]
     full, other = config.get("attn_layer_indices", default=None), "linear_attention"

@@ -83,9 +83,9 @@ def _gated_delta(config) -> State:
 
 
 def _kimi_delta(config) -> State:
-    nested = config.get("linear_attn_config", default={})
-    heads = nested.get("num_heads") or config.integer("linear_num_heads")
-    width = nested.get("head_dim") or config.integer("linear_head_dim")
-    kernel = nested.get("short_conv_kernel_size") or config.integer("linear_conv_kernel_dim")
+    nested = "linear_attn_config"
+    heads = config.nested(nested, "num_heads") or config.integer("linear_num_heads")
+    width = config.nested(nested, "head_dim") or config.integer("linear_head_dim")
+    kernel = config.nested(nested, "short_conv_kernel_size") or config.integer("linear_conv_kernel_dim")
     formula = "3 x heads x head_dim x conv_kernel inputs, heads x head_dim^2"
     return State(3 * heads * width, kernel, heads * width**2, formula)

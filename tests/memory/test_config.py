@@ -170,6 +170,13 @@ def test_key_and_value_heads_by_family():
         ),
         ({"num_attention_heads": -4}, "heads", "is -4, expected a whole number"),
         ({"layer_types": ["full_attention"]}, "layer_types", "types 1 layers, and the model has 2"),
+        ({"layer_types": "full_attention"}, "layer_types", "is 'full_attention', expected a list"),
+        (
+            {"hybrid_override_pattern": "M?"},
+            "layer_types",
+            r"hybrid_override_pattern in config.json of org/name has '\?'",
+        ),
+        ({"attn_config": 8}, "kv_heads", "attn_config in config.json of org/name is 8, expected an object"),
     ],
 )
 def test_bad_fields_are_named(fields, field, message):
