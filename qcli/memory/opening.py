@@ -7,6 +7,7 @@ from pathlib import Path
 from qcli.errors import CheckpointError, UsageError
 from qcli.memory.config import ModelConfig
 from qcli.memory.parameters import Parameter, from_size, parameters, parameters_of
+from qcli.memory.stored import as_stored
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def _checked(config: ModelConfig) -> ModelConfig:
 
 
 def _from_config(config: ModelConfig, label: str, read: str) -> Model:
-    return Model(label, config, parameters(_checked(config)), read)
+    found = parameters(_checked(config))
+    return Model(label, config, as_stored(found, config) if config.quantization else found, read)
 
 
 def _from_place(model: str, revision: str | None) -> Model:
