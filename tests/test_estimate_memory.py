@@ -304,7 +304,7 @@ def test_the_figure(estimate, tmp_path):
     "arguments, words",
     [
         ((), "neither given"), (("--params", "7B", "x"), "both given"), (("--params", "none"), "7B"),
-        (("./nowhere",), "there is no folder ./nowhere"), (("bad.json",), "is not valid JSON"),
+        (("./nowhere",), "there is no folder ./nowhere"), (("",), "the name of the model is empty"), (("bad.json",), "is not valid JSON"),
         (("list.json",), "expected an object"),
         (("empty.json",), "model_type"), (("partial.json",), "hidden_size"), (("unknown.json",), "'martian'"),
         (("null.json",), "num_hidden_layers"), (("scheme.json",), "quantization_config is 'int4'"),
@@ -313,6 +313,7 @@ def test_the_figure(estimate, tmp_path):
         (("llama-8b.json", "--runtime", "x"), "--runtime is 'x'"), (("llama-8b.json", "--train", "x"), "--train is 'x'"),
         (("llama-8b.json", "--kv-dtype", "int3"), "int3"), (("llama-8b.json", "--models", "a"), "without --table"),
         (("--table", "llama-8b.json"), "--table was given with a model"), (("--table", "--gpu", "x"), "--gpu is 'x'"),
+        (("--table", "--plot", "x.png"), "--plot was given with --table"), (("--table", "--bits", "4"), "--bits was given with --table"),
         (("llama-8b.json", "--revision", "main"), "no revision"), (("empty",), "has no config.json"),
     ],
 )  # fmt: skip

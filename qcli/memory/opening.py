@@ -37,6 +37,8 @@ def open_model(model: str | None, size: str | None = None, revision: str | None 
     if (model is None) == (size is None):
         found = "neither" if model is None else "both"
         raise UsageError(f"a model and --params: {found} given, expected one", "Name a model, or give --params 7B.")
+    if model == "":
+        raise UsageError("the name of the model is empty", "Name a config.json, a folder, or a model on the hub.")
     if size is not None:
         return _from_config(from_size(size), f"a model of {size}", "a shape like Llama's")
     path = Path(model)
