@@ -11,7 +11,7 @@ from qcli.errors import UsageError
 from qcli.formats import TensorSpec
 from qcli.formats.bitsandbytes import outputs_4bit, outputs_8bit
 from qcli.memory.config import ModelConfig
-from qcli.memory.tensor_rules import Parameter
+from qcli.memory.tensor_rules import ONLY_STORED, Parameter
 
 _BLOCK_SIZE = 64  # of bitsandbytes
 _FP8_BLOCK = (
@@ -63,7 +63,7 @@ def _bitsandbytes(one: Parameter, quantization: Mapping, config: ModelConfig) ->
 
 
 def _size(specs: Sequence[TensorSpec]) -> int:
-    return sum(prod(spec.shape) * DTYPE_BITS[spec.dtype] // 8 for spec in specs)
+    return sum(prod(spec.shape) * DTYPE_BITS[spec.dtype] // 8 for spec in specs if not ONLY_STORED.search(spec.name))
 
 
 def _fp8(one: Parameter, quantization: Mapping, config: ModelConfig) -> tuple[str, int] | None:
