@@ -24,7 +24,7 @@ def format_bytes(count: float) -> str:
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if abs(count) >= size:
             value = count / size
-            return f"{value:.2f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+            return f"{value:.2f} {unit}" if abs(value) < 100 else f"{value:.0f} {unit}"
     return f"{count:.0f} B"
 
 

@@ -58,6 +58,21 @@ def test_components_sum_to_the_total_and_are_explained(estimate):
         assert all(part["formula"] for part in method["components"])
     text = estimate("--explain").stdout
     assert "8,030,261,248 parameters" in text and "32 layers x (8 heads x (128 + 128)" in text
+    assert "8,192 tokens) x 1 sequences = 1,073,741,824 bytes" in text and "up projection [14336, 4096]" in text
+
+
+def test_training_has_words_of_its_own(estimate):
+    text = estimate("--explain", "--train", "qlora", "--gpu", "2x24GB").stdout
+    assert "training state" in text and "cache" not in text
+    assert "\n  float32 casts: 2.10 GB\n    1,050,939,392 parameters" in text
+    assert "\n    16 x (in + out) over 224 linear layers = 41,943,040 parameters" in text
+
+
+def test_what_a_prompt_holds_beyond_the_windows_is_explained(quick_cli, tmp_path):
+    path = tmp_path / "mistral.json"
+    path.write_text(json.dumps(LLAMA_8B | {"model_type": "mistral", "sliding_window": 4096}))
+    text = quick_cli("estimate-memory", path, "--explain", "--bits", "16", "--context", "8192").stdout
+    assert "in it 537 MB of keys and values beyond the windows" in text  # 32 layers x 4096 tokens x 4096 bytes
 
 
 def test_scripts_find_the_keys_that_are_promised(estimate):
@@ -305,6 +320,7 @@ def test_the_figure(estimate, tmp_path):
     [
         ((), "neither given"), (("--params", "7B", "x"), "both given"), (("--params", "none"), "7B"),
         (("./nowhere",), "there is no folder ./nowhere"), (("bad.json",), "is not valid JSON"),
+        (("",), "the name of the model is empty"),
         (("list.json",), "expected an object"),
         (("empty.json",), "model_type"), (("partial.json",), "hidden_size"), (("unknown.json",), "'martian'"),
         (("null.json",), "num_hidden_layers"), (("scheme.json",), "quantization_config is 'int4'"),
@@ -313,6 +329,8 @@ def test_the_figure(estimate, tmp_path):
         (("llama-8b.json", "--runtime", "x"), "--runtime is 'x'"), (("llama-8b.json", "--train", "x"), "--train is 'x'"),
         (("llama-8b.json", "--kv-dtype", "int3"), "int3"), (("llama-8b.json", "--models", "a"), "without --table"),
         (("--table", "llama-8b.json"), "--table was given with a model"), (("--table", "--gpu", "x"), "--gpu is 'x'"),
+        (("--table", "--plot", "x.png"), "--plot was given with --table"),
+        (("--table", "--bits", "4"), "--bits was given with --table"),
         (("llama-8b.json", "--revision", "main"), "no revision"), (("empty",), "has no config.json"),
     ],
 )  # fmt: skip

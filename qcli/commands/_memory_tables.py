@@ -1,9 +1,10 @@
 """How an estimate looks in a terminal: components, verdicts, a bar for each GPU, and the formulas."""
 
+import re
 from collections.abc import Sequence
 
 from qcli import console
-from qcli.memory.bars import PARTS, bars
+from qcli.memory.bars import bars, parts_of
 from qcli.memory.estimate import Estimate, MethodEstimate
 from qcli.memory.paper_table import Row
 from qcli.memory.quantizing import Quantizing
@@ -145,7 +146,7 @@ def _splits(found: Estimate) -> None:
             how = 'device_map="auto" splits it otherwise, and that does not fit: give this device map'
         console.table(
             f"{row.method}: {how}",
-            ["GPU", "holds", "weights", "cache and state", "activations", "left"],
+            ["GPU", "holds", *parts_of(found.setting)[:3], "left"],
             [
                 [
                     f"{i}", load.holds, format_bytes(load.weights), format_bytes(load.state), format_bytes(load.activations),
@@ -166,7 +167,7 @@ def _bars(found: Estimate) -> None:
         note = format_bytes(bar.used) + (f" of {format_bytes(bar.memory)}" if bar.memory else "")
         parts = list(zip(bar.parts.values(), looks, _COLOURS))
         console.bar(bar.label.ljust(width), parts, bar.memory or whole, note)
-    console.out(" " * (width + 1) + "  ".join(f"{look} {name}" for look, name in zip(looks, PARTS)))
+    console.out(" " * (width + 1) + "  ".join(f"{look} {name}" for look, name in zip(looks, parts_of(found.setting))))
 
 
 def _sentence(found: Estimate, row: MethodEstimate) -> str:
@@ -185,7 +186,14 @@ def _explain(found: Estimate) -> None:
         for part in row.components:
             console.out(f"  {part.name}: {format_bytes(part.bytes)}")
             for sentence in part.formula:
-                console.out(f"    {sentence}")
+                console.out(f"    {_grouped(sentence)}")
         console.out(f"  overhead on each GPU: {_range(row.needs.overhead[::2])}")
         for sentence in row.overhead:
-            console.out(f"    {sentence}")
+            console.out(f"    {_grouped(sentence)}")
+
+
+def _grouped(sentence: str) -> str:
+    """With thousands apart, but for shapes, where a comma parts the numbers already."""
+    return re.sub(
+        r"\[[^]]*\]|(?<![\d.,])\d{4,}(?![\d.,]*\d)", lambda m: m[0] if m[0][0] == "[" else f"{int(m[0]):,}", sentence
+    )

@@ -70,6 +70,18 @@ def estimate_memory(
     if table:
         if model is not None or params is not None:
             raise UsageError("--table was given with a model", "Name models with --models, or leave out --table.")
+        others = {
+            "bits": bits,
+            "context": context,
+            "train": train,
+            "quantizing": quantizing,
+            "explain": explain,
+            "plot": plot,
+        }
+        for name in (name for name, value in others.items() if value):
+            raise UsageError(
+                f"--{name} was given with --table", f"Leave out --{name}, or name one model without --table."
+            )
         _table(models or [], gpu or [], json)
         return
     if models:

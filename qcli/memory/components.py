@@ -93,6 +93,11 @@ class Costs:
         }
         passing = max(moments.values())
         sentences = [f"{name}: {format_bytes(size)}" for name, size in moments.items()]
+        if kept.prompt_extra:
+            beyond = format_bytes(kept.prompt_extra)
+            sentences.insert(
+                1, f"in it {beyond} of keys and values beyond the windows, held until the first step after"
+            )
         parts = [
             Component("cache", kept.total, kept.formula),
             Component("activations", passing, [*sentences, *found.formula]),

@@ -19,6 +19,7 @@ _HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _VOCABULARY = ("vocab_size", "padded_vocab_size")
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length")
+_MOST_LAYERS = 10_000  # more is a damaged file, over which counting layer by layer would take hours
 # A whole config always writes these: an absent one is a damaged file, where another field's absence is an old file.
 _NEVER_ASSUMED = frozenset(_LAYERS + _HIDDEN + _HEADS + _VOCABULARY)
 
@@ -86,6 +87,13 @@ class ModelConfig:
             raise UsageError(f"{names[0]} in {self.label} is {value!r}, expected a whole number.")
         return value
 
+    def listed(self, name: str) -> list:
+        """The list `name`, empty where it is absent. UsageError where it is no list."""
+        value = self.get(name, default=[])
+        if not isinstance(value, list):
+            raise UsageError(f"{name} in {self.label} is {value!r}, expected a list.")
+        return value
+
     def nested(self, name: str, field: str):
         """`field` of the object `name`, None where either is absent. UsageError where `name` is no object."""
         inner = self.get(name, default=None)
@@ -116,20 +124,26 @@ class ModelConfig:
             return len(listed)
         names = ("num_decoder_layers", *_LAYERS) if self.is_encoder_decoder else _LAYERS
         # A layer of LongCat holds two attention blocks, and transformers counts each as a layer.
-        return self._positive(*names) * (2 if self.model_type == "longcat_flash" else 1)
+        return self._depth(*names) * (2 if self.model_type == "longcat_flash" else 1)
 
     @property
     def encoder_layers(self) -> int:
         """Layers of the encoder, 0 where there is none."""
-        return self._positive("encoder_layers", "num_layers") if self.is_encoder_decoder else 0
+        return self._depth("encoder_layers", "num_layers") if self.is_encoder_decoder else 0
+
+    def _depth(self, *names: str) -> int:
+        count = self.positive(*names)
+        if count > _MOST_LAYERS:
+            raise UsageError(f"{names[0]} in {self.label} is {count:,}, expected at most {_MOST_LAYERS:,}.")
+        return count
 
     @property
     def hidden_size(self) -> int:
-        return self._positive(*_HIDDEN)
+        return self.positive(*_HIDDEN)
 
     @property
     def heads(self) -> int:
-        return self._positive(*_HEADS)
+        return self.positive(*_HEADS)
 
     @property
     def kv_heads(self) -> int:
@@ -139,7 +153,7 @@ class ModelConfig:
             if not grouped and self.get("multi_query", default=self.model_type == "gpt_bigcode"):
                 return 1
         if self.get("multi_query_attention", default=False):
-            return self._positive("multi_query_group_num")
+            return self.positive("multi_query_group_num")
         nested = self.nested("attn_config", "kv_n_heads")
         return nested or self.integer("num_key_value_heads", "num_kv_heads", default=None) or self.heads
 
@@ -152,7 +166,7 @@ class ModelConfig:
         if given is None:
             doubled = 2 if self.model_type in ("zamba", "zamba2") else 1
             return self.integer("attention_hidden_size", default=doubled * self.hidden_size) // self.heads
-        return self._positive("head_dim", "kv_channels", "d_kv", "attention_head_dim")
+        return self.positive("head_dim", "kv_channels", "d_kv", "attention_head_dim")
 
     @property
     def value_head_dim(self) -> int:
@@ -171,7 +185,7 @@ class ModelConfig:
 
     @property
     def vocab_size(self) -> int:
-        return self._positive(*_VOCABULARY)
+        return self.positive(*_VOCABULARY)
 
     @property
     def max_context(self) -> int | None:
@@ -213,7 +227,7 @@ class ModelConfig:
         if self.get("use_sliding_window", default=True) is False:
             return None
         if "chunked_attention" in self.layer_types:
-            return self._positive("attention_chunk_size")
+            return self.positive("attention_chunk_size")
         return layer_types.window(self)
 
     @property
@@ -227,7 +241,7 @@ class ModelConfig:
         """Routed experts that one token passes through, 0 in a dense model."""
         if not self.num_experts:
             return 0
-        return self.nested("ffn_config", "moe_top_k") or self._positive(*moe_layers.PER_TOKEN)
+        return self.nested("ffn_config", "moe_top_k") or self.positive(*moe_layers.PER_TOKEN)
 
     @property
     def moe_intermediate_size(self) -> int:
@@ -238,8 +252,9 @@ class ModelConfig:
         """Whether layer `index` holds routed experts."""
         return bool(self.num_experts) and moe_layers.holds_experts(self, index)
 
-    def _positive(self, *names: str) -> int:
-        value = self.integer(*names)
+    def positive(self, *names: str, default=REQUIRED) -> int:
+        """`integer`, of at least 1."""
+        value = self.integer(*names, default=default)
         if value == 0:
             raise UsageError(f"{names[0]} in {self.label} is 0, expected at least 1.")
         return value

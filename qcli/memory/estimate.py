@@ -143,7 +143,10 @@ def _notes(model: Model, setting: Setting, devices: list[Gpu], rows: Sequence[Me
 
 def _sixteen_bit(model: Model) -> str:
     """The dtype of what is not quantized: the stored one, bfloat16 where that has 32 bits."""
-    return model.config.dtype if model.config.dtype in ("bfloat16", "float16") else "bfloat16"
+    config = model.config
+    if config.dtype not in ITEMSIZE:
+        config.assume(f"dtype in {config.label} is {config.dtype!r}: what is not quantized is counted in bfloat16.")
+    return config.dtype if config.dtype in ("bfloat16", "float16") else "bfloat16"
 
 
 def _taken_by_vllm(gpu: Gpu) -> Gpu:

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from qcli import figure_file
-from qcli.memory.bars import PARTS, bars
+from qcli.memory.bars import bars
 from qcli.memory.estimate import Estimate
 
-_COLOURS = dict(zip(PARTS, ("#1b6db3", "#2b8257", "#c8781a", "#b4bdc5")))
+_COLOURS = ("#1b6db3", "#2b8257", "#c8781a", "#b4bdc5")
 _BAR = 0.6  # inches that a bar takes
 
 
@@ -20,10 +20,8 @@ def draw(found: Estimate, path: Path) -> None:
         panel = figure.subplots()
         for row, bar in enumerate(stacked):
             left = 0.0
-            for name, size in bar.parts.items():
-                panel.barh(
-                    row, size / 1e9, left=left, height=0.65, color=_COLOURS[name], label=name if row == 0 else None
-                )
+            for (name, size), colour in zip(bar.parts.items(), _COLOURS):
+                panel.barh(row, size / 1e9, left=left, height=0.65, color=colour, label=name if row == 0 else None)
                 left += size / 1e9
             panel.annotate(f"{left:.1f}", (left, row), (4, 0), textcoords="offset points", va="center", fontsize=11)
             if bar.memory is not None:

@@ -14,7 +14,7 @@ from qcli.checkpoint.source import Source
 from qcli.errors import UsageError
 from qcli.memory.config import ModelConfig
 from qcli.memory.families import shapes_of
-from qcli.memory.tensor_rules import Parameter, layer_of, parameter
+from qcli.memory.tensor_rules import ONLY_STORED, Parameter, layer_of, parameter
 from qcli.sizes import format_bytes
 
 _PLAIN = ("F64", "F32", "F16", "BF16")
@@ -40,7 +40,7 @@ def parameters_of(source: Source, config: ModelConfig) -> list[Parameter]:
     found, ignored = [], 0
     for name, infos in groups.items():
         main = max(infos, key=lambda info: info.nbytes)
-        stored = sum(info.nbytes for info in infos)
+        stored = sum(info.nbytes for info in infos if not ONLY_STORED.search(info.name))
         if _is_buffer(name, main.shape):
             continue
         if layer_of(name) in predicting or _PREDICTION.search(name):

@@ -98,7 +98,7 @@ def _by_rule(config, count: int) -> list[str]:
     if kind in _UNIFORM:
         return [_UNIFORM[kind]] * count
     if config.get("attn_layer_period", default=None) is not None:
-        period, offset = config.integer("attn_layer_period"), config.integer("attn_layer_offset")
+        period, offset = config.positive("attn_layer_period"), config.integer("attn_layer_offset")
         return ["full_attention" if i % period == offset else "linear_attention" for i in range(count)]
     if kind in ("llama4", "llama4_text"):
         interval = config.integer("no_rope_layer_interval", default=4)
@@ -131,7 +131,10 @@ def _periodic(config, count: int, other: str, period: int, field: str | None) ->
     if other == "sliding_attention" and window(config) is None:
         return ["full_attention"] * count
     if field is not None:
-        period = config.get(field, default=period)
+        given = config.get(field, default=period)
+        period = (
+            given if isinstance(given, str) and set(given) <= {"L", "G"} else config.positive(field, default=period)
+        )
     if isinstance(period, str):  # "LLLG": local and global, the last layer always global
         local = [period[i % len(period)] == "L" and i < count - 1 for i in range(count)]
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 from qcli.errors import CheckpointError, UsageError
 from qcli.memory.config import ModelConfig
 from qcli.memory.parameters import Parameter, from_size, parameters, parameters_of
+from qcli.memory.stored import as_stored
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ def open_model(model: str | None, size: str | None = None, revision: str | None 
     if (model is None) == (size is None):
         found = "neither" if model is None else "both"
         raise UsageError(f"a model and --params: {found} given, expected one", "Name a model, or give --params 7B.")
+    if model == "":
+        raise UsageError("the name of the model is empty", "Name a config.json, a folder, or a model on the hub.")
     if size is not None:
         return _from_config(from_size(size), f"a model of {size}", "a shape like Llama's")
     path = Path(model)
@@ -54,7 +57,8 @@ def _checked(config: ModelConfig) -> ModelConfig:
 
 
 def _from_config(config: ModelConfig, label: str, read: str) -> Model:
-    return Model(label, config, parameters(_checked(config)), read)
+    found = parameters(_checked(config))
+    return Model(label, config, as_stored(found, config) if config.quantization else found, read)
 
 
 def _from_place(model: str, revision: str | None) -> Model:

@@ -71,7 +71,7 @@ def _mamba_2(config) -> State:
 
 
 def _gated_delta(config) -> State:
-    key_heads = config.integer("linear_num_key_heads", default=config.heads)
+    key_heads = config.positive("linear_num_key_heads", default=config.heads)
     value_heads = config.integer("linear_num_value_heads", default=config.heads)
     key_dim = config.integer("linear_key_head_dim", default=int(0.75 * config.hidden_size / key_heads))
     value_dim = config.integer("linear_value_head_dim", default=2 * key_dim)

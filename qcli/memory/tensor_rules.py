@@ -33,6 +33,9 @@ _NOT_LINEAR = re.compile(r"conv|relative_attention_bias|position_bias|_embed\w*$
 # torch's MultiheadAttention reads its output projection's weight by hand, so it is of a Linear class of its own.
 _NO_PLAIN_LINEAR = re.compile(r"vision_tower\.(?:vision_model\.)?head\.attention\.out_proj$")
 
+# Tensors of a checkpoint that no memory holds: bitsandbytes' JSON beside a weight, and its mark of a layout.
+ONLY_STORED = re.compile(r"\.quant_state\.|weight_format$")
+
 # transformers' Conv1D: a linear layer whose weight is stored [in_features, out_features].
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 # Subclasses of nn.Linear, which transformers leaves alone: it compares types.
@@ -53,7 +56,8 @@ class Parameter:
     keep_fp32   stays float32 when the model is loaded in float16 (bfloat16 stays bfloat16).
     transposed  stored [in_features, out_features].
     scheme      how a checkpoint stores it where that is not plain 16 or 32 bit: "nf4", "llm-int8", "gptq", "F8_E4M3"...
-    stored      bytes in the checkpoint, companions (absmax, scales, zero points) included; None without a checkpoint.
+    stored      bytes as a checkpoint holds it, companions (absmax, scales, zero points) included, which stay in memory as they are;
+                None without a checkpoint.
     """
 
     name: str

@@ -57,14 +57,10 @@ def training(
         raise UsageError(f"rank is {rank}, expected at least 1.")
     trained = rank * sum(rows + columns for rows, columns in linears)
     components = {name: trained * size for name, size in _ADAPTER_BYTES.items()}
-    formula = [
-        f"adapters: {rank} x (in + out) over {len(linears)} linear layers = {trained} parameters x (4 + 4 + 8) bytes"
-    ]
+    formula = [f"{rank} x (in + out) over {len(linears)} linear layers = {trained} parameters x (4 + 4 + 8) bytes"]
     if train == "qlora":
         components["float32 casts"] = others * (4 - others_itemsize)
-        formula.append(
-            f"float32 casts: {others} parameters that are not quantized, {4 - others_itemsize} bytes more each"
-        )
+        formula.append(f"{others} parameters that are not quantized, {4 - others_itemsize} bytes more each")
     passed = batch * tokens
     activations, sentence = _activations(config, passed, train, checkpointing)
     components |= activations

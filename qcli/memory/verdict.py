@@ -149,9 +149,12 @@ def _on_one(needs: Needs, gpu: Gpu) -> Placement:
 
 
 def _placement(verdict: str, needs: Needs, gpus: Sequence[Gpu], places: Sequence[int], automatic: bool) -> Placement:
-    found = [
-        Load(gpu, split.ranges(needs.blocks, places, i), weights, state, needs.activations, needs.overhead)
-        for i, (gpu, (weights, state)) in enumerate(zip(gpus, split.loads(needs.blocks, places, len(gpus))))
-    ]
+    found = []
+    for i, (gpu, (weights, state)) in enumerate(zip(gpus, split.loads(needs.blocks, places, len(gpus)))):
+        idle = (
+            CPU not in places and i not in places
+        )  # where blocks are left over, each GPU lacks room even for what passes
+        passing, overhead = (0, (0, 0, 0)) if idle else (needs.activations, needs.overhead)
+        found.append(Load(gpu, split.ranges(needs.blocks, places, i), weights, state, passing, overhead))
     left_over = sum(block.weights + block.state for block, place in zip(needs.blocks, places) if place == CPU)
     return Placement(verdict, found, automatic, left_over)

@@ -18,7 +18,7 @@ from qcli.checkpoint.dtypes import CODES
 from qcli.checkpoint.safetensors_file import DTYPE_BITS
 from qcli.errors import UsageError
 from qcli.formats.bitsandbytes import outputs_4bit, outputs_8bit
-from qcli.memory.tensor_rules import Parameter
+from qcli.memory.tensor_rules import ONLY_STORED, Parameter
 from qcli.sizes import format_bytes
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -31,7 +31,6 @@ _CUDA_GRANULE = 512  # bytes, to which torch's CUDA allocator rounds
 # Names of the experts that transformers makes one tensor of.
 _EXPERT = re.compile(r"experts\.\d+\.")
 _FUSED = re.compile(r"(experts\.)(?:gate_proj|up_proj|gate_up_proj|w1|w3)(?=\.|$)")
-_ONLY_STORED = re.compile(r"\.quant_state\.|weight_format$")
 _DOUBLE = "half a byte each, 1 byte a block of 64, 4 bytes every 256 blocks and 1,092 bytes a tensor"
 _RULES = {
     "llm-int8": "1 byte each and 4 bytes a row",
@@ -122,7 +121,7 @@ def _quantized(method: str, shape: tuple[int, int], dtype: str) -> tuple[list[in
         specs = outputs_4bit("weight", shape, quant_type, _BLOCK_SIZE, double, CODES[dtype])
         extra = [_OFFSET] if double else []
     sizes = {spec.name: math.prod(spec.shape) * DTYPE_BITS[spec.dtype] // 8 for spec in specs}
-    resident = [size for name, size in sizes.items() if not _ONLY_STORED.search(name)]
+    resident = [size for name, size in sizes.items() if not ONLY_STORED.search(name)]
     return resident + extra, sum(sizes.values())
 
 

@@ -176,12 +176,32 @@ def test_key_and_value_heads_by_family():
             "layer_types",
             r"hybrid_override_pattern in config.json of org/name has '\?'",
         ),
+        ({"num_hidden_layers": 10**6}, "layers", "is 1,000,000, expected at most 10,000"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "layer_types", "is 0, expected at least 1"),
+        (
+            {"model_type": "gemma3_text", "sliding_window_pattern": "x"},
+            "layer_types",
+            "is 'x', expected a whole number",
+        ),
+        ({"model_type": "qwen3_next", "full_attention_interval": 0}, "layer_types", "is 0, expected at least 1"),
         ({"attn_config": 8}, "kv_heads", "attn_config in config.json of org/name is 8, expected an object"),
     ],
 )
 def test_bad_fields_are_named(fields, field, message):
     with pytest.raises(UsageError, match=message):
         getattr(config(**fields), field)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"moe_layer_freq": 0}, "moe_layer_freq in config.json of org/name is 0, expected at least 1"),
+        ({"mlp_only_layers": "x"}, "mlp_only_layers in config.json of org/name is 'x', expected a list"),
+    ],
+)
+def test_bad_fields_of_a_mixture_are_named(fields, message):
+    with pytest.raises(UsageError, match=message):
+        config(num_experts=2, **fields).is_moe_layer(1)
 
 
 def test_what_is_not_a_model():

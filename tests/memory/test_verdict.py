@@ -69,6 +69,13 @@ def test_without_a_split_that_comes_of_itself_it_is_as_even_as_it_can_be():
     assert placement.verdict == FITS and not placement.automatic
 
 
+def test_a_gpu_that_is_not_needed_lacks_nothing():
+    placement = placed(200, 3)
+    assert (placement.verdict, placement.left) == (FITS, 3)
+    idle = placement.loads[1]
+    assert (idle.holds, idle.activations, idle.overhead, idle.left) == ("nothing", 0, (0, 0, 0), 3)
+
+
 def test_how_many_gpus():
     assert count_that_fits(lambda given: needs(), gpus(121)[0]) == 1
     assert count_that_fits(lambda given: needs(), gpus(120)[0]) == 2
