@@ -348,6 +348,19 @@ def test_what_is_refused(quick_cli, config, tmp_path, arguments, words):
     assert done.returncode in (1, 2) and words in done.stderr and not done.stdout
 
 
+def test_hubs_without_ranges_and_without_connection(cli, tmp_path):
+    with running_hub() as hub:
+        hub.add_repo("org/demo", DEMO)
+        hub.without_ranges.add("org/demo")
+        environment = hub.environment(tmp_path / "home")
+        done = cli("estimate-memory", "org/demo", env=environment)
+        assert done.returncode == 0 and "1,369,728 parameters (safetensors headers)" in done.stdout, done.stderr
+        assert not list((tmp_path / "home").rglob("*.safetensors"))
+        offline = environment | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
+        done = cli("estimate-memory", "org/demo", env=offline)
+        assert done.returncode == 1 and "HF_HUB_OFFLINE" in done.stderr and not done.stdout
+
+
 def test_no_weight_of_a_hub_model_is_downloaded(cli, tmp_path):
     import shutil
 
