@@ -15,7 +15,7 @@ def check_room(source: Source, method: str | None, dtype: str, free: int, place:
     """Raises DeviceError where `source`, quantized by `method` while it is read (None: as it is stored), needs more than the
     `free` bytes of `place` at the least, and says which option would fit. `dtype` is that of what is not quantized, or auto.
 
-    A model that the estimate does not know is let through.
+    A model that the estimate does not know, or cannot make out, is let through: it is for the loader to judge.
     """
     try:
         config = ModelConfig(source.config, f"{source.label}/config.json")
@@ -35,7 +35,7 @@ def check_room(source: Source, method: str | None, dtype: str, free: int, place:
             fitting = [
                 option for name, option in smaller.items() if name != method and _least(model, name, setting) <= free
             ]
-    except (CheckpointError, UsageError):
+    except (CheckpointError, UsageError, ArithmeticError, LookupError, TypeError, ValueError):
         return
     ways = [*fitting, *(["--device-map auto"] if place != "memory" else [])]
     raise DeviceError(

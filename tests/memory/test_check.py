@@ -81,8 +81,10 @@ def test_a_model_that_the_estimate_does_not_know_is_let_through(tmp_path):
     make_model("opt", tmp_path)
     add_tokenizer(tmp_path)
     source = open_source(str(tmp_path))
-    source.config = {"model_type": "never-heard-of"}
-    check_room(source, "nf4", "auto", 10, "memory")
+    whole = dict(source.config)
+    for config in ({"model_type": "never-heard-of"}, whole | {"num_hidden_layers": "x"}, whole | {"ffn_dim": [None]}):
+        source.config = config
+        check_room(source, "nf4", "auto", 10, "memory")
 
 
 def test_quantize_plans_with_the_memory_there_is(tmp_path, monkeypatch):
