@@ -13,8 +13,9 @@ demo: $(VENV)/installed
 	$(BIN)/qcli generate build/demo-nf4 "Once upon a time"
 	$(BIN)/qcli generate build/demo-int8 "Once upon a time"
 
+# Files as they lie: sorted by their number of tests, the emulator's few long ones would come last, on one core.
 test: $(VENV)/tested
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # On a machine with an NVIDIA GPU, in the Python whose torch knows it, with PyCUDA, pytest and bitsandbytes. ARGS="-k sanitizer"
 # runs a part.
