@@ -4,6 +4,9 @@ A message names the thing, what was found and what was expected; the hint says w
 """
 
 
+_PROBLEMS = 20  # that a message lists
+
+
 class QcliError(Exception):
     """Base of every error whose message is meant for the user. `exit_code` is what the command line returns."""
 
@@ -53,7 +56,10 @@ class PlanError(QcliError):
         if len(self.problems) == 1:
             message = f"{subject}: {self.problems[0]}"
         else:
-            message = f"{subject}: {len(self.problems)} problems:" + "".join(f"\n  - {p}" for p in self.problems)
+            listed = self.problems[:_PROBLEMS]
+            message = f"{subject}: {len(self.problems)} problems:" + "".join(f"\n  - {p}" for p in listed)
+            if len(self.problems) > len(listed):
+                message += f"\n  and {len(self.problems) - len(listed):,} more"
         super().__init__(message, hint)
 
 

@@ -3,23 +3,49 @@
 import json
 
 from qcli.checkpoint import dtypes
+from qcli.checkpoint.carried import has_tokenizer
+from qcli.checkpoint.config_json import live_auto_map
 from qcli.checkpoint.plan import Plan
 from qcli.checkpoint.staging import Staging
+from qcli.errors import CheckpointError
+from qcli.foreign_json import parse_object
 from qcli.report import ModuleError, provenance
 from qcli.sizes import format_bytes
 
-_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+_AUTO_MAP = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+
+
+def carry_over(plan: Plan, staging: Staging) -> None:
+    """Copies what goes along as it is, before any weight is read: what cannot be read or written is found then.
+
+    Raises CheckpointError, HubError.
+    """
+    for name in plan.source.carried.files:
+        data = plan.source.carried_bytes(name)
+        if name in _AUTO_MAP:
+            data = _without_dangling_code(plan, name, data)
+        staging.add_file(name, data)
+
+
+def _without_dangling_code(plan: Plan, name: str, data: bytes) -> bytes:
+    """The file, without an auto_map whose code is not there: every loader would stop at it."""
+    try:
+        value = parse_object(data, name, "")
+    except CheckpointError:
+        return data  # carried as it is: no weight depends on it
+    kept = live_auto_map(value.get("auto_map"), plan.source.carried.files)
+    if kept == value.get("auto_map"):
+        return data
+    value = {key: kept if key == "auto_map" else field for key, field in value.items() if key != "auto_map" or kept}
+    return _json(value)
 
 
 def write_rest(plan: Plan, staging: Staging, kinds: list[ModuleError], nonfinite: dict[str, int]) -> list[str]:
-    """Writes everything but the weights; config.json is the last. Returns warnings for the user."""
+    """Writes everything but the weights and what is carried over; config.json is the last. Returns warnings for the user."""
     warnings = []
     if plan.index is not None:
         staging.add_file("model.safetensors.index.json", plan.index)
-    carried = list(plan.source.extra_files)
-    for name in carried:
-        staging.add_file(name, plan.source.extra_path(name).read_bytes())
-    if not any(name.endswith(_TOKENIZER) or name.endswith(".tiktoken") for name in carried):
+    if not has_tokenizer(plan.source.carried.files):
         warnings.append(f"{plan.source.label} has no tokenizer: the output has none either")
     made = provenance(plan, kinds, nonfinite)
     staging.add_file("qcli.json", _json(made))

@@ -7,20 +7,24 @@ model never exists in memory.
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import transformers
 
 from qcli import methods, out_of_memory
 from qcli.checkpoint import dtypes
-from qcli.checkpoint.linears import Layout, find_linears
+from qcli.checkpoint import plan as planning
+from qcli.checkpoint.carried import has_tokenizer
+from qcli.checkpoint.linears import Layout, model_layout, reason, transformers_class
 from qcli.checkpoint.source import Source
+from qcli.checkpoint.stored_tensor import state_dict
 from qcli.devices import Placement, place
-from qcli.errors import CheckpointError, UsageError
+from qcli.errors import CheckpointError, QcliError, UsageError
 from qcli.memory.check import check_room
 from qcli.nn import Linear8bit
 from qcli.process import available_memory
+from qcli.quantization import model_dtype
 from qcli.quantizer import LoadingStopped, NoRoom, QcliConfig
 from qcli.settings import one_of
 from qcli.stored import open_checkpoint, read_stored
@@ -52,47 +56,64 @@ def load(
     one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
     placement = place(device, device_map, max_memory)
     source = open_checkpoint(model, revision, trust_remote_code)
-    stored = source.config.get("quantization_config")
+    stored = source.quantization
     wanted = methods.method_name(bits, method) if bits is not None or method is not None else None
     if stored and wanted:
         raise CheckpointError(f"{model} is quantized already", "Leave out --bits and --method.")
     _check_room(source, wanted, dtype, placement)
-    files = [source.place.weights(file) for file in source.files]
-    for name in source.extra_files:
-        source.extra_path(name)
-    folder = source.config_folder
+    source.fetch_what_runs()
     free = out_of_memory.free_memory(placement.gpus())
-
-    def layout() -> Layout:
-        return find_linears(source, trust_remote_code=trust_remote_code)
-
-    with quiet():
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    with quiet(), ExitStack() as opened:
+        built, config = transformers_class(source, trust_remote_code)
+        if built is None:
+            names = ", ".join(source.architectures) or source.config.get("model_type") or "none named"
+            raise CheckpointError(
+                f"{model}: transformers {transformers.__version__} does not know its architecture ({names})",
+                "Install a newer transformers; if the model brings its own code, read it and pass --trust-remote-code.",
+            )
+        layout = model_layout(source, built, config)
+        check_fits(source, layout)
+        options = {"dtype": dtypes.torch_dtype(model_dtype(source, dtype))}
         if stored:
-            config.quantization_config = read_stored(source, layout(), stored, dtype)
+            config.quantization_config = read_stored(source, layout, stored, dtype)
         elif wanted:
             options["quantization_config"] = QcliConfig(method=wanted)
         try:
-            loaded, info = model_class(config, trust_remote_code).from_pretrained(
-                folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True,
-                trust_remote_code=trust_remote_code, use_safetensors=files[0].suffix == ".safetensors",
-                **placement.arguments(), **options,
+            loaded, info = built.from_pretrained(
+                None, config=config, state_dict=state_dict(source, opened), output_loading_info=True,
+                ignore_mismatched_sizes=True, **placement.arguments(), **options,
             )  # fmt: skip
             if "disk" in (getattr(loaded, "hf_device_map", None) or {}).values():
                 raise NoRoom
         except NoRoom:
-            raise out_of_memory.without_room(source, layout(), wanted, dtype, placement.limits()) from None
-        except (*out_of_memory.KINDS, LoadingStopped) as e:
-            if not isinstance(e, LoadingStopped) and not out_of_memory.is_one(e):
-                raise
-            split = device_map is not None
-            raise out_of_memory.while_loading(source, layout(), wanted, dtype, free, split) from e
-        _check_complete(model, info)
+            raise out_of_memory.without_room(source, layout, wanted, dtype, placement.limits()) from None
+        except (QcliError, KeyboardInterrupt):
+            raise
+        except (*out_of_memory.KINDS, LoadingStopped, Exception) as e:
+            if isinstance(e, LoadingStopped) or out_of_memory.is_one(e):
+                split = device_map is not None
+                raise out_of_memory.while_loading(source, layout, wanted, dtype, free, split) from e
+            raise CheckpointError(f"{model}: transformers cannot load it: {reason(e)}", source.again()) from e
+        _check_complete(source, info)
+        loaded.config.name_or_path = str(source.config_folder)
+        _read_generation_config(source, loaded)
         tokenizer = read_tokenizer(source, trust_remote_code)
     if not int8_activations:
         _keep_activations(model, loaded)
     return loaded.eval(), tokenizer
+
+
+def _read_generation_config(source: Source, loaded) -> None:
+    """Gives the model what generation_config.json says; without that file it goes by its config. Raises CheckpointError."""
+    name = "generation_config.json"
+    if not loaded.can_generate() or name not in source.place.names:
+        return
+    try:
+        loaded.generation_config = transformers.GenerationConfig.from_dict(source.json(name))
+    except QcliError:
+        raise
+    except Exception as e:  # it checks its fields, and raises many kinds
+        raise CheckpointError(f"{source.label}/{name}: transformers refuses it: {reason(e)}", "Mend the file.") from e
 
 
 def _check_room(source: Source, wanted: str | None, dtype: str, placement: Placement) -> None:
@@ -104,7 +125,7 @@ def _check_room(source: Source, wanted: str | None, dtype: str, placement: Place
         check_room(source, wanted, dtype, out_of_memory.free_memory(gpus)[gpus[0]][0], "GPU memory")
         return
     # On a CPU unquantized weights stay in the mapped file, whose pages the system takes back as it needs.
-    mapped = wanted is None and not source.config.get("quantization_config") and dtype == "auto"
+    mapped = wanted is None and not source.quantization and dtype == "auto"
     free = available_memory()
     if free is not None and not mapped:
         check_room(source, wanted, dtype, free, "memory")
@@ -121,16 +142,8 @@ def _keep_activations(label: str, loaded: torch.nn.Module) -> None:
         module.activations_in_int8 = False
 
 
-def model_class(config, trust_remote_code: bool):
-    name = (getattr(config, "architectures", None) or [None])[0]
-    known = getattr(transformers, name, None) if name else None
-    if known is not None and not (trust_remote_code and getattr(config, "auto_map", None)):
-        return known
-    return transformers.AutoModelForCausalLM
-
-
 def read_tokenizer(source: Source, trust_remote_code: bool):
-    if not any(n.startswith(("tokenizer", "vocab", "spiece")) or n.endswith(".tiktoken") for n in source.extra_files):
+    if not has_tokenizer(source.carried.to_run):
         return None
     try:
         return transformers.AutoTokenizer.from_pretrained(source.config_folder, trust_remote_code=trust_remote_code)
@@ -141,18 +154,30 @@ def read_tokenizer(source: Source, trust_remote_code: bool):
         ) from e
 
 
-def _check_complete(label: str, info: dict) -> None:
-    missing, extra = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    misshaped = sorted(str(entry[0]) for entry in info["mismatched_keys"])
-    if missing or misshaped:
-        parts = [
-            f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-            for kind, names in (("missing", missing), ("misshaped", misshaped), ("extra", extra))
-            if names
-        ]
-        raise CheckpointError(
-            f"{label} does not fit its model: {'; '.join(parts)}", "Fetch or quantize the model again."
-        )
+def check_fits(source: Source, layout: Layout) -> None:
+    """Raises CheckpointError where tensors are missing or misshaped, by headers alone: what does not fit is never allocated."""
+    quantized = {name for name, linear in layout.linears.items() if source.tensors[name][1].dtype not in dtypes.FLOATS}
+    by_dot = {name.rpartition(".weight")[0] for name in quantized} if source.quantization else set()
+    misshaped = [
+        f"{name} (stored {list(stored)}, the model has {list(expected)})"
+        for name, (stored, expected) in layout.misshaped.items()
+        if name not in layout.linears or (name not in quantized and name.rpartition(".weight")[0] not in by_dot)
+    ]
+    parts = [
+        planning.together(what, names)
+        for what, names in (("missing", layout.missing), ("misshaped", misshaped))
+        if names
+    ]
+    if parts:
+        raise CheckpointError(f"{source.label} does not fit its model: {'; '.join(parts)}", source.again())
+
+
+def _check_complete(source: Source, info: dict) -> None:
+    """What headers could not show. Raises CheckpointError."""
+    missing, misshaped = sorted(info["missing_keys"]), sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    parts = [planning.together(what, names) for what, names in (("missing", missing), ("misshaped", misshaped)) if names]
+    if parts:
+        raise CheckpointError(f"{source.label} does not fit its model: {'; '.join(parts)}", source.again())
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def weight_bytes(source: Source, layout: Layout, method: str | None, dtype: str)
         if made and linear and not layout.skipped(linear.module, None):
             specs = made.outputs(name, linear.out_features, linear.in_features, info.dtype)
             total += sum(math.prod(spec.shape) * dtypes.ITEMSIZE[spec.dtype] for spec in specs)
-        elif dtype != "auto" and info.dtype in dtypes.FLOATS and not source.config.get("quantization_config"):
+        elif dtype != "auto" and info.dtype in dtypes.FLOATS and not source.quantization:
             total += info.numel * dtypes.ITEMSIZE[dtypes.CODES[dtype]]
         else:
             total += info.nbytes
@@ -87,7 +87,7 @@ def without_room(source: Source, layout: Layout, method: str | None, dtype: str,
 def _smaller(source: Source, layout: Layout, method: str | None, dtype: str, room: float, other: str) -> str:
     """Which numbers of bits make it fit `room` bytes, and the other way out."""
     sizes = {}
-    if not source.config.get("quantization_config"):
+    if not source.quantization:
         current = methods.method_class(method).bits if method else 16
         sizes = {b: weight_bytes(source, layout, methods.DEFAULT_BY_BITS[b], dtype) for b in (8, 4) if b < current}
     fits = [f"--bits {bits} ({format_bytes(size)})" for bits, size in sizes.items() if size < room]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from qcli import methods
-from qcli.checkpoint import dtypes
+from qcli.checkpoint import config_json, dtypes
 from qcli.checkpoint import plan as planning
 from qcli.checkpoint.plan import Plan
 from qcli.devices import pick_device
@@ -63,16 +63,15 @@ def make_plan(
     from qcli.checkpoint.source import open_source
 
     source = open_source(model, revision, stream=stream, trust_remote_code=trust_remote_code)
-    if source.config.get("quantization_config"):
-        found = source.config["quantization_config"]
-        kind = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
+    if source.quantization:
+        kind = source.quantization.get("quant_method", "an unnamed method")
         raise CheckpointError(
             f"{source.label} is quantized already ({kind})", "Quantize the original 16- or 32-bit checkpoint instead."
         )
     if source.problems:
-        raise PlanError(source.label, source.problems)
+        raise PlanError(source.label, source.problems, source.again())
     layout = find_linears(source, trust_remote_code=trust_remote_code, rules=rest_.modules == "rules")
-    problems, notes = [], list(layout.notes)
+    problems, notes = [], [*source.notes, *layout.notes, *source.carried.notes(source.place.size)]
     code = model_dtype(source, dtype)
     compute = rest_.compute_dtype
     if compute == "auto":
@@ -80,9 +79,8 @@ def make_plan(
     quantized = planning.choose_modules(layout, list(skip), problems, notes)
     if not quantized:
         problems.append("no module is left to quantize")
-    problems += [f"{parameter}: no tensor of the checkpoint provides it" for parameter in layout.missing[:20]]
-    if len(layout.missing) > 20:
-        problems.append(f"and {len(layout.missing) - 20} more parameters are missing")
+    if layout.missing:
+        problems.append(planning.together("parameters that no tensor of the checkpoint provides", layout.missing))
     if layout.expert_parameters:
         size = format_bytes(layout.expert_parameters * dtypes.ITEMSIZE[code])
         notes.append(
@@ -128,25 +126,31 @@ def _straddling_note(linears: list, method) -> list[str]:
 
 
 def model_dtype(source, dtype: str) -> str:
-    """The safetensors code of the output's dtype: as asked, else the config's, else that of most of the weights."""
+    """The safetensors code of the model's dtype: as asked, else what the config states, else that of most of the weights.
+
+    The outermost statement holds, as for transformers. Parts of a composite model that state different dtypes, without one
+    above them, leave it to the weights. Raises PlanError for a stated dtype that no model is run in.
+    """
     if dtype != "auto":
         return dtypes.CODES[dtype]
-    config = source.config
-    parts = [config] + [v for v in config.values() if isinstance(v, dict)]
-    for part in parts:
-        stated = part.get("dtype") or part.get("torch_dtype")
-        if stated:
-            stated = str(stated).removeprefix("torch.")
-            if stated in dtypes.MODEL_DTYPES:
-                return dtypes.CODES[stated]
+    stated = {path: part.get("dtype") or part.get("torch_dtype") for path, part in config_json.parts(source.config)}
+    stated = {path: name.removeprefix("torch.") for path, name in stated.items() if name}
+    found = {stated[""]} if "" in stated else set(stated.values())
+    if len(found) == 1:
+        name = found.pop()
+        if name in dtypes.MODEL_DTYPES:
+            return dtypes.CODES[name]
+        if dtypes.CODES.get(name) not in dtypes.FLOAT8:  # which weights may be stored in, and no model is run in
             raise PlanError(
-                source.label, [f"config.json says dtype {stated!r}, expected one of {', '.join(dtypes.MODEL_DTYPES)}"],
+                source.label, [f"config.json says dtype {name!r}, expected one of {', '.join(dtypes.MODEL_DTYPES)}"],
                 "Choose one with --dtype.",
             )  # fmt: skip
     count = {"F32": 0, "F16": 0, "BF16": 0}
     for _, info in source.tensors.values():
         if info.dtype in count:
             count[info.dtype] += info.numel
+        elif info.dtype in dtypes.FLOAT8:
+            count["BF16"] += info.numel
     return max(count, key=count.get)
 
 
@@ -162,7 +166,8 @@ def _check_output(plan: Plan, overwrite: bool) -> None:
         )
     parent = next(p for p in [final.absolute().parent, *final.absolute().parents] if p.exists())
     staged = sum(_allocated(final.with_name(final.name + ".partial") / s.name) for s in plan.shards)
-    needed = plan.disk_bytes = plan.output_bytes - staged + DISK_RESERVE + plan.source.download_bytes(parent)
+    carried = sum(plan.source.place.size(name) for name in plan.source.carried.files)
+    needed = plan.disk_bytes = plan.output_bytes + carried - staged + DISK_RESERVE + plan.source.download_bytes(parent)
     free = shutil.disk_usage(parent).free
     if needed > free:
         plan.problems.append(
@@ -206,6 +211,7 @@ def run_plan(
         hub.check_can_push(push_to_hub)
     with Staging(plan, overwrite=overwrite) as staging:
         plan.source.download_to(staging.downloads)
+        folder.carry_over(plan, staging)
         done = sum(plan.units[i].info.nbytes for i in staging.done)
         with progress(plan.source_bytes, done) if progress else nullcontext(_Silent()) as shown:
             execute(plan, staging, target, shown.advance)

@@ -34,6 +34,7 @@ class Description:
     quantization_config: dict | None
     parts: list[Part]
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def bits_per_weight(self) -> float:
@@ -55,16 +56,17 @@ def describe(source: Source) -> Description:
             part.parameters += 2 * info.nbytes if scheme in ("nf4", "fp4") else info.numel  # two codes a byte
     return Description(
         name=source.label,
-        architecture=", ".join(source.config.get("architectures") or ["not stated"]),
+        architecture=", ".join(source.architectures) or "not stated",
         model_type=source.config.get("model_type"),
         revision=source.revision,
         files=len(source.files),
         tensors=len(source.tensors),
         parameters=sum(p.parameters for p in parts.values()),
         bytes=sum(p.bytes for p in parts.values()),
-        quantization_config=source.config.get("quantization_config"),
+        quantization_config=source.quantization,
         parts=sorted(parts.values(), key=lambda p: -p.bytes),
         problems=list(source.problems),
+        notes=list(source.notes),
     )
 
 

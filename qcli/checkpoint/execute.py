@@ -15,6 +15,7 @@ from qcli.checkpoint.plan import CHUNK_BYTES, Plan, Unit, quantized_dtype
 from qcli.checkpoint.safetensors_file import read_columns, read_into
 from qcli.checkpoint.staging import Staging
 from qcli.errors import NonFiniteError
+from qcli.foreign_json import read_object
 from qcli.methods._base import ErrorSums
 
 
@@ -172,14 +173,24 @@ class UnitWork:
             raise NonFiniteError(
                 f"{unit.info.name} holds {errors.nonfinite:,} NaN or infinite values among {unit.info.numel:,}"
                 f" (stored {unit.info.dtype})",
-                "The 4-bit block or int8 row that holds one is lost whole; with double quantization, the 256 blocks around it. "
-                "To go on all the same: --set allow_nonfinite=true. Finished work is kept.",
+                f"{self._what_is_lost()} To go on all the same: --set allow_nonfinite=true. Finished work is kept.",
             )
         self.staging.finish_unit(unit.index, errors)
 
 
+    def _what_is_lost(self) -> str:
+        if not self.stream:
+            return "It is not quantized, and would be carried over with them."
+        if self.plan.method.bits == 8:
+            return "The int8 row that holds one is lost whole."
+        nested = "; with double quantization, the 256 blocks around it" if self.plan.method.double_quant else ""
+        return f"The 4-bit block that holds one is lost whole{nested}."
+
+
 def _nonfinite(x: torch.Tensor) -> int:
     """Elements that are NaN or infinite. Where there are none, which is nearly always, least and greatest tell at once."""
+    if x.dtype.itemsize == 1:  # float8, for which torch has no such kernels
+        x = x.float()
     if not x.numel() or all(bound.isfinite() for bound in torch.aminmax(x)):
         return 0
     return int((~torch.isfinite(x)).sum())
@@ -188,7 +199,7 @@ def _nonfinite(x: torch.Tensor) -> int:
 def _newly_nonfinite(before: torch.Tensor, after: torch.Tensor) -> int:
     if before.dtype == after.dtype or not _nonfinite(after):
         return 0
-    return int((torch.isfinite(before) & ~torch.isfinite(after)).sum())
+    return int((torch.isfinite(before.float()) & ~torch.isfinite(after)).sum())
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -214,6 +225,6 @@ def verify(plan: Plan, folder) -> None:
             raise CheckpointError(
                 f"{path} is not what was planned", "The disk or another program changed it: delete the folder."
             )
-    config = json.loads((folder / "config.json").read_text())
+    config = read_object(folder / "config.json", f"{folder}/config.json", "Delete the folder and run again.")
     if config != json.loads(json.dumps(plan.config)):
         raise CheckpointError(f"{folder}/config.json is not what was planned", "Delete the folder and run again.")

@@ -5,8 +5,11 @@ checkpoint is what may be quantized, and nothing else. For an architecture trans
 name and shape, which the plan shows as such.
 """
 
+import copy
 import re
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from qcli.errors import CheckpointError
@@ -16,6 +19,7 @@ _NOT_LINEAR = re.compile(
     r"(?:^|[._])(?:embed\w*|emb|wte|wpe|lm_head|embed_out|output_layer|head|score|classifier|\w*norm\w*|ln\w*|router|gate)$"
     r"|embedding|relative_attention_bias|conv1d"
 )
+_MODULES_A_TENSOR, _MODULES_AT_LEAST = 50, 20_000  # of real models, at most 4 modules a tensor
 _RULES_MIN_FEATURES = 32  # a narrower 2-D weight is a gate, a bias table or a projection too small to matter
 
 
@@ -47,6 +51,8 @@ class Layout:
     keep_fp32: list[str] = field(default_factory=list)  # patterns kept float32 under float16
     keep_fp32_strict: list[str] = field(default_factory=list)  # patterns kept float32 under 16-bit types
     missing: list[str] = field(default_factory=list)  # parameters of the model that no tensor provides
+    misshaped: dict[str, tuple] = field(default_factory=dict)  # tensor name -> (shape stored, shape that the model has)
+    linear_kinds: list[str] = field(default_factory=list)  # class names of linear modules, converted or not
     expert_parameters: int = 0  # in fused 3-D expert tensors, which are no Linear
     notes: list[str] = field(default_factory=list)
 
@@ -72,9 +78,11 @@ def find_linears(source, *, trust_remote_code: bool = False, rules: bool = False
         return _by_rules(source, "rules by name and shape, as asked")
     model_class, config = transformers_class(source, trust_remote_code)
     if model_class is None:
-        names = ", ".join(source.config.get("architectures") or []) or source.config.get("model_type") or "none named"
+        names = ", ".join(source.architectures) or source.config.get("model_type") or "none named"
         return _by_rules(source, f"rules by name and shape: transformers does not know the architecture {names}")
-    return _by_model(source, model_class, config)
+    layout = model_layout(source, model_class, config)
+    _check_converts(source, layout, model_class)
+    return layout
 
 
 def transformers_class(source, trust_remote_code: bool):
@@ -85,9 +93,11 @@ def transformers_class(source, trust_remote_code: bool):
     import transformers
 
     folder = source.config_folder
-    architecture = (source.config.get("architectures") or [None])[0]
-    remote = source.config.get("auto_map") or {}
-    if source.config.get("model_type") not in transformers.CONFIG_MAPPING:
+    architecture = (source.architectures or [None])[0]
+    remote = {key: value for key, value in (source.config.get("auto_map") or {}).items() if isinstance(value, str)}
+    model_type = source.config.get("model_type")
+    known = model_type in transformers.CONFIG_MAPPING
+    if not known:
         if not remote:
             return None, None
         if not trust_remote_code:
@@ -97,10 +107,13 @@ def transformers_class(source, trust_remote_code: bool):
                 "Read that code, then pass --trust-remote-code; or --set modules=rules to go by names and shapes.",
             )
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if known and not (remote.get("AutoConfig") and trust_remote_code):
+            config = transformers.CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(source.config))
+        else:
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:  # transformers raises many kinds for a config it cannot read
         raise CheckpointError(
-            f"{source.label}/config.json: transformers cannot read it: {_first_line(e)}",
+            f"{source.label}/config.json: transformers cannot read it: {reason(e)}",
             "Mend the config, or pass --set modules=rules to go by names and shapes.",
         ) from e
     model_class = getattr(transformers, architecture, None) if architecture else None
@@ -110,13 +123,19 @@ def transformers_class(source, trust_remote_code: bool):
         reference = next(
             (r for key, r in remote.items() if r.endswith(f".{architecture}") and key != "AutoConfig"), None
         )
-        model_class = get_class_from_dynamic_module(reference, folder) if reference else None
+        try:
+            model_class = get_class_from_dynamic_module(reference, folder) if reference else None
+        except Exception as e:  # somebody's own code
+            raise CheckpointError(
+                f"{source.label}: the code of {reference} cannot be loaded: {reason(e)}", "Install what it needs, or mend it."
+            ) from e
     if model_class is None and architecture is None:
         model_class = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
     return model_class, config
 
 
-def _by_model(source, model_class, config) -> Layout:
+def model_layout(source, model_class, config) -> Layout:
+    """The layout of the transformers model of this class and config. Raises CheckpointError where it cannot be built."""
     import torch
     from torch import nn
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -125,12 +144,12 @@ def _by_model(source, model_class, config) -> Layout:
     from transformers.quantizers.base import get_keys_to_not_convert
 
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with torch.device("meta"), warnings.catch_warnings(), modules_within(source):
             warnings.simplefilter("ignore")
             model = model_class(config)
     except Exception as e:  # a config can be wrong in as many ways as there are models
         raise CheckpointError(
-            f"{source.label}: {model_class.__name__} cannot be built from config.json: {_first_line(e)}",
+            f"{source.label}: {model_class.__name__} cannot be built from config.json: {reason(e)}",
             "Check the config's fields, or pass --set modules=rules to go by names and shapes.",
         ) from e
     layout = Layout(decided_by=f"transformers' {model_class.__name__}")
@@ -168,22 +187,20 @@ def _by_model(source, model_class, config) -> Layout:
         shape = tuple(module.weight.shape)
         out_features, in_features = reversed(shape) if transposed else shape
         layout.linears[tensor] = Linear(tensor, module_name, out_features, in_features, transposed)
-    if all(layout.skipped(name, None) for name in layout.candidates):
-        kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear)})
-        found = f" (its layers are {', '.join(kinds)})" if kinds else ""
-        raise CheckpointError(
-            f"{source.label}: transformers converts no Linear of {model_class.__name__}{found}, so a quantized checkpoint "
-            "of it would not load there",
-            "Pass --set modules=rules to quantize by names and shapes all the same, for a loader that can read it.",
-        )
-
-    tied = set(model.all_tied_weights_keys)
+    layout.linear_kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear)})
+    groups = tied_groups(model.all_tied_weights_keys)
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or []
     layout.missing = sorted(
         name
         for name, _ in model.named_parameters()
-        if name not in provided and name not in tied and not any(re.search(p, name) for p in ignored)
+        if provided.isdisjoint(groups.get(name, {name})) and not any(re.search(p, name) for p in ignored)
     )
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    layout.misshaped = {
+        name: (info.shape, shapes[layout.modules[name]])
+        for name, (_, info) in source.tensors.items()
+        if layout.modules[name] in shapes and layout.modules[name] not in merged and info.shape != shapes[layout.modules[name]]
+    }
     unknown = [name for name, renamed in layout.modules.items() if renamed not in state and renamed not in merged]
     if unknown:
         shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
@@ -209,5 +226,55 @@ def _by_rules(source, decided_by: str) -> Layout:
     return layout
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _check_converts(source, layout: Layout, model_class) -> None:
+    if all(layout.skipped(name, None) for name in layout.candidates):
+        found = f" (its layers are {', '.join(layout.linear_kinds)})" if layout.linear_kinds else ""
+        raise CheckpointError(
+            f"{source.label}: transformers converts no Linear of {model_class.__name__}{found}, so a quantized checkpoint "
+            "of it would not load there",
+            "Pass --set modules=rules to quantize by names and shapes all the same, for a loader that can read it.",
+        )
+
+
+def tied_groups(ties: Mapping[str, str]) -> dict[str, set[str]]:
+    """Each tied parameter -> all that are one with it, itself included. Any of a group may be the one that is stored.
+
+    `ties` maps a parameter to the one that it is made the same as, as transformers' `all_tied_weights_keys` does.
+    """
+    groups: dict[str, set[str]] = {}
+    for name, other in ties.items():
+        joined = groups.get(name, {name}) | groups.get(other, {other})
+        groups |= dict.fromkeys(joined, joined)
+    return groups
+
+
+@contextmanager
+def modules_within(source) -> Iterator[None]:
+    """Stops the building of a model of many more modules than there are tensors for, which would go on until memory ends."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    tensors = len(source.tensors)
+    most, count = _MODULES_A_TENSOR * tensors + _MODULES_AT_LEAST, 0
+
+    def watch(module, name, submodule) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise CheckpointError(
+                f"its numbers make more than {most:,} modules, and the checkpoint holds {tensors:,} tensors"
+            )
+
+    handle = register_module_module_registration_hook(watch)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an error says that is more than its kind; the kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    detail = lines[0] if len(lines) == 1 or not lines[0].endswith(":") else f"{lines[0]} {lines[1]}"
+    return f"{type(error).__name__}: {detail}" if isinstance(error, (KeyError, IndexError, AttributeError)) else detail

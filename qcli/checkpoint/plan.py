@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from qcli import __version__
-from qcli.checkpoint import dtypes
+from qcli.checkpoint import config_json, dtypes
 from qcli.checkpoint.linears import Layout, Linear
 from qcli.checkpoint.safetensors_file import TensorInfo, build_header
 from qcli.errors import PlanError
@@ -126,11 +126,17 @@ class Plan:
         """config.json of the output."""
         config = json.loads(json.dumps(self.source.config))
         name = dtypes.TORCH_NAMES[self.dtype]
-        for part in [config] + [v for v in config.values() if isinstance(v, dict)]:
+        for _, part in config_json.parts(config):
             for key in ("dtype", "torch_dtype"):
-                if key in part:
+                if part.get(key) is not None:
                     part[key] = name
-        if "dtype" not in config and "torch_dtype" not in config:
+        for _, part in config_json.parts(config):
+            if "auto_map" in part:
+                kept = config_json.live_auto_map(part["auto_map"], self.source.carried.files)
+                part["auto_map"] = kept
+                if kept is None:
+                    del part["auto_map"]
+        if not config.get("dtype") and not config.get("torch_dtype"):
             config["dtype"] = name
         config["quantization_config"] = self.method.quantization_config(self.skip_modules, self.compute_dtype)
         return config
@@ -169,6 +175,7 @@ class Plan:
 def make_units(source, layout: Layout, method, dtype: str, quantized: set[str], problems: list[str]) -> list:
     """(source file, TensorInfo, Linear or None, output specs) of every tensor, in the order of the source's files."""
     rows = []
+    misshaped, of_no_use = [], {}
     order = {file: i for i, file in enumerate(source.files)}
     tensors = sorted(source.tensors.values(), key=lambda place: (order[place[0]], place[1].start))
     for file, info in tensors:
@@ -177,27 +184,43 @@ def make_units(source, layout: Layout, method, dtype: str, quantized: set[str], 
             expected = (linear.out_features, linear.in_features)
             expected = expected[::-1] if linear.transposed else expected
             if info.shape != expected:
-                problems.append(f"{info.name}: shape is {list(info.shape)}, the model expects {list(expected)}")
+                misshaped.append(f"{info.name} ({list(info.shape)}, the model expects {list(expected)})")
                 continue
             if info.dtype not in dtypes.FLOATS:
-                problems.append(f"{info.name}: dtype is {info.dtype}, expected one of {', '.join(dtypes.FLOATS)}")
+                of_no_use.setdefault(info.dtype, []).append(info.name)
                 continue
             specs = method.outputs(
                 info.name, linear.out_features, linear.in_features, quantized_dtype(info, method, dtype)
             )
         else:
+            if info.name in layout.misshaped:
+                stored, expected = layout.misshaped[info.name]
+                misshaped.append(f"{info.name} ({list(stored)}, the model expects {list(expected)})")
+                continue
             target = info.dtype
             if info.dtype in dtypes.FLOATS:
                 target = "F32" if layout.stays_fp32(info.name, dtype) else dtype
             specs = [TensorSpec(info.name, target, info.shape)]
         rows.append((file, info, linear, specs))
+    if misshaped:
+        problems.append(together("tensors whose shape is not the model's", misshaped))
+    for code, names in of_no_use.items():
+        floats = ", ".join(dtypes.FLOATS)
+        problems.append(together(f"weights to quantize that are stored as {code}, expected one of {floats}", names))
     return rows
+
+
+def together(what: str, names: list[str]) -> str:
+    """One sentence on many things of a kind, the first five by name."""
+    return f"{len(names):,} {what}: {', '.join(names[:5])}" + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def quantized_dtype(info: TensorInfo, method, dtype: str) -> str:
     """The dtype in which a weight enters its method: the model's, or what is stored where that loses nothing."""
     if method.casts_to_model_dtype:
         return dtype
+    if info.dtype in dtypes.FLOAT8:
+        return "BF16"
     return "F32" if info.dtype == "F64" else info.dtype
 
 

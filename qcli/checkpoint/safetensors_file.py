@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 
 from qcli.errors import CheckpointError
+from qcli.foreign_json import TEXT, Required, check, list_of, map_of, one_of, parse_object, shown, whole
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -20,7 +21,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 FIRST_READ = 100_000  # bytes; nearly every header fits
-_DAMAGED = "The file is damaged or its download was cut short: fetch it again."
+DAMAGED = "The file is damaged or its download was cut short: fetch it again."
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,15 @@ def read_header(path: Path) -> Header:
         os.close(fd)
 
 
-def read_header_with(read: Callable[[int, int], bytes], file_size: int, name: str) -> Header:
-    """The header through `read(offset, count)`, of a file of `file_size` bytes called `name` in messages."""
+def read_header_with(
+    read: Callable[[int, int], bytes], file_size: int, name: str, hint: str = DAMAGED
+) -> Header:
+    """The header through `read(offset, count)`, of a file of `file_size` bytes called `name` in messages.
+
+    `hint` says what to do about a damaged file. Raises CheckpointError.
+    """
     if file_size < 8:
-        raise CheckpointError(f"{name}: {file_size} bytes, expected at least the 8 of a header length", _DAMAGED)
+        raise CheckpointError(f"{name}: {file_size} bytes, expected at least the 8 of a header length", hint)
     head = read(0, min(FIRST_READ, file_size))
     length = int.from_bytes(head[:8], "little")
     if length < 2 or length > MAX_HEADER:
@@ -77,50 +83,36 @@ def read_header_with(read: Callable[[int, int], bytes], file_size: int, name: st
             f"{name}: the header claims {length:,} bytes, expected 2 to {MAX_HEADER:,}", "This is no safetensors file."
         )
     if 8 + length > file_size:
-        raise CheckpointError(f"{name}: the header claims {length:,} bytes, the whole file has {file_size:,}", _DAMAGED)
+        raise CheckpointError(f"{name}: the header claims {length:,} bytes, the whole file has {file_size:,}", hint)
     if len(head) < 8 + length:
         head += read(len(head), 8 + length - len(head))
     if len(head) < 8 + length:
-        raise CheckpointError(f"{name}: read {len(head):,} bytes of a header of {8 + length:,}", _DAMAGED)
+        raise CheckpointError(f"{name}: read {len(head):,} bytes of a header of {8 + length:,}", hint)
     raw = bytes(head[8 : 8 + length])
-    return parse_header(raw, file_size, name)
+    return parse_header(raw, file_size, name, hint)
 
 
-def parse_header(raw: bytes, file_size: int, name: str) -> Header:
+def parse_header(raw: bytes, file_size: int, name: str, hint: str = DAMAGED) -> Header:
     """Checks the header JSON `raw` of a file of `file_size` bytes. Raises CheckpointError at the first fault."""
 
-    def unique(pairs):
-        seen = dict(pairs)
-        if len(seen) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise CheckpointError(f"{name}: the name {twice!r} stands twice in the header", _DAMAGED)
-        return seen
-
-    try:
-        entries = json.loads(raw, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{name}: the header is not valid JSON ({e})", _DAMAGED) from None
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{name}: the header is a JSON {type(entries).__name__}, expected an object", _DAMAGED)
+    entries = parse_object(raw, f"{name}: the header", hint, unique=True)
+    check(entries, {"__metadata__": map_of(TEXT)}, f"{name}: the header", hint)
     metadata = entries.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{name}: __metadata__ must map strings to strings", _DAMAGED)
     data_start = 8 + len(raw)
     data_size = file_size - data_start
-    tensors = sorted((_entry(name, key, entry, data_start, data_size) for key, entry in entries.items()), key=_place)
+    tensors = sorted((_entry(name, key, entry, data_start, data_size, hint) for key, entry in entries.items()), key=_place)
     position = data_start
     previous = None
     for tensor in tensors:
         if tensor.start < position:
-            raise CheckpointError(f"{name}: the tensors {previous} and {tensor.name} overlap", _DAMAGED)
+            raise CheckpointError(f"{name}: the tensors {previous} and {tensor.name} overlap", hint)
         if tensor.start > position:
             raise CheckpointError(
-                f"{name}: {tensor.start - position:,} bytes before {tensor.name} belong to no tensor", _DAMAGED
+                f"{name}: {tensor.start - position:,} bytes before {tensor.name} belong to no tensor", hint
             )
         position, previous = tensor.end, tensor.name
     if position != file_size:
-        raise CheckpointError(f"{name}: {file_size - position:,} bytes after the last tensor belong to none", _DAMAGED)
+        raise CheckpointError(f"{name}: {file_size - position:,} bytes after the last tensor belong to none", hint)
     return Header({t.name: t for t in tensors}, metadata, raw)
 
 
@@ -128,32 +120,29 @@ def _place(tensor: TensorInfo) -> tuple[int, int]:
     return tensor.start, tensor.end
 
 
-def _entry(file: str, name: str, entry: object, data_start: int, data_size: int) -> TensorInfo:
+_ENTRY = {
+    "dtype": Required(one_of(*DTYPE_BITS)),
+    "shape": Required(list_of(whole())),
+    "data_offsets": Required(list_of(whole(), 2)),
+}
+
+
+def _entry(file: str, name: str, entry: object, data_start: int, data_size: int, hint: str) -> TensorInfo:
     def wrong(what: str) -> CheckpointError:
-        return CheckpointError(f"{file}: tensor {name}: {what}", _DAMAGED)
+        return CheckpointError(f"{file}: tensor {name}: {what}", hint)
 
     if not isinstance(entry, dict):
-        raise wrong(f"its entry is a {type(entry).__name__}, expected an object")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in DTYPE_BITS:
-        raise wrong(f"unknown dtype {dtype!r}, expected one of {', '.join(DTYPE_BITS)}")
-    if not isinstance(shape, list) or not all(_is_size(x) for x in shape):
-        raise wrong(f"its shape is {shape!r}, expected a list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(x) for x in offsets):
-        raise wrong(f"its data_offsets are {offsets!r}, expected two byte positions")
-    start, end = offsets
+        raise wrong(f"its entry is {shown(entry)}, expected an object")
+    check(entry, _ENTRY, f"{file}: tensor {name}", hint)
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if start > end:
         raise wrong(f"its data ends ({end:,}) before it begins ({start:,})")
     if end > data_size:
         raise wrong(f"its data ends at byte {end:,}, the file holds {data_size:,} bytes of data")
     bits = prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or bits // 8 != end - start:
-        raise wrong(f"{dtype} of shape {shape} takes {bits / 8:,g} bytes, its data has {end - start:,}")
+        raise wrong(f"{dtype} of shape {shape} takes {bits // 8:,} bytes, its data has {end - start:,}")
     return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + end)
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def build_header(
@@ -186,7 +175,7 @@ def read_into(fd: int, offset: int, view: memoryview) -> None:
             raise CheckpointError(f"reading a weight file failed: {e.strerror}", "Check the disk, then rerun.") from e
         if count == 0:
             raise CheckpointError(
-                f"a weight file ended at byte {offset + done:,}, {len(view) - done:,} too early", _DAMAGED
+                f"a weight file ended at byte {offset + done:,}, {len(view) - done:,} too early", DAMAGED
             )
         done += count
 

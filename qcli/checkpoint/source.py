@@ -4,26 +4,20 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from qcli.checkpoint import hub as hubs
-from qcli.checkpoint import torch_file
+from qcli.checkpoint import carried, torch_file, weight_files
+from qcli.checkpoint.config_json import check_config, check_counts
 from qcli.checkpoint.local_files import LocalFiles
-from qcli.checkpoint.safetensors_file import Header, TensorInfo, read_header_with
+from qcli.checkpoint.safetensors_file import DAMAGED, Header, TensorInfo, read_header_with
 from qcli.errors import CheckpointError
+from qcli.foreign_json import read_object
 
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# What is carried over to the output: what a tokenizer, a processor or a licence needs.
-_CARRIED = re.compile(
-    r"(tokenizer.*|vocab.*|merges\.txt|.*\.tiktoken|.*\.model|spiece.*|sentencepiece.*|special_tokens_map\.json|added_tokens\.json"
-    r"|generation_config\.json|chat_template.*|additional_chat_templates/.*|.*processor_config\.json|LICENSE.*|LICENCE.*|NOTICE.*"
-    r"|USE_POLICY.*|COPYING.*)",
-    re.IGNORECASE,
-)
-_NEVER = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|onnx|h5|msgpack|index\.json)$")
 _CONNECTIONS = 8  # at a time: the largest models have two hundred shards, and a header's time is the way there and back
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
@@ -57,98 +51,84 @@ def open_place(model: str, revision: str | None = None, *, stream: bool = False)
 
 
 class Source:
-    """A checkpoint's headers, config and files.
+    """A checkpoint's headers, config and files. What is the model here is the model of every verb.
 
     `tensors` maps each name to (file, TensorInfo), `files` lists the weight files in reading order, `fingerprint` recognises
-    the checkpoint by its headers, its config and the hub's own hashes.
+    the checkpoint by its headers, its config and the hub's own hashes. `problems` are faults with which the model would load
+    wrongly or not at all, `notes` what is odd and harmless; each is a sentence.
     """
 
     def __init__(self, place, label: str, trust_remote_code: bool):
         self.place, self.label = place, label
         self.name, self.revision, self.is_hub, self.stream = place.name, place.revision, place.is_hub, place.stream
         self.problems: list[str] = []
-        self.config = self._json("config.json")
+        self.notes: list[str] = []
+        self.config = self._config()
         self.config_folder = place.local("config.json").parent
         self.tensors: dict[str, tuple[str, TensorInfo]] = {}
         self.headers: dict[str, Header] = {}
-        self.index = self._find_files()
+        self.files, self.index, notes = weight_files.find(place.names, self.json, self.label)
+        self.notes += notes
         self._read_headers()
         self._check_index()
-        carries = [n for n in place.names if _CARRIED.fullmatch(n) and not _NEVER.fullmatch(n)]
+        widest = max((max(info.shape, default=0) for _, info in self.tensors.values()), default=0)
+        check_counts(self.config, len(self.tensors), widest, f"{label}/config.json")
+        self.carried = carried.choose(place, self.files)
+        self.trusted = trust_remote_code
         if trust_remote_code:
-            code = [n for n in place.names if n.endswith(".py")]
-            for name in code:
-                place.local(name)
-            carries += code
-        self.extra_files = carries
+            for name in self.carried.files:
+                if name.endswith(".py"):
+                    place.local(name)
 
-    def _json(self, name: str) -> dict:
-        if name not in self.place.names:
-            raise CheckpointError(
-                f"{self.label} has no {name}", "Give the folder or repository of a Hugging Face model."
-            )
-        try:
-            value = json.loads(self.place.local(name).read_bytes())
-        except OSError as e:
-            raise CheckpointError(f"cannot read {self.label}/{name}: {e.strerror}", "Check its permissions.") from e
-        except ValueError as e:
-            raise CheckpointError(f"{self.label}/{name} is not valid JSON: {e}", "Mend it or fetch it again.") from None
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{self.label}/{name} holds a JSON {type(value).__name__}, expected an object")
-        return value
+    def _config(self) -> dict:
+        if "config.json" not in self.place.names:
+            raise weight_files.no_config(self.place.names, self.label)
+        config = self.json("config.json")
+        check_config(config, f"{self.label}/config.json")
+        return config
 
-    def _find_files(self) -> dict[str, str] | None:
-        """Sets `files`; returns the index's weight_map, if there is an index."""
-        names = set(self.place.names)
-        for index, single in zip(_INDEXES, ("model.safetensors", "pytorch_model.bin")):
-            if single in names:
-                self.files = [single]
-                return None
-            if index in names:
-                weight_map = self._json(index).get("weight_map")
-                valid = isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values())
-                if not valid or not weight_map:
-                    raise CheckpointError(f"{self.label}/{index}: weight_map must map tensor names to file names")
-                self.files = sorted(set(weight_map.values()))
-                for file in self.files:
-                    if "/" in file or "\\" in file or file in ("", ".", ".."):
-                        raise CheckpointError(
-                            f"{self.label}/{index} names the shard {file!r}, outside its own folder",
-                            "Do not trust this model.",
-                        )
-                missing = [file for file in self.files if file not in names]
-                if missing:
-                    raise CheckpointError(
-                        f"{self.label}/{index} names {len(missing)} shards that are not there: {', '.join(missing[:5])}",
-                        "Fetch them, or fetch the model again.",
-                    )
-                return weight_map
-        loose = sorted(n for n in names if n.endswith(".safetensors") and "/" not in n)
-        if len(loose) == 1:
-            self.files = loose
-            return None
-        found = f"; found {', '.join(loose[:5])} without an index" if loose else ""
-        raise CheckpointError(
-            f"{self.label} has no model.safetensors, no pytorch_model.bin and no index of shards{found}",
-            "Give the folder or repository that holds the weights.",
-        )
+    def json(self, name: str) -> dict:
+        """The object that the JSON file `name` holds, fetched if it is not here. Raises CheckpointError, HubError."""
+        return read_object(self.place.local(name), f"{self.label}/{name}", self.again("Mend it, or fetch it again."))
+
+    def again(self, otherwise: str = "Fetch the model again.") -> str:
+        """What to do about a damaged file: where the hub has it so, fetching it again brings the same."""
+        if self.is_hub:
+            return "The repository itself holds it so: ask its authors, or give another --revision."
+        return otherwise
+
+    @property
+    def architectures(self) -> list[str]:
+        """The class names that config.json states."""
+        return self.config.get("architectures") or []
+
+    @property
+    def quantization(self) -> dict | None:
+        """The `quantization_config` of a model that is stored quantized, else None."""
+        return self.config.get("quantization_config") or None
 
     def _read_headers(self) -> None:
         with ThreadPoolExecutor(_CONNECTIONS if self.is_hub else 1) as pool:
             headers = list(pool.map(self._header, self.files))
+        twice: dict[tuple[str, str], list[str]] = {}
         for file, header in zip(self.files, headers):
             self.headers[file] = header
             for name, info in header.tensors.items():
-                if name in self.tensors:
-                    self.problems.append(f"the tensor {name} stands in both {self.tensors[name][0]} and {file}")
+                if name in self.tensors and (self.index or {}).get(name) != file:
+                    twice.setdefault((self.tensors[name][0], file), []).append(name)
                 self.tensors[name] = (file, info)
+        for (first, second), names in twice.items():
+            stands = "stands" if len(names) == 1 else "stand"
+            self.problems.append(f"{_counted(names, 'tensor')} {stands} in both {first} and {second}")
         if not self.tensors:
-            raise CheckpointError(f"{self.label} holds no tensors", "Fetch the model again.")
+            raise CheckpointError(f"{self.label} holds no tensors", self.again())
 
     def _header(self, file: str) -> Header:
         label = f"{self.label}/{file}"
         if file.endswith(".safetensors"):
-            return read_header_with(lambda offset, count: self.read(file, offset, count), self.place.size(file), label)
+            return read_header_with(
+                lambda offset, count: self.read(file, offset, count), self.place.size(file), label, self.again(DAMAGED)
+            )
         return torch_file.read_header(self.place.weights(file), label)
 
     def read(self, file: str, offset: int, count: int) -> bytes:
@@ -163,18 +143,23 @@ class Source:
         if len(data) < count:
             raise CheckpointError(
                 f"{self.label}/{file} ended at byte {offset + len(data):,}, {count - len(data):,} too early",
-                "Fetch it again.",
+                self.again("Fetch it again."),
             )
         return data
 
     def _check_index(self) -> None:
+        """Loaders go by the headers of the files that an index names, so a wrong entry alone is harmless."""
         if self.index is None:
             return
-        for name, file in self.index.items():
-            if name not in self.headers[file].tensors:
-                self.problems.append(f"the index places {name} in {file}, which does not hold it")
-        for name in [n for n in self.tensors if n not in self.index]:
-            self.problems.append(f"{name} in {self.tensors[name][0]} is not in the index")
+        elsewhere = Counter(f for n, f in self.index.items() if n in self.tensors and self.tensors[n][0] != f)
+        lost = [name for name in self.index if name not in self.tensors]
+        unlisted = [name for name in self.tensors if name not in self.index]
+        for file, count in elsewhere.items():
+            self.notes.append(f"the index places {count:,} tensors in {file} that lie in another of its files")
+        if lost:
+            self.notes.append(f"the index names {_counted(lost, 'tensor')} that no file holds")
+        if unlisted:
+            self.notes.append(f"the index leaves out {_counted(unlisted, 'tensor')}")
 
     @property
     def fingerprint(self) -> str:
@@ -186,9 +171,17 @@ class Source:
             )
         return digest.hexdigest()
 
-    def extra_path(self, name: str) -> Path:
-        """A local path of one of `extra_files`."""
-        return self.place.local(name)
+    def fetch_what_runs(self) -> None:
+        """Brings the files that tokenizers and templates are made of to `config_folder`, where transformers looks for them."""
+        for name in self.carried.to_run:
+            self.place.local(name)
+
+    def carried_bytes(self, name: str) -> bytes:
+        """The content of one of `carried.files`. Raises CheckpointError, HubError."""
+        try:
+            return self.place.local(name).read_bytes()
+        except OSError as e:
+            raise CheckpointError(f"cannot read {self.label}/{name}: {e.strerror}", "Check its permissions.") from e
 
     def download_bytes(self, volume: Path) -> int:
         """Bytes that will be downloaded to the file system of `volume` while the run lasts."""
@@ -210,7 +203,7 @@ class Source:
             size = os.fstat(fd).st_size
             if size != self.place.size(file):
                 raise CheckpointError(
-                    f"{self.label}/{file} has {size:,} bytes, expected {self.place.size(file):,}", "Fetch it again."
+                    f"{self.label}/{file} has {size:,} bytes, expected {self.place.size(file):,}", self.again("Fetch it again.")
                 )
             yield fd
         finally:
@@ -219,3 +212,10 @@ class Source:
     def release(self, file: str) -> None:
         """Lets go of a weight file that is read to its end."""
         self.place.release(file)
+
+
+def _counted(names: list[str], what: str) -> str:
+    """ "the tensor a", or "3 tensors (a, b, c)": the first five are named."""
+    if len(names) == 1:
+        return f"the {what} {names[0]}"
+    return f"{len(names):,} {what}s ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"

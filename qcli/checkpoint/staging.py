@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qcli.checkpoint.plan import Plan
 from qcli.errors import CheckpointError, PlanError
+from qcli.foreign_json import Kind, Required, check, is_number, parse_object, read_object, whole
 from qcli.methods._base import ErrorSums
 from qcli.sizes import format_bytes
 
@@ -25,6 +26,14 @@ SYNC_SECONDS = 3.0  # what a crash may cost
 _STATE = ".qcli"  # the folder inside OUT.partial that never reaches OUT
 _JOURNAL = "journal.jsonl"
 _PLAN = "plan.json"
+_ANEW = "Delete the folder to start anew."
+_SUM = Kind("a number", is_number)  # of a NaN that was allowed, too
+_ENTRY = {
+    "unit": Required(whole()),
+    "squared_error": Required(_SUM),
+    "squared_norm": Required(_SUM),
+    "nonfinite": Required(whole()),
+}
 
 
 class Staging:
@@ -88,7 +97,7 @@ class Staging:
     def _resume_or_start(self) -> None:
         state = self.folder / _STATE
         if (state / _PLAN).exists():
-            self._check_same_plan(json.loads((state / _PLAN).read_text()))
+            self._check_same_plan(read_object(state / _PLAN, str(state / _PLAN), _ANEW))
             self._read_journal()
         elif any(p.name != _STATE for p in self.folder.iterdir()):
             raise CheckpointError(
@@ -123,8 +132,12 @@ class Staging:
             return
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]  # a line that a crash cut short is no promise
-        for line in whole.splitlines():
-            entry = json.loads(line)
+        for number, line in enumerate(whole.splitlines(), 1):
+            label = f"{path}, line {number}"
+            entry = parse_object(line, label, _ANEW)
+            check(entry, _ENTRY, label, _ANEW)
+            if entry["unit"] >= len(self.plan.units):
+                raise CheckpointError(f"{label}: unit is {entry['unit']}, of {len(self.plan.units)}", _ANEW)
             self.done[entry["unit"]] = ErrorSums(entry["squared_error"], entry["squared_norm"], entry["nonfinite"])
         if len(whole) != len(data):
             os.truncate(path, len(whole))
@@ -196,8 +209,9 @@ class Staging:
             self._synced_at = time.monotonic()
 
     def add_file(self, name: str, data: bytes) -> None:
-        """Writes a small file whole."""
+        """Writes a small file whole, into a subfolder where its name has one. Raises CheckpointError."""
         try:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_file(self.folder / name, data)
         except OSError as e:
             raise self._full(e, name) from e
@@ -225,15 +239,15 @@ class Staging:
             view, offset = view[written:], offset + written
 
     def _full(self, error: OSError, file: str) -> CheckpointError:
-        kept = "Finished work is kept: free some space and run the same command again."
+        kept = "Finished work is kept: {} and run the same command again."
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(self.folder).free
             return CheckpointError(
                 f"the disk is full: {file} in {self.folder} needs {format_bytes(self.plan.output_bytes)} in all, "
                 f"{format_bytes(free)} are free",
-                kept,
+                kept.format("free some space"),
             )
-        return CheckpointError(f"cannot write {self.folder / file}: {error.strerror}", kept)
+        return CheckpointError(f"cannot write {self.folder / file}: {error.strerror}", kept.format("mend that"))
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -257,7 +271,7 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.rename(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -26,6 +26,7 @@ def show_plan(plan: Plan) -> None:
         )  # fmt: skip
     console.table("", ("tensor", "count", "shape", "from", "to", "bytes before", "bytes after"), rows, left=(0, 3, 4))
     console.table("", ("file", "bytes"), [(s.name, f"{s.size:,}") for s in plan.shards])
+    console.out(carried_text(plan))
     needs = needed(plan)
     console.out(
         f"bits per weight    {plan.bits_per_weight:.3f} in all, {plan.quantized_bits_per_weight:.3f} where quantized"
@@ -38,6 +39,13 @@ def show_plan(plan: Plan) -> None:
     )
     for note in plan.notes:
         console.out(f"note: {note}")
+
+
+def carried_text(plan: Plan) -> str:
+    """A line on the files that go along as they are."""
+    names = plan.source.carried.files
+    size = sum(plan.source.place.size(name) for name in names)
+    return f"carried over       {len(names)} files, {format_bytes(size)}: {', '.join(names)}" if names else ""
 
 
 def needed(plan: Plan) -> dict[str, int]:
@@ -61,6 +69,7 @@ def plan_summary(plan: Plan) -> dict[str, object]:
         "output_bytes": plan.output_bytes,
         **needed(plan),
         "files": [{"name": s.name, "bytes": s.size} for s in plan.shards],
+        "carried_files": plan.source.carried.files,
         "tensors": [
             {"name": u.info.name, "shape": list(u.info.shape), "from": u.info.dtype, "to": _becomes(plan, u),
              "bytes_before": u.info.nbytes, "bytes_after": u.output_bytes}

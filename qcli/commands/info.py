@@ -20,7 +20,11 @@ def info(
     from qcli.checkpoint.source import open_source
     from qcli.sizes import format_bytes
 
-    found = describe(open_source(model, revision))
+    source = open_source(model, revision)
+    found = describe(source)
+    if not json:
+        for note in found.notes:
+            console.warn(note)
     if json:
         console.json(asdict(found) | {"bits_per_weight": round(found.bits_per_weight, 4), "whole": not found.problems})
     else:
@@ -36,4 +40,4 @@ def info(
         if not found.problems:
             console.out("files: whole by their headers")
     if found.problems:
-        raise PlanError(model, found.problems, "Fetch the model again.")
+        raise PlanError(model, found.problems, source.again())

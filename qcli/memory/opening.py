@@ -1,10 +1,11 @@
 """A model to estimate: its config and its parameters, from as little as there is. No weight is read or downloaded."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qcli.checkpoint.config_json import check_config
 from qcli.errors import CheckpointError, UsageError
+from qcli.foreign_json import read_object
 from qcli.memory.config import ModelConfig
 from qcli.memory.parameters import Parameter, from_size, parameters, parameters_of
 from qcli.memory.stored import as_stored
@@ -45,7 +46,7 @@ def open_model(model: str | None, size: str | None = None, revision: str | None 
     if path.is_file():
         if revision is not None:
             raise CheckpointError(f"{model} is a file, so there is no revision {revision!r}", "Leave out --revision.")
-        config = ModelConfig(_read(path), model)
+        config = ModelConfig(_read(path, model), model)
         return _from_config(config, model, "config.json alone")
     return _from_place(model, revision)
 
@@ -62,13 +63,14 @@ def _from_config(config: ModelConfig, label: str, read: str) -> Model:
 
 
 def _from_place(model: str, revision: str | None) -> Model:
+    from qcli.checkpoint import weight_files
     from qcli.checkpoint.source import Source, open_place
 
     place = open_place(model, revision)
     if "config.json" not in place.names:
-        raise CheckpointError(f"{model} has no config.json", "Give the folder or repository of a Hugging Face model.")
-    if not _has_headers(place.names):
-        raw = _read(place.local("config.json"))
+        raise weight_files.no_config(place.names, model)
+    if not weight_files.has_safetensors(place.names):
+        raw = _read(place.local("config.json"), f"{model}/config.json")
         return _from_config(
             ModelConfig(raw, f"{model}/config.json"), model, "config.json alone, for want of safetensors"
         )
@@ -81,21 +83,7 @@ def _from_place(model: str, revision: str | None) -> Model:
     )  # fmt: skip
 
 
-def _has_headers(names: list[str]) -> bool:
-    """Whether the weights that `Source` would read are safetensors: torch's own files would have to be fetched, and loaded."""
-    if {"model.safetensors", "model.safetensors.index.json"} & set(names):
-        return True
-    torch_files = {"pytorch_model.bin", "pytorch_model.bin.index.json"} & set(names)
-    return not torch_files and any(name.endswith(".safetensors") and "/" not in name for name in names)
-
-
-def _read(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as e:
-        raise CheckpointError(f"cannot read {path}: {e.strerror}", "Check its permissions.") from e
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} is not valid JSON: {e}", "Give a config.json, a folder or a hub id.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
+def _read(path: Path, label: str) -> dict:
+    config = read_object(path, label, "Give a config.json, a folder or a hub id.")
+    check_config(config, label)
+    return config

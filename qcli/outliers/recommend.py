@@ -79,15 +79,10 @@ def recommend(
 
 
 def read_skip(path: Path) -> list[str]:
-    """The modules that a report written by `qcli inspect-outliers --json` recommends to keep in 16 bits. Raises UsageError."""
+    """The modules that a report written by `qcli inspect-outliers --json` recommends to keep in 16 bits. Raises UsageError, CheckpointError."""
     hint = "Make it with: qcli inspect-outliers MODEL --json > REPORT.json"
-    try:
-        report = json.loads(path.read_bytes())
-    except OSError as e:
-        raise UsageError(f"cannot read the report {path}: {e.strerror}", hint) from e
-    except ValueError as e:
-        raise UsageError(f"{path} is not valid JSON: {e}", hint) from None
-    found = report.get("format") if isinstance(report, dict) else None
+    report = read_object(path, f"the report {path}", hint)
+    found = report.get("format")
     if found != "qcli-outliers":
         raise UsageError(
             f"{path} is no report of inspect-outliers: its format is {found!r}, expected 'qcli-outliers'", hint

@@ -26,7 +26,7 @@ def number(value: float | torch.Tensor | None) -> float | None:
 def describe_model(skeleton, layers: int) -> dict[str, object]:
     """The model's name and measures; `layers` are those that text passes."""
     model, source = skeleton.model, skeleton.source
-    stored = source.config.get("quantization_config") or {}
+    stored = source.quantization or {}
     kind = None
     if stored:
         kind = "LLM.int8()" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type", "bitsandbytes")

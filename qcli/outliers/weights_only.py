@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 
 from qcli import __version__, methods
-from qcli.checkpoint import dtypes
+from qcli.checkpoint import config_json, dtypes
 from qcli.checkpoint import plan as planning
 from qcli.checkpoint.describe import Description, describe
 from qcli.checkpoint.linears import Layout, find_linears
@@ -54,10 +54,10 @@ def inspect_weights(
     Raises CheckpointError, HubError, and PlanError where config.json states a dtype that qcli does not know.
     """
     source = open_source(model, revision, trust_remote_code=trust_remote_code)
-    notes = list(source.problems)
+    notes = [*source.problems, *source.notes]
     told, gains = describe(source), _norm_gains(source)
     weights, layout = [], None
-    if source.config.get("quantization_config"):
+    if source.quantization:
         notes.append(
             f"{source.label} is quantized already, and what is left of its linear weights does not tell what they were: the "
             "norms alone were inspected. Give the original 16- or 32-bit checkpoint for the rest."
@@ -144,17 +144,15 @@ def _measure(source: Source, works: list[LinearWeight | NormGain], progress: Cal
 
 
 def _model(source: Source, told: Description) -> dict[str, object]:
-    config = source.config
-    parts = [config, *(v for v in config.values() if isinstance(v, dict))]
-    hidden = (part.get(key) for part in parts for key in ("hidden_size", "n_embd", "d_model"))
-    stored = config.get("quantization_config")
+    hidden = (part.get(key) for _, part in config_json.parts(source.config) for key in ("hidden_size", "n_embd", "d_model"))
+    stored = source.quantization
     return {
         "name": source.label,
         "architecture": told.architecture,
         "layers": max(layer_counts(source.tensors).values(), default=0),
         "hidden_size": next((size for size in hidden if isinstance(size, int)), None),
         "parameters": told.parameters,
-        "quantization": stored.get("quant_method", "unnamed") if isinstance(stored, dict) else stored,
+        "quantization": stored.get("quant_method", "unnamed") if stored else None,
         "dtype": dtypes.TORCH_NAMES[model_dtype(source, "auto")],
     }
 

@@ -24,7 +24,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.linears import Layout, find_linears, transformers_class
-from qcli.checkpoint.safetensors_file import TensorInfo, read_into
+from qcli.checkpoint.safetensors_file import TensorInfo
+from qcli.checkpoint.stored_tensor import StoredTensor, pread
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, UsageError
 from qcli.model import quiet, read_tokenizer
@@ -63,8 +64,7 @@ class Skeleton:
         self.source = open_checkpoint(model, revision, trust_remote_code)
         self._trust_remote_code = trust_remote_code
         self.dtype = dtypes.torch_dtype(model_dtype(self.source, dtype))
-        for name in self.source.extra_files:
-            self.source.extra_path(name)  # of a hub model: fetched to where transformers looks for them
+        self.source.fetch_what_runs()
         with quiet():
             self._build(dtype, attention, trust_remote_code)
             self.tokenizer = read_tokenizer(self.source, trust_remote_code)
@@ -85,14 +85,14 @@ class Skeleton:
         try:
             return find_linears(self.source, trust_remote_code=self._trust_remote_code)
         except CheckpointError:
-            if self.source.config.get("quantization_config"):
+            if self.source.quantization:
                 raise
             return find_linears(self.source, rules=True)
 
     def _build(self, dtype: str, attention: str | None, trust_remote_code: bool) -> None:
         source = self.source
         built, config = transformers_class(source, trust_remote_code)
-        name = built.__name__ if built else ", ".join(source.config.get("architectures") or ["model of no known class"])
+        name = built.__name__ if built else ", ".join(source.architectures or ["model of no known class"])
         if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
             name += " with is_decoder false, an encoder"
         if built is None or config.is_encoder_decoder or not name.endswith(_CAUSAL):
@@ -100,7 +100,7 @@ class Skeleton:
                 f"{source.label} is a {name}, expected a causal language model, which predicts the next token",
                 "Give a model such as a Llama, Qwen, Gemma or GPT, in a form that transformers knows.",
             )
-        stored = source.config.get("quantization_config")
+        stored = source.quantization
         options = {} if attention is None else {"attn_implementation": attention}
         with init_empty_weights(include_buffers=False), no_init_weights():
             config.dtype = self.dtype
@@ -172,20 +172,20 @@ class Skeleton:
         if empty:
             raise CheckpointError(
                 f"{self.source.label} lacks {len(empty)} tensors of {unit.name}: {', '.join(empty[:5])}",
-                "Fetch or quantize the model again.",
+                self.source.again(),
             )
 
     def _read(self, tensors: Iterable[tuple[str, str, TensorInfo]]) -> None:
         with ExitStack() as opened:
-            descriptors = {file: opened.enter_context(self.source.open(file)) for file in {f for _, f, _ in tensors}}
-            state = {name: _Stored(descriptors[file], info) for name, file, info in tensors}
+            loads = {file: pread(opened.enter_context(self.source.open(file))) for file in {f for _, f, _ in tensors}}
+            state = {name: StoredTensor(info, loads[file]) for name, file, info in tensors}
             with quiet(), torch.inference_mode():
                 info, _ = convert_and_load_state_dict_in_model(self.model, state, self._config)
         self.bytes_read += sum(info.nbytes for _, _, info in tensors)
         if info.conversion_errors or info.mismatched_keys:
             wrong = sorted(info.conversion_errors) or sorted(str(key[0]) for key in info.mismatched_keys)
             raise CheckpointError(
-                f"{self.source.label} does not fit its model: {', '.join(wrong[:5])}", "Fetch the model again."
+                f"{self.source.label} does not fit its model: {', '.join(wrong[:5])}", self.source.again()
             )
 
     def _tie(self, name: str, origin: str) -> None:
@@ -206,26 +206,6 @@ class Skeleton:
             setattr(module, name, _meta(getattr(module, name)))
         self._loaded.remove(unit.name)
         give_back()
-
-
-class _Stored:
-    """A tensor of a file, read when it is asked for, as transformers' loading asks for a safetensors slice."""
-
-    def __init__(self, fd: int, info: TensorInfo):
-        self.fd, self.info = fd, info
-
-    def get_dtype(self) -> str:
-        """The safetensors code."""
-        return self.info.dtype
-
-    def get_shape(self) -> list[int]:
-        """Its sizes."""
-        return list(self.info.shape)
-
-    def __getitem__(self, _) -> torch.Tensor:
-        data = torch.empty(self.info.nbytes, dtype=torch.uint8)
-        read_into(self.fd, self.info.start, memoryview(data.numpy()))
-        return data.view(dtypes.torch_dtype(self.info.dtype)).reshape(self.info.shape)
 
 
 def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -1,0 +1,75 @@
+"""The config.json of a model, checked: the fields by which qcli decides anything, in each of its parts.
+
+Everything else of it is for the configuration class of transformers, which checks its own.
+"""
+
+import re
+from collections.abc import Iterator
+
+from qcli.errors import CheckpointError
+from qcli.foreign_json import FLAG, OBJECT, TEXT, Kind, check, either, is_whole, list_of, map_of
+
+TEXT_OR_NULL = Kind("a string or null", lambda v: v is None or TEXT.fits(v))
+HINT = "Mend the file, or fetch it again."
+_OUTER = {
+    "architectures": list_of(TEXT), "model_type": TEXT, "quantization_config": OBJECT,
+    "auto_map": map_of(either(TEXT, list_of(TEXT_OR_NULL))), "is_encoder_decoder": FLAG, "tie_word_embeddings": FLAG,
+}  # fmt: skip
+_EVERY_PART = {"model_type": TEXT, "dtype": TEXT, "torch_dtype": TEXT}
+# How many of something a model is built of, one by one. Before it is built, these are held against what is stored.
+_COUNT = re.compile(r"(^|_)(n_?layers?|layers?|depths?|n_?blocks|num_blocks|stages|experts?|labels)$")
+_DEEPEST = 8  # objects within objects
+
+
+def check_config(config: dict, label: str) -> None:
+    """Raises CheckpointError for a field of another kind than the model's loaders take, naming the part that holds it."""
+    check(config, _OUTER, label, HINT)
+    for path, part in parts(config):
+        check(part, _EVERY_PART, f"{label}: {path}" if path else label, HINT)
+
+
+def parts(config: dict, path: str = "", depth: int = 0) -> Iterator[tuple[str, dict]]:
+    """(dotted path, object) of `config` itself, whose path is "", and of each of its sub-configs at any depth.
+
+    What a `quantization_config` holds is a format's, and no part.
+    """
+    yield path, config
+    for name, value in config.items():
+        if isinstance(value, dict) and name != "quantization_config" and depth < _DEEPEST:
+            yield from parts(value, f"{path}.{name}" if path else name, depth + 1)
+
+
+def check_counts(config: dict, tensors: int, widest: int, label: str) -> None:
+    """Raises CheckpointError where the config claims more layers, experts or labels than the headers can hold.
+
+    Each takes a tensor of its own, or a row of one: `tensors` is how many there are, `widest` the largest size in any shape.
+    A damaged count would otherwise be built, module by module, until memory ends.
+    """
+    most = max(tensors, widest)
+    for path, part in parts(config):
+        for name, value in part.items():
+            if is_whole(value) and value > most and _COUNT.search(name):
+                raise CheckpointError(
+                    f"{label}: {f'{path}.' if path else ''}{name} is {value:,}, and the checkpoint holds {tensors:,} tensors, "
+                    f"none wider than {widest:,}",
+                    HINT,
+                )
+
+
+def live_auto_map(auto_map: object, files: list[str]) -> dict | None:
+    """The entries of an `auto_map` whose code is among `files`, or lies in another repository; None where none is left.
+
+    An entry is "module.Class", or a list of such (or null) for a slow and a fast tokenizer.
+    """
+
+    def lives(entry: object) -> bool:
+        references = entry if isinstance(entry, list) else [entry]
+        return all(
+            reference is None
+            or (isinstance(reference, str) and ("--" in reference or f"{reference.partition('.')[0]}.py" in files))
+            for reference in references
+        )
+
+    if not isinstance(auto_map, dict):
+        return None
+    return {name: entry for name, entry in auto_map.items() if lives(entry)} or None
