@@ -87,12 +87,14 @@ def load(
                 raise NoRoom
         except NoRoom:
             raise out_of_memory.without_room(source, layout, wanted, dtype, placement.limits()) from None
-        except (QcliError, KeyboardInterrupt):
-            raise
-        except (*out_of_memory.KINDS, LoadingStopped, Exception) as e:
+        except (LoadingStopped, Exception) as e:  # from_pretrained raises many kinds
+            split = device_map is not None
+            if split and "offload_folder" in str(e):  # transformers asks for one where layers would go to the disk
+                raise out_of_memory.without_room(source, layout, wanted, dtype, placement.limits()) from None
             if isinstance(e, LoadingStopped) or out_of_memory.is_one(e):
-                split = device_map is not None
                 raise out_of_memory.while_loading(source, layout, wanted, dtype, free, split) from e
+            if isinstance(e, QcliError):
+                raise
             raise CheckpointError(f"{model}: transformers cannot load it: {reason(e)}", source.again()) from e
         _check_complete(source, info)
         loaded.config.name_or_path = str(source.config_folder)

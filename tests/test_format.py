@@ -199,7 +199,7 @@ def test_the_other_files_come_along(tmp_path):
     add_tokenizer(tmp_path / "model")
     for name in ("LICENSE.txt", "chat_template.jinja", "merges.txt"):
         (tmp_path / "model" / name).write_text(name)
-    for name in ("pytorch_model.gguf", "notes.txt", "run.py"):
+    for name in ("pytorch_model.gguf", "model.onnx", "optimizer.pt", ".gitattributes"):
         (tmp_path / "model" / name).write_text(name)
     mask = os.umask(0o027)
     try:

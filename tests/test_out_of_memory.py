@@ -8,7 +8,7 @@ import qcli
 from qcli import decode_graph, out_of_memory
 from qcli.checkpoint.linears import find_linears
 from qcli.checkpoint.source import open_source
-from qcli.errors import DeviceError, KernelError
+from qcli.errors import CheckpointError, DeviceError, KernelError
 from tests.conftest import ROOT
 from tests.models import make_model
 
@@ -68,12 +68,12 @@ def test_while_loading_a_split_model(free, monkeypatch):
     assert stopped.value.hint == "Try a --max-memory that leaves more room on each GPU."
 
 
-def test_other_errors_stay_what_they_are(monkeypatch):
+def test_other_errors_are_no_lack_of_memory(monkeypatch):
     def load(*arguments, **options):
         raise RuntimeError("shapes differ")
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", load)
-    with pytest.raises(RuntimeError, match="shapes differ"):
+    with pytest.raises(CheckpointError, match="transformers cannot load it: shapes differ"):
         qcli.load(str(DEMO), device="cpu")
 
 

@@ -1,0 +1,140 @@
+"""A verb on a damaged folder, in this process: it must end in an exit code and words, in time and within memory.
+
+Where `quantize` went through, what it wrote is decoded here, by tables of its own, and held against the intact model.
+"""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from qcli import cli
+
+SECONDS = 60  # no verb may take longer on a model of some ten tensors
+NF4 = np.array(
+    [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]
+)  # QLoRA, appendix E, to four places
+_CONV1D = ("c_attn", "c_proj", "c_fc")  # of GPT-2, stored transposed
+
+
+@dataclass
+class Outcome:
+    """How a run ended. `fault` is None, or what was wrong with it."""
+
+    code: int | None
+    stdout: str
+    stderr: str
+    fault: str | None
+
+
+class TooSlow(BaseException):
+    """A run that does not end."""
+
+
+def run(arguments: list[str]) -> Outcome:
+    """`qcli ARGUMENTS`. A traceback, a wrong exit code, an error without words, and no end in sight are faults."""
+    out, err = io.StringIO(), io.StringIO()
+    code, fault = None, None
+
+    def stop(*_):
+        raise TooSlow
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    showed, argv = warnings.showwarning, sys.argv
+    warnings.showwarning, sys.argv = cli._warn, ["qcli", *arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+            cli.app(args=arguments, prog_name="qcli")
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+    except TooSlow:
+        fault = f"no end after {SECONDS} s:\n{traceback.format_exc()}"
+    except BaseException:
+        fault = traceback.format_exc()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        warnings.showwarning, sys.argv = showed, argv
+    said = err.getvalue()
+    if fault is None and (code not in (0, 1, 2, 3) or (code in (1, 2) and "rror" not in said)):
+        fault = f"exit code {code} with the words {said[-300:]!r}"
+    if fault is None and "Traceback" in said:
+        fault = f"a traceback among the words: {said[-800:]}"
+    return Outcome(code, out.getvalue(), said, fault)
+
+
+def wrong_bytes(output: Path, intact: Path) -> str | None:
+    """What of a quantized `output` does not decode to the weights of the `intact` model; None where all does.
+
+    A tensor that the damage took away or replaced is no fault of the output: only names whose values are still those of the
+    intact model in the damaged one are compared, by the caller's choice of `intact`.
+    """
+    original = {}
+    for path in sorted(intact.glob("*.safetensors")):
+        original |= load_file(path)
+    written = {}
+    for path in sorted(output.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            written |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    for name, weight in original.items():
+        if name not in written:
+            continue
+        stored = written[name]
+        quantized = stored.dtype in (torch.uint8, torch.int8)
+        if quantized and name.split(".")[-2] in _CONV1D:
+            weight = weight.t().contiguous()
+        if stored.dtype == torch.uint8 and f"{name}.absmax" in written:
+            fault = _wrong_4bit(written, name, weight)
+        elif stored.dtype == torch.int8:
+            scale = written[f"{name.removesuffix('weight')}SCB"].double()[:, None] / 127
+            fault = _beyond((stored.double() * scale - weight.double()).abs(), 0.51 * scale.expand_as(stored))
+        elif weight.is_floating_point():
+            same = torch.equal(stored, weight.to(stored.dtype)) or not torch.isfinite(weight.float()).all()
+            fault = None if same else "is not the original's"
+        else:
+            fault = None
+        if fault:
+            return f"{name} {fault}"
+    return None
+
+
+def _wrong_4bit(written: dict, name: str, weight: torch.Tensor) -> str | None:
+    packed = written[name].reshape(-1)
+    codes = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[: weight.numel()].long()
+    table = written[f"{name}.quant_map"].double()
+    state = next(n for n in written if n.startswith(f"{name}.quant_state."))
+    state = json.loads(bytes(written[state].tolist()))
+    if state["quant_type"] == "nf4" and np.abs(table.numpy() - NF4).max() > 1e-4:
+        return "is not decoded by the table of NF4"
+    absmax = written[f"{name}.absmax"]
+    if absmax.dtype == torch.uint8:
+        nested = written[f"{name}.nested_absmax"].double().repeat_interleave(256)[: len(absmax)]
+        absmax = written[f"{name}.nested_quant_map"].double()[absmax.long()] * nested + state["nested_offset"]
+    spread = absmax.double().repeat_interleave(state["blocksize"])[: weight.numel()]
+    # Half of the widest gap of a table (FP4's, 1/6) and what 8-bit absmax adds.
+    return _beyond((table[codes] * spread - weight.double().reshape(-1)).abs(), 0.2 * spread + 1e-3)
+
+
+def _beyond(error: torch.Tensor, bound: torch.Tensor) -> str | None:
+    return f"is off by up to {error.max().item():.3g}" if (error > bound).any() else None
+
+
+def limit_memory(more: int) -> None:
+    """Lets this process take `more` bytes beyond what it has: a size that damage made huge ends in a fault, not in a full machine."""
+    import resource
+
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (now + more, resource.RLIM_INFINITY))
