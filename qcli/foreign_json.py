@@ -35,7 +35,14 @@ class Required:
 TEXT = Kind("a string", lambda v: isinstance(v, str))
 FLAG = Kind("true or false", lambda v: isinstance(v, bool))
 OBJECT = Kind("an object", lambda v: isinstance(v, dict))
-NUMBER = Kind("a finite number", lambda v: is_number(v) and math.isfinite(v))
+NUMBER = Kind("a finite number", lambda v: is_number(v) and _is_finite(v))
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
 
 
 def is_number(value: object) -> bool:

@@ -27,7 +27,7 @@ from qcli.process import available_memory
 from qcli.quantization import model_dtype
 from qcli.quantizer import LoadingStopped, NoRoom, QcliConfig
 from qcli.settings import one_of
-from qcli.stored import open_checkpoint, read_stored
+from qcli.stored import made_again, open_checkpoint, quantized_weights, read_stored
 
 
 def load(
@@ -158,20 +158,22 @@ def read_tokenizer(source: Source, trust_remote_code: bool):
 
 def check_fits(source: Source, layout: Layout) -> None:
     """Raises CheckpointError where tensors are missing or misshaped, by headers alone: what does not fit is never allocated."""
-    quantized = {name for name, linear in layout.linears.items() if source.tensors[name][1].dtype not in dtypes.FLOATS}
-    by_dot = {name.rpartition(".weight")[0] for name in quantized} if source.quantization else set()
+    decoded = quantized_weights(source)
     misshaped = [
         f"{name} (stored {list(stored)}, the model has {list(expected)})"
         for name, (stored, expected) in layout.misshaped.items()
-        if name not in layout.linears or (name not in quantized and name.rpartition(".weight")[0] not in by_dot)
+        if name not in decoded
     ]
-    parts = [
-        planning.together(what, names)
-        for what, names in (("missing", layout.missing), ("misshaped", misshaped))
-        if names
-    ]
+    codes = {source.tensors[name][1].dtype for name in layout.linears if name not in decoded} - set(dtypes.FLOATS)
+    undecoded = [name for name in layout.linears if name not in decoded and source.tensors[name][1].dtype in codes]
+    kinds = (
+        ("missing", layout.missing),
+        ("misshaped", misshaped),
+        (f"stored as {' and '.join(sorted(codes))} without what would decode them", undecoded),
+    )
+    parts = [planning.together(what, names) for what, names in kinds if names]
     if parts:
-        raise CheckpointError(f"{source.label} does not fit its model: {'; '.join(parts)}", source.again())
+        raise CheckpointError(f"{source.label} does not fit its model: {'; '.join(parts)}", made_again(source))
 
 
 def _check_complete(source: Source, info: dict) -> None:

@@ -66,7 +66,6 @@ def read_stored(source: Source, layout: Layout, stored: dict, dtype: str) -> dic
     """
     modules, problems = {}, []
     for tensor, linear in layout.linears.items():
-        stored_as = source.tensors[tensor][1].dtype
         try:
             read = _int8(source, tensor, linear) or _4bit(source, tensor, linear)
         except _Problem as e:
@@ -74,8 +73,6 @@ def read_stored(source: Source, layout: Layout, stored: dict, dtype: str) -> dic
             continue
         if read is not None:
             modules[linear.module] = read
-        elif stored_as not in dtypes.FLOATS:
-            problems.append(f"{tensor} is stored as {stored_as}, and the SCB or the quant_state that would decode it is not there")
     if problems:
         more = f"; and {len(problems) - _NAMED:,} more" if len(problems) > _NAMED else ""
         raise CheckpointError(f"{source.label}: {'; '.join(problems[:_NAMED])}{more}", made_again(source))
@@ -86,6 +83,12 @@ def read_stored(source: Source, layout: Layout, stored: dict, dtype: str) -> dic
         "compute_dtype": compute,
         "threshold": float(6.0 if stored.get("llm_int8_threshold") is None else stored["llm_int8_threshold"]),
     }
+
+
+def quantized_weights(source: Source) -> set[str]:
+    """Names of the weights beside which an SCB or a quant_state lies."""
+    found = {f"{name.removesuffix('SCB')}weight" for name in source.tensors if name.endswith(".SCB")}
+    return found | {name.partition(".quant_state.")[0] for name in source.tensors if ".quant_state." in name}
 
 
 def made_again(source: Source) -> str:

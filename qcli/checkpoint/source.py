@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qcli.checkpoint import hub as hubs
-from qcli.checkpoint import carried, torch_file, weight_files
+from qcli.checkpoint import carried, dtypes, torch_file, weight_files
 from qcli.checkpoint.config_json import check_config, check_counts
 from qcli.checkpoint.local_files import LocalFiles
 from qcli.checkpoint.safetensors_file import DAMAGED, Header, TensorInfo, read_header_with
@@ -71,6 +71,7 @@ class Source:
         self.notes += notes
         self._read_headers()
         self._check_index()
+        self._check_scales()
         widest = max((max(info.shape, default=0) for _, info in self.tensors.values()), default=0)
         check_counts(self.config, len(self.tensors), widest, f"{label}/config.json")
         self.carried = carried.choose(place, self.files)
@@ -160,6 +161,18 @@ class Source:
             self.notes.append(f"the index names {_counted(lost, 'tensor')} that no file holds")
         if unlisted:
             self.notes.append(f"the index leaves out {_counted(unlisted, 'tensor')}")
+
+    def _check_scales(self) -> None:
+        """Float8 weights beside scales that no quantization_config explains would be read without them."""
+        if self.quantization:
+            return
+        small = [name for name, (_, info) in self.tensors.items() if info.dtype in dtypes.FLOAT8]
+        bases = {name.removesuffix("weight") for name in small}
+        scales = [n for n in self.tensors if "scale" in n and any(n[:i] in bases for i in range(len(n)))] if small else []
+        if scales:
+            self.problems.append(
+                f"{_counted(small, 'weight')} in float8 have scales ({scales[0]}, ...) and config.json has no quantization_config"
+            )
 
     @property
     def fingerprint(self) -> str:

@@ -83,7 +83,7 @@ class LinearWeight:
     def _add(self, rows: torch.Tensor) -> None:
         for stream, dtype in self._streams.values():
             stream.feed(rows.to(dtype).view(-1), self._row * self.linear.in_features)
-        if rows.dtype == torch.float64:
+        if rows.dtype == torch.float64 or rows.dtype.itemsize == 1:  # float8: no sums are made in it
             rows = rows.float()
         self._stats.add(rows, torch.inf)
         squares = self._row_squares[self._row : self._row + len(rows)]

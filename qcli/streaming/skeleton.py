@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
 from qcli.checkpoint import dtypes
-from qcli.checkpoint.linears import Layout, find_linears, transformers_class
+from qcli.checkpoint.linears import Layout, find_linears, modules_within, reason, tied_groups, transformers_class
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.stored_tensor import StoredTensor, pread
 from qcli.devices import pick_device
@@ -102,9 +102,14 @@ class Skeleton:
             )
         stored = source.quantization
         options = {} if attention is None else {"attn_implementation": attention}
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            config.dtype = self.dtype
-            self.model = built._from_config(config, dtype=self.dtype, **options).eval().requires_grad_(False)
+        try:
+            with init_empty_weights(include_buffers=False), no_init_weights(), modules_within(source):
+                config.dtype = self.dtype
+                self.model = built._from_config(config, dtype=self.dtype, **options).eval().requires_grad_(False)
+        except Exception as e:  # a config can be wrong in as many ways as there are models
+            raise CheckpointError(
+                f"{source.label}: {built.__name__} cannot be built from config.json: {reason(e)}", "Check the config's fields."
+            ) from e
         self.quantizer = None
         if stored:
             spec = read_stored(source, self.layout, stored, dtype)
@@ -138,11 +143,13 @@ class Skeleton:
             if unit is not None:
                 unit.tensors.append((name, file, info))
                 self._origin.setdefault(renamed, []).append((name, file, info))
-        tied = self.model.all_tied_weights_keys
+        groups = tied_groups(self.model.all_tied_weights_keys)
         for unit in self.units:
             for name, _, _ in unit.weights():
-                if name in tied and name not in self._origin and tied[name] != name:
-                    unit.ties.append((name, tied[name]))
+                if name not in self._origin:
+                    stored = next((one for one in sorted(groups.get(name, ())) if one in self._origin), None)
+                    if stored is not None:
+                        unit.ties.append((name, stored))
 
     @property
     def embedding(self) -> Unit:

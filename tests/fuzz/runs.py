@@ -25,7 +25,6 @@ SECONDS = 60  # no verb may take longer on a model of some ten tensors
 NF4 = np.array(
     [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]
 )  # QLoRA, appendix E, to four places
-_CONV1D = ("c_attn", "c_proj", "c_fc")  # of GPT-2, stored transposed
 
 
 @dataclass
@@ -92,14 +91,12 @@ def wrong_bytes(output: Path, intact: Path) -> str | None:
         if name not in written:
             continue
         stored = written[name]
-        quantized = stored.dtype in (torch.uint8, torch.int8)
-        if quantized and name.split(".")[-2] in _CONV1D:
-            weight = weight.t().contiguous()
+        # GPT-2 stores [in, out], which the model's modules turn round and the rules by name and shape do not.
+        ways = [weight, weight.t().contiguous()] if weight.dim() == 2 and "c_" in name else [weight]
         if stored.dtype == torch.uint8 and f"{name}.absmax" in written:
-            fault = _wrong_4bit(written, name, weight)
+            fault = min((_wrong_4bit(written, name, way) for way in ways), key=bool)
         elif stored.dtype == torch.int8:
-            scale = written[f"{name.removesuffix('weight')}SCB"].double()[:, None] / 127
-            fault = _beyond((stored.double() * scale - weight.double()).abs(), 0.51 * scale.expand_as(stored))
+            fault = min((_wrong_int8(written, name, way) for way in ways), key=bool)
         elif weight.is_floating_point():
             same = torch.equal(stored, weight.to(stored.dtype)) or not torch.isfinite(weight.float()).all()
             fault = None if same else "is not the original's"
@@ -108,6 +105,14 @@ def wrong_bytes(output: Path, intact: Path) -> str | None:
         if fault:
             return f"{name} {fault}"
     return None
+
+
+def _wrong_int8(written: dict, name: str, weight: torch.Tensor) -> str | None:
+    stored = written[name]
+    if stored.shape != weight.shape:
+        return "has another shape"
+    scale = written[f"{name.removesuffix('weight')}SCB"].double()[:, None] / 127
+    return _beyond((stored.double() * scale - weight.double()).abs(), 0.51 * scale.expand_as(stored))
 
 
 def _wrong_4bit(written: dict, name: str, weight: torch.Tensor) -> str | None:
