@@ -62,7 +62,7 @@ class Costs:
         self.weights = weights(model.parameters, method, dtype)
         self.blocks = blocks_of(model, method, dtype)
         self.computes_as = _stored_method(model, self.dtype) if method == STORED else method
-        self.linears = [(p.out_features, p.numel // p.out_features) for p in model.parameters if p.linear]
+        self.linears = [(p.out_features, p.numel // p.out_features) for p in model.parameters if p.linear and p.numel]
 
     def needs(self, setting: Setting, gpus: Sequence[Gpu]) -> Needs:
         """What has to find room on `gpus`."""
@@ -131,7 +131,8 @@ class Costs:
     def _by_layer(self, sizes: Sequence[int]) -> list[int]:
         """`sizes` of the layers as state of the blocks."""
         left = iter(sizes)
-        return [next(left) if block.name.startswith(STACK_PREFIX) else 0 for block in self.blocks]
+        # A checkpoint may hold more layers than its config runs.
+        return [next(left, 0) if block.name.startswith(STACK_PREFIX) else 0 for block in self.blocks]
 
 
 def _stored_method(model: Model, dtype: str) -> str:

@@ -102,7 +102,7 @@ def _tensors(parameter: Parameter, method: str, dtype: str, every_linear: bool) 
     if method == "stored" and parameter.scheme is not None:
         return "stored", [parameter.stored], parameter.stored
     quantizes = method == "llm-int8" or method in _QUANT_TYPES
-    if not (quantizes and (parameter.quantizable or (every_linear and parameter.linear))):
+    if not (quantizes and parameter.numel and (parameter.quantizable or (every_linear and parameter.linear))):
         keeps = parameter.keep_fp32 and dtype == "float16" and not (every_linear and quantizes)
         kept = "float32" if keeps else dtype
         size = parameter.numel * ITEMSIZE[kept]
