@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 import transformers
 
-from qcli import methods, out_of_memory
+from qcli import generation_config, methods, out_of_memory
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.linears import Layout, find_linears
 from qcli.checkpoint.source import Source
@@ -24,6 +24,7 @@ from qcli.process import available_memory
 from qcli.quantizer import LoadingStopped, NoRoom, QcliConfig
 from qcli.settings import one_of
 from qcli.stored import open_checkpoint, read_stored
+from qcli.tokenizer import read_tokenizer
 
 
 def load(
@@ -69,6 +70,8 @@ def load(
     with quiet():
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        if (rules := generation_config.for_loading(source)) is not None:
+            options["generation_config"] = rules
         if stored:
             config.quantization_config = read_stored(source, layout(), stored, dtype)
         elif wanted:
@@ -127,18 +130,6 @@ def model_class(config, trust_remote_code: bool):
     if known is not None and not (trust_remote_code and getattr(config, "auto_map", None)):
         return known
     return transformers.AutoModelForCausalLM
-
-
-def read_tokenizer(source: Source, trust_remote_code: bool):
-    if not any(n.startswith(("tokenizer", "vocab", "spiece")) or n.endswith(".tiktoken") for n in source.extra_files):
-        return None
-    try:
-        return transformers.AutoTokenizer.from_pretrained(source.config_folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{source.label}: its tokenizer cannot be loaded: {reason}", "Fetch its files again."
-        ) from e
 
 
 def _check_complete(label: str, info: dict) -> None:
