@@ -241,7 +241,7 @@ class Decoding:
         if self.made_for is not None and tokens > self.made_for and self.end is None and not self.told_of_length:
             self.told_of_length = True
             warnings.warn(
-                f"{what} has {tokens:,} tokens, the model was made for {self.made_for:,}: what follows may make no sense",
+                f"{what} has {tokens:,} tokens, the model was made for {self.made_for:,}: beyond them it may make no sense",
                 QcliWarning,
                 stacklevel=4,
             )

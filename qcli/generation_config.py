@@ -8,13 +8,14 @@ that no rule could follow is refused before it is used. The fields are those of 
 
 import copy
 import json
+import warnings
 from dataclasses import dataclass
 
 from qcli.checkpoint.source import Source
-from qcli.errors import CheckpointError
+from qcli.errors import CheckpointError, QcliWarning
 from qcli.generation_values import (
-    ANY, COUNT, DECAY, FLAG, ID, ID_LISTS, IDS, NUMBER, OBJECT, POSITIVE, POSITIVE_NUMBER, SEQUENCE_BIAS, SHARE, SHARE_ABOVE_0, TEMPERATURE,
-    TEXTS, TOKENS, Kind, spelled,
+    ANY, COUNT, DECAY, FLAG, ID, ID_LISTS, IDS, NUMBER, POSITIVE, POSITIVE_NUMBER, SEQUENCE_BIAS, SHARE, SHARE_ABOVE_0,
+    TEMPERATURE, TEXTS, TOKENS, WATERMARK, Kind, spelled,
 )  # fmt: skip
 
 FILE = "generation_config.json"
@@ -74,7 +75,7 @@ FIELDS: dict[str, Field] = {
     "begin_suppress_tokens": Field(TOKENS),
     "sequence_bias": Field(SEQUENCE_BIAS),
     "guidance_scale": Field(NUMBER),
-    "watermarking_config": Field(OBJECT),
+    "watermarking_config": Field(WATERMARK),
     # tokens with a meaning
     "pad_token_id": Field(TOKENS),
     "bos_token_id": Field(TOKENS),
@@ -164,18 +165,27 @@ def _ids(value) -> list[int]:
 def cleared(config):
     """A copy of a transformers GenerationConfig that asks for one text, token by token; and a sentence on each field that
     was overridden."""
-    clear, notes = copy.deepcopy(config), []
+    clear = copy.deepcopy(config)
+    notes = _notes({name: getattr(clear, name, None) for name in FIELDS})
     for name, field in FIELDS.items():
         value = getattr(clear, name, None)
-        if field.why:
-            if not any(value is idle or (type(value) is type(idle) and value == idle) for idle in field.idle):
-                notes.append(f"the generation config has {name} {spelled(value)}: {field.why}")
+        if field.why or field.unused:
             _put(clear, name, field.instead)
-        elif field.unused:
-            _put(clear, name, None)
         elif field.kind in (NUMBER, POSITIVE_NUMBER, SHARE, SHARE_ABOVE_0, TEMPERATURE) and value is not None:
             setattr(clear, name, float(value))  # some rules of transformers take no whole number
     return clear, notes
+
+
+def _notes(values: dict) -> list[str]:
+    """A sentence on each value that is overridden."""
+    notes = []
+    for name, value in values.items():
+        field = FIELDS.get(name)
+        if field is None or not field.why:
+            continue
+        if not any(value is idle or (type(value) is type(idle) and value == idle) for idle in field.idle):
+            notes.append(f"the generation config has {name} {spelled(value)}: {field.why}")
+    return notes
 
 
 def _put(config, name: str, value: object) -> None:
@@ -212,11 +222,14 @@ def for_loading(source: Source):
         config = GenerationConfig.from_dict(dict(taken))
     except Exception:  # any kind: transformers checks some values and stumbles over others
         check(values, label)
-        taken = {n: v for n, v in taken.items() if n not in FIELDS or not (FIELDS[n].why or FIELDS[n].unused)}
+        without = {n: v for n, v in taken.items() if n not in FIELDS or not (FIELDS[n].why or FIELDS[n].unused)}
         try:
-            return GenerationConfig.from_dict(taken)
+            config = GenerationConfig.from_dict(without)
         except Exception as e:
             raise CheckpointError(f"{label}: transformers refuses it: {first_line(e)}", "Mend it, or remove it.") from e
+        for note in _notes(taken):
+            warnings.warn(note, QcliWarning, stacklevel=3)
+        return config
     return None if taken == values and not _has_mark(source.place) else config
 
 

@@ -4,11 +4,11 @@ Ranges are those of the rules in transformers' generation/logits_process.py and 
 """
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 _BIGGEST_ID = 2**31
+_LARGEST = 1e30  # no rule means anything by more, and whole numbers in JSON have no end
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Kind:
 
 
 def _is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e30
+    return type(value) in (int, float) and abs(value) < _LARGEST  # which NaN is not
 
 
 def _is_token(value) -> bool:
@@ -47,6 +47,21 @@ def _is_decay(value) -> bool:
     return _listed(value, _is_number, 2) and len(value) == 2 and type(value[0]) is int and value[0] >= 0 < value[1]
 
 
+_WATERMARK: dict[str, Callable[[object], bool]] = {
+    "greenlist_ratio": lambda value: _is_number(value) and 0 <= value <= 1,
+    "bias": _is_number,
+    "hashing_key": _is_id,
+    "seeding_scheme": lambda value: value in ("lefthash", "selfhash"),
+    "context_width": lambda value: type(value) is int and value >= 1,
+}
+
+
+def _is_watermark(value) -> bool:
+    if hasattr(value, "to_dict"):  # as transformers has it once it is read
+        value = value.to_dict()
+    return isinstance(value, dict) and all(name in _WATERMARK and _WATERMARK[name](value[name]) for name in value)
+
+
 ANY = Kind("anything", lambda value: True)
 FLAG = Kind("true or false", lambda value: type(value) is bool)
 COUNT = Kind("a whole number of 0 or more", lambda value: type(value) is int and value >= 0)
@@ -66,7 +81,7 @@ TEXTS = Kind(
 )
 DECAY = Kind("a list of a position and a factor above 0", _is_decay)
 SEQUENCE_BIAS = Kind("a list of pairs, each a list of token ids and a number", _is_bias)
-OBJECT = Kind("an object", lambda value: isinstance(value, dict) or hasattr(value, "to_dict"))
+WATERMARK = Kind(f"an object of {', '.join(_WATERMARK)}, each as transformers' WatermarkingConfig has it", _is_watermark)
 
 
 def spelled(value: object) -> str:
