@@ -2,7 +2,7 @@
 
 from qcli.errors import CheckpointError
 from qcli.generation_config import first_line
-from qcli.prompt import check_ids, tokenized
+from qcli.prompt import check_ids, check_text, tokenized
 
 _WORD = "marmalade"  # in no template, and left alone by those that trim or quote
 
@@ -29,6 +29,8 @@ class Chat:
 
     def ids(self, model, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, messages of {"role", "content"}, up to where the answer begins."""
+        for message in messages:
+            check_text(message["content"])
         ids = tokenized(self.tokenizer, self._text(messages, self.in_parts), add_special_tokens=False)
         if not ids:
             raise CheckpointError(f"the chat template of {self.label} makes no text of the conversation")
