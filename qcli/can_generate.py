@@ -21,7 +21,9 @@ def check_can_generate(config: dict, label: str, trust_remote_code: bool = False
     if known is not None:
         check_class(known, label)
     elif kind in transformers.CONFIG_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise CheckpointError(f"{label} cannot generate: transformers has no model of type {kind} that writes text", _HINT)
+        raise CheckpointError(
+            f"{label} cannot generate: transformers has no model of type {kind} that writes text", _HINT
+        )
 
 
 def check_class(model_class: type, label: str) -> None:
@@ -39,7 +41,9 @@ def check_class(model_class: type, label: str) -> None:
     if reads != "input_ids" or not _speaks(getattr(model_class, "input_modalities", None)):
         raise CheckpointError(f"{label} cannot generate from a prompt: {name} reads {reads}, not text alone", _HINT)
     if not _speaks(getattr(model_class, "output_modalities", None)):
-        raise CheckpointError(f"{label} cannot generate: {name} writes {_listed(model_class.output_modalities)}, not text", _HINT)
+        raise CheckpointError(
+            f"{label} cannot generate: {name} writes {_listed(model_class.output_modalities)}, not text", _HINT
+        )
 
 
 def _speaks(modalities: str | tuple[str, ...] | None) -> bool:

@@ -18,7 +18,9 @@ class Chat:
         self.tokenizer, self.label = tokenizer, label
         template = getattr(tokenizer, "chat_template", None)
         if not template:
-            raise CheckpointError(f"{label} has no chat template", "Leave out --chat to continue the prompt as plain text.")
+            raise CheckpointError(
+                f"{label} has no chat template", "Leave out --chat to continue the prompt as plain text."
+            )
         if isinstance(template, dict) and "default" not in template:
             raise CheckpointError(
                 f"{label} has no default among its chat templates: {', '.join(sorted(map(str, template)))}",
@@ -48,7 +50,9 @@ class Chat:
                 "Leave out --chat to continue the prompt as plain text.",
             ) from e
         if not isinstance(text, str):
-            raise CheckpointError(f"the chat template of {self.label} makes {type(text).__name__} of a conversation, not text")
+            raise CheckpointError(
+                f"the chat template of {self.label} makes {type(text).__name__} of a conversation, not text"
+            )
         return text
 
     def _wants_parts(self) -> bool:

@@ -12,49 +12,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from qcli import decode_graph, generation_config, out_of_memory, positions
 from qcli.can_generate import check_class
 from qcli.devices import gpus_of
 from qcli.errors import CheckpointError, QcliError, QcliWarning, UsageError
 from qcli.model import quiet
+from qcli.sampling import Sampling
+from qcli.stop_string import stop_string
 
 DEFAULT_NEW_TOKENS = 128
 # What transformers and models of others raise where they cannot go on.
 _FAILURES = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What the user asked for; None leaves it to the model's generation_config. temperature 0 is greedy."""
-
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-
-    def __post_init__(self):
-        _check("max-new-tokens", self.max_new_tokens, lambda v: v >= 1, "1 or more")
-        _check("temperature", self.temperature, lambda v: 0 <= v < float("inf"), "0 (greedy) or more")
-        _check("top-p", self.top_p, lambda v: 0 < v <= 1, "above 0 and at most 1")
-        _check("top-k", self.top_k, lambda v: v >= 1, "1 or more")
-
-    def options(self) -> dict[str, object]:
-        """Keyword arguments of transformers' generate."""
-        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        options = {name: value for name, value in given.items() if value is not None}
-        if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return options | {"do_sample": True} if options else {}
-
-
-def _check(name: str, value: float | None, good: Callable[[float], bool], expected: str) -> None:
-    if value is not None and not good(value):
-        raise UsageError(f"--{name} is {value}, expected {expected}")
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass
@@ -143,7 +123,7 @@ class Decoding:
         self.rules, notes = generation_config.cleared(own)
         self.ends = end_tokens(model, tokenizer, turn_end)
         notes += self._sample() + self._settle_ends()
-        self.stop = _stop_string(tokenizer, self.rules.stop_strings)
+        self.stop = stop_string(tokenizer, self.rules.stop_strings)
         self.rules.stop_strings = None
         self.prompt_end, self.end = positions.ends(model)
         self.made_for = positions.made_for(model)
@@ -177,7 +157,9 @@ class Decoding:
             )
         if not self.ends and self.rules.exponential_decay_length_penalty is not None:
             self.rules.exponential_decay_length_penalty = None
-            notes.append("exponential_decay_length_penalty favours the end of a text, and the model has no token for it")
+            notes.append(
+                "exponential_decay_length_penalty favours the end of a text, and the model has no token for it"
+            )
         self.rules.eos_token_id = sorted(self.ends) or None
         # One sequence is never padded, but transformers reckons with the id.
         self.rules.pad_token_id = min(self.ends, default=0)
@@ -227,7 +209,8 @@ class Decoding:
             ) from e
         started = heard.captured_at or heard.started
         first = heard.first_at or time.monotonic()
-        self._tell_length(len(prompt_ids) + len(heard.token_ids), "the text")
+        before = 0 if self.model.config.is_encoder_decoder else len(prompt_ids)
+        self._tell_length(before + len(heard.token_ids), "the text")
         return Generation(
             heard.token_ids,
             len(prompt_ids),
@@ -278,29 +261,6 @@ def generate(
 ) -> Generation:
     """Continues one prompt: `Decoding.generate`, for a model that writes a single text."""
     return Decoding(model, tokenizer, sampling).generate(prompt_ids, on_token)
-
-
-class _StopString(StopStringCriteria):
-    """transformers' rule, which also remembers that it was met."""
-
-    met = False
-
-    def __call__(self, input_ids, scores, **kwargs):
-        done = super().__call__(input_ids, scores, **kwargs)
-        self.met = bool(done.any())
-        return done
-
-
-def _stop_string(tokenizer, texts: str | list[str] | None) -> _StopString | None:
-    if not texts:
-        return None
-    try:
-        return _StopString(tokenizer, texts)
-    except Exception as e:  # any kind: it reads the tokenizer's vocabulary as text
-        raise CheckpointError(
-            f"stop_strings of the generation config cannot be looked for: {generation_config.first_line(e)}",
-            "Remove the field, or use another tokenizer.",
-        ) from e
 
 
 class TextStream:

@@ -14,8 +14,25 @@ from dataclasses import dataclass
 from qcli.checkpoint.source import Source
 from qcli.errors import CheckpointError, QcliWarning
 from qcli.generation_values import (
-    ANY, COUNT, DECAY, FLAG, ID, ID_LISTS, IDS, NUMBER, POSITIVE, POSITIVE_NUMBER, SEQUENCE_BIAS, SHARE, SHARE_ABOVE_0,
-    TEMPERATURE, TEXTS, TOKENS, WATERMARK, Kind, spelled,
+    ANY,
+    COUNT,
+    DECAY,
+    FLAG,
+    ID,
+    ID_LISTS,
+    IDS,
+    NUMBER,
+    POSITIVE,
+    POSITIVE_NUMBER,
+    SEQUENCE_BIAS,
+    SHARE,
+    SHARE_ABOVE_0,
+    TEMPERATURE,
+    TEXTS,
+    TOKENS,
+    WATERMARK,
+    Kind,
+    spelled,
 )  # fmt: skip
 
 FILE = "generation_config.json"
@@ -130,7 +147,13 @@ SAMPLING = (
 )  # fmt: skip
 """Fields that mean nothing where tokens are not drawn by chance."""
 
-_BELOW_VOCABULARY = ("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "sequence_bias", "decoder_start_token_id")
+_BELOW_VOCABULARY = (
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "bad_words_ids",
+    "sequence_bias",
+    "decoder_start_token_id",
+)
 
 
 def check(values: dict, label: str, vocabulary: int | None = None) -> None:
@@ -148,7 +171,9 @@ def check(values: dict, label: str, vocabulary: int | None = None) -> None:
         elif vocabulary is not None and name in _BELOW_VOCABULARY:
             beyond = [i for i in _ids(value) if i >= vocabulary]
             if beyond:
-                wrong.append(f"{name} names token {beyond[0]}, expected one below {vocabulary:,}, the size of the vocabulary")
+                wrong.append(
+                    f"{name} names token {beyond[0]}, expected one below {vocabulary:,}, the size of the vocabulary"
+                )
     if wrong:
         raise CheckpointError(f"{label}: {'; '.join(wrong)}", f"Mend it, or remove the field from {FILE}.")
 
@@ -173,6 +198,8 @@ def cleared(config):
             _put(clear, name, field.instead)
         elif field.kind in (NUMBER, POSITIVE_NUMBER, SHARE, SHARE_ABOVE_0, TEMPERATURE) and value is not None:
             setattr(clear, name, float(value))  # some rules of transformers take no whole number
+    if isinstance(getattr(clear, "sequence_bias", None), list):
+        clear.sequence_bias = [[list(ids), float(bias)] for ids, bias in clear.sequence_bias]
     return clear, notes
 
 
@@ -250,9 +277,13 @@ def _read(place, label: str) -> dict | None:
     except OSError as e:
         raise CheckpointError(f"cannot read {FILE} of {label}: {e.strerror}", "Check its permissions.") from e
     except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{FILE} of {label} is not valid JSON: {e}", "Mend it, remove it or fetch it again.") from None
+        raise CheckpointError(
+            f"{FILE} of {label} is not valid JSON: {e}", "Mend it, remove it or fetch it again."
+        ) from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{FILE} of {label} holds {spelled(values)}, expected an object", "Mend it, or remove it.")
+        raise CheckpointError(
+            f"{FILE} of {label} holds {spelled(values)}, expected an object", "Mend it, or remove it."
+        )
     return values
 
 

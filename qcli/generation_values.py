@@ -81,7 +81,9 @@ TEXTS = Kind(
 )
 DECAY = Kind("a list of a position and a factor above 0", _is_decay)
 SEQUENCE_BIAS = Kind("a list of pairs, each a list of token ids and a number", _is_bias)
-WATERMARK = Kind(f"an object of {', '.join(_WATERMARK)}, each as transformers' WatermarkingConfig has it", _is_watermark)
+WATERMARK = Kind(
+    f"an object of {', '.join(_WATERMARK)}, each as transformers' WatermarkingConfig has it", _is_watermark
+)
 
 
 def spelled(value: object) -> str:

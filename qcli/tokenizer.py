@@ -34,7 +34,9 @@ def read_tokenizer(source: Source, trust_remote_code: bool):
     if not any(_FILES.fullmatch(name) for name in names):
         return None
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.config_folder, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source.config_folder, trust_remote_code=trust_remote_code
+        )
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # tokenizers raises plain Exception, and where its Rust code panics a BaseException

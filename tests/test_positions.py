@@ -128,36 +128,49 @@ def test_a_limit_beyond_any_memory_is_left_to_transformers(monkeypatch):
 _LISTS = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 # fields of a config -> tokens. Files: Qwen2.5 with YaRN as its card says, DeepSeek-V3, gpt-oss, vicuna-16k, Llama 3.1 and 3.2,
 # Phi-3 128k, Gemma 3; and each kind of scaling without what it may leave out.
+
+
+def _rope(kind: str, factor: float | None = None, original: int | None = None, **more) -> dict:
+    fields = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original} | more
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+# max_position_embeddings, rope_scaling, other fields, tokens
 SCALED = [
-    ({"max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
-    ({"max_position_embeddings": 163840, "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}}, 163840),
-    ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}}, 131072),
-    ({"max_position_embeddings": 64, "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, 256),
-    ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
-    ({"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "dynamic", "factor": 2.5}}, 10240),
-    ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}}, 131072),
-    ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192}}, 131072),
-    ({"max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "rope_scaling": {"type": "longrope", **_LISTS}}, 131072),
-    ({"max_position_embeddings": 64, "rope_scaling": {"type": "longrope", "factor": 4.0, "original_max_position_embeddings": 64, **_LISTS}}, 256),
-    ({"max_position_embeddings": 131072, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 131072),
-    ({"max_position_embeddings": 64, "rope_parameters": {
-        "full_attention": {"rope_type": "linear", "factor": 8.0}, "sliding_attention": {"rope_type": "default"}}}, 64),
-    ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "default", "mrope_section": [1, 2]}}, 64),
-    ({"max_position_embeddings": 64, "rope_scaling": None}, 64),
-    ({"max_position_embeddings": None, "rope_scaling": {"type": "linear", "factor": 4.0}}, None),
-]  # fmt: skip
+    (32768, _rope("yarn", 4.0, 32768), {}, 131072),
+    (163840, _rope("yarn", 40, 4096), {}, 163840),
+    (131072, _rope("yarn", 32.0, 4096), {}, 131072),
+    (64, _rope("yarn", 4.0), {}, 256),
+    (4096, {"type": "linear", "factor": 4.0}, {}, 16384),
+    (4096, _rope("dynamic", 2.5), {}, 10240),
+    (131072, _rope("llama3", 8.0, 8192), {}, 131072),
+    (131072, _rope("llama3", 32.0, 8192), {}, 131072),
+    (131072, _rope("longrope", **_LISTS), {"original_max_position_embeddings": 4096}, 131072),
+    (64, _rope("longrope", 4.0, 64, **_LISTS), {}, 256),
+    (131072, _rope("linear", 8.0), {"rope_local_base_freq": 1e4}, 131072),
+    (64, {"full_attention": _rope("linear", 8.0), "sliding_attention": _rope("default")}, {}, 64),
+    (64, _rope("default", mrope_section=[1, 2]), {}, 64),
+    (64, None, {}, 64),
+    (None, _rope("linear", 4.0), {}, None),
+]
 
 
-@pytest.mark.parametrize("fields, expected", SCALED)
-def test_the_context_that_scaling_extends(fields, expected):
-    assert ModelConfig({"model_type": "llama"} | fields, "config.json").max_context == expected
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("own, rope, fields, expected", SCALED)
+def test_the_context_that_scaling_extends(own, rope, fields, expected, name):
+    config = {"model_type": "llama", "max_position_embeddings": own, name: rope} | fields
+    assert ModelConfig(config, "config.json").max_context == expected
 
 
-@pytest.mark.parametrize("rope", [{"type": "linear", "factor": "4"}, {"type": "yarn", "factor": -1}, {"type": "dynamic", "factor": 1e300}, "yarn"])
+@pytest.mark.parametrize(
+    "rope",
+    [{"type": "linear", "factor": "4"}, {"type": "yarn", "factor": -1}, {"type": "dynamic", "factor": 1e300}, "yarn"],
+)
 def test_a_scaling_that_is_none(rope):
     config = {"model_type": "llama", "max_position_embeddings": 64, "rope_scaling": rope}
+    view = ModelConfig(config, "config.json")
     with pytest.raises(UsageError, match="rope_scaling in config.json is"):
-        ModelConfig(config, "config.json").max_context
+        _ = view.max_context
 
 
 @pytest.mark.parametrize(

@@ -60,11 +60,13 @@ def test_models_that_write_no_text(config, found):
 @pytest.mark.parametrize(
     "config",
     [
-        {"architectures": ["LlamaForCausalLM"]}, {"architectures": ["T5ForConditionalGeneration"]}, {"architectures": ["BertLMHeadModel"]},
-        {"architectures": ["LlavaForConditionalGeneration"]}, {"architectures": ["Gemma3ForConditionalGeneration"]},
-        {"model_type": "llama"}, {"model_type": "of_tomorrow"}, {"architectures": "Bert"}, {"architectures": [5]}, {"architectures": []}, {},
+        *({"architectures": [f"{name}ForConditionalGeneration"]} for name in ("T5", "Llava", "Gemma3")),
+        *({"architectures": [name]} for name in ("LlamaForCausalLM", "BertLMHeadModel", "OfTomorrow", 5)),
+        *({"model_type": name} for name in ("llama", "of_tomorrow", 5)),
+        *({"architectures": value} for value in ("Bert", [], None)),
+        {},
     ],
-)  # fmt: skip
+)
 def test_models_that_pass(config):
     can_generate.check_can_generate(config, "org/name")
 
@@ -75,7 +77,9 @@ def test_code_that_comes_with_a_checkpoint_is_not_judged():
 
 
 def test_the_command_refuses_an_encoder_before_it_reads_weights(tmp_path, quick_cli):
-    t.BertModel(t.BertConfig(**{n: v for n, v in _SMALL.items() if n != "num_key_value_heads"})).save_pretrained(tmp_path / "model")
+    t.BertModel(t.BertConfig(**{n: v for n, v in _SMALL.items() if n != "num_key_value_heads"})).save_pretrained(
+        tmp_path / "model"
+    )
     (tmp_path / "model" / "model.safetensors").write_bytes(b"")
     done = quick_cli("generate", "model", "hi")
     assert done.returncode == 1 and "model cannot generate: BertModel does not write text" in done.stderr
@@ -130,7 +134,7 @@ def test_damaged_tokenizers(name, content, copy, quick_cli):
     "error, files, found",
     [
         (ImportError("Mistral requires `mistral-common`: pip install mistral-common"), ["tekken.json"], "mistral-common"),
-        (ValueError("Couldn't instantiate: you need to have sentencepiece or tiktoken installed"), ["spiece.model"], "sentencepiece or tiktoken"),
+        (ValueError("you need to have sentencepiece or tiktoken installed"), ["spiece.model"], "sentencepiece or tiktoken"),
         (ImportError("\nFunnyTokenizer requires the SentencePiece library (sentencepiece)"), ["tokenizer.model"], "sentencepiece"),
         (ImportError("You need to install fugashi to use MecabTokenizer"), ["vocab.txt"], "fugashi"),
         (ImportError("you need\na rare library"), ["vocab.txt"], "you need a rare library"),
@@ -253,7 +257,14 @@ def test_what_the_listener_raises_is_left_alone(llama):
         decode.generate(model, tokens, [5], decode.Sampling(max_new_tokens=2), refuse)
 
 
-VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
@@ -261,7 +272,9 @@ def test_composite_models_continue_a_text(name, tmp_path, quick_cli):
     torch.manual_seed(0)
     if name == "llava":
         config = t.LlavaConfig(
-            vision_config=t.CLIPVisionConfig(**VISION, projection_dim=32), text_config=t.LlamaConfig(**_SMALL), image_token_index=250
+            vision_config=t.CLIPVisionConfig(**VISION, projection_dim=32),
+            text_config=t.LlamaConfig(**_SMALL),
+            image_token_index=250,
         )
         model = t.LlavaForConditionalGeneration(config)
     else:
@@ -275,7 +288,12 @@ def test_composite_models_continue_a_text(name, tmp_path, quick_cli):
     done = quick_cli("generate", "model", "hello", "--json", "--max-new-tokens", 6)
     assert done.returncode == 0, done.stderr
     ids = torch.tensor([t.AutoTokenizer.from_pretrained(tmp_path / "model")("hello")["input_ids"]])
-    theirs = type(model).from_pretrained(tmp_path / "model").eval().generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=255
+    theirs = (
+        type(model)
+        .from_pretrained(tmp_path / "model")
+        .eval()
+        .generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=255
+        )
     )
     assert json.loads(done.stdout)["token_ids"] == theirs[0, 5:].tolist()

@@ -134,7 +134,9 @@ def _check_early(model: str, revision: str | None, trust_remote_code: bool) -> N
 
     place = open_place(model, revision)
     try:
-        config = loads(place.local("config.json").read_text(encoding="utf-8-sig")) if "config.json" in place.names else None
+        config = (
+            loads(place.local("config.json").read_text(encoding="utf-8-sig")) if "config.json" in place.names else None
+        )
     except (OSError, ValueError, RecursionError):
         return  # loading says what is wrong with it
     if isinstance(config, dict):
