@@ -21,6 +21,7 @@ class Sampling:
         _check("temperature", self.temperature, lambda v: 0 <= v < float("inf"), "0 (greedy) or more")
         _check("top-p", self.top_p, lambda v: 0 < v <= 1, "above 0 and at most 1")
         _check("top-k", self.top_k, lambda v: v >= 1, "1 or more")
+        _check("seed", self.seed, lambda v: -(2**63) <= v < 2**64, "a whole number of at most 64 bits")
 
     def options(self) -> dict[str, object]:
         """Keyword arguments of transformers' generate."""

@@ -158,9 +158,12 @@ def _answer(decoding, tokenizer, ids: list[int], parts: list[str], json: bool) -
     try:
         result = decoding.generate(ids, lambda token: show("" if token in decoding.ends else stream.push(token)))
         show(stream.flush())
-    finally:
-        if not json:
+    except BaseException:
+        if any(parts) and not json:
             console.out()
+        raise
+    if not json:
+        console.out()
     stats = _stats(decoding.model, result)
     if json:
         console.json({"text": "".join(parts), "token_ids": result.token_ids, **stats})
