@@ -72,6 +72,8 @@ TEMPERATURE = Kind("a number of 0 (greedy) or more", lambda value: _is_number(va
 SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 SHARE_ABOVE_0 = Kind("a number above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1)
 TOKENS = Kind("a token's id or a list of them", lambda value: _is_token(value) or _listed(value, _is_token))
+TOKEN = Kind("a token's id", _is_token)
+TOKEN_LIST = Kind("a list of token ids", lambda value: _listed(value, _is_token))
 ID = Kind("a token's id, 0 or more", _is_id)
 IDS = Kind("a token's id, 0 or more, or a list of them", lambda value: _is_id(value) or _listed(value, _is_id, 1))
 ID_LISTS = Kind("a list of lists of token ids", lambda value: _listed(value, lambda ids: _listed(ids, _is_id, 1), 1))

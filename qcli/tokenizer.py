@@ -58,6 +58,11 @@ def _unreadable(label: str, names: list[str], error: BaseException) -> Checkpoin
             f"{label}: its tokenizer needs {' or '.join(packages)}, which is not installed",
             f"Install it: pip install {' '.join(packages)}",
         )
+    if "trust_remote_code" in text or "custom code" in text:
+        return CheckpointError(
+            f"{label}: its tokenizer is code that comes with it",
+            "Pass --trust-remote-code if you trust the model's author.",
+        )
     if isinstance(error, ImportError):
         return CheckpointError(f"{label}: its tokenizer needs more than is installed: {' '.join(text.split())}")
     return CheckpointError(f"{label}: its tokenizer cannot be loaded: {first_line(error)}", "Fetch its files again.")

@@ -168,6 +168,14 @@ def test_a_panic_in_the_tokenizer_s_library(copy, monkeypatch, quick_cli):
     assert done.returncode == 1 and "its tokenizer cannot be loaded: called `Option" in done.stderr
 
 
+def test_a_tokenizer_of_code(copy, quick_cli):
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "MineTokenizer", "auto_map": {"AutoTokenizer": ["mine.MineTokenizer", None]}}
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    done = quick_cli("generate", copy, "hi")
+    assert done.returncode == 1 and "Pass --trust-remote-code" in done.stderr
+
+
 def test_no_tokenizer(copy, quick_cli):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy / name).unlink()
