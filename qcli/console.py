@@ -9,7 +9,10 @@ from contextlib import contextmanager
 
 
 def out(text: str = "", end: str = "\n") -> None:
-    """Writes result text to stdout as it is, at once."""
+    """Writes result text to stdout as it is, at once. A character that its encoding lacks becomes a question mark."""
+    if not can_show(text):
+        encoding = sys.stdout.encoding or "utf-8"
+        text = text.encode(encoding, "replace").decode(encoding)
     sys.stdout.write(text + end)
     sys.stdout.flush()
 

@@ -30,6 +30,7 @@ _RULES = {
     MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
 }  # fmt: skip
 _STOPS = {EosTokenCriteria, MaxLengthCriteria}
+_LONGEST = 1 << 20  # tokens of a text: what a step keeps of each is made room for at once
 _MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
 
 
@@ -85,7 +86,8 @@ def supported(model) -> bool:
         return False
     if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager") or getattr(config, "alibi", False):
         return False
-    if "dynamic" in _rope_types(getattr(config, "rope_parameters", None)):  # recomputed when the text outgrows a length
+    rope = _rope_types(getattr(config, "rope_parameters", None))
+    if not rope.isdisjoint({"dynamic", "longrope"}):  # recomputed when the text outgrows a length
         return False
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
@@ -118,6 +120,8 @@ def generate(model, ids: torch.Tensor, capture: Capture, hear: Callable[[int], b
         if not _RULES.issuperset(map(type, logits_processor)) or not _STOPS.issuperset(map(type, stopping_criteria)):
             raise Unsupported
         if generation_config.get_generation_mode() not in _MODES or len(input_ids) != 1:
+            raise Unsupported
+        if generation_config.use_cache is False or generation_config.max_length > _LONGEST:
             raise Unsupported
         count, length = input_ids.shape[1], generation_config.max_length
         decoder = Decoder(model, count, length, logits_processor, generation_config.do_sample, capture)

@@ -10,6 +10,7 @@ A step reads its input where the last one wrote its output:
 A text that outgrows the span gets one twice as long, and a new capture with it.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -102,6 +103,8 @@ class Decoder:
         self.places = _Places(model.device)
         layers = len(DynamicCache(config=model.config).layers)
         self.cache = Cache(layers=[_Layer(self.places) for _ in range(layers)])
+        older = "past_key_values" in inspect.signature(model.forward).parameters  # transformers before 5.24
+        self.cache_argument = "past_key_values" if older else "cache"
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         self.history = torch.zeros(1, self.length, dtype=torch.int64, device=model.device)
         self.at = 0  # the position, as the host counts it
@@ -164,7 +167,7 @@ class Decoder:
     def _logits(self, ids: torch.Tensor, positions: torch.Tensor, options: dict) -> torch.Tensor:
         """[1, vocabulary] of the last id."""
         output = self.model(
-            input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, **options
+            input_ids=ids, position_ids=positions, use_cache=True, **{self.cache_argument: self.cache}, **options
         )
         return output.logits[:, -1]
 

@@ -3,7 +3,6 @@
 A message names the thing, what was found and what was expected; the hint says what to do next.
 """
 
-
 _PROBLEMS = 20  # that a message lists
 
 

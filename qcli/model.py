@@ -12,10 +12,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 import transformers
 
-from qcli import methods, out_of_memory
+from qcli import generation_config, methods, out_of_memory
 from qcli.checkpoint import dtypes
 from qcli.checkpoint import plan as planning
-from qcli.checkpoint.carried import has_tokenizer
 from qcli.checkpoint.linears import Layout, model_layout, reason, transformers_class
 from qcli.checkpoint.source import Source
 from qcli.checkpoint.stored_tensor import state_dict
@@ -28,6 +27,7 @@ from qcli.quantization import model_dtype
 from qcli.quantizer import LoadingStopped, NoRoom, QcliConfig
 from qcli.settings import one_of
 from qcli.stored import made_again, open_checkpoint, quantized_weights, read_stored
+from qcli.tokenizer import read_tokenizer
 
 
 def load(
@@ -53,10 +53,27 @@ def load(
 
     Raises UsageError, CheckpointError (missing, extra and misshaped tensors together), HubError, DeviceError.
     """
+    return load_source(
+        open_checkpoint(model, revision, trust_remote_code), bits=bits, method=method, dtype=dtype, device=device,
+        device_map=device_map, max_memory=max_memory, int8_activations=int8_activations,
+    )  # fmt: skip
+
+
+def load_source(
+    source: Source,
+    *,
+    bits: int | None = None,
+    method: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | dict | None = None,
+    max_memory: str | Mapping[int | str, int | str] | None = None,
+    int8_activations: bool = True,
+):
+    """`load`, of a checkpoint that `open_checkpoint` has opened."""
     one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
     placement = place(device, device_map, max_memory)
-    source = open_checkpoint(model, revision, trust_remote_code)
-    stored = source.quantization
+    model, trust_remote_code, stored = source.label, source.trusted, source.quantization
     wanted = methods.method_name(bits, method) if bits is not None or method is not None else None
     if stored and wanted:
         raise CheckpointError(f"{model} is quantized already", "Leave out --bits and --method.")
@@ -74,6 +91,8 @@ def load(
         layout = model_layout(source, built, config)
         check_fits(source, layout)
         options = {"dtype": dtypes.torch_dtype(model_dtype(source, dtype))}
+        if (rules := generation_config.for_loading(source)) is not None:
+            options["generation_config"] = rules
         if stored:
             config.quantization_config = read_stored(source, layout, stored, dtype)
         elif wanted:
@@ -98,24 +117,10 @@ def load(
             raise CheckpointError(f"{model}: transformers cannot load it: {reason(e)}", source.again()) from e
         _check_complete(source, info)
         loaded.config.name_or_path = str(source.config_folder)
-        _read_generation_config(source, loaded)
-        tokenizer = read_tokenizer(source, trust_remote_code)
+        tokenizer = read_tokenizer(source, trust_remote_code, config)
     if not int8_activations:
         _keep_activations(model, loaded)
     return loaded.eval(), tokenizer
-
-
-def _read_generation_config(source: Source, loaded) -> None:
-    """Gives the model what generation_config.json says; without that file it goes by its config. Raises CheckpointError."""
-    name = "generation_config.json"
-    if not loaded.can_generate() or name not in source.place.names:
-        return
-    try:
-        loaded.generation_config = transformers.GenerationConfig.from_dict(source.json(name))
-    except QcliError:
-        raise
-    except Exception as e:  # it checks its fields, and raises many kinds
-        raise CheckpointError(f"{source.label}/{name}: transformers refuses it: {reason(e)}", "Mend the file.") from e
 
 
 def _check_room(source: Source, wanted: str | None, dtype: str, placement: Placement) -> None:
@@ -144,18 +149,6 @@ def _keep_activations(label: str, loaded: torch.nn.Module) -> None:
         module.activations_in_int8 = False
 
 
-def read_tokenizer(source: Source, trust_remote_code: bool):
-    if not has_tokenizer(source.carried.to_run):
-        return None
-    try:
-        return transformers.AutoTokenizer.from_pretrained(source.config_folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{source.label}: its tokenizer cannot be loaded: {reason}", "Fetch its files again."
-        ) from e
-
-
 def check_fits(source: Source, layout: Layout) -> None:
     """Raises CheckpointError where tensors are missing or misshaped, by headers alone: what does not fit is never allocated."""
     decoded = quantized_weights(source)
@@ -179,7 +172,9 @@ def check_fits(source: Source, layout: Layout) -> None:
 def _check_complete(source: Source, info: dict) -> None:
     """What headers could not show. Raises CheckpointError."""
     missing, misshaped = sorted(info["missing_keys"]), sorted(str(entry[0]) for entry in info["mismatched_keys"])
-    parts = [planning.together(what, names) for what, names in (("missing", missing), ("misshaped", misshaped)) if names]
+    parts = [
+        planning.together(what, names) for what, names in (("missing", missing), ("misshaped", misshaped)) if names
+    ]
     if parts:
         raise CheckpointError(f"{source.label} does not fit its model: {'; '.join(parts)}", source.again())
 

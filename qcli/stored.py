@@ -129,7 +129,9 @@ def _4bit(source: Source, tensor: str, linear) -> dict | None:
     nested = state.get("nested_offset") is not None
     names = {"weight": tensor, "weight_quant_state": state_name}
     names |= {f"weight_{part}": f"{tensor}.{part}" for part in PARTS_4BIT}
-    lacking = [f"{tensor}.{p}" for p in (PARTS_4BIT if nested else PARTS_4BIT[:2]) if f"{tensor}.{p}" not in source.tensors]
+    lacking = [
+        f"{tensor}.{p}" for p in (PARTS_4BIT if nested else PARTS_4BIT[:2]) if f"{tensor}.{p}" not in source.tensors
+    ]
     if lacking:
         raise _Problem(f"{tensor} lacks {', '.join(lacking)}")
     if state["quant_type"] != quant_type:
@@ -153,7 +155,9 @@ def _check_4bit_sizes(source: Source, tensor: str, count: int, block_size: int, 
     info = source.tensors[tensor][1]
     # bnb_4bit_quant_storage may call the bytes another dtype, so that they can be sharded beside 16-bit weights.
     if info.nbytes != -(-count // 2) or info.dtype not in ("U8", "I8", *dtypes.FLOATS):
-        raise _Problem(f"{tensor} holds {info.nbytes:,} bytes of {info.dtype}, expected {-(-count // 2):,} for {count:,} codes")
+        raise _Problem(
+            f"{tensor} holds {info.nbytes:,} bytes of {info.dtype}, expected {-(-count // 2):,} for {count:,} codes"
+        )
     blocks = -(-count // block_size)
     _expect(source, f"{tensor}.absmax", ("U8",) if nested else ("F32",), (blocks,))
     _expect(source, f"{tensor}.quant_map", ("F32",), (16,))

@@ -82,13 +82,16 @@ def twice(header):
 
 
 HEADERS = {
-    "unknown dtype": (with_entry(dtype="Q7"), "dtype is \"Q7\" (a string), expected BOOL, U8"),
+    "unknown dtype": (with_entry(dtype="Q7"), 'dtype is "Q7" (a string), expected BOOL, U8'),
     "negative size": (with_entry(shape=[-128, 64]), "shape is [-128, 64] (a list), expected a list of a whole number"),
-    "shape of text": (with_entry(shape="128"), "shape is \"128\" (a string), expected a list"),
+    "shape of text": (with_entry(shape="128"), 'shape is "128" (a string), expected a list'),
     "wrong shape": (with_entry(shape=[128, 65]), "takes 16,640 bytes, its data has 16,384"),
     "backwards": (with_entry(data_offsets=[9, 3]), "ends (3) before it begins (9)"),
     "out of range": (with_entry(data_offsets=[10**9, 10**9 + 16384]), "its data ends at byte"),
-    "offsets of text": (with_entry(data_offsets=["0", "4"]), "expected a list of 2 items, each a whole number of at least 0"),
+    "offsets of text": (
+        with_entry(data_offsets=["0", "4"]),
+        "expected a list of 2 items, each a whole number of at least 0",
+    ),
     "huge shape": (with_entry(shape=[2**62, 2**62]), "bytes, its data has"),
     "overlap": (overlapping, "overlap"),
     "duplicate name": (twice, "stands twice"),
@@ -97,7 +100,10 @@ HEADERS = {
     "broken JSON": (lambda header: b'{"a": ', "not valid JSON"),
     "not UTF-8": (lambda header: b'{"\xff": 1}', "not valid JSON"),
     "deep nesting": (lambda header: b"[" * 90_000, "not valid JSON"),
-    "metadata": (lambda header: header | {"__metadata__": {"a": 1}}, "__metadata__ is {\"a\": 1} (an object), expected an object that maps names to strings"),
+    "metadata": (
+        lambda header: header | {"__metadata__": {"a": 1}},
+        '__metadata__ is {"a": 1} (an object), expected an object that maps names to strings',
+    ),
     "hole": (lambda header: {k: v for k, v in header.items() if k != NAME}, "belong to no tensor"),
 }
 
@@ -183,7 +189,9 @@ def test_indexes(sharded, refused):
     refused("quantize", "sharded", contains=["index.json is not valid JSON"])
 
 
-@pytest.mark.parametrize("change", [lambda m: m | {"ghost.weight": m[NAME]}, lambda m: {k: v for k, v in m.items() if k != NAME}])
+@pytest.mark.parametrize(
+    "change", [lambda m: m | {"ghost.weight": m[NAME]}, lambda m: {k: v for k, v in m.items() if k != NAME}]
+)
 def test_an_index_with_a_wrong_entry_is_let_pass(change, sharded, quick_cli, tmp_path):
     assert quick_cli("quantize", "sharded", "-o", "expected").returncode == 0
     good = index_of(sharded)
@@ -358,4 +366,12 @@ def test_a_quantized_folder_that_lost_a_tensor(model, quick_cli, refused, tmp_pa
     state[f"{NAME}.absmax"] = torch.zeros(128, dtype=torch.uint8)
     state["lm_head.weight"] = torch.zeros(3, 64)
     save_file(state, path, {"format": "pt"})
-    refused("generate", "sharded", "x", contains=["1 missing: model.norm.weight", "1 misshaped: lm_head.weight (stored [3, 64], the model has [256, 64])"])
+    refused(
+        "generate",
+        "sharded",
+        "x",
+        contains=[
+            "1 missing: model.norm.weight",
+            "1 misshaped: lm_head.weight (stored [3, 64], the model has [256, 64])",
+        ],
+    )

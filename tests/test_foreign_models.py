@@ -57,9 +57,10 @@ CARRIED = (
     "modeling_own.py", "2_Dense/model.safetensors", "sentencepiece.bpe.model", "a file with blanks.txt",
 )  # fmt: skip
 LEFT = (
-    "model.gguf", "onnx/model.onnx", "onnx/model.onnx_data", "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "optimizer.pt",
-    "original/consolidated.00.pth", "rust_model.ot", ".gitattributes", ".cache/huggingface/download/x.metadata", "model.fp16.safetensors",
-    "fp16/model.safetensors.index.json", "__pycache__/modeling_own.cpython-311.pyc", "old-nf4/config.json", "old-nf4/tokenizer.json",
+    "model.gguf", "onnx/model.onnx", "onnx/model.onnx_data", "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack",
+    "optimizer.pt", "original/consolidated.00.pth", "rust_model.ot", ".gitattributes", ".cache/huggingface/download/x.metadata",
+    "model.fp16.safetensors", "fp16/model.safetensors.index.json", "__pycache__/modeling_own.cpython-311.pyc", "old-nf4/config.json",
+    "old-nf4/tokenizer.json",
 )  # fmt: skip
 
 
@@ -111,7 +112,10 @@ def test_an_adapter_beside_the_model_is_left_out_by_all(model, quick_cli, tmp_pa
     plain = tokens(quick_cli("generate", "model", "hi", *WORDS))
     quick_cli("quantize", "model", "-o", "expected")
     edit(model / "adapter_config.json", base_model_name_or_path="a/b", peft_type="LORA", r=4, target_modules=["q_proj"])
-    adapter = {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight": torch.ones(s) for x, s in (("A", (4, 64)), ("B", (64, 4)))}
+    adapter = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight": torch.ones(s)
+        for x, s in (("A", (4, 64)), ("B", (64, 4)))
+    }
     save_file(adapter, model / "adapter_model.safetensors")
     with pytest.warns(QcliWarning, match="the adapter beside the model is left out"):
         assert tokens(quick_cli("generate", "model", "hi", *WORDS)) == plain
@@ -197,7 +201,9 @@ def test_a_byte_order_mark(model, quick_cli, tmp_path):
 def test_what_transformers_does_not_know(model, quick_cli):
     edit(model / "config.json", model_type="zorglub", architectures=["ZorglubForCausalLM"])
     done = quick_cli("generate", "model", "hi")
-    assert done.returncode == 1 and "does not know its architecture (ZorglubForCausalLM)" in done.stderr.replace("\n", " ")
+    assert done.returncode == 1 and "does not know its architecture (ZorglubForCausalLM)" in done.stderr.replace(
+        "\n", " "
+    )
 
 
 # Weights
@@ -355,6 +361,8 @@ def test_a_carried_tensor_that_is_not_finite_is_no_block(model, quick_cli):
     state["model.norm.weight"][0] = torch.nan
     save_file(state, model / "model.safetensors", {"format": "pt"})
     done = quick_cli("quantize", "model")
-    assert done.returncode == 1 and "It is not quantized" in done.stderr.replace("\n", " ") and "block" not in done.stderr
+    assert (
+        done.returncode == 1 and "It is not quantized" in done.stderr.replace("\n", " ") and "block" not in done.stderr
+    )
     done = quick_cli("quantize", "model", "--bits", "8", "--set", "allow_nonfinite=true")
     assert done.returncode == 0

@@ -13,6 +13,7 @@ from qcli.errors import CheckpointError
 from tests.models import add_tokenizer, example_inputs, make_model
 
 NAME = "model.layers.0.mlp.up_proj.weight"
+SCB, FORMAT = NAME.replace("weight", "SCB"), NAME.replace("weight", "weight_format")
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
 
 
@@ -78,23 +79,23 @@ FAULTS = {
     "offset of text": ("nf4", with_state(nested_offset="0.1"), "nested_offset is"),
     "offset not finite": ("nf4", with_state(nested_offset=float("nan")), "nested_offset is NaN"),
     "another dtype": ("nf4", with_state(dtype="int8"), "dtype is"),
-    "state is a list": ("nf4", replaced(STATE, lambda x: torch.tensor(list(b"[]"), dtype=torch.uint8)), "expected a JSON object"),
+    "state is a list": ("nf4", replaced(STATE, lambda x: torch.frombuffer(bytearray(b"[]"), dtype=torch.uint8)), "expected a JSON"),
     "state is no text": ("nf4", replaced(STATE, lambda x: x + 128), "is not valid JSON"),
     "another codebook": ("nf4", replaced(f"{NAME}.quant_map", lambda x: -x), "is not the table of nf4"),
-    "another nested codebook": ("nf4", replaced(f"{NAME}.nested_quant_map", lambda x: x / 2), "is not the table of double quantization"),
+    "another nested codebook": ("nf4", replaced(f"{NAME}.nested_quant_map", lambda x: x / 2), "table of double quantization"),
     "absmax as float": ("nf4", replaced(f"{NAME}.absmax", lambda x: x.float()), "is F32 of shape [128], expected U8"),
     "absmax as codes": ("plain", replaced(f"{NAME}.absmax", lambda x: x.to(torch.uint8)), "is U8 of shape [128], expected F32"),
     "absmax too short": ("plain", replaced(f"{NAME}.absmax", lambda x: x[:-1]), "of shape [127], expected F32 of [128]"),
-    "nested absmax too long": ("nf4", replaced(f"{NAME}.nested_absmax", lambda x: x.repeat(2)), "of shape [2], expected F32 of [1]"),
+    "nested absmax too long": ("nf4", replaced(f"{NAME}.nested_absmax", lambda x: x.repeat(2)), "[2], expected F32 of [1]"),
     "too few codes": ("nf4", replaced(NAME, lambda x: x[:-1]), "holds 4,095 bytes of U8, expected 4,096"),
     "no absmax": ("nf4", without(f"{NAME}.absmax"), f"{NAME} lacks {NAME}.absmax"),
     "no state": ("nf4", without(STATE), f"1 stored as U8 without what would decode them: {NAME}"),
     "weight_format of columns": (
-        "int8", replaced(NAME.replace("weight", "weight_format"), lambda x: x + 1), "and only 0, plain rows, is read",
+        "int8", replaced(FORMAT, lambda x: x + 1), "and only 0, plain rows, is read",
     ),
-    "SCB too short": ("int8", replaced(NAME.replace("weight", "SCB"), lambda x: x[:-1]), "SCB is F32 of shape [127], expected F32 of [128]"),
-    "SCB in 16 bits": ("int8", replaced(NAME.replace("weight", "SCB"), lambda x: x.half()), "SCB is F16 of shape [128], expected F32"),
-    "no SCB": ("int8", without(NAME.replace("weight", "SCB")), f"1 stored as I8 without what would decode them: {NAME}"),
+    "SCB too short": ("int8", replaced(SCB, lambda x: x[:-1]), "SCB is F32 of shape [127], expected F32 of [128]"),
+    "SCB in 16 bits": ("int8", replaced(SCB, lambda x: x.half()), "SCB is F16 of shape [128], expected F32"),
+    "no SCB": ("int8", without(SCB), f"1 stored as I8 without what would decode them: {NAME}"),
     "int8 transposed": ("int8", replaced(NAME, lambda x: x.t()), "is I8 of shape [64, 128], expected I8 of [128, 64]"),
     "weights not int8": ("int8", replaced(NAME, lambda x: x.half()), "is F16 of shape [128, 64], expected I8"),
 }  # fmt: skip

@@ -19,13 +19,15 @@ _WEIGHTS = re.compile(
 )
 _TOKENIZER = re.compile(r"(^|/)[^/]*(tokenizer|sentencepiece|spiece|spm|bpe|vocab)[^/]*$", re.IGNORECASE)
 _IS_TOKENIZER = re.compile(
-    r"(tokenizer.*|vocab.*|merges\.txt|.*spiece.*|sentencepiece.*|.*\.tiktoken|tekken\.json|.*\.spm|bpe\.codes)", re.IGNORECASE
+    r"(tokenizer.*|vocab.*|merges\.txt|.*spiece.*|sentencepiece.*|tekken\.json|.*\.(tiktoken|spm|bpe|codes|tokenizer))",
+    re.IGNORECASE,
 )
 # What the output has of its own, and what belongs to the folder and not to the model.
 _OWN = ("config.json", "qcli.json", "README.md")
 _NO_PART = re.compile(r"(^|/)(\.[^/]*|__pycache__)(/|$)|\.(partial|tmp|lock|incomplete)(/|$)")
 _FOR_READING = re.compile(
-    r"\.(md|rst|png|jpe?g|gif|webp|svg|pdf|mp4|wav|mp3|csv|parquet|ipynb|html)$|(^|/)(licen[cs]e|notice|use_policy)[^/]*$", re.IGNORECASE
+    r"\.(md|rst|png|jpe?g|gif|webp|svg|pdf|mp4|wav|mp3|csv|parquet|ipynb|html)$|(^|/)(licen[cs]e|notice|use_policy)[^/]*$",
+    re.IGNORECASE,
 )
 _POOLING = "modules.json"  # of sentence-transformers: the folders of what follows the model, small weights included
 
@@ -56,11 +58,13 @@ class Carried:
 
 def choose(place, weights: list[str]) -> Carried:
     """What of the files of `place` goes along with a model whose weights are in the files `weights`."""
-    outputs = {name.rpartition("/")[0] for name in place.names if name.endswith("/qcli.json")}  # of qcli, inside this folder
+    outputs = {
+        name.rpartition("/")[0] for name in place.names if name.endswith("/qcli.json")
+    }  # of qcli, inside this folder
     pooling = _pooling_folders(place)
     files, too_large = [], []
     for name in place.names:
-        folders = [name[: i] for i, c in enumerate(name) if c == "/"]
+        folders = [name[:i] for i, c in enumerate(name) if c == "/"]
         if name in _OWN or name in weights or _NO_PART.search(name) or outputs.intersection(folders):
             continue
         if _WEIGHTS.search(name) and not _TOKENIZER.search(name) and not pooling.intersection(folders):

@@ -177,7 +177,6 @@ class UnitWork:
             )
         self.staging.finish_unit(unit.index, errors)
 
-
     def _what_is_lost(self) -> str:
         if not self.stream:
             return "It is not quantized, and would be carried over with them."

@@ -117,6 +117,8 @@ def transformers_class(source, trust_remote_code: bool):
             "Mend the config, or pass --set modules=rules to go by names and shapes.",
         ) from e
     model_class = getattr(transformers, architecture, None) if architecture else None
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        model_class = None
     if model_class is None and remote and trust_remote_code:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -127,7 +129,8 @@ def transformers_class(source, trust_remote_code: bool):
             model_class = get_class_from_dynamic_module(reference, folder) if reference else None
         except Exception as e:  # somebody's own code
             raise CheckpointError(
-                f"{source.label}: the code of {reference} cannot be loaded: {reason(e)}", "Install what it needs, or mend it."
+                f"{source.label}: the code of {reference} cannot be loaded: {reason(e)}",
+                "Install what it needs, or mend it.",
             ) from e
     if model_class is None and architecture is None:
         model_class = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
@@ -199,7 +202,9 @@ def model_layout(source, model_class, config) -> Layout:
     layout.misshaped = {
         name: (info.shape, shapes[layout.modules[name]])
         for name, (_, info) in source.tensors.items()
-        if layout.modules[name] in shapes and layout.modules[name] not in merged and info.shape != shapes[layout.modules[name]]
+        if layout.modules[name] in shapes
+        and layout.modules[name] not in merged
+        and info.shape != shapes[layout.modules[name]]
     }
     unknown = [name for name, renamed in layout.modules.items() if renamed not in state and renamed not in merged]
     if unknown:

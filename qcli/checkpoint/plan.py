@@ -212,7 +212,9 @@ def make_units(source, layout: Layout, method, dtype: str, quantized: set[str], 
 
 def together(what: str, names: list[str]) -> str:
     """One sentence on many things of a kind, the first five by name."""
-    return f"{len(names):,} {what}: {', '.join(names[:5])}" + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+    return f"{len(names):,} {what}: {', '.join(names[:5])}" + (
+        f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    )
 
 
 def quantized_dtype(info: TensorInfo, method, dtype: str) -> str:

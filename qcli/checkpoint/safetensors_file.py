@@ -67,9 +67,7 @@ def read_header(path: Path) -> Header:
         os.close(fd)
 
 
-def read_header_with(
-    read: Callable[[int, int], bytes], file_size: int, name: str, hint: str = DAMAGED
-) -> Header:
+def read_header_with(read: Callable[[int, int], bytes], file_size: int, name: str, hint: str = DAMAGED) -> Header:
     """The header through `read(offset, count)`, of a file of `file_size` bytes called `name` in messages.
 
     `hint` says what to do about a damaged file. Raises CheckpointError.
@@ -100,7 +98,9 @@ def parse_header(raw: bytes, file_size: int, name: str, hint: str = DAMAGED) -> 
     metadata = entries.pop("__metadata__", None) or {}
     data_start = 8 + len(raw)
     data_size = file_size - data_start
-    tensors = sorted((_entry(name, key, entry, data_start, data_size, hint) for key, entry in entries.items()), key=_place)
+    tensors = sorted(
+        (_entry(name, key, entry, data_start, data_size, hint) for key, entry in entries.items()), key=_place
+    )
     position = data_start
     previous = None
     for tensor in tensors:

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from qcli.checkpoint import hub as hubs
 from qcli.checkpoint import carried, dtypes, torch_file, weight_files
+from qcli.checkpoint import hub as hubs
 from qcli.checkpoint.config_json import check_config, check_counts
 from qcli.checkpoint.local_files import LocalFiles
 from qcli.checkpoint.safetensors_file import DAMAGED, Header, TensorInfo, read_header_with
@@ -168,7 +168,9 @@ class Source:
             return
         small = [name for name, (_, info) in self.tensors.items() if info.dtype in dtypes.FLOAT8]
         bases = {name.removesuffix("weight") for name in small}
-        scales = [n for n in self.tensors if "scale" in n and any(n[:i] in bases for i in range(len(n)))] if small else []
+        scales = (
+            [n for n in self.tensors if "scale" in n and any(n[:i] in bases for i in range(len(n)))] if small else []
+        )
         if scales:
             self.problems.append(
                 f"{_counted(small, 'weight')} in float8 have scales ({scales[0]}, ...) and config.json has no quantization_config"
@@ -216,7 +218,8 @@ class Source:
             size = os.fstat(fd).st_size
             if size != self.place.size(file):
                 raise CheckpointError(
-                    f"{self.label}/{file} has {size:,} bytes, expected {self.place.size(file):,}", self.again("Fetch it again.")
+                    f"{self.label}/{file} has {size:,} bytes, expected {self.place.size(file):,}",
+                    self.again("Fetch it again."),
                 )
             yield fd
         finally:

@@ -1,6 +1,9 @@
 """`qcli generate`: text out of a model, streamed as it is made."""
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -60,12 +63,20 @@ def generate(
     """Continue a prompt with a quantized or an unquantized model."""
     text = _prompt(prompt, prompt_file, chat, json)
 
-    from qcli import decode
+    from qcli import decode, generation_config
     from qcli import model as models
+    from qcli.can_generate import check_can_generate
+    from qcli.chat import Chat
+    from qcli.prompt import plain_ids
+    from qcli.stored import open_checkpoint
 
     sampling = decode.Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    loaded, tokenizer = models.load(
-        model,
+    source = open_checkpoint(model, revision, trust_remote_code)
+    # Before a weight is read.
+    check_can_generate(source.config, model, trust_remote_code)
+    generation_config.check_source(source)
+    loaded, tokenizer = models.load_source(
+        source,
         bits=bits,
         method=method,
         dtype=dtype,
@@ -73,20 +84,17 @@ def generate(
         device_map=device_map,
         max_memory=max_memory,
         int8_activations=not no_int8_activations,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
     )
     if tokenizer is None:
         raise CheckpointError(f"{model} has no tokenizer", "Put its tokenizer files beside config.json.")
-    if not chat:
-        _answer(loaded, tokenizer, _plain_ids(loaded, tokenizer, text), sampling, json)
-        return
-    if not tokenizer.chat_template:
-        raise CheckpointError(f"{model} has no chat template", "Leave out --chat to continue the prompt as plain text.")
-    if text is not None:
-        _answer(loaded, tokenizer, _chat_ids(tokenizer, [{"role": "user", "content": text}]), sampling, json)
-        return
-    _talk(loaded, tokenizer, sampling)
+    template = Chat(tokenizer, model) if chat else None
+    decoding = decode.Decoding(loaded, tokenizer, sampling, template.turn_end if template else None)
+    if template is None:
+        _answer(decoding, tokenizer, plain_ids(loaded, tokenizer, text), [], json)
+    elif text is not None:
+        _answer(decoding, tokenizer, template.ids(loaded, [{"role": "user", "content": text}]), [], json)
+    else:
+        _talk(decoding, tokenizer, template)
 
 
 def _prompt(prompt: str | None, file: Path | None, chat: bool, json: bool) -> str | None:
@@ -94,65 +102,56 @@ def _prompt(prompt: str | None, file: Path | None, chat: bool, json: bool) -> st
         raise UsageError("a prompt and --prompt-file were both given", "Give one of them.")
     if file is not None:
         try:
-            return file.read_text(encoding="utf-8")
+            prompt = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as e:
             raise UsageError(f"cannot read the prompt from {file}: {getattr(e, 'strerror', None) or e}") from e
-    if prompt == "-" or (prompt is None and not chat and not sys.stdin.isatty()):
-        return sys.stdin.read()
+    elif prompt == "-" or (prompt is None and not chat and not sys.stdin.isatty()):
+        with _readable("the prompt from stdin"):
+            prompt = sys.stdin.read()
     if prompt is None and not chat:
         raise UsageError(
             "no prompt was given", "Write it after the model, or pass --prompt-file, '-' for stdin, or --chat."
         )
     if prompt is None and json:
         raise UsageError("--json with --chat needs a prompt", "Give one after the model.")
+    if prompt is not None and chat and not prompt.strip():
+        raise UsageError("the message is empty", "Write one, or leave it out to talk turn by turn.")
     return prompt
 
 
-def _plain_ids(model, tokenizer, text: str) -> list[int]:
-    ids = tokenizer(text)["input_ids"]
-    if ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id and len(ids) > 1:
-        if not model.config.is_encoder_decoder:
-            ids = ids[:-1]  # some tokenizers close a text; a prompt is to be continued
-    if ids:
-        return ids
-    if tokenizer.bos_token_id is None:
-        raise UsageError("the prompt is empty, and the tokenizer has no token to begin a text with", "Give a prompt.")
-    return [tokenizer.bos_token_id]
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as e:
+        raise UsageError(f"cannot read {what}: {e}", "Convert it, as iconv -t UTF-8 does.") from e
 
 
-def _chat_ids(tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _answer(model, tokenizer, ids: list[int], sampling, json: bool) -> str:
-    """Generates, streams unless `json`, and tells what it took."""
+def _answer(decoding, tokenizer, ids: list[int], parts: list[str], json: bool) -> None:
+    """Generates, adds the text to `parts` piece by piece, streams it unless `json`, and tells what it took."""
     from qcli import decode
 
     stream = decode.TextStream(tokenizer, ids)
-    parts = []
 
     def show(piece: str) -> None:
         parts.append(piece)
         if piece and not json:
             console.out(piece, end="")
 
-    ends = decode.end_tokens(model, tokenizer)
     try:
-        result = decode.generate(
-            model, tokenizer, ids, sampling, lambda token: show("" if token in ends else stream.push(token))
-        )
+        result = decoding.generate(ids, lambda token: show("" if token in decoding.ends else stream.push(token)))
         show(stream.flush())
-    finally:
-        if not json:
+    except BaseException:
+        if any(parts) and not json:
             console.out()
-    text = "".join(parts)
-    stats = _stats(model, result)
+        raise
+    if not json:
+        console.out()
+    stats = _stats(decoding.model, result)
     if json:
-        console.json({"text": text, "token_ids": result.token_ids, **stats})
+        console.json({"text": "".join(parts), "token_ids": result.token_ids, **stats})
     else:
         _say_stats(stats)
-    return text
 
 
 def _stats(model, result) -> dict[str, object]:
@@ -184,18 +183,68 @@ def _say_stats(stats: dict) -> None:
     rate = stats["decode_tokens_per_second"]
     console.say(
         f"[{stats['prompt_tokens']} prompt tokens at {stats['prefill_tokens_per_second']:.1f}/s, "
-        f"{stats['new_tokens']} new at {'-' if rate is None else f'{rate:.1f}'}/s; "
+        f"{stats['new_tokens']} new at {'-' if rate is None else f'{rate:.1f}'}/s{'' if stats['finished'] else ', cut off'}; "
         f"weights {format_bytes(stats['weight_bytes'])}, peak memory {format_bytes(stats['peak_memory_bytes'])}]"
     )
 
 
-def _talk(model, tokenizer, sampling) -> None:
+def _talk(decoding, tokenizer, template) -> None:
     """Turn by turn until the end of input, or /exit."""
-    console.say("Type a message; an end of input (Ctrl-D) or /exit leaves.")
+    console.say("Type a message; an end of input (Ctrl-D) or /exit leaves, Ctrl-C stops an answer.")
     messages: list[dict[str, str]] = []
-    while (line := console.ask("> ")) is not None and line.strip() != "/exit":
+    while (line := _ask()) is not None and line.strip() != "/exit":
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        text = _answer(model, tokenizer, _chat_ids(tokenizer, messages), sampling, json=False)
-        messages.append({"role": "assistant", "content": text})
+        parts: list[str] = []
+        try:
+            ids = _fitting(decoding, template, messages)
+            with _stoppable():
+                _answer(decoding, tokenizer, ids, parts, json=False)
+        except _Stopped:
+            console.say("[stopped]")
+        except UsageError as e:  # this message alone is at fault
+            console.error(e.message, e.hint)
+        if parts:
+            messages.append({"role": "assistant", "content": "".join(parts)})
+        else:
+            messages.pop()
+
+
+def _ask() -> str | None:
+    with _readable("what was typed"):
+        line = console.ask("> ")
+    if line is None:
+        console.say()
+    return line
+
+
+def _fitting(decoding, template, messages: list[dict[str, str]]) -> list[int]:
+    """Ids of the conversation, whose first turns are forgotten as long as the model's positions do not reach."""
+    while True:
+        ids = template.ids(decoding.model, messages)
+        try:
+            decoding.limit(len(ids))
+        except UsageError:
+            if len(messages) == 1:
+                raise
+            del messages[:2]
+            console.warn("the conversation outgrew the model's context: its first turn is forgotten")
+        else:
+            return ids
+
+
+class _Stopped(BaseException):
+    """Ctrl-C while an answer is made. No Exception, so that no library takes it for a fault of its own."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    def stop(signum, frame):
+        raise _Stopped
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from qcli.errors import UsageError
-from qcli.memory import layer_types, moe_layers
+from qcli.memory import context, layer_types, moe_layers
 
 REQUIRED = object()
 _SUB_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config")
@@ -189,8 +189,9 @@ class ModelConfig:
 
     @property
     def max_context(self) -> int | None:
-        """Longest sequence in tokens that the model was made for; None where the file sets no limit (ALiBi, T5, Mamba)."""
-        return self.integer(*_CONTEXT, default=None)
+        """Longest sequence in tokens that the model was made for, rope scaling included; None where the file sets no limit
+        (ALiBi, T5, Mamba)."""
+        return context.extended(self, self.integer(*_CONTEXT, default=None))
 
     @property
     def tied_embeddings(self) -> bool:

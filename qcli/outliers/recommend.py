@@ -1,6 +1,5 @@
 """Which method, threshold and modules the measurements speak for. Every sentence gives the numbers that it follows from."""
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from qcli.errors import UsageError
+from qcli.foreign_json import read_object
 from qcli.outliers import paper
 from qcli.outliers.damage import Damage
 from qcli.outliers.features import Feature
@@ -79,7 +79,10 @@ def recommend(
 
 
 def read_skip(path: Path) -> list[str]:
-    """The modules that a report written by `qcli inspect-outliers --json` recommends to keep in 16 bits. Raises UsageError, CheckpointError."""
+    """The modules that a report written by `qcli inspect-outliers --json` recommends to keep in 16 bits.
+
+    Raises UsageError, CheckpointError.
+    """
     hint = "Make it with: qcli inspect-outliers MODEL --json > REPORT.json"
     report = read_object(path, f"the report {path}", hint)
     found = report.get("format")

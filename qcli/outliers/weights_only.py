@@ -144,7 +144,9 @@ def _measure(source: Source, works: list[LinearWeight | NormGain], progress: Cal
 
 
 def _model(source: Source, told: Description) -> dict[str, object]:
-    hidden = (part.get(key) for _, part in config_json.parts(source.config) for key in ("hidden_size", "n_embd", "d_model"))
+    hidden = (
+        part.get(key) for _, part in config_json.parts(source.config) for key in ("hidden_size", "n_embd", "d_model")
+    )
     stored = source.quantization
     return {
         "name": source.label,

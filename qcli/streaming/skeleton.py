@@ -28,13 +28,14 @@ from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.stored_tensor import StoredTensor, pread
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, UsageError
-from qcli.model import quiet, read_tokenizer
+from qcli.model import quiet
 from qcli.quantization import model_dtype
 from qcli.quantizer import QcliConfig, QcliQuantizer
 from qcli.runtime.heap import give_back
 from qcli.settings import one_of
 from qcli.stored import open_checkpoint, read_stored
 from qcli.streaming.units import Unit, find_units
+from qcli.tokenizer import read_tokenizer
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -67,7 +68,7 @@ class Skeleton:
         self.source.fetch_what_runs()
         with quiet():
             self._build(dtype, attention, trust_remote_code)
-            self.tokenizer = read_tokenizer(self.source, trust_remote_code)
+            self.tokenizer = read_tokenizer(self.source, trust_remote_code, self.model.config)
         if self.tokenizer is None:
             raise CheckpointError(f"{model} has no tokenizer", "Put its tokenizer files beside config.json.")
         self.bytes_read = 0
@@ -108,7 +109,8 @@ class Skeleton:
                 self.model = built._from_config(config, dtype=self.dtype, **options).eval().requires_grad_(False)
         except Exception as e:  # a config can be wrong in as many ways as there are models
             raise CheckpointError(
-                f"{source.label}: {built.__name__} cannot be built from config.json: {reason(e)}", "Check the config's fields."
+                f"{source.label}: {built.__name__} cannot be built from config.json: {reason(e)}",
+                "Check the config's fields.",
             ) from e
         self.quantizer = None
         if stored:

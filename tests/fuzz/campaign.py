@@ -42,7 +42,9 @@ def make_models(folder: Path) -> list[Path]:
         "tied": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**_SMALL, tie_word_embeddings=True), {}),
         "gpt2": (
             transformers.GPT2LMHeadModel,
-            transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=256, n_positions=64, bos_token_id=254, eos_token_id=255),
+            transformers.GPT2Config(
+                n_embd=32, n_layer=1, n_head=2, vocab_size=256, n_positions=64, bos_token_id=254, eos_token_id=255
+            ),
             {},
         ),
     }
@@ -130,7 +132,9 @@ def main() -> None:
         models = make_models(Path(folder))
         if options.only is not None:
             what, command, outcome = case(options.only, models, Path(folder) / "work")
-            print(what, "qcli " + " ".join(command), outcome.stdout, outcome.stderr, outcome.fault or "no fault", sep="\n")
+            print(
+                what, "qcli " + " ".join(command), outcome.stdout, outcome.stderr, outcome.fault or "no fault", sep="\n"
+            )
             return
         last = options.first + options.count
         parts = [(options.first + i, last, options.jobs, models) for i in range(options.jobs)]

@@ -15,7 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 HOSTILE = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 0.5, -0.5, 1e-9, 1e308, float("nan"), float("inf"), 2**31, 2**31 - 1, 2**62, 2**63, 2**70,
+    None, True, False, 0, 1, -1, 2, 3, 7, 0.5, -0.5, 1e-9, 1e308, float("nan"), float("inf"), 2**31, 2**31 - 1, 2**62, 2**63,
+    2**70,
     "", "x", "auto", "0", "64", "float8_e4m3fn", "float16", "\x00", "../x", "a" * 300, "é\u2028", [], [1], ["x"], [None], [[]],
     [2**62, 2], {}, {"a": 1}, {"": None}, {"rope_type": "yarn"}, [{"a": [1]}],
 )  # fmt: skip
@@ -23,8 +24,8 @@ _MORE_OF_CONFIG = (
     "architectures", "auto_map", "dtype", "torch_dtype", "quantization_config", "rope_parameters", "rope_scaling", "rope_theta",
     "layer_types", "num_labels", "id2label", "text_config", "vision_config", "sliding_window", "head_dim", "num_experts",
     "num_local_experts", "is_encoder_decoder", "tie_word_embeddings", "pad_token_id", "eos_token_id", "attn_implementation",
-    "torchscript", "pruned_heads", "transformers_version", "use_cache", "output_attentions", "return_dict", "chunk_size_feed_forward",
-    "mlp_bias", "attention_bias", "hidden_act", "initializer_range", "rms_norm_eps", "pretraining_tp", "model_type", "name_or_path",
+    "torchscript", "pruned_heads", "transformers_version", "use_cache", "output_attentions", "return_dict",
+    "chunk_size_feed_forward", "mlp_bias", "attention_bias", "hidden_act", "initializer_range", "rms_norm_eps", "pretraining_tp", "model_type", "name_or_path",
 )  # fmt: skip
 _MORE_OF_TOKENIZER = (
     "tokenizer_class", "model_max_length", "chat_template", "eos_token", "bos_token", "pad_token", "unk_token", "auto_map",
@@ -181,14 +182,23 @@ def tensor(random: Random, folder: Path) -> str:
         if choice == "renamed":
             state[random.choice((f"model.{name}", name.replace(".", "_"), name + ".weight", name.upper()))] = old
     elif choice == "cast":
-        dtype = random.choice((torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int64, torch.float64, torch.bool))
+        dtype = random.choice(
+            (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int64, torch.float64, torch.bool)
+        )
         state[name] = old.float().to(dtype)
     elif choice == "cut" and old.dim():
         state[name] = old[: max(len(old) - 1, 0)].clone()
     elif choice == "flat":
         state[name] = old.reshape(-1).clone()
     elif choice == "extra":
-        extra = random.choice(("model.layers.9.mlp.up_proj.weight", f"{name}_scale_inv", f"{name}.absmax", f"{name.removesuffix('weight')}SCB"))
+        extra = random.choice(
+            (
+                "model.layers.9.mlp.up_proj.weight",
+                f"{name}_scale_inv",
+                f"{name}.absmax",
+                f"{name.removesuffix('weight')}SCB",
+            )
+        )
         state[extra] = torch.ones(3)
     elif choice == "empty":
         state[name] = old.new_empty((0, *old.shape[1:]))
@@ -210,7 +220,9 @@ def files(random: Random, folder: Path) -> str:
         elif choice == "link":
             path.symlink_to(folder / "nowhere")
     elif choice == "renamed":
-        path.rename(folder / random.choice((f"x{path.name}", path.name.replace("model", "model.fp16"), path.name.upper())))
+        path.rename(
+            folder / random.choice((f"x{path.name}", path.name.replace("model", "model.fp16"), path.name.upper()))
+        )
     elif choice == "adapter":
         value = {"peft_type": "LORA", "base_model_name_or_path": "a/b", "r": 4}
         (folder / "adapter_config.json").write_text(json.dumps(value if random.random() < 0.5 else [value]))

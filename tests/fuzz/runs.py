@@ -23,7 +23,24 @@ from qcli import cli
 
 SECONDS = 60  # no verb may take longer on a model of some ten tensors
 NF4 = np.array(
-    [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]
+    [
+        -1.0,
+        -0.6962,
+        -0.5251,
+        -0.3949,
+        -0.2844,
+        -0.1848,
+        -0.0911,
+        0.0,
+        0.0796,
+        0.1609,
+        0.2461,
+        0.3379,
+        0.4407,
+        0.5626,
+        0.7230,
+        1.0,
+    ]
 )  # QLoRA, appendix E, to four places
 
 
@@ -137,7 +154,7 @@ def _beyond(error: torch.Tensor, bound: torch.Tensor) -> str | None:
 
 
 def limit_memory(more: int) -> None:
-    """Lets this process take `more` bytes beyond what it has: a size that damage made huge ends in a fault, not in a full machine."""
+    """Lets this process take `more` bytes beyond what it has: a size that damage made huge fills no machine."""
     import resource
 
     with open("/proc/self/statm") as file:
