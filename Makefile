@@ -17,8 +17,8 @@ demo: $(VENV)/installed
 test: $(VENV)/tested
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# On a machine with an NVIDIA GPU, in the Python whose torch knows it, with PyCUDA, pytest and bitsandbytes. ARGS="-k sanitizer"
-# runs a part.
+# On a machine with an NVIDIA GPU, in the Python whose torch knows it, with PyCUDA, pytest and bitsandbytes. ARGS="-k parity"
+# runs a part, ARGS="-m slow -k memcheck" (racecheck, synccheck, initcheck) a tool of compute-sanitizer, some minutes each.
 test-gpu:
 	$(PYTHON) -m pytest -q -m "not slow" tests/gpu tests/test_decode_cuda.py $(ARGS)
 

@@ -1,6 +1,8 @@
 """What the tests in tests/gpu rest on, without a GPU: on the emulator's kernels, and on results that are wrong on purpose."""
 
+import os
 from importlib import import_module
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
@@ -144,6 +146,17 @@ def test_reports_of_the_sanitizer_are_read():
     assert len(test_sanitizer.reports(race + "========= RACECHECK SUMMARY: 1 hazard displayed\n", "racecheck")) == 1
     quiet = "========= COMPUTE-SANITIZER\n14 kernels launched\n========= ERROR SUMMARY: 0 errors\n"
     assert test_sanitizer.reports(quiet, "memcheck") == []
+
+
+def test_a_sanitizer_has_its_time_and_no_more():
+    """What it started ends with it."""
+    environment = {"PATH": os.environ["PATH"]}
+    assert test_sanitizer.run(["echo", "14 kernels launched"], environment, 60) == (0, "14 kernels launched\n")
+    command = ["sh", "-c", "sleep 1000 & echo $!; wait"]
+    status, output = test_sanitizer.run(command, environment, 0.5)
+    assert status is None
+    child = Path("/proc", output.strip(), "stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
 def test_the_reference_is_torchs_own():
