@@ -12,7 +12,7 @@ from qcli.ops import linear_int8
 from qcli.runtime import cuda, nvcc
 from tests.emulator.emulator import SHARED
 from tests.gpu.checks import KERNELS, kernel
-from tests.gpu.images import MORE, wanted
+from tests.gpu.images import MORE, Asking, wanted
 from tests.gpu.inputs import hostile
 
 _TEXT = re.compile(r'//.*|/\*.*?\*/|"[^"\n]*"')
@@ -42,40 +42,16 @@ def problem(source: str, constants: tuple[str, ...]) -> str | None:
     return f"{source} {constants}: no {', '.join(sorted(unknown))} in it" if unknown else None
 
 
-class Asking:
-    """A GPU that notes which images are asked for, and runs nothing."""
-
-    def __init__(self, capability: tuple[int, int]):
-        self.of, self.asked = capability, set()
-
-    def serves(self, device: torch.device) -> bool:
-        return True
-
-    def function(self, source: str, entry: str, constants: tuple[str, ...], device: torch.device) -> None:
-        self.asked.add((source, constants))
-
-    def launch(self, *_) -> None: ...
-
-    def multiprocessors(self, device: torch.device) -> int:
-        return 132
-
-    def capability(self, device: torch.device) -> tuple[int, int]:
-        return self.of
-
-    def shared_memory(self, device: torch.device) -> int:
-        return SHARED[self.of]
-
-
 def asked_for(name: str, capability: tuple[int, int]) -> set[tuple[str, tuple[str, ...]]]:
     """The images that an op's own cases and hostile inputs want on such a GPU, on both products of LLM.int8()."""
-    backend = Asking(capability)
+    backend = Asking(capability, SHARED[capability])
     fits = lambda x, columns: x.dtype != torch.float32 and columns % 16 == 0  # noqa: E731
     with cuda.using(backend):
         for _, arguments in (*import_module(f"qcli.ops.{name}").cases(), *hostile(name)):
             kernel(name, arguments)
             with mock.patch.object(linear_int8, "_fuses", fits):
                 kernel(name, arguments)
-    return backend.asked
+    return {(source, constants) for source, _, constants in backend.asked}
 
 
 def test_what_a_source_needs_is_seen():

@@ -2,6 +2,8 @@
 
 from itertools import product
 
+import torch
+
 from qcli.runtime import nvcc
 
 _HALF, _ALL = ("__nv_bfloat16", "__half"), ("float", "__nv_bfloat16", "__half")
@@ -30,3 +32,29 @@ def wanted(more: dict[str, list[tuple[str, ...]]]) -> list[tuple[str, tuple[str,
     """(source, constants) of every image that a package would carry, and of `more`."""
     every = [(source, constants) for source in nvcc.sources() for constants in nvcc.instances(source)]
     return list(dict.fromkeys(every + [(source, constants) for source in more for constants in more[source]]))
+
+
+class Asking:
+    """A backend that notes which kernels are asked for on a GPU of that compute capability, and runs nothing. `asked` are
+    (source, entry, constants)."""
+
+    def __init__(self, capability: tuple[int, int], shared_memory: int, multiprocessors: int = 132):
+        self.of, self.shared, self.count, self.asked = capability, shared_memory, multiprocessors, set()
+
+    def serves(self, device: torch.device) -> bool:
+        return True
+
+    def function(self, source: str, entry: str, constants: tuple[str, ...], device: torch.device) -> tuple:
+        return source, entry, constants
+
+    def launch(self, function: tuple, grid, block, shared: int, arguments: bytes, device: torch.device) -> None:
+        self.asked.add(function)
+
+    def multiprocessors(self, device: torch.device) -> int:
+        return self.count
+
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        return self.of
+
+    def shared_memory(self, device: torch.device) -> int:
+        return self.shared
