@@ -32,14 +32,14 @@ def first_case(name: str, part: str) -> dict:
     return next(arguments for case, arguments in import_module(f"qcli.ops.{name}").cases() if part in case)
 
 
-def test_operands_that_change_places_in_the_text_of_an_instruction(tmp_path):
+def test_operands_that_change_places_in_the_text_of_an_instruction(tmp_path, compiled):
     """The emulator has its own twin of the instruction and cannot see it."""
     right = "m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0"
     sources = planted(tmp_path, "ptx.cuh", right, right.replace("%5, %6", "%6, %5"))
     arguments = first_case("linear_4bit", "bfloat16-nested-1x2304x40")
     with Interpreter(tmp_path, sources=sources).running():
         assert "result 0 differs at" in wrong("linear_4bit", arguments, CPU)
-    with Interpreter(tmp_path).running():
+    with Interpreter(compiled).running():
         assert wrong("linear_4bit", arguments, CPU) is None
     if not missing():
         with cuda.using(Emulator(tmp_path, sources=sources)):
@@ -95,9 +95,9 @@ def test_a_fault_is_found(fault, tmp_path):
             wrong(name, arguments, CPU)
 
 
-def test_no_fault_is_found_where_none_is(tmp_path):
+def test_no_fault_is_found_where_none_is(compiled):
     """In what the faults above were planted in."""
     every = {(name, part, capability) for _, (name, part, capability), _ in FAULTS.values()}
     for name, part, capability in every:
-        with Interpreter(tmp_path, capability=capability).running():
+        with Interpreter(compiled, capability=capability).running():
             assert wrong(name, first_case(name, part), CPU) is None

@@ -21,11 +21,6 @@ CPU = torch.device("cpu")
 WAYS = [(name, (9, 0)) for name in REACHED] + [(name, (8, 0)) for name in sorted(TWO_WAYS)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ptx")
-
-
 def launches(name: str, interpreter: Interpreter, arguments: dict) -> set[str]:
     """The kernels that a call would launch; the ops that it calls are not looked into."""
     asking = Asking(interpreter.of, SHARED[interpreter.of], interpreter.multiprocessors(CPU))
@@ -41,8 +36,8 @@ def run(interpreter: Interpreter, name: str, cases) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name, capability", WAYS, ids=str)
-def test_a_case_for_each_kernel(name, capability, folder):
-    interpreter, reached, chosen = Interpreter(folder, capability=capability), set(), []
+def test_a_case_for_each_kernel(name, capability, compiled):
+    interpreter, reached, chosen = Interpreter(compiled, capability=capability), set(), []
     for case, arguments in import_module(f"qcli.ops.{name}").cases():
         kernels = launches(name, interpreter, arguments)
         if kernels - reached:
@@ -57,17 +52,17 @@ def test_a_case_for_each_kernel(name, capability, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, capability", WAYS, ids=str)
-def test_an_ops_own_cases(name, capability, folder):
+def test_an_ops_own_cases(name, capability, compiled):
     """Some minutes for all."""
-    interpreter = Interpreter(folder, capability=capability)
+    interpreter = Interpreter(compiled, capability=capability)
     assert run(interpreter, name, import_module(f"qcli.ops.{name}").cases()) == {}
     assert interpreter.launched
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, capability", WAYS, ids=str)
-def test_hostile_inputs(name, capability, folder):
+def test_hostile_inputs(name, capability, compiled):
     torch.manual_seed(0)
-    interpreter = Interpreter(folder, capability=capability)
+    interpreter = Interpreter(compiled, capability=capability)
     assert run(interpreter, name, inputs.hostile(name, (torch.bfloat16, torch.float32))) == {}
     assert interpreter.launched

@@ -18,8 +18,8 @@ FAULTY = Path(__file__).parents[1] / "emulator"
 
 
 @pytest.fixture(scope="module")
-def interpreter(tmp_path_factory):
-    with Interpreter(tmp_path_factory.mktemp("ptx"), sources=FAULTY).running() as made:
+def interpreter(compiled):
+    with Interpreter(compiled, sources=FAULTY).running() as made:
         yield made
 
 
