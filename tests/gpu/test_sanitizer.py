@@ -11,10 +11,9 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.gpu.every_kernel import entries
+from tests.gpu.sanitizer import ENVIRONMENT, SECONDS, TOOLS, command
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
-
-SECONDS = 180  # of a tool
 
 
 def reports(output: str, tool: str) -> list[str]:
@@ -28,10 +27,10 @@ def reports(output: str, tool: str) -> list[str]:
     return [report for report in found if ours.search(report)]
 
 
-def run(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int | None, str]:
+def run(words: list[str], environment: dict[str, str], seconds: float) -> tuple[int | None, str]:
     """Exit status and output of a command; None where it was ended, with all that it had started, when its time was over."""
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
     ) as process:  # fmt: skip
         try:
@@ -42,16 +41,12 @@ def run(command: list[str], environment: dict[str, str], seconds: float) -> tupl
             return None, process.communicate()[0]
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+@pytest.mark.parametrize("tool", TOOLS)
 def test_no_report(tool, device):
     if not shutil.which("compute-sanitizer"):
         pytest.skip("compute-sanitizer is not on PATH")
-    # Torch's allocator would hide an access beyond a tensor inside its own larger block.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
-    command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20"]
-    if tool == "memcheck":  # torch asks the driver for what it may not have, and takes no for an answer
-        command += ["--report-api-errors", "no"]
-    status, output = run([*command, sys.executable, "-m", "tests.gpu.every_kernel"], environment, SECONDS)
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    status, output = run(command(tool, sys.executable), environment, SECONDS)
     assert status is not None, f"{tool} was not done within {SECONDS} s:\n{output[-2000:]}"
     assert "kernels launched" in output and "SUMMARY" in output, output[-4000:]
     found = reports(output, tool)

@@ -140,9 +140,9 @@ def _mul(kinds, modes):
         return [kind] * 2, kind, operator.mul
     if modes == ["wide"]:
         return [kind] * 2, _WIDE[kind], lambda a, b: _product(a, b, kind)
-    if modes == ["hi"] and kind in _WIDE:
+    if modes == ["hi"]:
         bits = 8 * TYPES[kind]().itemsize
-        return [kind] * 2, kind, lambda a, b: (_product(a, b, kind) >> bits).astype(TYPES[kind])
+        return [kind] * 2, kind, lambda a, b: (np.asarray(a).astype(object) * np.asarray(b) >> bits).astype(TYPES[kind])
     return None
 
 
