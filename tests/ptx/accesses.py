@@ -36,7 +36,7 @@ def load(instruction: Instruction) -> Step:
         if not len(where):
             return place + 1
         if shared:
-            found = m.shared.load(m.block[lanes], where, dtype.itemsize, len(targets))
+            found = m.shared.load(np.flatnonzero(lanes), where, dtype.itemsize, len(targets))
         else:
             found = m.memory.load(where, dtype.itemsize, len(targets))
         for register, values in zip(targets, found):
@@ -103,7 +103,7 @@ def store(instruction: Instruction) -> Step:
         if not len(where):
             return place + 1
         if shared:
-            m.shared.store(m.block[lanes], where, values)
+            m.shared.store(np.flatnonzero(lanes), where, values)
         else:
             m.memory.store(where, values)
         return place + 1
@@ -120,21 +120,17 @@ def atom(instruction: Instruction) -> Step:
     if "shared" not in opcode or opcode[-2] not in _ATOMIC:
         raise PtxError(f"the interpreter does not know {instruction.text}")
     read, value, function = addresses(address), reader(source, opcode[-1]), _ATOMIC[opcode[-2]]
-    dtype = TYPES[opcode[-1]]
 
     def step(m, place: int) -> int:
         lanes = np.flatnonzero(m.lanes_of(instruction))
         where, values = read(m)[lanes], np.broadcast_to(value(m), m.count)[lanes]
         before = np.zeros(m.count, UNSIGNED[target.bits])
         for i, lane in enumerate(lanes):
-            one, block = where[i : i + 1], m.block[lane : lane + 1]
             try:
-                (old,) = m.shared.load(block, one, np.dtype(dtype).itemsize, 1)
+                old = m.shared.change(int(lane), int(where[i]), function, values[i])
             except AccessFault as e:
                 raise AccessFault(str(e), i) from None
-            new = np.array([function(old.view(dtype)[0], values[i])], dtype)
-            m.shared.store(block, one, [new.view(old.dtype)])
-            before[lane] = old[0]
+            before[lane] = old.view(UNSIGNED[target.bits])
         m.write(target, before, instruction)
         return place + 1
 
@@ -169,7 +165,7 @@ def copy(instruction: Instruction) -> Step:
     def begin(m, place: int) -> int:
         lanes = np.flatnonzero(m.lanes_of(instruction))
         sources, sizes = source(m)[lanes], np.broadcast_to(nbytes(m), m.count)[lanes]
-        index = m.shared.expect(m.block[lanes], to(m)[lanes], 16)
+        index = m.shared.expect(lanes, to(m)[lanes], 16)
         check_alignment(sources, 16)
         if not np.isin(sizes, (0, 16)).all():
             raise PtxError(f"{instruction.text}: a copy of a part")
@@ -192,7 +188,7 @@ def _land(m, pending: tuple, lanes: np.ndarray, latest: int) -> tuple | None:
         some = sizes[done] > 0
         if some.any():
             data[some] = np.stack(m.memory.load(sources[done][some], 4, 4), 1).view(np.uint8)
-        m.shared.land(index[done], data)
+        m.shared.land(of[done], index[done], data)
     return None if done.all() else tuple(part[~done] for part in pending)
 
 
@@ -204,8 +200,8 @@ def ldmatrix(instruction: Instruction) -> Step:
     read, lane = addresses(address), np.arange(32)
 
     def run(m, whole: np.ndarray):
-        where, blocks = (of_lanes(m, values, whole).reshape(-1) for values in (read(m), m.block))
-        rows = np.stack(m.shared.load(blocks, where, 4, 4), 1).reshape(-1, 32, 4)
+        where = of_lanes(m, read(m), whole).reshape(-1)
+        rows = np.stack(m.shared.load(np.flatnonzero(np.repeat(whole, 32)), where, 4, 4), 1).reshape(-1, 32, 4)
         return [(register, rows[:, 8 * i + lane // 4, lane % 4]) for i, register in enumerate(target)]
 
     return of_warps(instruction, run)

@@ -69,6 +69,7 @@ def barrier(instruction: Instruction) -> Step:
         m.pc[lanes], m.state[lanes] = place, AT_BARRIER
         together = ((m.state == AT_BARRIER) & (m.pc == place)).reshape(-1, m.threads).all(1)
         released = np.repeat(together, m.threads)
+        m.shared.interval[together] += 1
         m.pc[released], m.state[released] = place + 1, READY
 
     return step

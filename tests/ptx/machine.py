@@ -36,8 +36,7 @@ class Machine:
         self.module, self.function = module, module.functions[entry]
         self.threads, self.count = threads, len(blocks) * threads
         self.arguments, self.memory = arguments, memory
-        self.block = np.repeat(np.arange(len(blocks)), threads)  # of each lane
-        self.shared = Shared(self.function.shared, dynamic, len(blocks))
+        self.shared = Shared(self.function.shared, dynamic, len(blocks), threads)
         self.special = self._special(blocks, grid)
         # A register that nobody has set is full of ones: a NaN, or an address outside of all arrays.
         unset = {bits: np.full(self.count, ~kind(0), kind) for bits, kind in UNSIGNED.items()}
@@ -58,7 +57,7 @@ class Machine:
         for axis, letter in enumerate("xyz"):
             found[f"%tid.{letter}"] = same(0) if axis else thread
             found[f"%ntid.{letter}"] = same(1 if axis else self.threads)
-            found[f"%ctaid.{letter}"] = blocks[self.block, axis].astype(np.uint32)
+            found[f"%ctaid.{letter}"] = np.repeat(blocks[:, axis], self.threads).astype(np.uint32)
             found[f"%nctaid.{letter}"] = same(grid[axis])
         return found
 

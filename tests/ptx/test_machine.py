@@ -46,6 +46,13 @@ def test_what_is_right(interpreter):
         ("part_of_a_warp", {}, "with mask 0000ffff, expected all 32 lanes"),
         ("unset_shared", {"shared": 256}, "which nobody has written"),
         ("not_waited_for", {"shared": 1024, "signature": "pp"}, "asynchronous copy that nobody has waited for"),
+        ("no_barrier", {}, "touches without a barrier between"),
+        ("writes_too_soon", {}, "a write of 4 bytes at byte \\d+ of .*touches without a barrier between"),
+        (
+            "copies_too_soon",
+            {"shared": 1024, "signature": "pp"},
+            "a copy of 16 bytes .*touches without a barrier between",
+        ),
         ("beyond_dynamic", {"shared": 256}, "thread 63: a write of 4 bytes at byte 256 of values_bytes"),
         ("beyond_static", {}, "a write of 4 bytes at byte 128 of "),
         ("misaligned", {"signature": "pp"}, "no multiple of 16"),
@@ -56,7 +63,7 @@ def test_what_is_right(interpreter):
     ],
 )
 def test_faults(entry, options, message, interpreter):
-    tensors = [torch.zeros(256)] * options.get("signature", "p").count("p")
+    tensors = [torch.zeros(512)] * options.get("signature", "p").count("p")
     with pytest.raises(Fault, match=message):
         run(entry, *tensors, **options)
 
