@@ -108,6 +108,22 @@ def test_no_step_begins_that_may_not_be_done(tmp_path, capsys):
     assert list(summary["steps"]) == ["one", "two", "three"]  # the earlier call's are kept
 
 
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    def main(*options: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["gpu_first.py", "--output", str(tmp_path / "out"), *options])
+        with pytest.raises(SystemExit) as stopped:
+            gpu_first.main()
+        return stopped.value.code
+
+    steps = lambda: list(json.loads((tmp_path / "out" / "summary.json").read_text())["steps"])  # noqa: E731
+    assert main("--from", "three") == 0 and steps() == ["three", "four"]
+    assert main("--only", "one,four") == 0 and steps() == ["one", "three", "four"]
+    assert main("--minutes", "0.5") == 0 and "go on with --from one" in capsys.readouterr().out
+    assert main("--only", "five") == 2 and "--only five: expected some of one,two,three,four" in capsys.readouterr().err
+    (tmp_path / "none-1-py3-none-any.whl").write_text("not a wheel")
+    assert main("--wheels", str(tmp_path)) == 1 and steps()[0] == "install"
+
+
 def test_what_a_step_needs(tmp_path):
     code, summary = run(tmp_path, script("one", "", needs="no-such-program"), script("two", ""))
     assert code == 0

@@ -4,9 +4,10 @@ import numpy as np
 
 from tests.ptx.arithmetic import TYPES
 from tests.ptx.control import of_lanes, of_warps
+from tests.ptx.lanes import UNSIGNED
 from tests.ptx.memory import AccessFault, check_alignment
 from tests.ptx.parse import Instruction, Parameter, PtxError
-from tests.ptx.values import SHARED_WINDOW, UNSIGNED, Step, addresses, as_register, reader
+from tests.ptx.values import SHARED_WINDOW, Step, addresses, as_register, reader
 
 
 def _spaces(opcode: tuple[str, ...], where: np.ndarray) -> tuple[bool, np.ndarray]:

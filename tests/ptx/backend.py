@@ -11,7 +11,8 @@ import torch
 
 from qcli.runtime import cuda, nvcc
 from tests.emulator.emulator import KERNELS, SHARED
-from tests.ptx.machine import Fault, Machine
+from tests.ptx.lanes import Fault
+from tests.ptx.machine import Machine
 from tests.ptx.memory import Global
 from tests.ptx.parse import Module, parse
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from tests.ptx import warp
-from tests.ptx.machine import AT_BARRIER, EXITED, IN_WARP, READY
+from tests.ptx.lanes import AT_BARRIER, EXITED, IN_WARP, READY
 from tests.ptx.parse import Instruction, PtxError, Register
 from tests.ptx.values import Step, reader
 

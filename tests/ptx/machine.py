@@ -7,15 +7,12 @@ Of the threads that can go on, those at the lowest place in the text do, togethe
 
 import numpy as np
 
+from tests.ptx.lanes import EXITED, IN_WARP, READY, UNSIGNED, Fault
 from tests.ptx.memory import AccessFault, Global, Shared
 from tests.ptx.parse import Instruction, Module, Register
+from tests.ptx.steps import work_out
 
-READY, AT_BARRIER, IN_WARP, EXITED = range(4)
-UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
-
-
-class Fault(Exception):
-    """What a kernel did that a GPU forbids, with the instruction, the line of the source, the block and the thread."""
+MOST_STEPS = 2_000_000  # beyond which a kernel is taken to run for ever
 
 
 class Machine:
@@ -80,6 +77,8 @@ class Machine:
         while True:
             instruction = self.module.instructions[place]
             self.steps += 1
+            if self.steps > MOST_STEPS:
+                raise self.fault(f"no end after {MOST_STEPS} instructions", instruction, int(mask.argmax()))
             try:
                 following = (instruction.step or work_out(instruction))(self, place)
             except AccessFault as e:
@@ -128,6 +127,3 @@ class Machine:
         gone = int((self.state[peers] == EXITED).sum())
         message = f"divergent barrier: {here} of {size} threads of {of} wait here, {gone} have returned"
         raise self.fault(message, instruction, lane)
-
-
-from tests.ptx.steps import work_out  # noqa: E402  (it needs the names above)

@@ -10,7 +10,7 @@ from qcli.runtime import cuda, nvcc
 from tests.emulator.emulator import KERNELS, Emulator, missing
 from tests.gpu.checks import wrong
 from tests.ptx.backend import Interpreter
-from tests.ptx.machine import Fault
+from tests.ptx.lanes import Fault
 
 pytestmark = pytest.mark.skipif(nvcc.find() is None, reason="needs nvcc")
 

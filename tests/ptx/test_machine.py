@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from qcli.runtime import cuda, nvcc
+from tests.ptx import machine
 from tests.ptx.arithmetic import TYPES, function_of, to_bf16
 from tests.ptx.backend import Interpreter
-from tests.ptx.machine import Fault
+from tests.ptx.lanes import Fault
 from tests.ptx.parse import PtxError
 
 WITH_NVCC = pytest.mark.skipif(nvcc.find() is None, reason="needs nvcc")
@@ -69,17 +70,20 @@ def test_faults(entry, options, message, interpreter):
 
 
 @WITH_NVCC
+def test_a_kernel_without_an_end(interpreter, monkeypatch):
+    monkeypatch.setattr(machine, "MOST_STEPS", 10)
+    with pytest.raises(Fault, match="no end after 10 instructions"):
+        run("with_barrier", torch.zeros(64))
+
+
+@WITH_NVCC
 def test_beyond_a_tensor(interpreter):
     """The end of the tensor counts, not that of its storage."""
     out = torch.zeros(128)
     with pytest.raises(Fault, match="thread 0: a write of 4 bytes at byte 256 of an array of 256: outside of all"):
         cuda.kernel("faulty", "pi", "beyond_global")((), (1,), 64, 0, out[:64], 64)
-    assert torch.equal(cuda_write(out), torch.ones(64))
-
-
-def cuda_write(out: torch.Tensor) -> torch.Tensor:
     cuda.kernel("faulty", "pi", "beyond_global")((), (1,), 64, 0, out[:64], 63)
-    return out[:64]
+    assert torch.equal(out[:64], torch.ones(64))
 
 
 @WITH_NVCC

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import numpy as np
 
 from tests.ptx.arithmetic import TYPES, function_of
+from tests.ptx.lanes import UNSIGNED
 from tests.ptx.parse import Address, Immediate, Instruction, Name, PtxError, Register
 
-UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SHARED_WINDOW = 1 << 56  # where shared memory lies among generic addresses
 
 Read = Callable[["Machine"], np.ndarray]  # noqa: F821
