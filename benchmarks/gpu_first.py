@@ -54,8 +54,10 @@ class Step:
 
 
 def tests_passed(log: str, folder: Path) -> Figures:
-    """Of pytest. Raises ValueError where none ran."""
-    found = {what: int(n) for n, what in re.findall(r"\b(\d+) (passed|failed|skipped|errors?)\b", log.splitlines()[-1])}
+    """Of pytest's last line, behind which the interpreter may have said something. Raises ValueError where no test ran."""
+    ends = re.findall(r"^=*\s*(\d+ \w+.* in [\d.]+s.*)$", log, re.MULTILINE)
+    counts = re.findall(r"\b(\d+) (passed|failed|skipped|errors?)\b", ends[-1] if ends else "")
+    found: Figures = {what: int(number) for number, what in counts}
     if not found.get("passed"):
         raise ValueError("no test ran")
     return found
@@ -208,7 +210,8 @@ def perform(step: Step, folder: Path) -> Figures:
             "why": f"exit code {code}: {(text.splitlines() or [''])[-1]}",
         }
     try:
-        note |= step.read(text, folder)
+        if figures := step.read(text, folder):
+            note["figures"] = figures
     except (OSError, ValueError, KeyError, IndexError) as e:  # figures that it did not come to write
         if note["status"] == PASSED:
             note |= {"status": WRONG if step.proves else FAILED, "why": str(e)}

@@ -43,13 +43,14 @@ def nvidia_smi(tmp_path_factory, monkeypatch):
 
 
 def test_logs_figures_and_versions(tmp_path):
-    counts = script("one", "print('3 passed, 1 skipped in 2.00s')", proves=True, read=gpu_first.tests_passed)
+    said = "3 passed, 1 skipped in 2.00s (0:00:02)\nat exit"
+    counts = script("one", f"print({said!r})", proves=True, read=gpu_first.tests_passed)
     code, summary = run(tmp_path, counts, script("two", "import sys; print('to err', file=sys.stderr)"))
     assert code == 0
-    assert (tmp_path / "one.log").read_text() == "3 passed, 1 skipped in 2.00s\n"
+    assert (tmp_path / "one.log").read_text() == f"{said}\n"
     assert (tmp_path / "two.log").read_text() == "to err\n"
     one = summary["steps"]["one"]
-    assert (one["status"], one["passed"], one["skipped"], one["gpu"]) == (PASSED, 3, 1, "NVIDIA H100")
+    assert (one["status"], one["figures"], one["gpu"]) == (PASSED, {"passed": 3, "skipped": 1}, "NVIDIA H100")
     assert summary["machine"]["gpu"]["driver_version"] == "580.1"
     assert summary["machine"]["torch"] == torch.__version__
     assert str(ROOT) not in json.dumps(summary) and str(tmp_path) not in json.dumps(summary)
@@ -153,12 +154,22 @@ def test_figures_of_the_profiler_and_of_the_benchmark(tmp_path):
     assert gpu_first.benchmark("few")("", tmp_path)["rows"] == [1]
 
 
+@pytest.mark.skipif(missing() is not None, reason=missing() or "")
+def test_the_benchmark_on_its_stand_in(tmp_path):
+    command = gpu_first.python("benchmarks/gpu.py", "--stand-in", "--only", "launch", "--output", "FOLDER/some.json")
+    step = Step("one", command, 120, read=gpu_first.benchmark("some"))
+    _, summary = run(tmp_path, step)
+    one = summary["steps"]["one"]
+    assert one["status"] == PASSED and one["seconds"] > 0
+    assert one["figures"]["ceilings"]["copy"] > 0 and one["figures"]["rows"]
+
+
 def test_a_wrong_exit_code_counts_before_the_figures(tmp_path):
     step = script(
         "one", "print('1 failed, 2 passed in 1s'); raise SystemExit(1)", proves=True, read=gpu_first.tests_passed
     )
     code, summary = run(tmp_path, step)
-    assert code == 1 and summary["steps"]["one"]["failed"] == 1
+    assert code == 1 and summary["steps"]["one"]["figures"]["failed"] == 1
 
 
 def test_the_steps_are_those_that_there_are(monkeypatch):
