@@ -143,9 +143,8 @@ class Shared:
         for i, value in enumerate(values):
             at = index + i * size
             memory, written = self.bytes.view(WORDS[size]), self.set.view(WORDS[size])
-            changing = (memory[at // size] != value) | (written[at // size] != ONES[size])
-            wrong = np.zeros(len(at), bool)
-            wrong[changing] = self.races.on_write(at[changing], size, *self._who(lanes[changing]))
+            new = (memory[at // size] != value) | (written[at // size] != ONES[size])
+            wrong = self.races.on_write(at, size, *self._who(lanes), new)
             memory[at // size] = value
             written[at // size] = ONES[size]
             wrong |= memory[at // size] != value  # another lane wrote something else in this instruction
@@ -157,7 +156,7 @@ class Shared:
         index = self._index(lanes, addresses, size, "an atomic operation")
         if self.set.view(WORDS[size])[index[0] // size] != ONES[size]:
             raise AccessFault(f"an atomic operation on {self._describe(address)}, which nobody has written", 0)
-        wrong = self.races.on_write(index, size, *self._who(lanes), atomic=True)
+        wrong = self.races.on_write(index, size, *self._who(lanes), np.ones(1, bool), atomic=True)
         self._check_race(wrong, addresses, size, "an atomic operation")
         memory = self.bytes.view(value.dtype)
         before = memory[index[0] // size]
@@ -167,7 +166,8 @@ class Shared:
     def expect(self, lanes: np.ndarray, addresses: np.ndarray, size: int) -> np.ndarray:
         """Copies to these places begin; returns them for `land`."""
         index = self._index(lanes, addresses, size, "a copy")
-        self._check_race(self.races.on_write(index, size, *self._who(lanes)), addresses, size, "a copy")
+        wrong = self.races.on_write(index, size, *self._who(lanes), np.ones(len(lanes), bool))
+        self._check_race(wrong, addresses, size, "a copy")
         self.coming.reshape(-1, size)[index // size] = 1
         self.any_coming = True
         return index
@@ -175,7 +175,7 @@ class Shared:
     def land(self, lanes: np.ndarray, index: np.ndarray, data: np.ndarray) -> None:
         """Copies end: `data` uint8 [lanes, bytes]."""
         size = data.shape[1]
-        self.races.on_write(index, size, *self._who(lanes))
+        self.races.on_write(index, size, *self._who(lanes), np.ones(len(lanes), bool))
         self.bytes.reshape(-1, size)[index // size] = data
         self.set.reshape(-1, size)[index // size] = 1
         self.coming.reshape(-1, size)[index // size] = 0

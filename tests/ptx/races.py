@@ -1,8 +1,8 @@
 """Accesses to shared memory that no barrier keeps apart.
 
 Threads run side by side here, so a missing barrier need not show in the result. What shows is that two warps touched the same
-bytes between two barriers, and one of them wrote. Lanes of a warp are taken to be in step, and a write that changes nothing
-(several warps raise the same flag) is let pass.
+bytes between two barriers, and one of them wrote. Lanes of a warp are taken to be in step, and where several warps write what
+is there already (they raise the same flag) that is let pass.
 """
 
 import numpy as np
@@ -32,14 +32,21 @@ class Races:
         return wrong.any(1)
 
     def on_write(
-        self, index: np.ndarray, size: int, warps: np.ndarray, intervals: np.ndarray, *, atomic: bool = False
+        self,
+        index: np.ndarray,
+        size: int,
+        warps: np.ndarray,
+        intervals: np.ndarray,
+        new: np.ndarray,
+        *,
+        atomic: bool = False,
     ) -> np.ndarray:
-        """To what another warp wrote or read in this interval."""
+        """To what another warp read in this interval, or wrote, where the value is `new` (bool [accesses])."""
         places, warps, now = self._places(index, size), warps[:, None], intervals[:, None]
         writer = self.writer[places]
-        wrong = (self.written[places] == now) & (writer != warps) & ~(atomic & (writer == ATOMIC))
-        wrong |= (self.read[places] == now) & (self.reader[places] != warps)
-        self.writer[places] = ATOMIC if atomic else warps
+        again = (self.written[places] == now) & (writer != warps) & ~(atomic & (writer == ATOMIC))
+        wrong = (self.read[places] == now) & (self.reader[places] != warps) | again & new[:, None]
+        self.writer[places] = ATOMIC if atomic else np.where(again, SEVERAL, warps)
         self.written[places] = now
         return wrong.any(1)
 
