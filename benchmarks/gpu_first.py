@@ -197,7 +197,12 @@ def perform(step: Step, folder: Path) -> Figures:
     if step.needs and shutil.which(step.needs) is None:
         return {"status": SKIPPED, "seconds": 0.0, "why": f"{step.needs} is not on PATH"}
     log, began = folder / f"{step.name}.log", time.monotonic()
-    environment = {"QCLI_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        "QCLI_CACHE": str(folder / "cache"),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "QCLI_TEST_SEED": "0",
+    }
     with log.open("wb") as output:
         code = ended(step.command(folder), os.environ | environment | step.environment, step.seconds, output)
     note: Figures = {"status": PASSED, "seconds": round(time.monotonic() - began, 1)}

@@ -4,6 +4,7 @@ import os
 import time
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
@@ -13,7 +14,7 @@ from qcli.ops import dequantize_int8, quantize_int8
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.runtime import cpu, cuda
 from tests.emulator.emulator import Emulator, missing
-from tests.gpu import checks, every_kernel, inputs, test_sanitizer
+from tests.gpu import checks, conftest, every_kernel, inputs, test_sanitizer
 
 CPU = torch.device("cpu")
 EMULATED = pytest.mark.skipif(missing() is not None, reason=missing() or "")
@@ -157,6 +158,16 @@ def test_reports_of_the_sanitizer_are_read():
     assert len(test_sanitizer.reports(race + "========= RACECHECK SUMMARY: 1 hazard displayed\n", "racecheck")) == 1
     quiet = "========= COMPUTE-SANITIZER\n14 kernels launched\n========= ERROR SUMMARY: 0 errors\n"
     assert test_sanitizer.reports(quiet, "memcheck") == []
+
+
+def test_the_seed_is_shown(monkeypatch):
+    lines = []
+    reporter = SimpleNamespace(write_line=lines.append)
+    conftest.pytest_terminal_summary(reporter)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    conftest.pytest_terminal_summary(reporter)
+    assert lines == [f"GPU: some GPU, torch {torch.__version__}; inputs of seed {conftest._SEED} (QCLI_TEST_SEED)"]
 
 
 def ends(process: int) -> bool:

@@ -9,12 +9,11 @@ from tests.gpu.checks import PRODUCTS, compile_all
 from tests.gpu.images import MORE
 
 
-def pytest_report_header(config):
+def pytest_terminal_summary(terminalreporter):
+    """A header would not be shown with -q."""
     if torch.cuda.is_available():
-        return (
-            f"GPU: {torch.cuda.get_device_name()}, torch {torch.__version__}; inputs of seed {_SEED} (QCLI_TEST_SEED)"
-        )
-    return None
+        where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+        terminalreporter.write_line(f"GPU: {where}; inputs of seed {_SEED} (QCLI_TEST_SEED)")
 
 
 _SEED = int(os.environ.get("QCLI_TEST_SEED") or int.from_bytes(os.urandom(3), "little"))
@@ -34,7 +33,7 @@ def _ready() -> torch.device:
 
 @pytest.fixture
 def device(_ready) -> torch.device:
-    """The GPU, all cores for the references, and fresh random inputs, the same again with the seed that the header shows."""
+    """The GPU, all cores for the references, and fresh random inputs, the same again with the seed that is shown last."""
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(_SEED)
