@@ -259,6 +259,22 @@ def _bfind(kinds, modes):
     return kinds, "u32", lambda v: np.where(v == 0, np.uint32(0xFFFFFFFF), (31 - top(v)).astype(np.uint32))
 
 
+def _bfe(kinds, modes):
+    """`length` bits from `position` on, extended by the last of them or by zeros."""
+    kind = kinds[0]
+    if kinds not in (["u32"], ["s32"]):
+        return None
+    wide = np.int64 if kind == "s32" else np.uint64
+
+    def function(a, position, length):
+        position, length = (np.minimum(np.asarray(v) & 0xFF, 32).astype(wide) for v in (position, length))
+        rest = wide(64) - length
+        kept = np.where(length == 0, wide(0), np.asarray(a).astype(wide) >> position << np.minimum(rest, wide(63)))
+        return (kept >> np.minimum(rest, wide(63))).astype(TYPES[kind])
+
+    return [kind, "u32", "u32"], kind, function
+
+
 def _bfi(a, b, position, length):
     """The lowest `length` bits of a put into b from `position` on."""
     position, length = (np.asarray(v).astype(np.uint64) & np.uint64(0xFF) for v in (position, length))
@@ -291,6 +307,7 @@ _MAKERS = {
     "abs": _same(np.abs),
     "add": _sum(operator.add),
     "and": _logic(operator.and_),
+    "bfe": _bfe,
     "bfi": _bits32(_bfi, 4),
     "bfind": _bfind,
     "brev": _bits32(lambda v: _gather(_spread(v)[..., ::-1]), 1),

@@ -1,6 +1,7 @@
 """A backend of qcli.runtime.cuda that runs what nvcc makes of the kernels, on tensors of the CPU."""
 
 import hashlib
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from tests.emulator.emulator import KERNELS, SHARED
 from tests.ptx.lanes import Fault
 from tests.ptx.machine import Machine
 from tests.ptx.memory import Global
-from tests.ptx.parse import Module, parse
+from tests.ptx.parse import Module, PtxError, parse
 
 LANES = 1 << 14  # at once, in whole blocks
 
@@ -77,7 +78,11 @@ class Interpreter:
             self.folder.mkdir(parents=True, exist_ok=True)
             command = [nvcc.require(), "-ptx", f"-arch=compute_{target}", *nvcc.FLAGS, "-lineinfo", "-I", str(KERNELS)]
             defined = [f"-D{constant}" for constant in constants]
-            subprocess.run([*command, *defined, "-o", str(file), str(path)], check=True, capture_output=True)
+            partial = file.with_suffix(f".{os.getpid()}")
+            done = subprocess.run([*command, *defined, "-o", partial, path], capture_output=True, text=True)
+            if done.returncode:
+                raise PtxError(f"nvcc makes nothing of {path}: {done.stderr}")
+            partial.replace(file)
         return file.read_text()
 
     def launch(self, function, grid: tuple, block: tuple, shared: int, arguments: bytes, device: torch.device) -> None:
