@@ -34,7 +34,7 @@ class Interpreter:
     def running(self) -> Iterator["Interpreter"]:
         """Kernels run on it meanwhile. Only tensors that a launch is given are memory to it: their addresses are noted as host
         code asks for them."""
-        data_ptr = torch.Tensor.data_ptr
+        data_ptr, before = torch.Tensor.data_ptr, torch.Tensor.__dict__.get("data_ptr")
 
         def noting(tensor: torch.Tensor) -> int:
             address = data_ptr(tensor)
@@ -46,7 +46,10 @@ class Interpreter:
             with cuda.using(self):
                 yield self
         finally:
-            del torch.Tensor.data_ptr  # of the class above it again
+            if before:
+                torch.Tensor.data_ptr = before
+            else:
+                del torch.Tensor.data_ptr  # it is inherited again
 
     def serves(self, device: torch.device) -> bool:
         return device.type == "cpu"
