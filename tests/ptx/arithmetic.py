@@ -277,10 +277,11 @@ def _bfe(kinds, modes):
 
 def _bfi(a, b, position, length):
     """The lowest `length` bits of a put into b from `position` on."""
-    position, length = (np.asarray(v).astype(np.uint64) & np.uint64(0xFF) for v in (position, length))
-    mask = ((np.uint64(1) << np.minimum(length, 32)) - np.uint64(1)) << np.minimum(position, 32)
-    inserted = np.asarray(a).astype(np.uint64) << np.minimum(position, 32)
-    return ((b & ~mask) | (inserted & mask)).astype(np.uint32)
+    bits = np.uint64(32)
+    position, length = (np.minimum(np.asarray(v).astype(np.uint64) & np.uint64(0xFF), bits) for v in (position, length))
+    mask = ((np.uint64(1) << length) - np.uint64(1)) << position
+    inserted = np.asarray(a).astype(np.uint64) << position
+    return ((np.asarray(b).astype(np.uint64) & ~mask) | (inserted & mask)).astype(np.uint32)
 
 
 def _prmt(a, b, selector):
