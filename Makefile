@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-gpu check kernels sanitize bench bench-gpu clean
+.PHONY: demo test test-all test-gpu gpu-first check kernels sanitize bench bench-gpu clean
 
 # Quantizes the bundled model both ways, measures, and lets each tell a story.
 demo: $(VENV)/installed
@@ -17,10 +17,19 @@ demo: $(VENV)/installed
 test: $(VENV)/tested
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# On a machine with an NVIDIA GPU, in the Python whose torch knows it, with PyCUDA, pytest and bitsandbytes. ARGS="-k sanitizer"
-# runs a part.
+# With those that take minutes or gigabytes: every case of every kernel through the PTX interpreter, where nvcc is.
+test-all: $(VENV)/tested
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
+
+# On a machine with an NVIDIA GPU, in the Python whose torch knows it, with PyCUDA, pytest and bitsandbytes. ARGS="-k parity"
+# runs a part, ARGS="-m slow -k memcheck" (racecheck, synccheck, initcheck) a tool of compute-sanitizer, some minutes each.
 test-gpu:
 	$(PYTHON) -m pytest -q -m "not slow" tests/gpu tests/test_decode_cuda.py $(ARGS)
+
+# On a GPU that is lent for half an hour: the proofs and figures in the order of their worth, up to the first wrong number.
+# ARGS="--minutes 9" ends in time, ARGS="--from STEP" goes on; logs and summary.json lie in build/gpu-first.
+gpu-first:
+	$(PYTHON) benchmarks/gpu_first.py $(ARGS)
 
 check: $(VENV)/checked
 	$(BIN)/ruff check .

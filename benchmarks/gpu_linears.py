@@ -57,7 +57,7 @@ def nf4_layer(gpu, limits, name: str, shape: tuple[int, int], n: int, k: int) ->
     def candidates(x: torch.Tensor) -> dict[str, Candidate]:
         return {
             "qcli": Candidate(lambda i: gpu.call("linear_4bit", x, *ours[i], torch.bfloat16), count),
-            "bitsandbytes": Candidate(lambda i: bnb.matmul_4bit(x, theirs[i][0], theirs[i][1]), count),
+            "bitsandbytes": Candidate(lambda i: bnb.matmul_4bit(x, theirs[i][0].t(), theirs[i][1]), count),
             "bfloat16": Candidate(lambda i: torch.nn.functional.linear(x, weights[i]), full),
         }
 

@@ -20,7 +20,7 @@ from qcli.runtime import cuda
 
 ROUNDS = 15
 LONG_ENOUGH = 3e-3  # seconds of a round, beside which its events and its launch are nothing
-HEAD_START = 400_000  # clock cycles for which the GPU is kept busy while the host begins a round
+HEAD_START = 2_000_000  # clock cycles, about 1 ms, for which the GPU is kept busy while the host begins a round
 
 
 @dataclass

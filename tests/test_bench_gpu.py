@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.emulator.emulator import missing
+from tests.emulator.emulator import Emulator, missing
+from tests.gpu.images import wanted
 
 
 @pytest.fixture
@@ -21,6 +22,13 @@ def test_every_part_runs(benchmarks, tmp_path, monkeypatch):
     import gpu_linears
 
     monkeypatch.setattr(gpu_linears, "TOKENS", (1, 8, 32))
+    asked, function = set(), Emulator.function
+
+    def noting(self, source, entry, constants, device):
+        asked.add((source, tuple(sorted(constants))))
+        return function(self, source, entry, constants, device)
+
+    monkeypatch.setattr(Emulator, "function", noting)
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         found = gpu.measure(gpu.StandIn(tmp_path / "kernels"), list(gpu.PARTS), tmp_path, tmp_path / "figures")
     rows = found["rows"]
@@ -38,6 +46,8 @@ def test_every_part_runs(benchmarks, tmp_path, monkeypatch):
     assert errors and all(row["linear_w8a16"] < row["linear_int8"] < 0.1 for row in errors)
     parts = {name for row in rows if ", parts, " in row["work"] for name in row["figures"]}
     assert {"linear_int8_gemm", "linear_int8_epilogue", "list_outliers", "torch._int_mm"} <= parts
+    beforehand = {(source, tuple(sorted(constants))) for source, constants in wanted({})}  # what it compiles first
+    assert len(asked) > 10 and asked <= beforehand
 
 
 def test_a_part_that_fails_does_not_end_the_others(benchmarks, tmp_path, monkeypatch, capsys):

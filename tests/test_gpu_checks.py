@@ -1,6 +1,10 @@
 """What the tests in tests/gpu rest on, without a GPU: on the emulator's kernels, and on results that are wrong on purpose."""
 
+import os
+import time
 from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
@@ -10,7 +14,7 @@ from qcli.ops import dequantize_int8, quantize_int8
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.runtime import cpu, cuda
 from tests.emulator.emulator import Emulator, missing
-from tests.gpu import checks, every_kernel, inputs, test_sanitizer
+from tests.gpu import checks, conftest, every_kernel, inputs, test_sanitizer
 
 CPU = torch.device("cpu")
 EMULATED = pytest.mark.skipif(missing() is not None, reason=missing() or "")
@@ -121,6 +125,16 @@ def test_codes_may_differ_on_a_threshold_only():
     assert checks.far_from_thresholds(near, low, high, torch.ones(1), 2, "nf4") == 0
 
 
+def test_a_result_that_is_rounded_again_may_be_the_next_one():
+    """float16 products in bfloat16: half a unit of the one decides between two of the other."""
+    arguments = inputs.layer_4bit(2, 16, 64, torch.float16)
+    arguments["x"] = arguments["x"].bfloat16()
+    result = checks.reference("linear_4bit", arguments)
+    for steps, agrees in ((1, True), (8, False)):
+        other = (result.view(torch.int16) + steps).view(torch.bfloat16)
+        assert (checks.disagreement("linear_4bit", arguments, other, result) is None) == agrees
+
+
 REPORT = """========= COMPUTE-SANITIZER
 14 kernels launched
 ========= Invalid __global__ read of size 4 bytes
@@ -144,6 +158,37 @@ def test_reports_of_the_sanitizer_are_read():
     assert len(test_sanitizer.reports(race + "========= RACECHECK SUMMARY: 1 hazard displayed\n", "racecheck")) == 1
     quiet = "========= COMPUTE-SANITIZER\n14 kernels launched\n========= ERROR SUMMARY: 0 errors\n"
     assert test_sanitizer.reports(quiet, "memcheck") == []
+
+
+def test_the_seed_is_shown(monkeypatch):
+    lines = []
+    reporter = SimpleNamespace(write_line=lines.append)
+    conftest.pytest_terminal_summary(reporter)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    conftest.pytest_terminal_summary(reporter)
+    assert lines == [f"GPU: some GPU, torch {torch.__version__}; inputs of seed {conftest._SEED} (QCLI_TEST_SEED)"]
+
+
+def ends(process: int) -> bool:
+    """Whether a process that was killed is gone, or waits only for its parent to notice."""
+    for _ in range(1000):
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_sanitizer_has_its_time_and_no_more():
+    """What it started ends with it."""
+    environment = {"PATH": os.environ["PATH"]}
+    assert test_sanitizer.run(["echo", "14 kernels launched"], environment, 60) == (0, "14 kernels launched\n")
+    status, output = test_sanitizer.run(["sh", "-c", "sleep 1000 & echo $!; wait"], environment, 0.5)
+    assert status is None
+    assert ends(int(output))
 
 
 def test_the_reference_is_torchs_own():

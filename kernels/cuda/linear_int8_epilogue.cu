@@ -46,7 +46,7 @@ KERNEL void __launch_bounds__(256)
                          const int* __restrict__ count, const Bias* __restrict__ bias, long long tokens, long long rows,
                          int columns, Scalar* __restrict__ y) {
   __shared__ float x_kept[DEPTH][TOKENS + 1];
-  __shared__ float w_kept[DEPTH][ROWS + 4];
+  __shared__ __align__(16) float w_kept[DEPTH][ROWS + 4];  // read four at a time
   const long long first_token = (long long)blockIdx.x * TOKENS, first_row = (long long)blockIdx.y * ROWS;
   const int across = threadIdx.x % ACROSS, down = threadIdx.x / ACROSS;
   float sum[EACH][EACH] = {};

@@ -59,8 +59,14 @@ def image(source: str, constants: tuple[str, ...], capability: tuple[int, int]) 
     if found is not None:
         return found
     arch = architecture(capability)
-    key = _key(source, constants, arch, version(require()))
+    key = _key(source, constants, arch, version(require()), *_flags_of_the_environment())
     return _cached(f"{source}-{key}.cubin", lambda: build(source, constants, ["-cubin", f"-arch={arch}"]))
+
+
+def _flags_of_the_environment() -> list[str]:
+    """What nvcc adds to its command by itself."""
+    given = {name: os.environ.get(name) for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")}
+    return [f"{name}={flags}" for name, flags in given.items() if flags]
 
 
 def complete(capability: tuple[int, int]) -> bool:

@@ -14,6 +14,7 @@ from qcli import codebooks, ops
 from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.packing import unpack_4bit
 from qcli.runtime import cpu, cuda, nvcc
+from tests.gpu.images import wanted
 from tests.parity import bits, disagreement, flat
 
 KERNELS = [name for name in ops.names() if hasattr(import_module(f"qcli.ops.{name}"), "_cuda")]  # ops that have one
@@ -145,10 +146,8 @@ def same_bits(ours, theirs) -> bool:
 def compile_all(capability: tuple[int, int], more: dict[str, list[tuple[str, ...]]]) -> int:
     """Compiles every image that a package would carry, and `more`, on all cores: one by one they would take minutes. Returns how
     many there are."""
-    wanted = [(source, constants) for source in nvcc.sources() for constants in nvcc.instances(source)]
-    wanted += [(source, constants) for source, every in more.items() for constants in every]
     with ThreadPoolExecutor() as pool:
-        return len(list(pool.map(lambda one: nvcc.image(*one, capability), dict.fromkeys(wanted))))
+        return len(list(pool.map(lambda one: nvcc.image(*one, capability), wanted(more))))
 
 
 def far_from_thresholds(x, ours, theirs, absmax, block_size: int, quant_type: str) -> int:

@@ -6,30 +6,14 @@ import torch
 from qcli.ops import linear_int8
 from qcli.runtime import cuda
 from tests.gpu.checks import PRODUCTS, compile_all
-
-_HALF, _ALL = ("__nv_bfloat16", "__half"), ("float", "__nv_bfloat16", "__half")
-_BLOCK_SIZES = (2, 6, 16, 32, 128, 256, 512, 4096)
-_OTHER_BIAS = [(f"DTYPE={x}", f"BIAS={bias}") for x in _ALL for bias in _ALL if x != bias]
-# What the tests use beyond the images that a package would carry.
-_MORE = {
-    **dict.fromkeys(
-        ("quantize_4bit", "dequantize_4bit"), [(f"DTYPE={x}", f"BLOCK_SIZE={n}") for x in _ALL for n in _BLOCK_SIZES]
-    ),
-    "linear_int8": [(*both, f"FULL={full}") for both in _OTHER_BIAS for full in (0, 1)],
-    "linear_int8_epilogue": _OTHER_BIAS,
-    "linear_int8_gemm": [both for both in _OTHER_BIAS if both[0] != "DTYPE=float"],
-    "linear_w8a16": [
-        (x, f"FULL={full}", bias) for x, bias in _OTHER_BIAS if x != "DTYPE=float" for full in (0, 1)
-    ],
-}  # fmt: skip
+from tests.gpu.images import MORE
 
 
-def pytest_report_header(config):
+def pytest_terminal_summary(terminalreporter):
+    """A header would not be shown with -q."""
     if torch.cuda.is_available():
-        return (
-            f"GPU: {torch.cuda.get_device_name()}, torch {torch.__version__}; inputs of seed {_SEED} (QCLI_TEST_SEED)"
-        )
-    return None
+        where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+        terminalreporter.write_line(f"GPU: {where}; inputs of seed {_SEED} (QCLI_TEST_SEED)")
 
 
 _SEED = int(os.environ.get("QCLI_TEST_SEED") or int.from_bytes(os.urandom(3), "little"))
@@ -43,13 +27,13 @@ def _ready() -> torch.device:
     first = torch.device("cuda", 0)
     if problem := cuda.problem(first):
         pytest.fail(f"the kernels do not run on this GPU: {problem.message}; {problem.hint}")
-    compile_all(torch.cuda.get_device_capability(first), _MORE)
+    compile_all(torch.cuda.get_device_capability(first), MORE)
     return first
 
 
 @pytest.fixture
 def device(_ready) -> torch.device:
-    """The GPU, all cores for the references, and fresh random inputs, the same again with the seed that the header shows."""
+    """The GPU, all cores for the references, and fresh random inputs, the same again with the seed that is shown last."""
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(_SEED)

@@ -123,4 +123,9 @@ def test_a_result(device, room, product):
     assert prod((tokens, out_features)) > BEYOND
     room(30 * GIGABYTE)
     arguments = layer_8bit(tokens, out_features, 64, torch.bfloat16, outliers=2, device=device)
-    assert wrong_in_rows("linear_int8", arguments, ends(out_features)) is None
+    try:
+        assert wrong_in_rows("linear_int8", arguments, ends(out_features)) is None
+    except RuntimeError as e:
+        if product == "fused" or "CUBLAS" not in str(e):
+            raise
+        pytest.skip(f"cuBLAS has no integer product of that size: {e}")

@@ -1,8 +1,9 @@
-"""compute-sanitizer over every kernel."""
+"""compute-sanitizer over every kernel, each tool for itself and within a time: `make test-gpu ARGS="-m slow -k memcheck"`."""
 
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -10,8 +11,9 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.gpu.every_kernel import entries
+from tests.gpu.sanitizer import ENVIRONMENT, SECONDS, TOOLS, command
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 
 def reports(output: str, tool: str) -> list[str]:
@@ -25,19 +27,27 @@ def reports(output: str, tool: str) -> list[str]:
     return [report for report in found if ours.search(report)]
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+def run(words: list[str], environment: dict[str, str], seconds: float) -> tuple[int | None, str]:
+    """Exit status and output of a command; None where it was ended, with all that it had started, when its time was over."""
+    with subprocess.Popen(
+        words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=seconds)
+            return process.returncode, output
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the tool's own child would hold the GPU
+            return None, process.communicate()[0]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
 def test_no_report(tool, device):
     if not shutil.which("compute-sanitizer"):
         pytest.skip("compute-sanitizer is not on PATH")
-    # Torch's allocator would hide an access beyond a tensor inside its own larger block.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
-    command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20"]
-    if tool == "memcheck":  # torch asks the driver for what it may not have, and takes no for an answer
-        command += ["--report-api-errors", "no"]
-    done = subprocess.run(
-        [*command, sys.executable, "-m", "tests.gpu.every_kernel"], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400,
-    )  # fmt: skip
-    assert "kernels launched" in done.stdout and "SUMMARY" in done.stdout, done.stdout[-4000:]
-    found = reports(done.stdout, tool)
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    status, output = run(command(tool, sys.executable), environment, SECONDS)
+    assert status is not None, f"{tool} was not done within {SECONDS} s:\n{output[-2000:]}"
+    assert "kernels launched" in output and "SUMMARY" in output, output[-4000:]
+    found = reports(output, tool)
     assert not found, "\n".join(found[:5])

@@ -43,6 +43,8 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(nvcc, "_packaged", lambda: [])
     monkeypatch.setattr(nvcc.qcli, "__path__", [str(tmp_path / "package")])
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("NVCC_PREPEND_FLAGS", raising=False)
+    monkeypatch.delenv("NVCC_APPEND_FLAGS", raising=False)
     monkeypatch.setenv("QCLI_CACHE", str(tmp_path / "cache"))
     nvcc.version.cache_clear()
     yield tmp_path
@@ -91,7 +93,11 @@ def test_whatever_changes_the_image_changes_its_place_in_the_cache(place, monkey
     some()
     monkeypatch.setattr(nvcc, "FLAGS", ("-O1",))
     some()
-    assert len(calls(place)) == 6
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
+    some()
+    monkeypatch.setenv("NVCC_PREPEND_FLAGS", "-lineinfo")
+    some()
+    assert len(calls(place)) == 8
 
 
 def test_another_nvcc_is_asked_for_its_version_and_compiles_anew(place):

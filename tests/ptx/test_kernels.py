@@ -1,0 +1,78 @@
+"""What nvcc made of every kernel, run lane by lane, against the reference of its op."""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from qcli.runtime import cuda, nvcc
+from tests.emulator.check import TWO_WAYS
+from tests.emulator.emulator import SHARED
+from tests.emulator.test_kernels import REACHED
+from tests.gpu import inputs
+from tests.gpu.checks import kernel, wrong
+from tests.gpu.images import Asking
+from tests.ptx.backend import Interpreter
+
+pytestmark = pytest.mark.skipif(nvcc.find() is None, reason="needs nvcc")
+
+CPU = torch.device("cpu")
+# Ops that go another way with many tokens on 8.0, where there is no wgmma, and with several multiprocessors.
+WAYS = [(name, (9, 0)) for name in REACHED] + [(name, (8, 0)) for name in sorted(TWO_WAYS)]
+# On 7.5 a product is several smaller instructions; for 10.0 nvcc has another compiler.
+EVERY = WAYS + [(name, (7, 5)) for name in REACHED if name.startswith("linear")] + [(name, (10, 0)) for name in REACHED]
+
+
+def launches(name: str, interpreter: Interpreter, arguments: dict) -> set[str]:
+    """The kernels that a call would launch; the ops that it calls are not looked into."""
+    asking = Asking(interpreter.of, SHARED[interpreter.of], interpreter.multiprocessors(CPU))
+    with cuda.using(asking):
+        kernel(name, arguments)
+    return {entry for _, entry, _ in asking.asked}
+
+
+def of(capability: tuple[int, int], folder: Path) -> Interpreter:
+    """An interpreter, unless this nvcc does not know such GPUs."""
+    if f"sm_{capability[0]}{capability[1]}" not in nvcc.targets():
+        pytest.skip(f"this nvcc does not compile for {capability}")
+    return Interpreter(folder, capability=capability)
+
+
+def run(interpreter: Interpreter, name: str, cases) -> dict[str, str]:
+    """What is wrong, by case."""
+    with interpreter.running():
+        return {case: message for case, arguments in cases if (message := wrong(name, arguments, CPU))}
+
+
+@pytest.mark.parametrize("name, capability", WAYS, ids=str)
+def test_a_case_for_each_kernel(name, capability, compiled):
+    interpreter, reached, chosen = Interpreter(compiled, capability=capability), set(), []
+    for case, arguments in import_module(f"qcli.ops.{name}").cases():
+        kernels = launches(name, interpreter, arguments)
+        if kernels - reached:
+            reached |= kernels
+            chosen.append((case, arguments))
+    assert run(interpreter, name, chosen) == {}
+    # Each way has its own product of many tokens.
+    assert set(interpreter.launched) == reached and reached <= REACHED[name]
+    assert len(REACHED[name] - reached) <= 1
+    assert not REACHED[name] - reached or name in TWO_WAYS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, capability", EVERY, ids=str)
+def test_an_ops_own_cases(name, capability, compiled):
+    """Some minutes for all."""
+    interpreter = of(capability, compiled)
+    assert run(interpreter, name, import_module(f"qcli.ops.{name}").cases()) == {}
+    assert interpreter.launched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, capability", EVERY, ids=str)
+def test_hostile_inputs(name, capability, compiled):
+    torch.manual_seed(0)
+    interpreter = of(capability, compiled)
+    assert run(interpreter, name, inputs.hostile(name, (torch.bfloat16, torch.float32))) == {}
+    assert interpreter.launched
