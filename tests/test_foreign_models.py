@@ -59,8 +59,8 @@ CARRIED = (
 LEFT = (
     "model.gguf", "onnx/model.onnx", "onnx/model.onnx_data", "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack",
     "optimizer.pt", "original/consolidated.00.pth", "rust_model.ot", ".gitattributes", ".cache/huggingface/download/x.metadata",
-    "model.fp16.safetensors", "fp16/model.safetensors.index.json", "__pycache__/modeling_own.cpython-311.pyc", "old-nf4/config.json",
-    "old-nf4/tokenizer.json",
+    "model.fp16.safetensors", "fp16/model.safetensors.index.json", "__pycache__/modeling_own.cpython-311.pyc",
+    "old-nf4/config.json", "old-nf4/tokenizer.json",
 )  # fmt: skip
 
 

@@ -61,9 +61,9 @@ def test_models_that_write_no_text(config, found):
     "config",
     [
         *({"architectures": [f"{name}ForConditionalGeneration"]} for name in ("T5", "Llava", "Gemma3")),
-        *({"architectures": [name]} for name in ("LlamaForCausalLM", "BertLMHeadModel", "OfTomorrow", 5)),
-        *({"model_type": name} for name in ("llama", "of_tomorrow", 5)),
-        *({"architectures": value} for value in ("Bert", [], None)),
+        *({"architectures": [name]} for name in ("LlamaForCausalLM", "BertLMHeadModel", "OfTomorrow")),
+        *({"model_type": name} for name in ("llama", "of_tomorrow")),
+        *({"architectures": value} for value in ([], None)),
         {},
     ],
 )
@@ -76,11 +76,11 @@ def test_code_that_comes_with_a_checkpoint_is_not_judged():
     can_generate.check_can_generate(config, "org/name", trust_remote_code=True)
 
 
-def test_the_command_refuses_an_encoder_before_it_reads_weights(tmp_path, quick_cli):
+def test_the_command_refuses_an_encoder_before_it_reads_weights(tmp_path, quick_cli, monkeypatch):
     t.BertModel(t.BertConfig(**{n: v for n, v in _SMALL.items() if n != "num_key_value_heads"})).save_pretrained(
         tmp_path / "model"
     )
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr("qcli.model.load_source", lambda *_, **__: pytest.fail("weights were read"))
     done = quick_cli("generate", "model", "hi")
     assert done.returncode == 1 and "model cannot generate: BertModel does not write text" in done.stderr
 
@@ -198,7 +198,7 @@ def test_a_processor_s_chat_template(copy, quick_cli):
     assert done.returncode == 0 and json.loads(done.stdout)["prompt_tokens"] == 5
     (copy / "chat_template.json").write_text("[")
     done = quick_cli("generate", copy, "hello", "--chat")
-    assert done.returncode == 1 and "chat_template.json of" in done.stderr
+    assert done.returncode == 1 and "chat_template.json is not valid JSON" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ _MORE_OF_CONFIG = (
     "layer_types", "num_labels", "id2label", "text_config", "vision_config", "sliding_window", "head_dim", "num_experts",
     "num_local_experts", "is_encoder_decoder", "tie_word_embeddings", "pad_token_id", "eos_token_id", "attn_implementation",
     "torchscript", "pruned_heads", "transformers_version", "use_cache", "output_attentions", "return_dict",
-    "chunk_size_feed_forward", "mlp_bias", "attention_bias", "hidden_act", "initializer_range", "rms_norm_eps", "pretraining_tp", "model_type", "name_or_path",
+    "chunk_size_feed_forward", "mlp_bias", "attention_bias", "hidden_act", "initializer_range", "rms_norm_eps", "pretraining_tp",
+    "model_type", "name_or_path",
 )  # fmt: skip
 _MORE_OF_TOKENIZER = (
     "tokenizer_class", "model_max_length", "chat_template", "eos_token", "bos_token", "pad_token", "unk_token", "auto_map",
