@@ -14,11 +14,22 @@ from qcli.memory import context, layer_types, moe_layers
 
 REQUIRED = object()
 _SUB_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config")
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "n_layers")
-_HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed")
-_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
-_VOCABULARY = ("vocab_size", "padded_vocab_size")
-_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "n_layers", "decoder_layers")
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed", "emb_dim")
+_HEADS = (
+    "num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads", "decoder_attention_heads", "num_decoder_attention_heads",
+)  # fmt: skip
+_VOCABULARY = ("vocab_size", "padded_vocab_size", "tgt_vocab_size")
+_CONTEXT = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "seq_length",
+    "max_sequence_length",
+    "context_length",
+)
+_LARGEST = 1 << 48  # of any size or count: more is a damaged file
 _MOST_LAYERS = 10_000  # more is a damaged file, over which counting layer by layer would take hours
 # A whole config always writes these: an absent one is a damaged file, where another field's absence is an old file.
 _NEVER_ASSUMED = frozenset(_LAYERS + _HIDDEN + _HEADS + _VOCABULARY)
@@ -83,6 +94,8 @@ class ModelConfig:
             value = int(value)
         if value is default:
             return value
+        if type(value) is int and value > _LARGEST:
+            raise UsageError(f"{names[0]} in {self.label} is {value:,}, expected at most {_LARGEST:,}.")
         if type(value) is not int or value < 0:
             raise UsageError(f"{names[0]} in {self.label} is {value!r}, expected a whole number.")
         return value
@@ -122,7 +135,7 @@ class ModelConfig:
         listed = self.text.get("layers_block_type") or self.text.get("hybrid_override_pattern")
         if listed and self.model_type == "nemotron_h":  # there num_hidden_layers is ignored
             return len(listed)
-        names = ("num_decoder_layers", *_LAYERS) if self.is_encoder_decoder else _LAYERS
+        names = ("decoder_layers", "num_decoder_layers", *_LAYERS) if self.is_encoder_decoder else _LAYERS
         # A layer of LongCat holds two attention blocks, and transformers counts each as a layer.
         return self._depth(*names) * (2 if self.model_type == "longcat_flash" else 1)
 

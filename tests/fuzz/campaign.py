@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -138,8 +139,9 @@ def main() -> None:
             return
         last = options.first + options.count
         parts = [(options.first + i, last, options.jobs, models) for i in range(options.jobs)]
-        with get_context("spawn").Pool(options.jobs) as pool:
-            results = pool.map(work_through, parts)
+        # A worker that is killed ends this, where a Pool would wait for it.
+        with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+            results = list(pool.map(work_through, parts))
     ended, faults = sum((r[0] for r in results), Counter()), [fault for r in results for fault in r[1]]
     for (verb, code), count in sorted(ended.items(), key=str):
         print(f"{verb:18} exit code {code}: {count:,}")

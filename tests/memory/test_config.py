@@ -1,6 +1,7 @@
 """config.json read without transformers, against what transformers makes of the same file."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -212,3 +213,53 @@ def test_what_is_not_a_model():
     missing = {key: value for key, value in LLAMA.items() if key != "num_hidden_layers"}
     with pytest.raises(UsageError, match="has no num_hidden_layers"):
         _ = ModelConfig(missing, "config.json").layers
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "bart",
+        "pegasus",
+        "marian",
+        "t5",
+        "xlm",
+        "xglm",
+        "trocr",
+        "fsmt",
+        "bloom",
+        "gpt_neo",
+        "mpt",
+        "ctrl",
+        "dbrx",
+        "rwkv",
+        "prophetnet",
+    ],
+)
+def test_the_many_names_of_sizes(model_type):
+    """Layer counts and widths under each family's own names are those that transformers' attribute maps lead to."""
+    theirs = CONFIG_MAPPING[model_type]()
+    ours = ModelConfig(json.loads(theirs.to_json_string(use_diff=False)), "config.json")
+    layers = (
+        getattr(theirs, "decoder_layers", None)
+        or getattr(theirs, "num_decoder_layers", None)
+        or theirs.num_hidden_layers
+    )
+    assert (ours.layers, ours.hidden_size, ours.vocab_size) == (layers, theirs.hidden_size, theirs.vocab_size)
+    if model_type != "rwkv":  # has no heads
+        heads = getattr(theirs, "decoder_attention_heads", None) or getattr(theirs, "num_decoder_attention_heads", None)
+        assert ours.heads == theirs.num_attention_heads or ours.heads == heads
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"])
+def test_sizes_beyond_all_machines(field):
+    raw = {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "vocab_size": 100,
+    }
+    config = ModelConfig(raw | {field: 2**62}, "config.json")
+    name = {"num_attention_heads": "heads", "max_position_embeddings": "max_context"}.get(field, field)
+    with pytest.raises(UsageError, match=f"{field} in config.json is 4,611,686,018,427,387,904, expected at most"):
+        getattr(config, name)
