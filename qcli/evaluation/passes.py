@@ -55,8 +55,9 @@ class Reading:
     """Windows that a model has read up to its head, in one or more variants of it. Of each token and variant it keeps the last
     hidden state.
 
-    `observer` is told of each unit, `alone` gives each window a call of its own, as a model in 8 bits has it always, `advance`
-    hears of finished work, which is `work` in all once the reading has been scored.
+    `observer` is told of each unit. `padded` puts windows of unlike length into one call, else only those of one length are
+    read together; `alone` gives each a call of its own, as a model in 8 bits has it always. `advance` hears of finished work,
+    which is `work` in all once the reading has been scored.
     """
 
     def __init__(
@@ -67,13 +68,14 @@ class Reading:
         *,
         variants: Sequence[str] = ("",),
         observer: Observer | None = None,
+        padded: bool = True,
         alone: bool = False,
     ):
         self.skeleton, self.head, self.advance = skeleton, Head(skeleton), advance
         self._broken: dict[tuple[str, str], torch.Tensor] = {}
         # LLM.int8() takes the outlier columns of all tokens of a call, which must be those of one text.
         alone = alone or any(isinstance(module, Linear8bit) for module in skeleton.model.modules())
-        batches = make_batches([window.ids for window in windows], 0, 1 if alone else BATCH_TOKENS)
+        batches = make_batches([window.ids for window in windows], 0 if padded else None, 1 if alone else BATCH_TOKENS)
         calls = [Call(self.head.below(batch), variant, batch) for variant in variants for batch in batches]
         handles = [unit.module.register_forward_hook(self._watch(unit)) for unit in skeleton.blocks]
         counting = _Counting(observer or Observer(), advance)

@@ -24,13 +24,13 @@ def _round(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tens
 
 
 def round_rows(x: torch.Tensor) -> torch.Tensor:
-    """x float32 [rows, columns] with a scale and a zero point for each row."""
-    return _round(x, *x.aminmax(dim=1, keepdim=True))
+    """x float32 [..., columns] with a scale and a zero point for each row."""
+    return _round(x, *x.aminmax(dim=-1, keepdim=True))
 
 
 def round_tensor(x: torch.Tensor) -> torch.Tensor:
-    """x float32 with one scale and one zero point."""
-    return _round(x, *x.aminmax())
+    """x float32 [..., rows, columns] with a scale and a zero point for each matrix."""
+    return _round(x.flatten(-2), *x.flatten(-2).aminmax(dim=-1, keepdim=True)).view(x.shape)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ def current_call() -> Call | None:
     return getattr(getcurrent(), "call", None)
 
 
+def same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two inputs of modules, of one call, are the same values in the same memory."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+
+
 def run_calls(
     skeleton: Skeleton, calls: Sequence[Call], observer: Observer | None = None, *, keep: bool = False
 ) -> list[Any]:
