@@ -20,19 +20,18 @@ OUTLIER = 6.0  # magnitude of an outlier activation (arXiv:2208.07339, section 3
 
 @dataclass
 class _Sums:
-    """Squared values, and squared errors: float64 sums, kept on the device."""
+    """The sum of squared values and that of squared errors, float64 [2], kept on the device."""
 
-    norm: torch.Tensor | float = 0.0
-    error: torch.Tensor | float = 0.0
+    sums: torch.Tensor | None = None
 
-    def add(self, norm: torch.Tensor, error: torch.Tensor) -> None:
-        """Adds sums of squared values and squared errors."""
-        self.norm, self.error = self.norm + norm, self.error + error
+    def add(self, sums: torch.Tensor) -> None:
+        """Adds sums of squared values and squared errors, float64 [2]."""
+        self.sums = sums if self.sums is None else self.sums + sums
 
     @property
     def sqnr(self) -> float | None:
         """10 log10(norm / error) in dB; None where nothing was lost, or there was nothing."""
-        norm, error = float(self.norm), float(self.error)
+        norm, error = (0.0, 0.0) if self.sums is None else self.sums.tolist()
         return 10 * math.log10(norm / error) if norm > 0 and error > 0 else None
 
 
@@ -45,12 +44,12 @@ def _squares(x: torch.Tensor, dim: int) -> torch.Tensor:
 @dataclass
 class Rounded:
     """Activations [sequences, tokens, columns] under a method: `values` X^ float32, and the columns that each sequence has `kept`
-    whole, bool [sequences, columns]. `sums` are (squares, squared errors) of all columns, and of those without an outlier in
-    their sequence, float64; None where nothing was rounded."""
+    whole, bool [sequences, columns]. `sums` are those of squares and squared errors, float64 [2], of all columns and of those
+    without an outlier in their sequence; None where nothing was rounded."""
 
     values: torch.Tensor
     kept: torch.Tensor
-    sums: tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None
+    sums: tuple[torch.Tensor, torch.Tensor] | None
 
     @classmethod
     def of(cls, x: torch.Tensor, prepared: Prepared) -> "Rounded":
@@ -59,10 +58,10 @@ class Rounded:
         wide = x.float()
         if values is x or values is wide:
             return cls(values, kept, None)
-        norm, error = _squares(wide, -2), _squares(wide - values, -2)
-        ordinary = (wide.amax(-2) < OUTLIER) & (wide.amin(-2) > -OUTLIER)
-        whole, rest = (norm.sum(), error.sum()), (norm[ordinary].sum(), error[ordinary].sum())
-        return cls(values, kept, (whole, rest))
+        squares = torch.stack((_squares(wide, -2), _squares(wide - values, -2)))
+        least, greatest = wide.amin(-2), wide.amax(-2)
+        ordinary = (greatest < OUTLIER) & (least > -OUTLIER)
+        return cls(values, kept, (squares.sum((1, 2)), squares.masked_fill(~ordinary, 0.0).sum((1, 2))))
 
 
 @dataclass
@@ -81,8 +80,8 @@ class Rounding:
         self.kept[module] = self.kept[module] | kept if module in self.kept else kept
         if rounded.sums is not None:
             whole, ordinary = rounded.sums
-            self.activations.add(*whole)
-            self.ordinary.add(*ordinary)
+            self.activations.add(whole)
+            self.ordinary.add(ordinary)
 
     def outlier_columns(self, module: str) -> int:
         """Columns that were kept whole for some sequence."""
@@ -130,7 +129,7 @@ class Methods(Observer):
         prepared: Prepared = self.methods[name].weight(weight)
         if prepared.weight is not weight:
             wide = weight.float()
-            rounding.weights.add(_squares(wide, 1).sum(), _squares(wide - prepared.weight, 1).sum())
+            rounding.weights.add(torch.stack((_squares(wide, 1).sum(), _squares(wide - prepared.weight, 1).sum())))
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             rounded = self._rounded(linear.module.rpartition(".")[0], x, prepared)

@@ -11,6 +11,8 @@ import torch
 
 from qcli.checkpoint.dtypes import ITEMSIZE
 from qcli.methods.llm_int8 import LLMInt8
+from qcli.ops.dequantize_int8 import dequantize_int8
+from qcli.ops.quantize_int8 import quantize_int8
 from qcli.simulation._base import Prepared, Simulation, size_of, times_transposed
 from qcli.simulation.absmax import round_rows
 
@@ -23,12 +25,13 @@ class _Prepared(Prepared):
         self._original, self._threshold = original, threshold
 
     def activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = x.float()
-        outlier = x.abs() >= self._threshold
-        columns = outlier.view(torch.uint8).amax(-2).bool() if x.numel() else outlier.any(-2)  # the quicker any()
-        # A row's absmax leaves out its outliers, and takes in what is none in the same columns.
-        rounded = round_rows(x.masked_fill(outlier, 0.0))
-        return torch.where(columns.unsqueeze(-2), x, rounded), columns
+        sequences = x.reshape(-1, *x.shape[-2:]).float()
+        found = [quantize_int8(sequence, self._threshold) for sequence in sequences]
+        q, absmax, kept = (torch.cat(parts) for parts in zip(*found))
+        rounded, kept = dequantize_int8(q, absmax, torch.float32).view(sequences.shape), kept.view(len(sequences), -1)
+        for rows, columns in _alike(kept):
+            rounded[rows, :, columns] = sequences[rows, :, columns]
+        return rounded.view(x.shape), kept.view(*x.shape[:-2], -1)
 
     def weight_for(self, kept: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         columns = kept.nonzero().view(-1)
@@ -42,12 +45,19 @@ class _Prepared(Prepared):
 
     def _product(self, rounded: torch.Tensor, kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         # In two parts, for a copy of the whole weight for each sequence takes longer than the product.
-        y = times_transposed(rounded.masked_fill(kept.unsqueeze(-2), 0.0), self.weight)
-        sequences, outputs = (t.reshape(-1, *t.shape[-2:]) for t in (rounded, y))
-        for sequence, output, columns in zip(sequences, outputs, kept.reshape(-1, kept.shape[-1])):
-            columns = columns.nonzero().view(-1)
-            output += sequence[:, columns] @ self._kept(columns, dtype).t()
+        y = times_transposed(rounded * (~kept).float().unsqueeze(-2), self.weight)
+        x, outputs = (t.reshape(-1, *t.shape[-2:]) for t in (rounded, y))
+        for rows, columns in _alike(kept.reshape(-1, kept.shape[-1])):
+            outputs[rows] += times_transposed(x[rows][..., columns], self._kept(columns, dtype))
         return y
+
+
+def _alike(kept: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
+    """Runs of sequences of kept [sequences, columns] that keep the same columns, with those columns; without such as keep none."""
+    masks = [mask.tobytes() for mask in kept.cpu().numpy()]
+    starts = [row for row, mask in enumerate(masks) if not row or mask != masks[row - 1]]
+    found = [(slice(a, b), kept[a].nonzero().view(-1)) for a, b in zip(starts, [*starts[1:], len(masks)])]
+    return [(rows, columns) for rows, columns in found if columns.numel()]
 
 
 @dataclass(frozen=True)

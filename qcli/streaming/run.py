@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from qcli.runtime.heap import keep_free_pages
 from qcli.streaming.skeleton import Skeleton
 from qcli.streaming.units import Unit
 
@@ -57,6 +58,7 @@ def run_calls(
 
     Raises what a call raises.
     """
+    keep_free_pages()
     observer = observer or Observer()
     results: dict[int, Any] = {}
     threads: list[greenlet] = []
