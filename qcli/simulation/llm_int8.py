@@ -25,6 +25,8 @@ class _Prepared(Prepared):
         self._original, self._threshold = original, threshold
 
     def activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not x.numel():
+            return super().activations(x)
         sequences = x.reshape(-1, *x.shape[-2:]).float()
         found = [quantize_int8(sequence, self._threshold) for sequence in sequences]
         q, absmax, kept = (torch.cat(parts) for parts in zip(*found))
@@ -45,6 +47,8 @@ class _Prepared(Prepared):
 
     def _product(self, rounded: torch.Tensor, kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         # In two parts, for a copy of the whole weight for each sequence takes longer than the product.
+        if not rounded.numel():
+            return super()._product(rounded, kept, dtype)
         y = times_transposed(rounded * (~kept).float().unsqueeze(-2), self.weight)
         x, outputs = (t.reshape(-1, *t.shape[-2:]) for t in (rounded, y))
         for rows, columns in _alike(kept.reshape(-1, kept.shape[-1])):
