@@ -148,9 +148,7 @@ def _simulated(skeleton: Skeleton, methods: Sequence[Simulation], corpus: Corpus
     def run(observer: Methods, advance: Advance, alone: bool) -> list[TokenScores]:
         def read(windows: Sequence[Window], before: int) -> tuple[Form, list[Form]]:
             # Not padded: what is "the tensor" to a method is then a whole sequence and nothing else.
-            reading = Reading(
-                skeleton, windows, advance, variants=names, observer=observer, padded=False, alone=alone
-            )
+            reading = Reading(skeleton, windows, advance, variants=names, observer=observer, padded=False, alone=alone)
             forms = [Form(f"{skeleton.source.label}, {name}", reading, name, before) for name in names]
             return forms[0], forms[1:]
 

@@ -102,7 +102,9 @@ class Reading:
             if (call := current_call()) is not None:
                 hidden = output[0] if isinstance(output, tuple) else output
                 key = call.variant, unit.name
-                broken = ~torch.stack(hidden.aminmax()).isfinite().all()  # one pass: NaN is the extreme where there is any
+                broken = (
+                    ~torch.stack(hidden.aminmax()).isfinite().all()
+                )  # one pass: NaN is the extreme where there is any
                 self._broken[key] = self._broken.get(key, broken) | broken  # nothing waits for the device here
 
         return watch
@@ -169,9 +171,7 @@ class Form:
     variant: str = ""
     before: int = 0
 
-    def tell(
-        self, scores: TokenScores, start: int, pieces: Sequence[Piece], base: torch.Tensor | None
-    ) -> torch.Tensor:
+    def tell(self, scores: TokenScores, start: int, pieces: Sequence[Piece], base: torch.Tensor | None) -> torch.Tensor:
         """Scores pieces of windows as tokens `start` onwards. Returns their logits. Raises NonFiniteError."""
         logits, ids = self.reading.logits(self.variant, pieces), torch.cat([piece.ids for piece in pieces])
         scores.tell(start, logits, ids.to(logits.device), base)
@@ -214,7 +214,9 @@ def score(
         for number in (piece.window for piece in pieces if piece.last):
             for reading in readings:
                 unit = reading.head.unit
-                reading.advance(weight_bytes(unit) // len(windows), f"{unit.name}, window {number + 1} of {len(windows)}")
+                reading.advance(
+                    weight_bytes(unit) // len(windows), f"{unit.name}, window {number + 1} of {len(windows)}"
+                )
     for reading in readings:
         reading.skeleton.unload(reading.head.unit)
     return of_base, scores

@@ -63,8 +63,11 @@ def wanted(most: int, free: float) -> int:
 
 def cores() -> float:
     """The cores that this process may use: its affinity, or less where a container has a quota."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min([allowed, *_quotas()])
+    return min([_allowed(), *_quotas()])
+
+
+def _allowed() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _quotas(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:
@@ -130,7 +133,9 @@ class _Count:
         self._set()
 
     def _set(self) -> None:
-        if self._torch.get_num_threads() == self._last:  # else somebody has set a number of their own, for now or for good
+        if (
+            self._torch.get_num_threads() == self._last
+        ):  # else somebody has set a number of their own, for now or for good
             self._torch.set_num_threads(self._next)
             self._last = self._next
         self._done.set()
@@ -147,7 +152,7 @@ def _watch(over: threading.Event, counts: list[_Count]) -> None:
         if not counts and _torch_is_there():
             counts.append(_Count())
         for count in counts:
-            count.ask(len(os.sched_getaffinity(0)) - others)
+            count.ask(_allowed() - others)
 
 
 def _torch_is_there() -> bool:
