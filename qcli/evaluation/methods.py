@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 
@@ -53,7 +54,7 @@ class Rounded:
 
     @classmethod
     def of(cls, x: torch.Tensor, prepared: Prepared) -> "Rounded":
-        """Rounds x [..., tokens, columns] as the layer does that `prepared` belongs to."""
+        """Rounds x [sequences, tokens, columns] as the layer does that `prepared` belongs to."""
         values, kept = prepared.activations(x)
         wide = x.float()
         if values is x or values is wide:
@@ -146,11 +147,13 @@ class Methods(Observer):
 
 
 def _sequences(x: torch.Tensor) -> torch.Tensor:
-    """x as [sequences, tokens, columns], or as the one sequence that it is. Raises SequencesMixed."""
+    """x [..., columns] as [sequences, tokens, columns]: the rows of a call of several windows, and of one window what the layer
+    sees. Raises SequencesMixed."""
     call = current_call()
     batch = call.batch if call else None
     if batch is None or len(batch.windows) == 1:
-        return x if x.dim() > 1 else x.unsqueeze(0)
+        tokens = x.shape[-2] if x.dim() > 1 else 1
+        return x.reshape(prod(x.shape[:-2]), tokens, x.shape[-1])
     rows, tokens = batch.ids.shape
     if x.shape[:-1] not in ((rows, tokens), (rows * tokens,)):
         raise SequencesMixed
