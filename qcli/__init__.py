@@ -26,4 +26,5 @@ __all__ = ["QcliError", "__version__", "estimate_memory", "evaluate", "inspect_o
 def __getattr__(name: str):
     if name not in _EXPORTS:
         raise AttributeError(f"module 'qcli' has no attribute {name!r}")
+    import_module("qcli.runtime.threads").settle()  # before the verb imports torch
     return getattr(import_module(_EXPORTS[name]), name)

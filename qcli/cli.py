@@ -13,6 +13,7 @@ import typer
 
 from qcli import __version__, console
 from qcli.errors import QcliError, QcliWarning
+from qcli.runtime import threads
 
 app = typer.Typer(
     help="Quantize, run and inspect large language models on the hardware you have.",
@@ -80,7 +81,9 @@ def main() -> None:
     """Entry point of `qcli`."""
     warnings.showwarning = _warn
     signal.signal(signal.SIGTERM, _terminate)
-    app(prog_name="qcli")
+    threads.settle()
+    with threads.following():
+        app(prog_name="qcli")
 
 
 if __name__ == "__main__":

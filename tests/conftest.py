@@ -12,6 +12,10 @@ os.environ.pop("HF_TOKEN", None)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from qcli.runtime import threads  # noqa: E402
+
+threads.settle()
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402

@@ -9,7 +9,7 @@ from qcli.checkpoint.linears import Linear
 from qcli.checkpoint.source import Source
 from qcli.corpus import Corpus, Window, read_windows
 from qcli.errors import UsageError
-from qcli.evaluation.methods import Methods, Rounding, quantizable
+from qcli.evaluation.methods import Methods, Rounding, SequencesMixed, quantizable
 from qcli.evaluation.passes import Advance, Form, Reading, goes, score_all
 from qcli.evaluation.result import Evaluation, Protocol, Row
 from qcli.evaluation.speed import Speed, measure
@@ -143,15 +143,23 @@ def _measured(skeletons: Sequence[Skeleton], corpus: Corpus, advance: Advance) -
 
 def _simulated(skeleton: Skeleton, methods: Sequence[Simulation], corpus: Corpus, advance: Advance) -> list[Row]:
     """The unquantized model, and every method compared with it."""
-    observer, names = Methods(skeleton, methods), [method.name for method in methods]
+    names = [method.name for method in methods]
 
-    def read(windows: Sequence[Window], before: int) -> tuple[Form, list[Form]]:
-        # Each window is a call of its own: what is "the tensor" to a method is then one sequence, whatever shape a layer sees.
-        reading = Reading(skeleton, windows, advance, variants=names, observer=observer, alone=True)
-        forms = [Form(f"{skeleton.source.label}, {name}", reading, name, before) for name in names]
-        return forms[0], forms[1:]
+    def run(observer: Methods, advance: Advance, alone: bool) -> list[TokenScores]:
+        def read(windows: Sequence[Window], before: int) -> tuple[Form, list[Form]]:
+            # Not padded: what is "the tensor" to a method is then a whole sequence and nothing else.
+            reading = Reading(skeleton, windows, advance, variants=names, observer=observer, padded=False, alone=alone)
+            forms = [Form(f"{skeleton.source.label}, {name}", reading, name, before) for name in names]
+            return forms[0], forms[1:]
 
-    of_base, *others = score_all(goes([skeleton], corpus.windows, len(names)), read)
+        return score_all(goes([skeleton], corpus.windows, len(names)), read)
+
+    observer = Methods(skeleton, methods)
+    try:
+        of_base, *others = run(observer, advance, alone=observer.of_experts)
+    except SequencesMixed:
+        observer = Methods(skeleton, methods)
+        of_base, *others = run(observer, lambda count, name: None, alone=True)  # the work has been told of, in part
     whole = sum(info.nbytes for _, info in skeleton.source.tensors.values())
     rest = whole - _linear_bytes(skeleton.source, observer.linears)
     count = sum(x.out_features * x.in_features for x in observer.linears)

@@ -1,6 +1,6 @@
 """Windows of text through a streamed model up to its head, and from there, a few tokens at a time, into scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from qcli.streaming.units import Unit
 
 Advance = Callable[[int, str], None]
 
-_LOGITS = 1 << 24  # at a time, unless 16 tokens have more
+_LOGITS, _ROWS = 1 << 24, 2048  # at a time at most, of so many tokens, unless 16 have more
 HIDDEN_BYTES = 2 << 30  # of hidden states that wait together; what has more is read in several goes
 
 
@@ -55,8 +55,9 @@ class Reading:
     """Windows that a model has read up to its head, in one or more variants of it. Of each token and variant it keeps the last
     hidden state.
 
-    `observer` is told of each unit, `alone` gives each window a call of its own, as a model in 8 bits has it always, `advance`
-    hears of finished work, which is `work` in all once the reading has been scored.
+    `observer` is told of each unit. `padded` puts windows of unlike length into one call, else only those of one length are
+    read together; `alone` gives each a call of its own, as a model in 8 bits has it always. `advance` hears of finished work,
+    which is `work` in all once the reading has been scored.
     """
 
     def __init__(
@@ -67,13 +68,14 @@ class Reading:
         *,
         variants: Sequence[str] = ("",),
         observer: Observer | None = None,
+        padded: bool = True,
         alone: bool = False,
     ):
         self.skeleton, self.head, self.advance = skeleton, Head(skeleton), advance
         self._broken: dict[tuple[str, str], torch.Tensor] = {}
         # LLM.int8() takes the outlier columns of all tokens of a call, which must be those of one text.
         alone = alone or any(isinstance(module, Linear8bit) for module in skeleton.model.modules())
-        batches = make_batches([window.ids for window in windows], 0, 1 if alone else BATCH_TOKENS)
+        batches = make_batches([window.ids for window in windows], 0 if padded else None, 1 if alone else BATCH_TOKENS)
         calls = [Call(self.head.below(batch), variant, batch) for variant in variants for batch in batches]
         handles = [unit.module.register_forward_hook(self._watch(unit)) for unit in skeleton.blocks]
         counting = _Counting(observer or Observer(), advance)
@@ -99,14 +101,17 @@ class Reading:
         def watch(module, args, output):
             if (call := current_call()) is not None:
                 hidden = output[0] if isinstance(output, tuple) else output
-                broken, key = ~hidden.isfinite().all(), (call.variant, unit.name)
+                key = call.variant, unit.name
+                broken = (
+                    ~torch.stack(hidden.aminmax()).isfinite().all()
+                )  # one pass: NaN is the extreme where there is any
                 self._broken[key] = self._broken.get(key, broken) | broken  # nothing waits for the device here
 
         return watch
 
-    def logits(self, variant: str, window: int, first: int, last: int) -> torch.Tensor:
-        """[last - first, vocabulary] of positions `first` to `last` of a window. The head must be loaded."""
-        return self.head.logits(*self._places[variant, window], first, last)
+    def logits(self, variant: str, pieces: Sequence["Piece"]) -> torch.Tensor:
+        """[tokens, vocabulary] of pieces of windows, one after another. The head must be loaded."""
+        return self.head.logits([(*self._places[variant, p.window], p.first, p.first + len(p.ids)) for p in pieces])
 
     def where_broken(self, variant: str) -> str:
         """The first block with an output that is not finite, in words."""
@@ -131,6 +136,33 @@ class _Counting(Observer):
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Scored tokens `ids` [tokens] of a window, which positions `first` onwards predict; `last` where the window ends with them."""
+
+    window: int
+    first: int
+    ids: torch.Tensor
+    last: bool
+
+
+def pieces_of(windows: Sequence[Window], rows: int) -> Iterator[list[Piece]]:
+    """Every scored token, as many windows at a time as have `rows` tokens, or so much of one."""
+    found: list[Piece] = []
+    room = rows
+    for number, window in enumerate(windows):
+        ids, start = torch.tensor(window.ids[window.context :]), 0
+        while start < len(ids):
+            part = ids[start : start + room]
+            found.append(Piece(number, window.context - 1 + start, part, start + len(part) == len(ids)))
+            start, room = start + len(part), room - len(part)
+            if not room:
+                yield found
+                found, room = [], rows
+    if found:
+        yield found
+
+
+@dataclass(frozen=True)
 class Form:
     """A model, or a variant of one, after its reading. `name` is for messages, and so is `before`: windows of goes before."""
 
@@ -139,18 +171,18 @@ class Form:
     variant: str = ""
     before: int = 0
 
-    def tell(
-        self, scores: TokenScores, start: int, window: int, ids: torch.Tensor, first: int, base: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Scores ids [tokens], which positions `first` onwards of a window predict, as tokens `start` onwards. Returns the
-        logits. Raises NonFiniteError."""
-        logits = self.reading.logits(self.variant, window, first, first + len(ids))
+    def tell(self, scores: TokenScores, start: int, pieces: Sequence[Piece], base: torch.Tensor | None) -> torch.Tensor:
+        """Scores pieces of windows as tokens `start` onwards. Returns their logits. Raises NonFiniteError."""
+        logits, ids = self.reading.logits(self.variant, pieces), torch.cat([piece.ids for piece in pieces])
         scores.tell(start, logits, ids.to(logits.device), base)
         broken = ~np.isfinite(scores.loss[start : start + len(ids)])
         if broken.any():
+            place = int(broken.argmax())
+            owners = [(piece, i) for piece in pieces for i in range(len(piece.ids))]
+            piece, i = owners[place]
             raise NonFiniteError(
-                f"{self.name}: the logits for token {first + 1 + int(broken.argmax())} of window "
-                f"{self.before + window + 1} are not finite; "
+                f"{self.name}: the logits for token {piece.first + 1 + i} of window "
+                f"{self.before + piece.window + 1} are not finite; "
                 f"{self.reading.where_broken(self.variant)}",
                 "Try --dtype float32; where that does not help, a weight is damaged.",
             )
@@ -171,18 +203,20 @@ def score(
     readings = {id(form.reading): form.reading for form in forms}.values()
     for reading in readings:
         reading.skeleton.load(reading.head.unit)
-    rows = max(_LOGITS // max(reading.head.unit.module.weight.shape[0] for reading in readings), 16)
+    vocabulary = max(reading.head.unit.module.weight.shape[0] for reading in readings)
+    rows = max(min(_LOGITS // vocabulary, _ROWS), 16)
     start = 0
-    for number, window in enumerate(windows):
-        ids = torch.tensor(window.ids[window.context :])
-        for first, piece in zip(range(window.context - 1, len(window.ids), rows), ids.split(rows)):
-            logp = log_probabilities(base.tell(of_base, start, number, piece, first, None)) if base else None
-            for form, told in zip(others, scores):
-                form.tell(told, start, number, piece, first, logp)
-            start += len(piece)
-        for reading in readings:
-            unit = reading.head.unit
-            reading.advance(weight_bytes(unit) // len(windows), f"{unit.name}, window {number + 1} of {len(windows)}")
+    for pieces in pieces_of(windows, rows):
+        logp = log_probabilities(base.tell(of_base, start, pieces, None)) if base else None
+        for form, told in zip(others, scores):
+            form.tell(told, start, pieces, logp)
+        start += sum(len(piece.ids) for piece in pieces)
+        for number in (piece.window for piece in pieces if piece.last):
+            for reading in readings:
+                unit = reading.head.unit
+                reading.advance(
+                    weight_bytes(unit) // len(windows), f"{unit.name}, window {number + 1} of {len(windows)}"
+                )
     for reading in readings:
         reading.skeleton.unload(reading.head.unit)
     return of_base, scores

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qcli.nn import Linear4bit, Linear8bit
-from qcli.streaming.run import current_call
+from qcli.streaming.run import current_call, same_tensor
 
 ATTENTION_INPUT, ATTENTION_OUTPUT = "attention input", "attention output"
 FFN_INPUT, FFN_OUTPUT, OTHER = "ffn input", "ffn output", "other"
@@ -74,7 +74,7 @@ class SiteFinder:
             if call is not self._call:
                 self._call, self._inputs = call, {}
             inputs = self._inputs.setdefault(group, [])
-            order = next((i for i, before in enumerate(inputs) if _same(before, x)), len(inputs))
+            order = next((i for i, before in enumerate(inputs) if same_tensor(before, x)), len(inputs))
             first = order == len(inputs)
             if first:
                 inputs.append(x)
@@ -98,10 +98,6 @@ class SiteFinder:
         for sites in groups.values():
             _name(sites)
         return list(self.sites.values())
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
 def _name(sites: list[Site]) -> None:

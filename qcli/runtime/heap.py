@@ -1,7 +1,11 @@
 """The C heap of this process."""
 
 import ctypes
+import os
+from contextlib import suppress
 from functools import cache
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from glibc's malloc.h
 
 
 @cache
@@ -18,3 +22,16 @@ def give_back() -> None:
     a long run grows by what they pin."""
     if (trim := _trim()) is not None:
         trim(ctypes.c_size_t(0))
+
+
+@cache
+def keep_free_pages() -> None:
+    """Lets freed memory lie in the heap, up to 64 MiB at its end, until `give_back`. glibc alone returns what a block's tensors of
+    some hundred kilobytes took after each operation, and the system hands out the same pages again, zeroed, for the next: a
+    tenth of the time of small models. Does nothing where the environment sets malloc up."""
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
+    with suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, 16 << 20)
+        mallopt(_TRIM_THRESHOLD, 64 << 20)

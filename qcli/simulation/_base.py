@@ -2,7 +2,8 @@
 
 y = X^ W^T + bias in float32, where X^ and W^ are the values that the method's integers or codes stand for. The activations
 of one sequence are taken together and those of two never are, so that neither a scale of "the tensor" nor the outlier
-columns of LLM.int8() depend on how sequences are batched.
+columns of LLM.int8() depend on how sequences are batched. Sequences of one length are rounded in the same few operations and
+multiplied in one product all the same.
 """
 
 from collections.abc import Callable
@@ -13,46 +14,50 @@ import torch
 from qcli.checkpoint.dtypes import ITEMSIZE
 from qcli.formats import TensorSpec
 
-Seen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-
 
 class Prepared:
-    """A weight [out_features, in_features] under a method: `weight` is W^, float32. `rounding` makes X^ of the activations of
-    one sequence, float32 [tokens, in_features]; None leaves them whole."""
+    """A weight [out_features, in_features] under a method: `weight` is W^, float32. `rounding` makes X^ of activations, float32
+    [..., tokens, in_features], each sequence by itself; None leaves them whole."""
 
     def __init__(self, weight: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor] | None = None):
         self.weight, self._rounding = weight, rounding
 
     def activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """X^ of one sequence x [tokens, in_features], in float32, and the columns that it keeps in 16 bits, bool [in_features]."""
+        """X^ of x [..., tokens, in_features], in float32, and the columns that each sequence keeps in 16 bits, bool
+        [..., in_features]. They do not depend on the weight."""
         x = x.float()
-        kept = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
+        kept = torch.zeros(*x.shape[:-2], x.shape[-1], dtype=torch.bool, device=x.device)
         return (self._rounding(x) if self._rounding and x.numel() else x), kept
 
     def weight_for(self, kept: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """W^ float32 as activations of `dtype` meet it, where the columns `kept`, bool [in_features], stay in 16 bits."""
         return self.weight
 
-    def _product(self, rounded: torch.Tensor, kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """X^ W^T of one sequence, float32."""
-        return rounded @ self.weight_for(kept, dtype).t()
-
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None, seen: Seen | None = None) -> torch.Tensor:
-        """x [..., tokens, in_features], float32 or 16 bits, to [..., tokens, out_features] in x's dtype, one sequence after
-        another along the leading dimensions. bias [out_features] or None. `seen` is told x, X^ and the kept columns of each.
-        """
-        y = torch.empty((*x.shape[:-1], self.weight.shape[0]), dtype=torch.float32, device=x.device)
-        tokens = x.shape[-2] if x.dim() > 1 else 1
-        sequences = prod(x.shape[:-2])
-        flat_x, flat_y = x.reshape(sequences, tokens, x.shape[-1]), y.view(sequences, tokens, y.shape[-1])
-        for i in range(sequences):
-            rounded, kept = self.activations(flat_x[i])
-            if seen:
-                seen(flat_x[i], rounded, kept)
-            flat_y[i] = self._product(rounded, kept, x.dtype)
+    def product(
+        self, rounded: torch.Tensor, kept: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """X^ W^T + bias, [..., tokens, out_features] in `dtype`, of what `activations` gave for x of that dtype. bias
+        [out_features] or None."""
+        y = self._product(rounded, kept, dtype)
         if bias is not None:
             y += bias.float()
-        return y.to(x.dtype)
+        return y.to(dtype)
+
+    def _product(self, rounded: torch.Tensor, kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """X^ W^T, float32."""
+        return times_transposed(rounded, self.weight_for(kept, dtype))
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., tokens, in_features], float32 or 16 bits, to [..., tokens, out_features] in x's dtype, one sequence after
+        another along the leading dimensions; x [in_features] is a sequence of one token. bias [out_features] or None."""
+        sequences = x if x.dim() > 1 else x.unsqueeze(0)
+        y = self.product(*self.activations(sequences), x.dtype, bias)
+        return y if x.dim() > 1 else y.squeeze(0)
+
+
+def times_transposed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [..., tokens, in_features] by weight [out_features, in_features]: every row in one product."""
+    return (x.reshape(-1, x.shape[-1]) @ weight.t()).view(*x.shape[:-1], len(weight))
 
 
 class Simulation:

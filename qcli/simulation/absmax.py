@@ -16,14 +16,14 @@ from qcli.simulation._base import Prepared, Simulation, size_of
 
 
 def round_rows(x: torch.Tensor) -> torch.Tensor:
-    """x [rows, columns] with a scale for each row, as float32."""
-    q, absmax, _ = quantize_int8(x, 0.0)
-    return dequantize_int8(q, absmax, torch.float32)
+    """x [..., columns] with a scale for each row, as float32."""
+    q, absmax, _ = quantize_int8(x.reshape(-1, x.shape[-1]), 0.0)
+    return dequantize_int8(q, absmax, torch.float32).view(x.shape)
 
 
 def round_tensor(x: torch.Tensor) -> torch.Tensor:
-    """x with one scale, as float32."""
-    return round_rows(x.reshape(1, -1)).view(x.shape)
+    """x [..., rows, columns] with a scale for each matrix, as float32."""
+    return round_rows(x.flatten(-2)).view(x.shape)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from qcli.checkpoint.dtypes import ITEMSIZE
 from qcli.methods.llm_int8 import LLMInt8
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.quantize_int8 import quantize_int8
-from qcli.simulation._base import Prepared, Simulation, size_of
+from qcli.simulation._base import Prepared, Simulation, size_of, times_transposed
 from qcli.simulation.absmax import round_rows
 
 
@@ -25,9 +25,15 @@ class _Prepared(Prepared):
         self._original, self._threshold = original, threshold
 
     def activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        q, absmax, outliers = quantize_int8(x, self._threshold)
-        rounded, columns = dequantize_int8(q, absmax, torch.float32), outliers.nonzero().view(-1)
-        return rounded.index_copy_(1, columns, x[:, columns].float()), outliers
+        if not x.numel():
+            return super().activations(x)
+        sequences = x.reshape(-1, *x.shape[-2:]).float()
+        found = [quantize_int8(sequence, self._threshold) for sequence in sequences]
+        q, absmax, kept = (torch.cat(parts) for parts in zip(*found))
+        rounded, kept = dequantize_int8(q, absmax, torch.float32).view(sequences.shape), kept.view(len(sequences), -1)
+        for rows, columns in _alike(kept):
+            rounded[rows, :, columns] = sequences[rows, :, columns]
+        return rounded.view(x.shape), kept.view(*x.shape[:-2], -1)
 
     def weight_for(self, kept: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         columns = kept.nonzero().view(-1)
@@ -41,9 +47,21 @@ class _Prepared(Prepared):
 
     def _product(self, rounded: torch.Tensor, kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         # In two parts, for a copy of the whole weight for each sequence takes longer than the product.
-        columns = kept.nonzero().view(-1)
-        ordinary = rounded.index_fill(1, columns, 0.0)
-        return ordinary @ self.weight.t() + rounded[:, columns] @ self._kept(columns, dtype).t()
+        if not rounded.numel():
+            return super()._product(rounded, kept, dtype)
+        y = times_transposed(rounded * (~kept).float().unsqueeze(-2), self.weight)
+        x, outputs = (t.reshape(-1, *t.shape[-2:]) for t in (rounded, y))
+        for rows, columns in _alike(kept.reshape(-1, kept.shape[-1])):
+            outputs[rows] += times_transposed(x[rows][..., columns], self._kept(columns, dtype))
+        return y
+
+
+def _alike(kept: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
+    """Runs of sequences of kept [sequences, columns] that keep the same columns, with those columns; without such as keep none."""
+    masks = [mask.tobytes() for mask in kept.cpu().numpy()]
+    starts = [row for row, mask in enumerate(masks) if not row or mask != masks[row - 1]]
+    found = [(slice(a, b), kept[a].nonzero().view(-1)) for a, b in zip(starts, [*starts[1:], len(masks)])]
+    return [(rows, columns) for rows, columns in found if columns.numel()]
 
 
 @dataclass(frozen=True)

@@ -15,22 +15,21 @@ import torch
 from qcli.simulation._base import Prepared, Simulation
 
 
-def _round(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    span = high - low
-    # Divided by the range first: 254 / range overflows for a small one.
-    levels, least = (x / span).mul_(254).round_(), (low / span).mul_(254).round_()
-    levels.clamp_(least, least + 254)  # where float32 rounds both ends apart
-    return torch.where(span == 0, x, levels.mul_(span / 254))
-
-
 def round_rows(x: torch.Tensor) -> torch.Tensor:
-    """x float32 [rows, columns] with a scale and a zero point for each row."""
-    return _round(x, *x.aminmax(dim=1, keepdim=True))
+    """x float32 [..., columns] with a scale and a zero point for each row."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)  # apart: on a CPU a tenth of the time of aminmax
+    span = high - low
+    flat = span == 0
+    # Divided by the range first: 254 / range overflows for a small one. Without a range every level is 0, and stands for x.
+    divisor = span.masked_fill(flat, torch.inf)
+    levels, least = (x / divisor).mul_(254).round_(), (low / divisor).mul_(254).round_()
+    levels.clamp_(least, least + 254)  # where float32 rounds both ends apart
+    return levels.mul_(span / 254).add_(low.masked_fill(~flat, 0.0))
 
 
 def round_tensor(x: torch.Tensor) -> torch.Tensor:
-    """x float32 with one scale and one zero point."""
-    return _round(x, *x.aminmax())
+    """x float32 [..., rows, columns] with a scale and a zero point for each matrix."""
+    return round_rows(x.flatten(-2)).view(x.shape)
 
 
 @dataclass(frozen=True)

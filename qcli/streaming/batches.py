@@ -28,15 +28,20 @@ class Batch:
         return ids if bool(self.mask.all()) else ids | {"attention_mask": self.mask.to(device).long()}
 
 
-def make_batches(windows: Sequence[Sequence[int]], padding: int, batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
-    """Batches of windows of like length, longest first, padded at their ends with the id `padding`."""
+def make_batches(
+    windows: Sequence[Sequence[int]], padding: int | None, batch_tokens: int = BATCH_TOKENS
+) -> list[Batch]:
+    """Batches of windows of like length, longest first, padded at their ends with the id `padding`; of windows of one length where
+    it is None."""
     order = sorted(range(len(windows)), key=lambda i: (-len(windows[i]), i))
     batches = []
     while order:
         longest = len(windows[order[0]])
         rows = tuple(order[: max(batch_tokens // longest, 1)])
+        if padding is None:
+            rows = tuple(row for row in rows if len(windows[row]) == longest)
         order = order[len(rows) :]
-        ids = torch.full((len(rows), longest), padding, dtype=torch.long)
+        ids = torch.full((len(rows), longest), padding or 0, dtype=torch.long)
         mask = torch.zeros(len(rows), longest, dtype=torch.bool)
         for row, window in enumerate(rows):
             tokens = windows[window]

@@ -6,7 +6,7 @@ is done by its own code.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,13 +79,14 @@ class Head:
             for handle in handles:
                 handle.remove()
 
-    def logits(self, output: Any, row: int, first: int, last: int) -> torch.Tensor:
-        """Logits [last - first, vocabulary] of positions `first` to `last` of sequence `row` of a call's output.
+    def logits(self, places: Sequence[tuple[Any, int, int, int]]) -> torch.Tensor:
+        """Logits [tokens, vocabulary] of positions `first` to `last` of sequence `row` of a call's output, for each of the places
+        (output, row, first, last), one after another.
 
         The head's unit must be loaded.
         """
-        chunk = hidden_states(output)[row : row + 1, first:last]
-        body, still = self._body, _with_hidden_states(output, chunk)
+        chunk = torch.cat([hidden_states(output)[row : row + 1, first:last] for output, row, first, last in places], 1)
+        body, still = self._body, _with_hidden_states(places[0][0], chunk)
         original = body.__dict__.get("forward")
         body.forward = lambda *args, **kwargs: still
         try:

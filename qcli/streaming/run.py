@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from qcli.runtime.heap import keep_free_pages
 from qcli.streaming.skeleton import Skeleton
 from qcli.streaming.units import Unit
 
@@ -45,6 +46,11 @@ def current_call() -> Call | None:
     return getattr(getcurrent(), "call", None)
 
 
+def same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two inputs of modules, of one call, are the same values in the same memory."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+
+
 def run_calls(
     skeleton: Skeleton, calls: Sequence[Call], observer: Observer | None = None, *, keep: bool = False
 ) -> list[Any]:
@@ -52,6 +58,7 @@ def run_calls(
 
     Raises what a call raises.
     """
+    keep_free_pages()
     observer = observer or Observer()
     results: dict[int, Any] = {}
     threads: list[greenlet] = []

@@ -274,3 +274,59 @@ def test_a_text_read_in_several_goes_gives_the_same(monkeypatch, stories, option
     for ours, theirs in zip(found["rows"], expected["rows"]):
         assert ours["quality"]["tokens"] == theirs["quality"]["tokens"]
         assert ours["quality"]["loss"]["value"] == pytest.approx(theirs["quality"]["loss"]["value"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
+def test_methods_see_one_sequence_at_a_time_however_many_are_read_together(tmp_path, long_text, monkeypatch, name):
+    """Windows of one length share calls, those of a last, shorter one do not; OPT hands its layers all tokens as rows."""
+    from qcli.evaluation import passes
+
+    make_model(name, tmp_path, torch.float32)
+    add_tokenizer(tmp_path)
+    options = {"text": long_text, "tokens": 100, "sequence_length": 24, "methods": "all", "device": "cpu"}
+    together = qcli.evaluate(str(tmp_path), **options)
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 1)
+    assert_same_rows(together, qcli.evaluate(str(tmp_path), **options))
+
+
+def assert_same_rows(result, other):
+    for ours, theirs in zip(result.rows, other.rows, strict=True):
+        assert ours.bytes == theirs.bytes
+        assert ours.quality.loss.value == pytest.approx(theirs.quality.loss.value, rel=1e-5)
+        for field in ("weight_sqnr", "activation_sqnr", "ordinary_activation_sqnr"):
+            assert getattr(ours, field) == pytest.approx(getattr(theirs, field), abs=1e-2)
+
+
+def test_an_experts_share_of_the_tokens_is_read_window_by_window(tmp_path, long_text, monkeypatch):
+    """Of tokens that have left their places nothing says to which window they belong."""
+    from qcli.evaluation import passes
+
+    def every_second(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = self.act_fn(self.gate_proj(rows)) * self.up_proj(rows)
+        shares = [self.down_proj(hidden[i::2]) for i in (0, 1)]
+        y = torch.empty_like(rows)
+        y[0::2], y[1::2] = shares
+        return y.view(x.shape)
+
+    make_model("llama", tmp_path, torch.float32)
+    add_tokenizer(tmp_path)
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", every_second)
+    seen = []
+    reading = passes.Reading.__init__
+    monkeypatch.setattr(
+        passes.Reading,
+        "__init__",
+        lambda self, *a, **options: (seen.append(options["alone"]), reading(self, *a, **options))[1],
+    )
+    options = {
+        "text": long_text,
+        "tokens": 100,
+        "sequence_length": 24,
+        "methods": "per-tensor,LLM.int8()",
+        "device": "cpu",
+    }
+    result = qcli.evaluate(str(tmp_path), **options)
+    assert seen == [False, True]
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 1)
+    assert result.summary() == qcli.evaluate(str(tmp_path), **options).summary()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qcli.evaluation.methods import Methods, Rounding
+from qcli.evaluation.methods import Methods, Rounded, Rounding
 from qcli.simulation import SIMULATIONS, chosen
 from qcli.streaming.skeleton import Skeleton
 from tests.conftest import ROOT
@@ -24,7 +24,7 @@ def test_activations_are_added_up_as_in_float64():
     prepared = SIMULATIONS["int8 vector-wise"].weight(torch.randn(16, 96, generator=generator))
     rounding, pairs, ordinary = Rounding(), [], []
     for x in sequences:
-        prepared.linear(x, seen=lambda *arguments: rounding.note("m", *arguments))
+        rounding.note("m", Rounded.of(x.unsqueeze(0), prepared))
         scale = 127 / x.abs().amax(1, keepdim=True).double().numpy()
         pair = x.double().numpy(), np.rint(x.double().numpy() * scale) / scale
         kept = (x.abs() < 6).all(0).numpy()
@@ -41,7 +41,7 @@ def test_columns_kept_in_any_sequence_count_once():
     for columns in ([5], [5, 60], []):
         x = torch.rand(9, 96)
         x[3, columns] = 8.0
-        prepared.linear(x, seen=lambda *arguments: rounding.note("m", *arguments))
+        rounding.note("m", Rounded.of(x.unsqueeze(0), prepared))
     assert rounding.outlier_columns("m") == 2 and rounding.outlier_columns("another") == 0
 
 
@@ -76,3 +76,23 @@ def test_an_error_inside_leaves_the_layers_as_they_were():
     with pytest.raises(ValueError), methods.variant(block, "FP4"):
         raise ValueError
     assert not any("forward" in module.__dict__ for module in block.module.modules())
+
+
+def test_projections_of_one_input_round_it_once():
+    """And each counts it: what is summed up is that of every linear layer."""
+    skeleton = Skeleton(DEMO, dtype="float32", device="cpu")
+    methods, block = Methods(skeleton, chosen("vector-wise")), skeleton.blocks[1]
+    skeleton.load(block)
+    attention, x, y = block.module.self_attn, torch.randn(1, 9, 128), torch.randn(1, 9, 128)
+    with torch.inference_mode(), methods.variant(block, "int8 vector-wise"):
+        attention.q_proj(x)
+        once = methods.roundings["int8 vector-wise"].activations.sums.clone()
+        rounded = methods._last[2]
+        attention.k_proj(x)
+        assert methods._last[2] is rounded
+        attention.v_proj(y)
+        assert methods._last[2] is not rounded
+        block.module.mlp.gate_proj(y)
+    sums = methods.roundings["int8 vector-wise"].activations.sums
+    expected = 2 * once[0] + 2 * y.double().square().sum()
+    assert sums[0].item() == pytest.approx(expected.item(), rel=1e-6) and methods._last is None

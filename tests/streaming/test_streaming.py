@@ -33,7 +33,7 @@ def streamed_logits(folder, batch_tokens=40, **options):
     for batch, output in zip(batches, outputs):
         for row, window in enumerate(batch.windows):
             length = len(WINDOWS[window])
-            chunks = [head.logits(output, row, start, min(start + 6, length)) for start in range(0, length, 6)]
+            chunks = [head.logits([(output, row, start, min(start + 6, length))]) for start in range(0, length, 6)]
             logits[window] = torch.cat(chunks)
     return [logits[i] for i in range(len(WINDOWS))], skeleton, below
 
