@@ -17,7 +17,8 @@ _SUB_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config"
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "n_layers", "decoder_layers")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed", "emb_dim")
 _HEADS = (
-    "num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads", "decoder_attention_heads", "num_decoder_attention_heads",
+    "num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads", "decoder_attention_heads",
+    "num_decoder_attention_heads",
 )  # fmt: skip
 _VOCABULARY = ("vocab_size", "padded_vocab_size", "tgt_vocab_size")
 _CONTEXT = (
