@@ -55,7 +55,7 @@ bench-gpu:
 $(VENV)/installed: pyproject.toml $(LOCK) $(wildcard kernels/*.txt kernels/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -e .
-	@cp $(LOCK) $@
+	@cp $(LOCK) $@  # what it was made of, for tests/test_lock.py
 
 $(VENV)/tested: $(VENV)/installed
 	$(PIP) install -q -e ".[test]"
