@@ -10,6 +10,7 @@ A step reads its input where the last one wrote its output:
 A text that outgrows the span gets one twice as long, and a new capture with it.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,11 @@ SPAN = 256
 Step = Callable[[], None]
 # Takes a rehearsal, which leaves nothing behind, and the step; returns what runs the step. May run it itself.
 Capture = Callable[[Step, Step], Step]
+
+
+def cache_argument(model) -> str:
+    """The name under which a model takes its cache: "cache" from transformers 5.24 on, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class Unsupported(Exception):
@@ -102,6 +108,7 @@ class Decoder:
         self.places = _Places(model.device)
         layers = len(DynamicCache(config=model.config).layers)
         self.cache = Cache(layers=[_Layer(self.places) for _ in range(layers)])
+        self.cache_argument = cache_argument(model)
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         self.history = torch.zeros(1, self.length, dtype=torch.int64, device=model.device)
         self.at = 0  # the position, as the host counts it
@@ -163,9 +170,8 @@ class Decoder:
 
     def _logits(self, ids: torch.Tensor, positions: torch.Tensor, options: dict) -> torch.Tensor:
         """[1, vocabulary] of the last id."""
-        output = self.model(
-            input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, **options
-        )
+        options = options | {self.cache_argument: self.cache}
+        output = self.model(input_ids=ids, position_ids=positions, use_cache=True, **options)
         return output.logits[:, -1]
 
     def _choose(self, logits: torch.Tensor) -> None:
