@@ -153,6 +153,10 @@ def _recurrence(config) -> tuple[int, str]:
     if shape.heads and shape.chunk:
         chunks = shape.heads * (11 * shape.chunk + 15 * shape.size + 400) // 2
         scan = f"{shape.heads} heads x (5.5 x chunk {shape.chunk} + 7.5 x state {shape.size} + 200)"
+        if _transformers() < (5, 18):  # which multiplies all pairs of a chunk out before it sums them
+            wide = max(shape.size, shape.inner // shape.heads)
+            chunks += 2 * shape.heads * shape.chunk * wide
+            scan += f" + {shape.heads} heads x 2 x chunk {shape.chunk} x {wide}"
         return chunks + 31 * shape.inner // 2 + 4 * h, f"{scan} + 15.5 x inner {shape.inner} + 4 x h"
     if shape.heads:
         keys, values = shape.heads * shape.size, shape.inner
@@ -180,10 +184,15 @@ def _masks(config, through: Pass) -> tuple[int, int]:
     return (1, 1) if windowed or config.model_type in _MASKED else (0, 0)
 
 
+def _transformers() -> tuple[int, ...]:
+    """Major and minor version of the installed transformers."""
+    return tuple(map(int, version("transformers").split(".")[:2]))
+
+
 def _eager(config) -> tuple[int, int, int] | None:
     """The entry of _EAGER where the installed transformers does not fuse the model's attention."""
     kind = config.model_type
-    if kind in _FUSED_SINCE_5_24 and tuple(map(int, version("transformers").split(".")[:2])) >= (5, 24):
+    if kind in _FUSED_SINCE_5_24 and _transformers() >= (5, 24):
         return None
     return _EAGER.get(kind)
 
