@@ -1,9 +1,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The versions of everything, direct or not, that the environment in VENV is made of; make lock writes it.
+LOCK := locks/tested.txt
+# By variables, since an editable install's build has an environment of its own, to which options do not reach: pip before
+# 25.3 holds that to PIP_CONSTRAINT, pip from there on to PIP_BUILD_CONSTRAINT.
+PIP := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all test-gpu gpu-first check kernels sanitize bench bench-gpu clean
+.PHONY: demo test test-all test-oldest test-latest test-gpu gpu-first check lock kernels sanitize bench bench-gpu clean
 
 # Quantizes the bundled model both ways, measures, and lets each tell a story.
 demo: $(VENV)/installed
@@ -56,20 +60,39 @@ bench: $(VENV)/tested
 bench-gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
-# Installed with the torch of constraints.txt first: without the pin pip may bring gigabytes of CUDA packages.
-$(VENV)/installed: pyproject.toml constraints.txt $(wildcard kernels/*.txt kernels/cpu/*)
+# One step for torch and the rest: pip then takes the locked torch, of whatever build it is offered.
+$(VENV)/installed: pyproject.toml $(LOCK) $(wildcard kernels/*.txt kernels/cpu/*)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e .
-	@touch $@
+	$(PIP) install -q -e .
+	@cp $(LOCK) $@  # what it was made of, for tests/test_lock.py
 
 $(VENV)/tested: $(VENV)/installed
-	$(PIP) install -q -c constraints.txt -e ".[test]"
+	$(PIP) install -q -e ".[test]"
 	@touch $@
 
 $(VENV)/checked: $(VENV)/installed
-	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	$(PIP) install -q -e ".[dev]"
 	@touch $@
 
+# The suite in the oldest versions that pyproject.toml admits, and in the newest. Of torch the newest is the locked one, since a
+# newer one may be gigabytes of CUDA packages: TORCH=torch takes it all the same, TORCH=torch==2.14.1 that one.
+TORCH = $(shell grep -o '^torch==[0-9.]*' locks/tested.txt)
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest LOCK=locks/oldest.txt
+test-latest:
+	rm -rf .venv-latest
+	@mkdir -p build
+	echo "$(TORCH)" > build/latest.txt
+	$(MAKE) test VENV=.venv-latest LOCK=build/latest.txt
+
+# Resolves the lock files again. What they hold stays, where pyproject.toml still admits it; ARGS=--upgrade takes the newest.
+lock:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install -q uv
+	$(RESOLVE) --resolution highest -o locks/tested.txt $(ARGS)
+	$(RESOLVE) --resolution lowest-direct -o locks/oldest.txt $(ARGS)
+RESOLVE := build/uv/bin/uv pip compile -q pyproject.toml --group build --extra test --extra dev --universal --python-version 3.11 \
+	--annotation-style line --custom-compile-command "make lock"
+
 clean:
-	rm -rf build dist $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist $(VENV) .venv-oldest .venv-latest .pytest_cache .ruff_cache .hypothesis

@@ -17,6 +17,7 @@ import qcli
 from qcli.checkpoint.staging import SYNC_BYTES
 from qcli.decode import Sampling
 from qcli.decode import generate as decode
+from qcli.decode_step import cache_argument
 from qcli.nn import Linear4bit
 from qcli.quantization import make_plan, run_plan
 
@@ -173,12 +174,13 @@ def bitsandbytes_speed(folder: Path, *, fused: bool, new: int) -> dict[str, floa
     rates = []
     with torch.inference_mode():
         for _ in range(2):
-            ids, cache = torch.arange(5, 5 + PROMPT)[None], transformers.DynamicCache(config=model.config)
+            ids = torch.arange(5, 5 + PROMPT)[None]
+            cache = {cache_argument(model): transformers.DynamicCache(config=model.config)}
             started = time.perf_counter()
-            token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+            token = model(ids, **cache).logits[:, -1:].argmax(-1)
             filled = time.perf_counter()
             for _ in range(new):
-                token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+                token = model(token, **cache).logits[:, -1:].argmax(-1)
             rates.append((PROMPT / (filled - started), new / (time.perf_counter() - filled)))
     return {"prefill": rates[-1][0], "decode": rates[-1][1]}
 

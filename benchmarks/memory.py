@@ -37,17 +37,19 @@ RUN = """
 import json, sys
 import torch
 import qcli
+from qcli.decode_step import cache_argument
 from qcli.process import peak_memory
 folder, device, tokens, batch = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 model, _ = qcli.load(folder, device=device)
+name = cache_argument(model)
 ids = torch.randint(5, 1000, (batch, tokens - 1), device=device)
 with torch.inference_mode():
     out = model(ids, use_cache=True, logits_to_keep=1)
-    out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+    out = model(out.logits[:, -1:].argmax(-1), use_cache=True, **{name: out[name]})
 held = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}.values()
 names = ("weight_quant_state", "weight_format", "inv_freq")  # JSON beside a weight, a marker, and what is computed at the start
 extra = {t.data_ptr() for n, t in model.named_buffers() if n.endswith(names)}
-cache = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
+cache = [t for layer in out[name].layers for t in (layer.keys, layer.values)]
 found = {
     "weights": sum(t.numel() * t.element_size() for t in held if t.data_ptr() not in extra),
     "cache": sum(t.numel() * t.element_size() for t in cache),

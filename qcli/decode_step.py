@@ -27,6 +27,11 @@ Step = Callable[[], None]
 Capture = Callable[[Step, Step], Step]
 
 
+def cache_argument(model) -> str:
+    """The name under which a model takes its cache: "cache" from transformers 5.24 on, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 class Unsupported(Exception):
     """This model, or what was asked of it, cannot be captured: no token has been made yet."""
 
@@ -103,8 +108,7 @@ class Decoder:
         self.places = _Places(model.device)
         layers = len(DynamicCache(config=model.config).layers)
         self.cache = Cache(layers=[_Layer(self.places) for _ in range(layers)])
-        older = "past_key_values" in inspect.signature(model.forward).parameters  # transformers before 5.24
-        self.cache_argument = "past_key_values" if older else "cache"
+        self.cache_argument = cache_argument(model)
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         self.history = torch.zeros(1, self.length, dtype=torch.int64, device=model.device)
         self.at = 0  # the position, as the host counts it
@@ -166,9 +170,8 @@ class Decoder:
 
     def _logits(self, ids: torch.Tensor, positions: torch.Tensor, options: dict) -> torch.Tensor:
         """[1, vocabulary] of the last id."""
-        output = self.model(
-            input_ids=ids, position_ids=positions, use_cache=True, **{self.cache_argument: self.cache}, **options
-        )
+        options = options | {self.cache_argument: self.cache}
+        output = self.model(input_ids=ids, position_ids=positions, use_cache=True, **options)
         return output.logits[:, -1]
 
     def _choose(self, logits: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import bitsandbytes.functional as F
 import pytest
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import qcli
+from qcli.checkpoint.torch_file import read_header
 from tests.models import add_tokenizer, make_model
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -297,3 +299,12 @@ def test_bin_checkpoints(tmp_path):
     qcli.quantize(str(tmp_path / "model"), tmp_path / "out")
     a, b = tensors(tmp_path / "expected"), tensors(tmp_path / "out")
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_bin_checkpoints_read_by_one_thread_after_another(tmp_path):
+    """Where torch was built for CUDA and there is none, its fake tensors may crash in the second thread."""
+    torch.save({"w": torch.zeros(2, 3)}, tmp_path / "x.bin")
+    for _ in range(3):
+        with ThreadPoolExecutor(1) as pool:
+            header = pool.submit(read_header, tmp_path / "x.bin", "x.bin").result()
+        assert header.tensors["w"].shape == (2, 3)

@@ -8,6 +8,7 @@ import qcli
 from qcli import decode_graph, out_of_memory
 from qcli.checkpoint.linears import find_linears
 from qcli.checkpoint.source import open_source
+from qcli.decode_step import cache_argument
 from qcli.errors import CheckpointError, DeviceError, KernelError
 from tests.conftest import ROOT
 from tests.models import make_model
@@ -109,7 +110,7 @@ def test_keys_and_values_are_counted_right(name, tmp_path):
     ids = torch.arange(1, 12)[None]
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache, use_cache=True)
+        model(ids, use_cache=True, **{cache_argument(model): cache})
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert out_of_memory.kv_bytes(model.config, 11, 2) == held
 

@@ -8,12 +8,15 @@ safetensors.
 import json
 import os
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qcli.checkpoint.safetensors_file import Header, TensorInfo
 from qcli.errors import CheckpointError
 
 _RESAVE = "Save it as safetensors with transformers (save_pretrained), and quantize that."
+# Fake tensors in a thread after another thread that had them ended: torch 2.11 for CUDA, on a machine without, crashes there.
+_FAKES = ThreadPoolExecutor(1, thread_name_prefix="qcli")
 
 
 def read_header(path: Path, label: str) -> Header:
@@ -30,7 +33,7 @@ def read_header(path: Path, label: str) -> Header:
             _RESAVE,
         )
     _check_archive(path, label)
-    tensors = [_tensor(label, name, value) for name, value in _load(path, label).items()]
+    tensors = [_tensor(label, name, value) for name, value in _FAKES.submit(_load, path, label).result().items()]
     size = os.path.getsize(path)
     for tensor in tensors:
         if tensor.end > size:

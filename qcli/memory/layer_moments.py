@@ -7,6 +7,7 @@ through attention. Rotary tables and masks are alive through all layers.
 """
 
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from qcli.memory.cache_parts import attention_shape
 from qcli.memory.states import state
@@ -27,6 +28,7 @@ _EAGER = {
     "gemma2": (10, 3, 2), "gpt_oss": (6, 3, 2), "bloom": (14, 3, 0), "mpt": (12, 3, 2), "gptj": (10, 8, 2),
     "codegen": (10, 10, 2), "gpt_neo": (10, 6, 2), "mimo_v2_flash": (6, 3, 2), "t5": (6, 2, 2), "mt5": (6, 2, 2), "umt5": (6, 2, 2),
 }  # fmt: skip
+_FUSED_SINCE_5_24 = ("gptj", "codegen")  # then with two h less through the feed-forward, too
 # Queries and keys turned or normed in float32: (a, g).
 _IN_FLOAT32 = {"cohere": (7, 6), "ernie4_5": (6, 4), "olmo2": (9, 0), "olmo3": (9, 0)}
 _ROTARY_BY_KIND = ("gemma3", "gemma3_text", "gemma3n_text", "gemma4_text", "olmo3")
@@ -57,7 +59,7 @@ def moments(config, through: Pass) -> tuple[dict[str, int], list[str]]:
     always = masks * mask_bytes * through.pairs + _rotary(config) * through.span * through.itemsize
     if always:
         sentences.append(f"rotary tables and {masks} masks: {always} bytes, alive through all layers")
-    eager = _EAGER.get(config.model_type)
+    eager = _eager(config)
     kept_scores = eager[2] * config.heads * through.pairs if eager else 0
     for name, count, why in (*_feed_forward(config), *_mixers(config, kernels=not through.pairs)):
         extra = kept_scores if name == "feed-forward" else 0
@@ -87,6 +89,7 @@ def _feed_forward(config) -> list[tuple[str, int, str]]:
         ]
     if kind in UNGATED and not is_gated(config):
         wide, deep = UNGATED[kind]
+        deep -= 2 if kind in _FUSED_SINCE_5_24 and _eager(config) is None else 0
     else:
         wide, deep = _GATED.get(kind, (3, 4))
     if kind == "gemma3n_text":
@@ -150,6 +153,10 @@ def _recurrence(config) -> tuple[int, str]:
     if shape.heads and shape.chunk:
         chunks = shape.heads * (11 * shape.chunk + 15 * shape.size + 400) // 2
         scan = f"{shape.heads} heads x (5.5 x chunk {shape.chunk} + 7.5 x state {shape.size} + 200)"
+        if _transformers() < (5, 18):  # which multiplies all pairs of a chunk out before it sums them
+            wide = max(shape.size, shape.inner // shape.heads)
+            chunks += 2 * shape.heads * shape.chunk * wide
+            scan += f" + {shape.heads} heads x 2 x chunk {shape.chunk} x {wide}"
         return chunks + 31 * shape.inner // 2 + 4 * h, f"{scan} + 15.5 x inner {shape.inner} + 4 x h"
     if shape.heads:
         keys, values = shape.heads * shape.size, shape.inner
@@ -172,18 +179,31 @@ def _masks(config, through: Pass) -> tuple[int, int]:
     """(masks, bytes of one for each pair): one for each kind of attention, if attention is not fused or a window is passed."""
     kinds = set(config.layer_types) - set(_NO_ATTENTION)
     windowed = [kind for kind in kinds if kind in _WINDOWED and (config.sliding_window or through.span) < through.span]
-    if config.model_type in _EAGER:
+    if _eager(config):
         return len(kinds), through.itemsize
     return (1, 1) if windowed or config.model_type in _MASKED else (0, 0)
+
+
+def _transformers() -> tuple[int, ...]:
+    """Major and minor version of the installed transformers."""
+    return tuple(map(int, version("transformers").split(".")[:2]))
+
+
+def _eager(config) -> tuple[int, int, int] | None:
+    """The entry of _EAGER where the installed transformers does not fuse the model's attention."""
+    kind = config.model_type
+    if kind in _FUSED_SINCE_5_24 and _transformers() >= (5, 24):
+        return None
+    return _EAGER.get(kind)
 
 
 def _scores(config, through: Pass, masks: int) -> tuple[int, str]:
     """Bytes of the attention of every token with every other, where it is not fused or takes a mask."""
     if not masks or not through.pairs:
         return 0, ""
-    h, a, kind = config.hidden_size, config.heads * config.head_dim, config.model_type
-    if kind in _EAGER:
-        wide, beside, _ = _EAGER[kind]
+    h, a = config.hidden_size, config.heads * config.head_dim
+    if eager := _eager(config):
+        wide, beside, _ = eager
         wide = wide if through.itemsize == 2 else wide * 8 // 5
         count = through.pairs * config.heads * wide + through.total * (3 * h + beside * a) * through.itemsize
         return (

@@ -48,7 +48,7 @@ def linear_modules(block: nn.Module) -> dict[str, nn.Module]:
 
 def _is_fused(module: nn.Module) -> bool:
     """Whether a module holds the weights of several experts as one."""
-    return any(p is not None and p.dim() == 3 for p in module._parameters.values())
+    return any(p.dim() == 3 for p in module.parameters(recurse=False))
 
 
 class SiteFinder:

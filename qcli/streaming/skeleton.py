@@ -124,9 +124,9 @@ class Skeleton:
 
     def _place_buffers(self) -> None:
         for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = buffer.to(self.device)
+            for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+                if not buffer.is_meta:
+                    setattr(module, name, buffer.to(self.device))
 
     def _assign_tensors(self) -> None:
         """Gives each unit the checkpoint's tensors that its parameters come from."""

@@ -33,9 +33,9 @@ class Unit:
         found = []
         for path, module in self.module.named_modules() if self.index is not None else [("", self.module)]:
             at = f"{prefix}{path}." if path else prefix
-            stored = [n for n, b in module._buffers.items() if b is not None]
-            stored = [n for n in stored if n not in module._non_persistent_buffers_set]
-            names = [n for n, p in module._parameters.items() if p is not None] + stored
+            own = {"recurse": False, "remove_duplicate": False}
+            stored = [n for n, _ in module.named_buffers(**own) if n not in module._non_persistent_buffers_set]
+            names = [n for n, _ in module.named_parameters(**own)] + stored
             found += [(at + name, module, name) for name in names]
         return found
 

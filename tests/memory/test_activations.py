@@ -2,8 +2,16 @@
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, T5Config, T5ForConditionalGeneration
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPTJPreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from qcli.decode_step import cache_argument
 from qcli.errors import UsageError
 from qcli.memory.activations import activations
 from qcli.memory.cache import cache
@@ -100,8 +108,9 @@ MODELS = {
         linear_num_heads=8, linear_head_dim=64, layer_types=["linear_attention", "full_attention"] * 2
     ),
 }  # fmt: skip
-# transformers has no fused attention for these.
-EAGER = ("gemma2", "gptj", "codegen", "gpt_neo", "bloom", "mpt", "gpt_oss", "mimo_v2_flash")
+# transformers has no fused attention for these; for the last two it has one since 5.24.
+EAGER = ("gemma2", "gpt_neo", "bloom", "mpt", "gpt_oss", "mimo_v2_flash")
+EAGER += () if GPTJPreTrainedModel._supports_sdpa else ("gptj", "codegen")
 SCANS = ("mamba", "mamba2")  # with a state and no attention
 
 
@@ -113,9 +122,9 @@ def measured(name: str, fields: dict, tokens: int, batch: int = 1, past: int = 0
     """Bytes beyond weights and what remains (the cache) at the peak of a forward pass over `tokens` after `past`."""
     theirs = CONFIG_MAPPING[name](**fields)
     attention = "eager" if name in (*EAGER, *SCANS) else "sdpa"
-    with torch.device("meta"):
+    with torch.device("cpu" if name == "opt" else "meta"):  # in transformers 5.17 OPT's mask is read
         model = AutoModelForCausalLM.from_config(theirs, dtype=torch.bfloat16, attn_implementation=attention).eval()
-        state = {"use_cache": True} if name in SCANS else {"past_key_values": DynamicCache(config=theirs)}
+        state = {"use_cache": True} if name in SCANS else {cache_argument(model): DynamicCache(config=theirs)}
         with torch.no_grad(), Live([*model.parameters(), *model.buffers()]) as live:
             for count in (past, tokens) if past else (tokens,):
                 live.peak = live.now

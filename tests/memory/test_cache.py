@@ -38,9 +38,9 @@ def run(name: str):
     with torch.no_grad():
         out = model(prompt, use_cache=True)
         for _ in range(2):
-            past = out["cache_params"] if "cache_params" in out else out["past_key_values"]
+            key = next(name for name in ("cache", "cache_params", "past_key_values") if name in out)
+            past = out[key]
             kept.append(stored(past.layers, set()) + stored(getattr(past, "linear_cache", []), set()))
-            key = "cache_params" if "cache_params" in out else "past_key_values"
             out = model(prompt[:, :1], use_cache=True, **{key: past})
     return kept
 
