@@ -1,7 +1,6 @@
 """Whether a model writes text after a text, by its class in transformers alone: before a weight is read."""
 
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qcli.errors import CheckpointError
 
@@ -20,10 +19,14 @@ def check_can_generate(config: dict, label: str, trust_remote_code: bool = False
     known = getattr(transformers, name, None) if name else None
     if known is not None:
         check_class(known, label)
-    elif kind in transformers.CONFIG_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    elif kind in transformers.CONFIG_MAPPING and not _continues_text(transformers.CONFIG_MAPPING[kind]):
         raise CheckpointError(
             f"{label} cannot generate: transformers has no model of type {kind} that writes text", _HINT
         )
+
+
+def _continues_text(config_class: type) -> bool:
+    return config_class in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def check_class(model_class: type, label: str) -> None:
