@@ -157,7 +157,7 @@ def _watch(over: threading.Event, counts: list[_Count]) -> None:
 
 def _torch_is_there() -> bool:
     torch = sys.modules.get("torch")
-    return torch is not None and not getattr(torch.__spec__, "_initializing", False)
+    return hasattr(torch, "compile")  # one of the last things that importing it makes
 
 
 def _in_main_thread(function) -> None:
