@@ -82,7 +82,7 @@ def main() -> None:
     """Entry point of `qcli`."""
     warnings.showwarning = _warn
     signal.signal(signal.SIGTERM, _terminate)
-    # The libraries make a million objects that stay. Python's default looks through them, every 700 new ones on, for cycles: a
+    # The libraries make a million objects that stay. Python's default looks through them for cycles, again and again: a
     # fourth of the time of importing them.
     gc.set_threshold(100_000, 20, 100)
     threads.settle()
