@@ -45,11 +45,12 @@ def _squares(x: torch.Tensor, dim: int) -> torch.Tensor:
 @dataclass
 class Rounded:
     """Activations [sequences, tokens, columns] under a method: `values` X^ float32, and the columns that each sequence has `kept`
-    whole, bool [sequences, columns]. `sums` are those of squares and squared errors, float64 [2], of all columns and of those
-    without an outlier in their sequence; None where nothing was rounded."""
+    whole, bool [sequences, columns], where the method `keeps_columns`. `sums` are those of squares and squared errors, float64
+    [2], of all columns and of those without an outlier in their sequence; None where nothing was rounded."""
 
     values: torch.Tensor
     kept: torch.Tensor
+    keeps_columns: bool
     sums: tuple[torch.Tensor, torch.Tensor] | None
 
     @classmethod
@@ -58,11 +59,13 @@ class Rounded:
         values, kept = prepared.activations(x)
         wide = x.float()
         if values is x or values is wide:
-            return cls(values, kept, None)
+            return cls(values, kept, prepared.keeps_columns, None)
         squares = torch.stack((_squares(wide, -2), _squares(wide - values, -2)))
         least, greatest = wide.amin(-2), wide.amax(-2)
         ordinary = (greatest < OUTLIER) & (least > -OUTLIER)
-        return cls(values, kept, (squares.sum((1, 2)), squares.masked_fill(~ordinary, 0.0).sum((1, 2))))
+        return cls(
+            values, kept, prepared.keeps_columns, (squares.sum((1, 2)), squares.masked_fill(~ordinary, 0.0).sum((1, 2)))
+        )
 
 
 @dataclass
@@ -77,8 +80,9 @@ class Rounding:
 
     def note(self, module: str, rounded: Rounded) -> None:
         """Adds what a layer has got."""
-        kept = rounded.kept.view(-1, rounded.kept.shape[-1]).any(0)
-        self.kept[module] = self.kept[module] | kept if module in self.kept else kept
+        if rounded.keeps_columns:
+            kept = rounded.kept.any(0)
+            self.kept[module] = self.kept[module] | kept if module in self.kept else kept
         if rounded.sums is not None:
             whole, ordinary = rounded.sums
             self.activations.add(whole)

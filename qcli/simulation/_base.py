@@ -19,6 +19,8 @@ class Prepared:
     """A weight [out_features, in_features] under a method: `weight` is W^, float32. `rounding` makes X^ of activations, float32
     [..., tokens, in_features], each sequence by itself; None leaves them whole."""
 
+    keeps_columns = False  # whether some columns of activations stay in 16 bits
+
     def __init__(self, weight: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor] | None = None):
         self.weight, self._rounding = weight, rounding
 

@@ -20,6 +20,8 @@ from qcli.simulation.absmax import round_rows
 class _Prepared(Prepared):
     """`original` is the 16-bit weight, or None where outlier columns come from the int8 one."""
 
+    keeps_columns = True
+
     def __init__(self, weight: torch.Tensor, original: torch.Tensor | None, threshold: float):
         super().__init__(weight)
         self._original, self._threshold = original, threshold
