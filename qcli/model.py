@@ -21,7 +21,7 @@ from qcli.errors import CheckpointError, UsageError
 from qcli.memory.check import check_room
 from qcli.nn import Linear8bit
 from qcli.process import available_memory
-from qcli.quantizer import LoadingStopped, NoRoom, QcliConfig
+from qcli.quantizer import LoadingStopped, NoRoom, QcliConfig, misshaped
 from qcli.settings import one_of
 from qcli.stored import open_checkpoint, read_stored
 
@@ -88,6 +88,8 @@ def load(
                 raise
             split = device_map is not None
             raise out_of_memory.while_loading(source, layout(), wanted, dtype, free, split) from e
+        if stored or wanted:
+            info["mismatched_keys"] = {*info["mismatched_keys"], *misshaped(loaded, loaded.hf_quantizer)}
         _check_complete(model, info)
         tokenizer = read_tokenizer(source, trust_remote_code)
     if not int8_activations:

@@ -42,17 +42,21 @@ class QcliQuantizer(HfQuantizer):
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model, **kwargs):
+        self._put_modules(model)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        return model
+
+    def _put_modules(self, model) -> None:
         if self.pre_quantized:
             for name, spec in self.quantization_config.modules.items():
                 model.set_submodule(name, self._stored_module(model.get_submodule(name), spec))
-            return model
+            return
         skip = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         layout = Layout("", default_skip=skip)
         for name, module in list(model.named_modules()):
             is_linear = type(module) is nn.Linear or isinstance(module, Conv1D)
             if is_linear and not layout.skipped(name, None):
                 model.set_submodule(name, self._new_module(module, model.dtype))
-        return model
 
     def _stored_module(self, old: nn.Module, spec: dict) -> nn.Module:
         tensors = {
@@ -122,6 +126,13 @@ class QcliQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def misshaped(model, quantizer: QcliQuantizer) -> set[tuple]:
+    """(name, shape found, shape expected) of the parameters that were read in another shape than the model's. transformers 5.23
+    says so itself; 5.20 takes whatever shape it reads as soon as there is a quantizer."""
+    found = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return {(name, found[name], shape) for name, shape in quantizer.shapes.items() if found.get(name, shape) != shape}
 
 
 def _attribute(stored_name: str) -> str:

@@ -29,7 +29,7 @@ from qcli.devices import pick_device
 from qcli.errors import CheckpointError, UsageError
 from qcli.model import quiet, read_tokenizer
 from qcli.quantization import model_dtype
-from qcli.quantizer import QcliConfig, QcliQuantizer
+from qcli.quantizer import QcliConfig, QcliQuantizer, misshaped
 from qcli.runtime.heap import give_back
 from qcli.settings import one_of
 from qcli.stored import open_checkpoint, read_stored
@@ -182,8 +182,9 @@ class Skeleton:
             with quiet(), torch.inference_mode():
                 info, _ = convert_and_load_state_dict_in_model(self.model, state, self._config)
         self.bytes_read += sum(info.nbytes for _, _, info in tensors)
-        if info.conversion_errors or info.mismatched_keys:
-            wrong = sorted(info.conversion_errors) or sorted(str(key[0]) for key in info.mismatched_keys)
+        wrong_shapes = {*info.mismatched_keys, *(misshaped(self.model, self.quantizer) if self.quantizer else ())}
+        if info.conversion_errors or wrong_shapes:
+            wrong = sorted(info.conversion_errors) or sorted(str(key[0]) for key in wrong_shapes)
             raise CheckpointError(
                 f"{self.source.label} does not fit its model: {', '.join(wrong[:5])}", "Fetch the model again."
             )
