@@ -23,12 +23,20 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
 from qcli.checkpoint import dtypes
-from qcli.checkpoint.linears import Layout, find_linears, modules_within, reason, tied_groups, transformers_class
+from qcli.checkpoint.linears import (
+    Layout,
+    find_linears,
+    model_layout,
+    modules_within,
+    reason,
+    tied_groups,
+    transformers_class,
+)
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.stored_tensor import StoredTensor, pread
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, UsageError
-from qcli.model import quiet
+from qcli.model import check_fits, quiet
 from qcli.quantization import model_dtype
 from qcli.quantizer import QcliConfig, QcliQuantizer
 from qcli.runtime.heap import give_back
@@ -101,6 +109,7 @@ class Skeleton:
                 f"{source.label} is a {name}, expected a causal language model, which predicts the next token",
                 "Give a model such as a Llama, Qwen, Gemma or GPT, in a form that transformers knows.",
             )
+        check_fits(source, model_layout(source, built, config))
         stored = source.quantization
         options = {} if attention is None else {"attn_implementation": attention}
         try:

@@ -199,6 +199,24 @@ def test_a_shard_that_vanishes_is_named(tmp_path):
     assert torch.equal(weight, model.get_parameter(f"{unit.name}.mlp.up_proj.weight"))
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_misshaped_tensors_are_named(tmp_path, bits):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    make_model("llama", folder)
+    add_tokenizer(folder)
+    if bits:
+        qcli.quantize(str(folder), tmp_path / "quantized", bits=bits)
+        folder = tmp_path / "quantized"
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"] = torch.zeros(3)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    skeleton = Skeleton(str(folder), device="cpu")
+    with pytest.raises(CheckpointError, match="does not fit its model: model.layers.1.input_layernorm.weight"):
+        skeleton.load(skeleton.blocks[1])
+
+
 def test_missing_tensors_are_named(tmp_path):
     from safetensors.torch import load_file, save_file
 
