@@ -303,7 +303,8 @@ def test_a_tensor_that_does_not_fit_is_left_out(llama, tmp_path):
         found[DOWN.format(1)] = found[DOWN.format(1)][:, :64].contiguous()
 
     report = inspect_weights(str(replant(llama, tmp_path / "cut", cut)))
-    assert f"{DOWN.format(1)}: shape is [64, 64], the model expects [64, 128]" in report["notes"]
+    misfit = f"{DOWN.format(1)} ([64, 64], the model expects [64, 128])"
+    assert f"1 tensors whose shape is not the model's: {misfit}" in report["notes"]
     assert len(report["linears"]) == 14
 
 
