@@ -227,8 +227,8 @@ def check_source(source: Source) -> None:
     check(values, label)
 
 
-def for_loading(source: Source):
-    """What from_pretrained is to take for the generation config: None, where nothing is stated.
+def for_loading(source: Source, config):
+    """What from_pretrained is to take for the generation config of a model with this `config`: None, where nothing is stated.
 
     transformers refuses some values and combinations as soon as it loads a model, and passes over a file that it cannot
     parse. Here what has no effect on one text is left out, and the rest is refused in words: CheckpointError.
@@ -238,6 +238,9 @@ def for_loading(source: Source):
     values, label = _stated(source)
     if not values:
         return None
+    if FILE not in source.place.names:  # the ids of a language model within another lie in its own part
+        derived = GenerationConfig.from_model_config(config).to_dict()
+        values = {name: value for name, value in derived.items() if value is not None} | values
     taken = {name: value for name, value in values.items() if not _reserved(GenerationConfig, name)}
     try:
         return GenerationConfig.from_dict(dict(taken))

@@ -91,7 +91,7 @@ def load_source(
         layout = model_layout(source, built, config)
         check_fits(source, layout)
         options = {"dtype": dtypes.torch_dtype(model_dtype(source, dtype))}
-        if (rules := generation_config.for_loading(source)) is not None:
+        if (rules := generation_config.for_loading(source, config)) is not None:
             options["generation_config"] = rules
         if stored:
             config.quantization_config = read_stored(source, layout, stored, dtype)
@@ -159,7 +159,9 @@ def check_fits(source: Source, layout: Layout) -> None:
     ]
     codes = {source.tensors[name][1].dtype for name in layout.linears if name not in decoded} - set(dtypes.FLOATS)
     undecoded = [name for name in layout.linears if name not in decoded and source.tensors[name][1].dtype in codes]
+    strays = sorted(n for n in decoded if n in source.tensors and n not in layout.linears and n not in layout.unknown)
     kinds = (
+        ("quantized, which are no linear modules in this transformers", strays),
         ("missing", layout.missing),
         ("misshaped", misshaped),
         (f"stored as {' and '.join(sorted(codes))} without what would decode them", undecoded),

@@ -16,6 +16,7 @@ from qcli.report import Report, sum_up
 from qcli.settings import Settings, one_of, split_settings
 from qcli.sizes import format_bytes, parse_size
 
+_LANGUAGE = ("text_config", "language_config", "llm_config", "decoder")  # parts whose dtype speaks for the model
 DISK_RESERVE = 50_000_000  # for the index, tokenizer files and the file system's own needs
 
 
@@ -128,14 +129,15 @@ def _straddling_note(linears: list, method) -> list[str]:
 def model_dtype(source, dtype: str) -> str:
     """The safetensors code of the model's dtype: as asked, else what the config states, else that of most of the weights.
 
-    The outermost statement holds, as for transformers. Parts of a composite model that state different dtypes, without one
-    above them, leave it to the weights. Raises PlanError for a stated dtype that no model is run in.
+    The outermost statement holds, as for transformers. Without one, the parts of a composite model decide where they agree and the
+    language model is among them or several speak; else the weights do. Raises PlanError for a stated dtype that no model is run in.
     """
     if dtype != "auto":
         return dtypes.CODES[dtype]
     stated = {path: part.get("dtype") or part.get("torch_dtype") for path, part in config_json.parts(source.config)}
     stated = {path: name.removeprefix("torch.") for path, name in stated.items() if name}
-    found = {stated[""]} if "" in stated else set(stated.values())
+    spoken = any(path.rpartition(".")[2] in _LANGUAGE for path in stated)
+    found = {stated[""]} if "" in stated else set(stated.values()) if spoken or len(stated) > 1 else set()
     if len(found) == 1:
         name = found.pop()
         if name in dtypes.MODEL_DTYPES:

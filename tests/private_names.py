@@ -77,11 +77,6 @@ PRIVATE = (
         "which parameters a checkpoint may lack",
     ),
     Private(
-        "transformers.AutoModelForCausalLM._model_mapping", ("checkpoint/linears.py",),
-        "tests/test_private_names.py::test_a_config_without_architectures_finds_its_class",
-        "the class of a config that names none",
-    ),
-    Private(
         "transformers.dynamic_module_utils.get_class_from_dynamic_module", ("checkpoint/linears.py",),
         "tests/test_private_names.py::test_a_class_of_the_models_own_code_is_found", "the class of remote code",
     ),

@@ -306,7 +306,8 @@ def test_an_auto_map_whose_code_is_not_there_is_dropped(model, quick_cli, tmp_pa
         ({"text_config": {"dtype": "float16"}}, {"BF16": 9}, "F16"),
         ({"vision_config": {"dtype": "float32"}, "text_config": {"dtype": "bfloat16"}}, {"BF16": 9, "F32": 1}, "BF16"),
         ({"vision_config": {"dtype": "float32"}, "text_config": {"dtype": "bfloat16"}}, {"BF16": 1, "F32": 9}, "F32"),
-        ({"a": {"b": {"c": {"dtype": "float16"}}}}, {"F32": 9}, "F16"),
+        ({"thinker_config": {"text_config": {"dtype": "float16"}}}, {"F32": 9}, "F16"),
+        ({"audio_config": {"dtype": "float32"}}, {"BF16": 9}, "BF16"),
         ({"dtype": "bfloat16", "text_config": {"dtype": "float32"}}, {"F32": 9}, "BF16"),
         ({}, {"F16": 2, "F32": 1}, "F16"),
         ({"dtype": "float8_e4m3fn"}, {"F8_E4M3": 9, "F16": 1}, "BF16"),
@@ -321,6 +322,78 @@ def test_the_dtype_of_a_model_of_parts(config, stored, expected):
 
     tensors = {code: ("file", TensorInfo(code, code, (count,), 0, 0)) for code, count in stored.items()}
     assert model_dtype(SimpleNamespace(config=config, tensors=tensors, label="model"), "auto") == expected
+
+
+def test_infinity_as_transformers_writes_it(tmp_path):
+    config = t.Mamba2Config(
+        hidden_size=64,
+        num_hidden_layers=2,
+        vocab_size=256,
+        num_heads=8,
+        head_dim=16,
+        state_size=16,
+        n_groups=1,
+        expand=2,
+    )
+    t.Mamba2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    assert "Infinity" in (tmp_path / "model/config.json").read_text()
+    loaded, _ = qcli.load(str(tmp_path / "model"), device="cpu")
+    assert loaded.config.time_step_limit[1] == float("inf")
+
+
+@pytest.mark.parametrize("named", [["LLaMAForCausalLM"], ["OfAFineTune"], ["PreTrainedTokenizerFast"], None])
+def test_an_architecture_of_another_name(named, model, quick_cli, tmp_path):
+    """Where transformers has no class of the name, model_type decides, for every verb."""
+    quick_cli("quantize", "model", "-o", "expected")
+    expected = tokens(quick_cli("generate", "model", "hi", *WORDS))
+    edit(model / "config.json", architectures=named)
+    assert tokens(quick_cli("generate", "model", "hi", *WORDS)) == expected
+    assert quick_cli("quantize", "model", "-o", "out").returncode == 0
+    assert same_weights(tmp_path / "out", tmp_path / "expected")
+
+
+OWN = """from transformers import LlamaForCausalLM
+class {name}(LlamaForCausalLM):
+    own = True
+"""
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "OwnModel"])
+@pytest.mark.parametrize("stated", [["LlamaForCausalLM"], ["Another"], None])
+def test_code_that_is_trusted_is_what_runs(name, stated, model):
+    (model / "modeling_own.py").write_text(
+        OWN.format(name=name) if name == "OwnModel" else OWN.format(name="Made") + f"{name} = Made\n"
+    )
+    edit(model / "config.json", architectures=stated, auto_map={"AutoModelForCausalLM": f"modeling_own.{name}"})
+    assert qcli.load(str(model), device="cpu", trust_remote_code=True)[0].own
+    assert not hasattr(qcli.load(str(model), device="cpu")[0], "own")
+
+
+def test_ids_of_a_language_model_within_another(tmp_path):
+    """Without generation_config.json: as transformers itself derives them."""
+    small = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=300,
+        head_dim=16, eos_token_id=7,
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14
+    )
+    config = t.Gemma3Config(text_config=small, vision_config=vision, mm_tokens_per_image=4, image_token_index=299)
+    t.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "model/generation_config.json").unlink()
+    theirs = t.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "model").generation_config
+    ours = qcli.load(str(tmp_path / "model"), device="cpu")[0].generation_config
+    assert (ours.eos_token_id, ours.bos_token_id, ours.pad_token_id) == (
+        theirs.eos_token_id,
+        theirs.bos_token_id,
+        theirs.pad_token_id,
+    )
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_quantization_config_without_content(bits, model):
+    edit(model / "config.json", quantization_config={})
+    assert qcli.load(str(model), device="cpu", bits=bits)[0].config.model_type == "llama"
 
 
 @pytest.mark.parametrize("field", ["num_hidden_layers", "num_labels"])

@@ -137,6 +137,21 @@ def test_fields_of_the_config_are_checked(field, folder):
             qcli.load(str(model), device="cpu")
 
 
+def test_quantized_tensors_that_are_no_linear(tmp_path):
+    """LLM.int8() of a mixture as transformers 4 wrote it: its experts are fused in transformers 5, which would read codes."""
+    make_model("mixtral", tmp_path / "model")
+    path = tmp_path / "model/model.safetensors"
+    state = load_file(path)
+    name = next(n for n in state if "experts.0.w1" in n or "experts.0.gate_proj" in n or n.endswith("gate.weight"))
+    state |= {name: state[name].to(torch.int8), name.replace("weight", "SCB"): torch.ones(len(state[name]))}
+    save_file(state, path, {"format": "pt"})
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="1 quantized, which are no linear modules in this transformers"):
+        qcli.load(str(tmp_path / "model"), device="cpu")
+
+
 def test_a_threshold_of_zero_is_kept(folder):
     model = folder("int8")
     config = json.loads((model / "config.json").read_text())

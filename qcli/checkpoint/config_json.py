@@ -18,6 +18,7 @@ _OUTER = {
 _EVERY_PART = {"model_type": TEXT, "dtype": TEXT, "torch_dtype": TEXT}
 # How many of something a model is built of, one by one. Before it is built, these are held against what is stored.
 _COUNT = re.compile(r"(^|_)(n_?layers?|layers?|depths?|n_?blocks|num_blocks|stages|experts?|labels)$")
+_FLOATS = ("Infinity", "-Infinity", "NaN")
 _DEEPEST = 8  # objects within objects
 
 
@@ -37,6 +38,23 @@ def parts(config: dict, path: str = "", depth: int = 0) -> Iterator[tuple[str, d
     for name, value in config.items():
         if isinstance(value, dict) and name != "quantization_config" and depth < _DEEPEST:
             yield from parts(value, f"{path}.{name}" if path else name, depth + 1)
+
+
+def for_transformers(config: dict) -> dict:
+    """A copy for a configuration class of transformers, which writes infinity as {"__float__": "Infinity"}, and takes a
+    quantization_config without content for one."""
+
+    def decoded(value: object) -> object:
+        if isinstance(value, dict):
+            if value.keys() == {"__float__"} and value["__float__"] in _FLOATS:
+                return float(value["__float__"])
+            return {name: decoded(item) for name, item in value.items()}
+        return [decoded(item) for item in value] if isinstance(value, list) else value
+
+    made = decoded(config)
+    if not made.get("quantization_config"):
+        made.pop("quantization_config", None)
+    return made
 
 
 def check_counts(config: dict, tensors: int, widest: int, label: str) -> None:

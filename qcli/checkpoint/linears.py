@@ -5,13 +5,13 @@ checkpoint is what may be quantized, and nothing else. For an architecture trans
 name and shape, which the plan shows as such.
 """
 
-import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from qcli.checkpoint.config_json import for_transformers
 from qcli.errors import CheckpointError
 
 # Parts of a name that mark a 2-D weight which is no linear layer to quantize: embeddings, heads, norms, routers.
@@ -52,6 +52,7 @@ class Layout:
     keep_fp32_strict: list[str] = field(default_factory=list)  # patterns kept float32 under 16-bit types
     missing: list[str] = field(default_factory=list)  # parameters of the model that no tensor provides
     misshaped: dict[str, tuple] = field(default_factory=dict)  # tensor name -> (shape stored, shape that the model has)
+    unknown: set[str] = field(default_factory=set)  # tensors that are no part of the model
     linear_kinds: list[str] = field(default_factory=list)  # class names of linear modules, converted or not
     expert_parameters: int = 0  # in fused 3-D expert tensors, which are no Linear
     notes: list[str] = field(default_factory=list)
@@ -108,33 +109,39 @@ def transformers_class(source, trust_remote_code: bool):
             )
     try:
         if known and not (remote.get("AutoConfig") and trust_remote_code):
-            config = transformers.CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(source.config))
+            config = transformers.CONFIG_MAPPING[model_type].from_dict(for_transformers(source.config))
         else:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            if not source.quantization and hasattr(config, "quantization_config"):
+                del config.quantization_config  # without content, which loaders take for a quantized model
     except Exception as e:  # transformers raises many kinds for a config it cannot read
         raise CheckpointError(
             f"{source.label}/config.json: transformers cannot read it: {reason(e)}",
             "Mend the config, or pass --set modules=rules to go by names and shapes.",
         ) from e
-    model_class = getattr(transformers, architecture, None) if architecture else None
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        model_class = None
-    if model_class is None and remote and trust_remote_code:
+    reference = _own_class(remote, architecture) if trust_remote_code else None
+    if reference:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        reference = next(
-            (r for key, r in remote.items() if r.endswith(f".{architecture}") and key != "AutoConfig"), None
-        )
         try:
-            model_class = get_class_from_dynamic_module(reference, folder) if reference else None
+            return get_class_from_dynamic_module(reference, folder), config
         except Exception as e:  # somebody's own code
             raise CheckpointError(
                 f"{source.label}: the code of {reference} cannot be loaded: {reason(e)}",
                 "Install what it needs, or mend it.",
             ) from e
-    if model_class is None and architecture is None:
-        model_class = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    model_class = getattr(transformers, architecture, None) if architecture else None
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        # A name of another time or of a fine-tune: what transformers makes of its model_type.
+        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return model_class, config
+
+
+def _own_class(auto_map: Mapping[str, str], architecture: str | None) -> str | None:
+    """The entry of an `auto_map` for the model that config.json names, else for one that continues a text, else for any."""
+    named = [value for key, value in auto_map.items() if key != "AutoConfig" and value.endswith(f".{architecture}")]
+    kinds = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
+    return next(iter([*named, *(auto_map[kind] for kind in kinds if kind in auto_map)]), None)
 
 
 def model_layout(source, model_class, config) -> Layout:
@@ -207,6 +214,7 @@ def model_layout(source, model_class, config) -> Layout:
         and info.shape != shapes[layout.modules[name]]
     }
     unknown = [name for name, renamed in layout.modules.items() if renamed not in state and renamed not in merged]
+    layout.unknown = set(unknown)
     if unknown:
         shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         layout.notes.append(

@@ -45,8 +45,13 @@ def pread(fd: int) -> Callable[[TensorInfo], torch.Tensor]:
 
 
 def mapped(fd: int) -> Callable[[TensorInfo], torch.Tensor]:
-    """Gives a tensor over pages of the file `fd`, which may be closed. Writes to it stay in this process."""
-    pages = mmap.mmap(fd, os.fstat(fd).st_size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    """Gives a tensor over pages of the file `fd`. That may be closed: the map has a descriptor of its own, while a tensor lives.
+
+    Writes to it stay in this process.
+    """
+    # Without a reserve: the file may be larger than memory, and nothing writes to it.
+    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+    pages = mmap.mmap(fd, os.fstat(fd).st_size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
     def load(info: TensorInfo) -> torch.Tensor:
         dtype = dtypes.torch_dtype(info.dtype)
