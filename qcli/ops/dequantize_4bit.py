@@ -21,13 +21,13 @@ def _reference(
     pairs = code.index_select(0, both.int()).view(torch.int64)
     out = torch.empty(count, dtype=dtype, device=packed.device)
     piece = block_size * max(1, (1 << (16 if packed.is_cpu else 24)) // block_size)
-    parts = zip(out.split(piece), packed.reshape(-1).split(piece // 2), absmax.split(piece // block_size))
-    for values, codes, scales in parts:
-        decoded = pairs.index_select(0, codes.int()).view(torch.float32)[: values.numel()]
-        full = values.numel() // block_size * block_size
+    parts = zip(range(0, count, piece), packed.reshape(-1).split(piece // 2), absmax.split(piece // block_size))
+    for start, codes, scales in parts:
+        decoded = pairs.index_select(0, codes.int()).view(torch.float32)[: count - start]
+        full = decoded.numel() // block_size * block_size
         decoded[:full].view(-1, block_size).mul_(scales[: full // block_size].unsqueeze(1))
         decoded[full:].mul_(scales[full // block_size :])
-        values.copy_(decoded)
+        out[start : start + piece] = decoded  # views of a split may not be written where gradients are on
     return out.view(shape)
 
 

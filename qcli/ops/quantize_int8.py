@@ -26,18 +26,19 @@ def _reference(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.T
     columns = outliers.nonzero().view(-1)
     # Pieces of whole rows: on a CPU small enough that the intermediate values stay in its cache.
     piece = max(1, (1 << (16 if x.is_cpu else 24)) // rows.shape[1])
-    for part, q_part, absmax_part in zip(rows.split(piece), q.split(piece), absmax.split(piece)):
-        kept = part.float()
+    for start in range(0, len(rows), piece):
+        here = slice(start, start + piece)  # views of a split may not be written where gradients are on
+        kept = rows[here].float()
         magnitude = kept.abs()
         if columns.numel():
             some = magnitude.index_select(1, columns)
             magnitude.index_copy_(1, columns, some.masked_fill_(some >= threshold, 0.0))
             kept = kept.index_fill(1, columns, 0.0)
-        torch.amax(magnitude, 1, out=absmax_part)
+        absmax[here] = absmax_part = magnitude.amax(1)
         boost = torch.where(absmax_part < 1e-30, 2.0**100, 1.0)
         scale = torch.where(absmax_part > 0, (absmax_part * boost).reciprocal() * 127.0, 0.0)
         scaled = (kept * boost.unsqueeze(1)).mul_(scale.unsqueeze(1))
-        q_part.copy_(scaled.round_().nan_to_num_(nan=0.0))
+        q[here] = scaled.round_().nan_to_num_(nan=0.0)
     return q.view(x.shape), absmax, outliers
 
 

@@ -37,10 +37,10 @@ def path() -> Path | None:
     """The compiled library, None where the package was installed without a compiler. QCLI_CPU_LIBRARY names another."""
     if os.environ.get(OTHER):
         return Path(os.environ[OTHER])
-    import qcli
+    from qcli import runtime
 
-    # An editable install keeps compiled files apart from the sources: the package then has two folders.
-    places = [Path(__file__).parent / LIBRARY, *(Path(folder) / "runtime" / LIBRARY for folder in qcli.__path__)]
+    # An editable install keeps compiled files apart from the sources: this package then has two folders.
+    places = [Path(__file__).parent / LIBRARY, *(Path(folder) / LIBRARY for folder in runtime.__path__)]
     return next((place for place in places if place.exists()), None)
 
 

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
-import qcli
+import qcli.runtime
 from qcli.errors import KernelError, NotCompiledError
 from qcli.runtime import problems
 
@@ -226,7 +226,7 @@ def _prebuilt(source: str, constants: tuple[str, ...], capability: tuple[int, in
 
 def _folders() -> list[Path]:
     """Where prebuilt images are. An editable install keeps what was compiled apart from the sources."""
-    places = dict.fromkeys(Path(place).resolve() / "runtime" / "prebuilt" for place in qcli.__path__)
+    places = dict.fromkeys(Path(place).resolve() / "prebuilt" for place in qcli.runtime.__path__)
     return [place for place in places if (place / ARCHITECTURES).exists()]
 
 

@@ -3,8 +3,11 @@ import numpy as np
 import pytest
 import torch
 
+from qcli.ops.dequantize_4bit import dequantize_4bit
 from qcli.ops.dequantize_int8 import dequantize_int8
+from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_int8 import cases, quantize_int8
+from qcli.runtime import cpu
 
 
 def oracle(x, threshold):
@@ -112,3 +115,15 @@ def test_pieces_do_not_show():
     expected = oracle(x, 6.0)
     assert outliers.nonzero().tolist() == [[5]]
     assert np.array_equal(q.numpy(), expected[0]) and np.array_equal(absmax.numpy(), expected[1])
+
+
+def test_without_kernels_a_weight_may_have_gradients():
+    """In several pieces: 300 x 512 values."""
+    x = torch.randn(300, 512, generator=torch.Generator().manual_seed(0))
+    packed, absmax = quantize_4bit(x, 64, "nf4")
+    restored = dequantize_4bit(packed, absmax, 64, "nf4", x.shape, x.dtype)
+    q, scale, _ = quantize_int8(x, 3.0)
+    with cpu.using(None):
+        assert torch.equal(dequantize_4bit(packed, absmax.requires_grad_(), 64, "nf4", x.shape, x.dtype), restored)
+        found, found_scale, _ = quantize_int8(x.requires_grad_(), 3.0)
+    assert torch.equal(found, q) and torch.equal(found_scale, scale)

@@ -41,7 +41,7 @@ def place(tmp_path, monkeypatch):
     compiler.chmod(0o755)
     monkeypatch.setattr(nvcc, "folder", lambda: tmp_path / "sources")
     monkeypatch.setattr(nvcc, "_packaged", lambda: [])
-    monkeypatch.setattr(nvcc.qcli, "__path__", [str(tmp_path / "package")])
+    monkeypatch.setattr(nvcc.qcli.runtime, "__path__", [str(tmp_path / "package/runtime")])
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.delenv("NVCC_PREPEND_FLAGS", raising=False)
     monkeypatch.delenv("NVCC_APPEND_FLAGS", raising=False)
