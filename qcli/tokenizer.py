@@ -8,6 +8,7 @@ import transformers
 from qcli.checkpoint.carried import has_tokenizer
 from qcli.checkpoint.source import Source
 from qcli.errors import CheckpointError
+from qcli.foreign_json import NUMBER, check
 from qcli.generation_config import first_line
 
 # What a message or a file speaks of -> (module, package that has it)
@@ -46,6 +47,8 @@ def read_tokenizer(source: Source, trust_remote_code: bool, config):
         raise _unreadable(source.label, names, e) from e
     if not hasattr(tokenizer, "decode"):  # transformers has returned False for one that it could not make
         raise CheckpointError(f"{source.label}: transformers makes no tokenizer of its files", "Fetch its files again.")
+    longest = {"model_max_length": getattr(tokenizer, "model_max_length", None)}
+    check(longest, {"model_max_length": NUMBER}, f"{source.label}/tokenizer_config.json", "Mend it, or fetch it again.")
     if getattr(tokenizer, "chat_template", None) is None and "chat_template.json" in names:
         tokenizer.chat_template = _processor_template(source)
     return tokenizer
