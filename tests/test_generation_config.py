@@ -127,7 +127,7 @@ def written(model, values: dict, **sampling) -> list[int]:
     try:
         source = qcli.checkpoint.source.open_source(str(folder))
         loaded.generation_config = generation_config.for_loading(
-            source
+            source, loaded.config
         ) or transformers.GenerationConfig.from_pretrained(folder)
         options = (
             {"max_new_tokens": 20, "seed": 5} if not {"max_new_tokens", "max_length"} & set(values) else {"seed": 5}

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import sysconfig
 import tomllib
 from importlib.metadata import distribution, distributions
 from pathlib import Path
@@ -90,7 +91,10 @@ def test_this_environment_is_the_locked_one():
     if not lock.is_file() or not lines(lock) or "make lock" not in lock.read_text():
         pytest.skip("make did not install this environment from a lock file")
     held = versions(lock)
-    here = {canonicalize_name(d.metadata["Name"]): Version(d.version).public for d in distributions()}
+    here = {
+        canonicalize_name(d.metadata["Name"]): Version(d.version).public
+        for d in distributions(path=[sysconfig.get_path("purelib")])
+    }
     assert {name: v for name, v in here.items() if name in held and v not in held[name]} == {}
     closure = {name for name, _ in needed("qcli", "test", set())}
     assert closure - set(held) - left_out(lock) == {"qcli"}

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from qcli.errors import UsageError
+from qcli.errors import CheckpointError, UsageError
 from qcli.foreign_json import read_object
 from qcli.outliers import paper
 from qcli.outliers.damage import Damage
@@ -81,10 +81,13 @@ def recommend(
 def read_skip(path: Path) -> list[str]:
     """The modules that a report written by `qcli inspect-outliers --json` recommends to keep in 16 bits.
 
-    Raises UsageError, CheckpointError.
+    Raises UsageError.
     """
     hint = "Make it with: qcli inspect-outliers MODEL --json > REPORT.json"
-    report = read_object(path, f"the report {path}", hint)
+    try:
+        report = read_object(path, f"the report {path}", hint)
+    except CheckpointError as e:
+        raise UsageError(e.message, hint) from e
     found = report.get("format")
     if found != "qcli-outliers":
         raise UsageError(

@@ -22,7 +22,8 @@ def test_the_modules_of_a_report_are_read(tmp_path):
     "content, message",
     [
         ("{", "is not valid JSON"),
-        ([], "its format is None, expected 'qcli-outliers'"),
+        ([], "holds \\[\\] \\(a list\\), expected a JSON object"),
+        ({}, "its format is None, expected 'qcli-outliers'"),
         ({"format": "qcli-weights"}, "its format is 'qcli-weights', expected 'qcli-outliers'"),
         ({"format": "qcli-outliers", "recommendation": None}, "holds no recommendation"),
         ({"format": "qcli-outliers", "recommendation": {}}, "has no list of modules to skip"),
