@@ -15,7 +15,7 @@ _OUTER = {
     "architectures": list_of(TEXT), "model_type": TEXT, "quantization_config": OBJECT,
     "auto_map": map_of(either(TEXT, list_of(TEXT_OR_NULL))), "is_encoder_decoder": FLAG, "tie_word_embeddings": FLAG,
 }  # fmt: skip
-_EVERY_PART = {"model_type": TEXT, "dtype": TEXT, "torch_dtype": TEXT}
+_EVERY_PART = {"model_type": TEXT, "dtype": TEXT, "torch_dtype": TEXT, "layer_types": list_of(TEXT)}
 # How many of something a model is built of, one by one. Before it is built, these are held against what is stored.
 _COUNT = re.compile(r"(^|_)(n_?layers?|layers?|depths?|n_?blocks|num_blocks|stages|experts?|labels)$")
 _FLOATS = ("Infinity", "-Infinity", "NaN")
