@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from qcli.errors import UsageError
+from qcli.memory.installed import transformers_version
 from qcli.memory.states import state
 
 RUNTIMES = ("transformers", "transformers4", "vllm")
@@ -97,6 +98,8 @@ def _widths(config, kind: str, runtime: str) -> tuple[int, int, str, str]:
     """Elements that one token takes in one layer, of keys and of values, why, and the component's name."""
     rank = config.get("kv_lora_rank", default=None)
     heads, width = (config.heads, config.head_dim) if rank is not None else attention_shape(config, kind)
+    if kind == "indexed_attention" and runtime == "transformers" and transformers_version() < (5, 18):
+        runtime = "transformers4"  # until then latents beside an indexer were kept expanded
     if rank is not None and runtime != "transformers4":
         rope = config.integer("qk_rope_head_dim")
         return rank, rope, f"kv_lora_rank {rank} + qk_rope_head_dim {rope}", "latents (MLA)"

@@ -136,9 +136,12 @@ class ModelConfig:
         listed = self.text.get("layers_block_type") or self.text.get("hybrid_override_pattern")
         if listed and self.model_type == "nemotron_h":  # there num_hidden_layers is ignored
             return len(listed)
-        names = ("decoder_layers", "num_decoder_layers", *_LAYERS) if self.is_encoder_decoder else _LAYERS
-        # A layer of LongCat holds two attention blocks, and transformers counts each as a layer.
-        return self._depth(*names) * (2 if self.model_type == "longcat_flash" else 1)
+        if self.model_type == "longcat_flash":
+            # A layer holds two attention blocks, and transformers counts each; 5.17 wrote any num_hidden_layers beside.
+            return 2 * self._depth("num_layers")
+        return self._depth(
+            *(("decoder_layers", "num_decoder_layers", *_LAYERS) if self.is_encoder_decoder else _LAYERS)
+        )
 
     @property
     def encoder_layers(self) -> int:

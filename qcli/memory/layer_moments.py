@@ -7,9 +7,9 @@ through attention. Rotary tables and masks are alive through all layers.
 """
 
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from qcli.memory.cache_parts import attention_shape
+from qcli.memory.installed import transformers_version
 from qcli.memory.states import state
 
 # Feed-forward without a gate: (f, h) alive at its activation. Activations made of several operations keep their parts.
@@ -153,7 +153,7 @@ def _recurrence(config) -> tuple[int, str]:
     if shape.heads and shape.chunk:
         chunks = shape.heads * (11 * shape.chunk + 15 * shape.size + 400) // 2
         scan = f"{shape.heads} heads x (5.5 x chunk {shape.chunk} + 7.5 x state {shape.size} + 200)"
-        if _transformers() < (5, 18):  # which multiplies all pairs of a chunk out before it sums them
+        if transformers_version() < (5, 18):  # which multiplies all pairs of a chunk out before it sums them
             wide = max(shape.size, shape.inner // shape.heads)
             chunks += 2 * shape.heads * shape.chunk * wide
             scan += f" + {shape.heads} heads x 2 x chunk {shape.chunk} x {wide}"
@@ -184,15 +184,10 @@ def _masks(config, through: Pass) -> tuple[int, int]:
     return (1, 1) if windowed or config.model_type in _MASKED else (0, 0)
 
 
-def _transformers() -> tuple[int, ...]:
-    """Major and minor version of the installed transformers."""
-    return tuple(map(int, version("transformers").split(".")[:2]))
-
-
 def _eager(config) -> tuple[int, int, int] | None:
     """The entry of _EAGER where the installed transformers does not fuse the model's attention."""
     kind = config.model_type
-    if kind in _FUSED_SINCE_5_24 and _transformers() >= (5, 24):
+    if kind in _FUSED_SINCE_5_24 and transformers_version() >= (5, 24):
         return None
     return _EAGER.get(kind)
 

@@ -94,7 +94,7 @@ def measured(train: str, checkpointing: bool, tokens: int, fields: dict) -> int:
                     parameter.data = parameter.data.float()
         model.train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         with Live([*model.parameters(), *model.buffers()]) as live:
