@@ -16,6 +16,7 @@ from qcli import generation_config, methods, out_of_memory
 from qcli.checkpoint import dtypes
 from qcli.checkpoint import plan as planning
 from qcli.checkpoint.linears import Layout, model_layout, reason, transformers_class
+from qcli.checkpoint.model_dtype import model_dtype
 from qcli.checkpoint.source import Source
 from qcli.checkpoint.stored_tensor import state_dict
 from qcli.devices import Placement, place
@@ -23,7 +24,6 @@ from qcli.errors import CheckpointError, QcliError, UsageError
 from qcli.memory.check import check_room
 from qcli.nn import Linear8bit
 from qcli.process import available_memory
-from qcli.quantization import model_dtype
 from qcli.quantizer import LoadingStopped, NoRoom, QcliConfig
 from qcli.settings import one_of
 from qcli.stored import made_again, open_checkpoint, quantized_weights, read_stored

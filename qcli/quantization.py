@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from qcli import methods
-from qcli.checkpoint import config_json, dtypes
+from qcli.checkpoint import dtypes
 from qcli.checkpoint import plan as planning
+from qcli.checkpoint.model_dtype import model_dtype
 from qcli.checkpoint.plan import Plan
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, PlanError
@@ -16,7 +17,6 @@ from qcli.report import Report, sum_up
 from qcli.settings import Settings, one_of, split_settings
 from qcli.sizes import format_bytes, parse_size
 
-_LANGUAGE = ("text_config", "language_config", "llm_config", "decoder")  # parts whose dtype speaks for the model
 DISK_RESERVE = 50_000_000  # for the index, tokenizer files and the file system's own needs
 
 
@@ -124,36 +124,6 @@ def _straddling_note(linears: list, method) -> list[str]:
         f"{len(wide)} modules have rows that blocks of {block_size} do not divide (such as {example.module}, "
         f"{example.in_features} wide): qcli runs them, but bitsandbytes on a CPU with AVX-512 fails or decodes them wrongly{advice}"
     ]
-
-
-def model_dtype(source, dtype: str) -> str:
-    """The safetensors code of the model's dtype: as asked, else what the config states, else that of most of the weights.
-
-    The outermost statement holds, as for transformers. Without one, the parts of a composite model decide where they agree and the
-    language model is among them or several speak; else the weights do. Raises PlanError for a stated dtype that no model is run in.
-    """
-    if dtype != "auto":
-        return dtypes.CODES[dtype]
-    stated = {path: part.get("dtype") or part.get("torch_dtype") for path, part in config_json.parts(source.config)}
-    stated = {path: name.removeprefix("torch.") for path, name in stated.items() if name}
-    spoken = any(path.rpartition(".")[2] in _LANGUAGE for path in stated)
-    found = {stated[""]} if "" in stated else set(stated.values()) if spoken or len(stated) > 1 else set()
-    if len(found) == 1:
-        name = found.pop()
-        if name in dtypes.MODEL_DTYPES:
-            return dtypes.CODES[name]
-        if dtypes.CODES.get(name) not in dtypes.FLOAT8:  # which weights may be stored in, and no model is run in
-            raise PlanError(
-                source.label, [f"config.json says dtype {name!r}, expected one of {', '.join(dtypes.MODEL_DTYPES)}"],
-                "Choose one with --dtype.",
-            )  # fmt: skip
-    count = {"F32": 0, "F16": 0, "BF16": 0}
-    for _, info in source.tensors.values():
-        if info.dtype in count:
-            count[info.dtype] += info.numel
-        elif info.dtype in dtypes.FLOAT8:
-            count["BF16"] += info.numel
-    return max(count, key=count.get)
 
 
 def _check_output(plan: Plan, overwrite: bool) -> None:

@@ -25,10 +25,7 @@ _IS_TOKENIZER = re.compile(
 # What the output has of its own, and what belongs to the folder and not to the model.
 _OWN = ("config.json", "qcli.json", "README.md")
 _NO_PART = re.compile(r"(^|/)(\.[^/]*|__pycache__)(/|$)|\.(partial|tmp|lock|incomplete)(/|$)")
-_FOR_READING = re.compile(
-    r"\.(md|rst|png|jpe?g|gif|webp|svg|pdf|mp4|wav|mp3|csv|parquet|ipynb|html)$|(^|/)(licen[cs]e|notice|use_policy)[^/]*$",
-    re.IGNORECASE,
-)
+_TO_RUN = re.compile(r"(.*\.(json|txt|model|jinja|py|spm|tiktoken|codes|bpe|tokenizer|vocab)|[^.]*)", re.IGNORECASE)
 _POOLING = "modules.json"  # of sentence-transformers: the folders of what follows the model, small weights included
 
 
@@ -41,12 +38,9 @@ class Carried:
 
     @property
     def to_run(self) -> list[str]:
-        """Those that a tokenizer, a template or a generation config may be made of: not papers and pictures."""
-        return [
-            name
-            for name in self.files
-            if ("/" not in name or name.startswith("additional_chat_templates/")) and not _FOR_READING.search(name)
-        ]
+        """Those that a tokenizer, a template or a generation config may be made of: not papers, pictures and data."""
+        at_top = [n for n in self.files if "/" not in n or n.startswith("additional_chat_templates/")]
+        return [name for name in at_top if _TO_RUN.fullmatch(name) or _IS_TOKENIZER.fullmatch(name)]
 
     def notes(self, size) -> list[str]:
         """A sentence on what is left behind; `size` gives a file's bytes."""

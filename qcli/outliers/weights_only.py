@@ -12,13 +12,13 @@ from qcli.checkpoint import config_json, dtypes
 from qcli.checkpoint import plan as planning
 from qcli.checkpoint.describe import Description, describe
 from qcli.checkpoint.linears import Layout, find_linears
+from qcli.checkpoint.model_dtype import model_dtype
 from qcli.checkpoint.pieces import read_pieces
 from qcli.checkpoint.source import Source, open_source
 from qcli.errors import CheckpointError
 from qcli.outliers import weight_summary as summary
 from qcli.outliers.tensor_names import gain_of, is_down_projection, layer_counts, place
 from qcli.outliers.weight_statistics import LinearWeight, NormGain
-from qcli.quantization import model_dtype
 
 _SIZES = {
     "int8": ("llm-int8", {}),

@@ -32,12 +32,12 @@ from qcli.checkpoint.linears import (
     tied_groups,
     transformers_class,
 )
+from qcli.checkpoint.model_dtype import model_dtype
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.stored_tensor import StoredTensor, pread
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, UsageError
 from qcli.model import check_fits, quiet
-from qcli.quantization import model_dtype
 from qcli.quantizer import QcliConfig, QcliQuantizer
 from qcli.runtime.heap import give_back
 from qcli.settings import one_of
