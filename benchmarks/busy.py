@@ -76,9 +76,7 @@ def run(arguments: list[str]) -> tuple[float, float]:
     started = time.perf_counter()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "qcli", *arguments], env=environment, stdout=output, stderr=output
-        )
+        process = subprocess.Popen([sys.executable, "-m", "qcli", *arguments], env=environment, stdout=output, stderr=output)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         wall = time.perf_counter() - started
@@ -105,9 +103,7 @@ def measure(work: str, arguments: list[str], rounds: int) -> Row:
     row = Row(work, {_name(count): wall for count, (wall, _) in found.items()})
     row.figures |= {f"{_name(count)}, CPU": used for count, (_, used) in found.items()}
     for count in BUSY[1:]:
-        row.compare(
-            f"{_name(count)} / alone", found[count][0] / found[0][0], bound(count, cores()) * NOISE, at_most=True
-        )
+        row.compare(f"{_name(count)} / alone", found[count][0] / found[0][0], bound(count, cores()) * NOISE, at_most=True)
     return row
 
 
@@ -120,9 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a folder with another unquantized model")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument(
-        "--only", default="", help="commands that begin with one of these words, with commas between; not saved"
-    )
+    parser.add_argument("--only", default="", help="commands that begin with one of these words, with commas between; not saved")
     options = parser.parse_args()
     kept = tuple(options.only.split(","))
     rows, before = [], os.getloadavg()

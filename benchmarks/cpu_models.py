@@ -14,12 +14,12 @@ from make_checkpoint import make_checkpoint
 from measure import alternate
 
 import qcli
-from qcli.checkpoint.staging import SYNC_BYTES
-from qcli.decode import Sampling
-from qcli.decode import generate as decode
-from qcli.decode_step import cache_argument
-from qcli.nn import Linear4bit
-from qcli.quantization import make_plan, run_plan
+from qcli.generation.decode import Sampling
+from qcli.generation.decode import generate as decode
+from qcli.generation.step import cache_argument
+from qcli.nn.linear_4bit import Linear4bit
+from qcli.quantization.quantize import make_plan, run_plan
+from qcli.quantization.staging import SYNC_BYTES
 
 PROMPT, NEW = 128, 48
 
@@ -108,25 +108,19 @@ def generate(row, folder: Path, other: dict | None) -> list:
         del model
         bandwidths.append(read_bandwidth())
     for name, bits in (("NF4", 4), ("LLM.int8()", 8)):
-        found[f"{name} bitsandbytes"] = bitsandbytes_speed(
-            folder / f"1.1b-{bits}", fused=False, new=3 if bits == 4 else 16
-        )
+        found[f"{name} bitsandbytes"] = bitsandbytes_speed(folder / f"1.1b-{bits}", fused=False, new=3 if bits == 4 else 16)
     if has_fused:
         found["NF4 bitsandbytes fused"] = bitsandbytes_speed(folder / "1.1b-4", fused=True, new=NEW)
     # The best of several moments: a slow one would flatter.
     limit = max(*bandwidths, read_bandwidth()) / streamed
     ours = found["NF4"]["decode"]
-    decoded = row(
-        "generate NF4, decode", {"limit": limit, **_column(found, "NF4", "decode"), **_theirs(other, "decode")}
-    )
+    decoded = row("generate NF4, decode", {"limit": limit, **_column(found, "NF4", "decode"), **_theirs(other, "decode")})
     decoded.compare("of the limit", ours / limit, 0.5, 0.75)
     decoded.compare("faster than bitsandbytes", ours / found["NF4 bitsandbytes"]["decode"], 5)
     if "NF4 bitsandbytes fused" in found:
         decoded.compare("faster than its AVX512_BF16 path", ours / found["NF4 bitsandbytes fused"]["decode"], None)
     ours = found["LLM.int8()"]["prefill"]
-    filled = row(
-        "generate LLM.int8(), prefill of 128", {**_column(found, "LLM.int8()", "prefill"), **_theirs(other, "prefill")}
-    )
+    filled = row("generate LLM.int8(), prefill of 128", {**_column(found, "LLM.int8()", "prefill"), **_theirs(other, "prefill")})
     filled.compare("faster than bitsandbytes", ours / found["LLM.int8() bitsandbytes"]["prefill"], 1)
     rest = [
         row("generate NF4, prefill of 128", {**_column(found, "NF4", "prefill"), **_theirs(other, "prefill")}),
@@ -159,9 +153,7 @@ def speed(model, new: int = NEW) -> dict[str, float]:
         eos_token_id = None
 
     runs = [
-        decode(
-            model, NoEnd(), list(range(5, 5 + PROMPT)), Sampling(max_new_tokens=new, temperature=0), lambda token: None
-        )
+        decode(model, NoEnd(), list(range(5, 5 + PROMPT)), Sampling(max_new_tokens=new, temperature=0), lambda token: None)
         for _ in range(4)
     ][1:]
     return {"prefill": median(r.prefill_rate for r in runs), "decode": median(r.decode_rate for r in runs)}

@@ -52,9 +52,7 @@ def quantize_rows(row):
         {
             "clone": lambda: x().clone(),
             "qcli": lambda: nf4(x()),
-            "bitsandbytes": lambda: bnb_functional.quantize_4bit(
-                x(), blocksize=64, compress_statistics=True, quant_type="nf4"
-            ),
+            "bitsandbytes": lambda: bnb_functional.quantize_4bit(x(), blocksize=64, compress_statistics=True, quant_type="nf4"),
         },
         5,
     )
@@ -143,9 +141,7 @@ def theirs_4bit(weight: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, has_f
     for name in ("bitsandbytes", "bitsandbytes fused") if has_fused else ("bitsandbytes",):
         bnb.nn.modules.has_avx512bf16 = lambda name=name: name.endswith("fused")
         layer = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
-        layer.weight = bnb.nn.Params4bit(
-            weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
-        )
+        layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
         layer = layer.to("cpu").eval()
         times[name] = alternate({"": lambda layer=layer: layer(x)}, 5)[""]
     return times
@@ -163,15 +159,11 @@ def linear_int8_rows(row):
         x = torch.randn(tokens, K).bfloat16()
         x[:, [5, 77, 900]] *= 20
         times = alternate(
-            {
-                "qcli": lambda x=x: linear_int8(x, stored(), scale, None, 6.0),
-                "bitsandbytes": lambda x=x: layers()(x),
-            },
-            rounds,
+            {"qcli": lambda x=x: linear_int8(x, stored(), scale, None, 6.0), "bitsandbytes": lambda x=x: layers()(x)}, rounds
         )
-        yield row(
-            f"linear_int8, {tokens} token{'s' if tokens > 1 else ''}, 3 outlier columns", milliseconds(times)
-        ).compare("faster than bitsandbytes", times["bitsandbytes"] / times["qcli"], 1, 1.3)
+        yield row(f"linear_int8, {tokens} token{'s' if tokens > 1 else ''}, 3 outlier columns", milliseconds(times)).compare(
+            "faster than bitsandbytes", times["bitsandbytes"] / times["qcli"], 1, 1.3
+        )
 
 
 def _copy(layer):

@@ -99,9 +99,13 @@ def pytest(*words: str) -> Callable[[Path], list[str]]:
 def sanitized(tool: str, proves: bool) -> Step:
     """Every kernel under a tool of compute-sanitizer."""
     return Step(
-        tool, lambda folder: sanitizer.command(tool, sys.executable), sanitizer.SECONDS, proves, needs="compute-sanitizer",
+        tool,
+        lambda folder: sanitizer.command(tool, sys.executable),
+        sanitizer.SECONDS,
+        proves,
+        needs="compute-sanitizer",
         environment=sanitizer.ENVIRONMENT,
-    )  # fmt: skip
+    )
 
 
 NCU = "--target-processes all --kernel-name regex:^linear_ --section SpeedOfLight --section Occupancy --section LaunchStats"
@@ -114,31 +118,52 @@ STEPS = (
     sanitized("memcheck", proves=True),
     sanitized("racecheck", proves=True),
     Step(
-        "suite", pytest(*(f"tests/gpu/test_{name}.py" for name in SUITE), "tests/test_decode_cuda.py"), 300, proves=True,
+        "suite",
+        pytest(*(f"tests/gpu/test_{name}.py" for name in SUITE), "tests/test_decode_cuda.py"),
+        300,
+        proves=True,
         read=tests_passed,
     ),
     Step(
-        "bench-few", python("benchmarks/gpu.py", "--only", "ops,nf4,few", "--output", "FOLDER/bench-few.json"), 420,
+        "bench-few",
+        python("benchmarks/gpu.py", "--only", "ops,nf4,few", "--output", "FOLDER/bench-few.json"),
+        420,
         read=benchmark("bench-few"),
     ),
     Step(
-        "bench-many", python("benchmarks/gpu.py", "--only", "many,launch", "--output", "FOLDER/bench-many.json"), 300,
+        "bench-many",
+        python("benchmarks/gpu.py", "--only", "many,launch", "--output", "FOLDER/bench-many.json"),
+        300,
         read=benchmark("bench-many"),
     ),
     Step(
         "ncu",
-        lambda folder: ["ncu", *NCU.split(), "--csv", "--log-file", str(folder / "ncu.csv"), "--force-overwrite",
-                        sys.executable, "-m", "tests.gpu.first", "--launch"],
-        180, needs="ncu", read=profile,
+        lambda folder: [
+            "ncu",
+            *NCU.split(),
+            "--csv",
+            "--log-file",
+            str(folder / "ncu.csv"),
+            "--force-overwrite",
+            sys.executable,
+            "-m",
+            "tests.gpu.first",
+            "--launch",
+        ],
+        180,
+        needs="ncu",
+        read=profile,
     ),
     sanitized("synccheck", proves=True),
     Step("large", pytest("tests/gpu/test_large.py"), 420, proves=True, read=tests_passed),
     sanitized("initcheck", proves=False),  # it names torch's own kernels, too
     Step(
-        "generate", python("benchmarks/gpu.py", "--only", "generate", "--output", "FOLDER/generate.json"), 540,
+        "generate",
+        python("benchmarks/gpu.py", "--only", "generate", "--output", "FOLDER/generate.json"),
+        540,
         read=benchmark("generate"),
     ),
-)  # fmt: skip
+)
 
 
 def main() -> None:
@@ -164,9 +189,7 @@ def main() -> None:
 def install(wheels: Path) -> Step:
     """What lies in a folder, without asking an index."""
     files = sorted(str(path.resolve()) for path in wheels.glob("*.whl"))
-    return Step(
-        "install", python("-m", "pip", "install", "--no-index", "--no-deps", *files), 120, proves=True, vital=True
-    )
+    return Step("install", python("-m", "pip", "install", "--no-index", "--no-deps", *files), 120, proves=True, vital=True)
 
 
 def run(steps: list[Step], folder: Path, minutes: float | None) -> int:
@@ -177,9 +200,7 @@ def run(steps: list[Step], folder: Path, minutes: float | None) -> int:
     for step in steps:
         left = 60 * minutes - (time.monotonic() - began) if minutes else step.seconds
         if step.seconds > left:
-            print(
-                f"{step.name} may take {step.seconds} s, {max(left, 0):.0f} s are left: go on with --from {step.name}"
-            )
+            print(f"{step.name} may take {step.seconds} s, {max(left, 0):.0f} s are left: go on with --from {step.name}")
             return 0
         print(f"{step.name}: {step.seconds} s at most, {folder / step.name}.log", flush=True)
         note = perform(step, folder)
@@ -197,12 +218,7 @@ def perform(step: Step, folder: Path) -> Figures:
     if step.needs and shutil.which(step.needs) is None:
         return {"status": SKIPPED, "seconds": 0.0, "why": f"{step.needs} is not on PATH"}
     log, began = folder / f"{step.name}.log", time.monotonic()
-    environment = {
-        "QCLI_CACHE": str(folder / "cache"),
-        "PYTHONPATH": str(ROOT),
-        "PYTHONUNBUFFERED": "1",
-        "QCLI_TEST_SEED": "0",
-    }
+    environment = {"QCLI_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "QCLI_TEST_SEED": "0"}
     with log.open("wb") as output:
         code = ended(step.command(folder), os.environ | environment | step.environment, step.seconds, output)
     note: Figures = {"status": PASSED, "seconds": round(time.monotonic() - began, 1)}
@@ -210,10 +226,7 @@ def perform(step: Step, folder: Path) -> Figures:
     if code is None:
         note |= {"status": LATE, "why": f"not done within {step.seconds} s"}
     elif code:
-        note |= {
-            "status": WRONG if step.proves else FAILED,
-            "why": f"exit code {code}: {(text.splitlines() or [''])[-1]}",
-        }
+        note |= {"status": WRONG if step.proves else FAILED, "why": f"exit code {code}: {(text.splitlines() or [''])[-1]}"}
     try:
         if figures := step.read(text, folder):
             note["figures"] = figures
@@ -227,9 +240,14 @@ def ended(command: list[str], environment: dict[str, str], seconds: float, outpu
     """A command's exit code; None where its time was over. What it started ends with it, however this ends."""
     try:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
-        )  # fmt: skip
+        )
     except OSError as e:
         output.write(f"{command[0]}: {e.strerror}\n".encode())
         return 127

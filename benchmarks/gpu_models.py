@@ -12,7 +12,7 @@ from cpu_models import PROMPT, checkpoint, speed, streamed_bytes
 from rows import Row
 
 import qcli
-from qcli import decode_graph
+from qcli.generation import graph as decode_graph
 
 NEW, FEW = 128, 8  # tokens; on a stand-in
 
@@ -71,10 +71,7 @@ def graph_or_none(way: str) -> Callable:
 def theirs(source: Path, device: torch.device):
     """transformers with bitsandbytes, NF4 with double quantization."""
     config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )
     return transformers.AutoModelForCausalLM.from_pretrained(
         source, quantization_config=config, dtype=torch.bfloat16, device_map={"": device}

@@ -81,9 +81,7 @@ def blockwise(gpu, limits, n: int, k: int, target: bool) -> Iterator[tuple[str, 
     shape = [n, k]
     times = gpu.time(
         {
-            "qcli": Candidate(
-                lambda i: gpu.call("dequantize_4bit", *stored[i], 64, "nf4", shape, torch.bfloat16), count
-            ),
+            "qcli": Candidate(lambda i: gpu.call("dequantize_4bit", *stored[i], 64, "nf4", shape, torch.bfloat16), count),
             "bitsandbytes": Candidate(lambda i: bnb.dequantize_4bit(*theirs[i]), count),
             "clone": Candidate(lambda i: xs[i].clone(), count),
         }

@@ -43,15 +43,7 @@ def random_bfloat16(rng: np.random.Generator, count: int) -> bytes:
 
 
 def make_checkpoint(
-    folder: Path,
-    *,
-    layers: int,
-    hidden: int,
-    intermediate: int,
-    vocabulary: int,
-    heads: int,
-    kv_heads: int,
-    shard_size: int,
+    folder: Path, *, layers: int, hidden: int, intermediate: int, vocabulary: int, heads: int, kv_heads: int, shard_size: int
 ) -> int:
     """Writes config.json, shards and their index; returns the bytes of weights."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,10 +71,19 @@ def make_checkpoint(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": intermediate,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "bfloat16",
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return total
 

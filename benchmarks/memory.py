@@ -21,8 +21,8 @@ from measure import machine
 
 from qcli import console
 from qcli.memory.components import STORED, Costs, Setting
-from qcli.memory.opening import open_model
-from qcli.memory.overhead import overhead
+from qcli.memory.costs.overhead import overhead
+from qcli.memory.model.opening import open_model
 from qcli.sizes import format_bytes
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -37,7 +37,7 @@ RUN = """
 import json, sys
 import torch
 import qcli
-from qcli.decode_step import cache_argument
+from qcli.generation.step import cache_argument
 from qcli.process import peak_memory
 folder, device, tokens, batch = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 model, _ = qcli.load(folder, device=device)
@@ -93,17 +93,7 @@ def checkpoints(name: str, scratch: Path) -> dict[str, Path]:
     make_checkpoint(folders["bfloat16"], **SHAPES[name], shard_size=5_000_000_000)
     for bits in ("8", "4"):
         folders[f"{bits} bits"] = output = scratch / f"{name}-{bits}"
-        command = [
-            sys.executable,
-            "-m",
-            "qcli",
-            "quantize",
-            str(scratch / name),
-            "--bits",
-            bits,
-            "--output",
-            str(output),
-        ]
+        command = [sys.executable, "-m", "qcli", "quantize", str(scratch / name), "--bits", bits, "--output", str(output)]
         subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
     return folders
 

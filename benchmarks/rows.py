@@ -18,9 +18,7 @@ class Row:
     figures: dict[str, float]
     ratios: list[dict[str, object]] = field(default_factory=list)
 
-    def compare(
-        self, what: str, found: float, must: float | None, aim: float | None = None, *, at_most: bool = False
-    ) -> "Row":
+    def compare(self, what: str, found: float, must: float | None, aim: float | None = None, *, at_most: bool = False) -> "Row":
         """Adds a ratio: at least `must`, or at most; None where it is shown only."""
         met = must is None or (found <= must if at_most else found >= must)
         bound = "" if must is None else f"{'<=' if at_most else '>='} {must:g}"

@@ -19,9 +19,23 @@ from dataclasses import dataclass
 
 HELD_OUT_SEED, HELD_OUT_COUNT = 2, 120
 ANIMALS = (
-    "fox", "rabbit", "bear", "mouse", "owl", "hedgehog", "frog", "badger", "duck", "goat", "squirrel", "otter", "mole", "cat",
-    "turtle", "crow",
-)  # fmt: skip
+    "fox",
+    "rabbit",
+    "bear",
+    "mouse",
+    "owl",
+    "hedgehog",
+    "frog",
+    "badger",
+    "duck",
+    "goat",
+    "squirrel",
+    "otter",
+    "mole",
+    "cat",
+    "turtle",
+    "crow",
+)
 NAMES = {
     "she": ("Mina", "Lotte", "Rosa", "Ivy", "Nell", "Tilda", "Wren", "Ada", "Pia", "Hazel"),
     "he": ("Tom", "Oskar", "Finn", "Bruno", "Jonas", "Emil", "Gus", "Otto", "Rolf", "Ned"),
@@ -29,27 +43,54 @@ NAMES = {
 FORMS = {"she": ("She", "her", "her"), "he": ("He", "him", "his")}  # at the start, object, possessive
 TEMPERS = ("shy", "brave", "curious", "sleepy", "cheerful", "clever", "grumpy", "gentle", "proud", "quiet")
 HOMES = (
-    "in a hollow tree", "under the old bridge", "at the edge of the forest", "beside the pond", "on a windy hill",
-    "behind the mill", "in a burrow near the river", "in a little red house",
-)  # fmt: skip
+    "in a hollow tree",
+    "under the old bridge",
+    "at the edge of the forest",
+    "beside the pond",
+    "on a windy hill",
+    "behind the mill",
+    "in a burrow near the river",
+    "in a little red house",
+)
 HOBBIES = (
-    "count the stars", "bake bread", "paint stones", "sing to the moon", "collect feathers", "climb tall trees",
-    "read old maps", "plant beans", "fly a kite", "sail paper boats",
-)  # fmt: skip
+    "count the stars",
+    "bake bread",
+    "paint stones",
+    "sing to the moon",
+    "collect feathers",
+    "climb tall trees",
+    "read old maps",
+    "plant beans",
+    "fly a kite",
+    "sail paper boats",
+)
 TIMES = ("morning", "evening", "rainy day", "summer day", "cold night", "afternoon")
 COLOURS = ("red", "blue", "golden", "green", "silver", "striped", "tiny", "rusty")
-THINGS = (
-    "key", "lantern", "button", "bell", "shell", "basket", "spoon", "drum", "ring", "umbrella", "scarf", "whistle",
-)  # fmt: skip
+THINGS = ("key", "lantern", "button", "bell", "shell", "basket", "spoon", "drum", "ring", "umbrella", "scarf", "whistle")
 SPOTS = (
-    "under a leaf", "in the tall grass", "by the well", "on a flat stone", "near the fence", "inside an old boot",
-    "between two roots", "at the bottom of the stream",
-)  # fmt: skip
+    "under a leaf",
+    "in the tall grass",
+    "by the well",
+    "on a flat stone",
+    "near the fence",
+    "inside an old boot",
+    "between two roots",
+    "at the bottom of the stream",
+)
 USES = {
-    "key": "open the garden gate", "lantern": "light the dark path", "button": "mend a torn coat", "bell": "call friends home",
-    "shell": "hear the sea", "basket": "carry ripe apples", "spoon": "stir the soup", "drum": "wake the whole valley",
-    "ring": "make a wish", "umbrella": "keep dry in the rain", "scarf": "stay warm in the snow", "whistle": "scare the wolf away",
-}  # fmt: skip
+    "key": "open the garden gate",
+    "lantern": "light the dark path",
+    "button": "mend a torn coat",
+    "bell": "call friends home",
+    "shell": "hear the sea",
+    "basket": "carry ripe apples",
+    "spoon": "stir the soup",
+    "drum": "wake the whole valley",
+    "ring": "make a wish",
+    "umbrella": "keep dry in the rain",
+    "scarf": "stay warm in the snow",
+    "whistle": "scare the wolf away",
+}
 FOODS = ("honey cake", "warm milk", "berry pie", "carrot soup", "fresh bread", "nut cookies")
 FEELINGS = ("happy", "proud", "glad", "calm")
 

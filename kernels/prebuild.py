@@ -51,9 +51,7 @@ def main(folder: Path) -> None:
         list(pool.map(build, missing))
     listing.write_text(" ".join(names) + "\n")
     total = sum((folder / name).stat().st_size for name in images)
-    print(
-        f"{len(images)} images of CUDA kernels, {len(missing)} of them new, {total / 1e6:.1f} MB, for {', '.join(names)}"
-    )
+    print(f"{len(images)} images of CUDA kernels, {len(missing)} of them new, {total / 1e6:.1f} MB, for {', '.join(names)}")
 
 
 if __name__ == "__main__":

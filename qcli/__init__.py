@@ -12,11 +12,11 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0.0.0"
 
 _EXPORTS = {
-    "quantize": "qcli.quantization",
-    "load": "qcli.model",
+    "quantize": "qcli.quantization.quantize",
+    "load": "qcli.loading.load",
     "evaluate": "qcli.evaluation.evaluate",
     "estimate_memory": "qcli.memory.estimate",
-    "inspect_outliers": "qcli.outliers.instrument",
+    "inspect_outliers": "qcli.outliers.inspect_outliers",
     "QcliError": "qcli.errors",
 }
 

@@ -59,12 +59,7 @@ def _styled(text: str, style: str) -> None:
 
 
 def table(
-    title: str,
-    columns: Sequence[str],
-    rows: Iterable[Sequence[object]],
-    *,
-    left: Sequence[int] = (0,),
-    talk: bool = False,
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: Sequence[int] = (0,), talk: bool = False
 ) -> None:
     """Prints a table on stdout (stderr when `talk`). Columns named in `left` are left-aligned, the others right.
 
@@ -160,8 +155,7 @@ class Progress:
         left = format_seconds((self.total - self.done) / rate) if rate > 0 else "?"
         percent = 100 * self.done / max(self.total, 1)
         line = (
-            f"{percent:5.1f}%  {format_bytes(self.done)} of {format_bytes(self.total)}"
-            f"  {format_bytes(rate)}/s  {left} left  {name}"
+            f"{percent:5.1f}%  {format_bytes(self.done)} of {format_bytes(self.total)}  {format_bytes(rate)}/s  {left} left  {name}"
         )
         if self.live:
             columns = os.get_terminal_size(sys.stderr.fileno()).columns

@@ -47,14 +47,10 @@ class Placement:
             return "what is free on the GPUs and the CPU"
         names = {name: "the CPU" if name == "cpu" else f"GPU {name}" for name in self.max_memory}
         given = ", ".join(f"{format_bytes(size)} on {names[name]}" for name, size in self.max_memory.items())
-        return (
-            given if len(names) < 2 else f"{given}, which must leave room for the largest layer that moves between them"
-        )
+        return given if len(names) < 2 else f"{given}, which must leave room for the largest layer that moves between them"
 
 
-def place(
-    device: str, device_map: str | dict | None, max_memory: str | Mapping[int | str, int | str] | None
-) -> Placement:
+def place(device: str, device_map: str | dict | None, max_memory: str | Mapping[int | str, int | str] | None) -> Placement:
     """The placement for `--device`, `--device-map` (auto, or a dict of module to device) and `--max-memory`.
 
     Raises UsageError, DeviceError.
@@ -94,9 +90,7 @@ def parse_max_memory(text: str | Mapping[int | str, int | str]) -> dict[int | st
     count = torch.cuda.device_count()
     missing = [key for key in limits if key != "cpu" and key >= count]
     if missing:
-        there = (
-            "there is none" if not count else f"there are {count}, from 0 on" if count > 1 else "there is only GPU 0"
-        )
+        there = "there is none" if not count else f"there are {count}, from 0 on" if count > 1 else "there is only GPU 0"
         raise DeviceError(f"--max-memory names GPU {missing[0]}, and {there}", "Name what `qcli doctor` shows.")
     return limits
 

@@ -70,3 +70,19 @@ class Interrupted(QcliError):
 
 class QcliWarning(UserWarning):
     """Something works less well than it could; a sentence on what and how to mend it."""
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raises UsageError where `value`, given as the option `name`, is none of `allowed`."""
+    if value not in allowed:
+        raise UsageError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def together(what: str, names: list[str]) -> str:
+    """One sentence on many things of a kind, the first five by name."""
+    return f"{len(names):,} {what}: {', '.join(names[:5])}" + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")

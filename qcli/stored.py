@@ -10,21 +10,29 @@ from math import prod
 import numpy as np
 
 from qcli.checkpoint import dtypes
-from qcli.checkpoint.linears import Layout
+from qcli.checkpoint.modules import Layout
 from qcli.checkpoint.safetensors_file import TensorInfo, read_into
 from qcli.checkpoint.source import Source, open_source
 from qcli.codebooks import CODEBOOKS, DYNAMIC_MAP
 from qcli.errors import CheckpointError, QcliWarning
-from qcli.foreign_json import FLAG, NUMBER, TEXT, Required, at_least, check, list_of, one_of, parse_object, whole
+from qcli.files.foreign_json import FLAG, NUMBER, TEXT, Required, at_least, check, list_of, one_of, parse_object, whole
 from qcli.formats.bitsandbytes import NESTED_BLOCK_SIZE
-from qcli.quantizer import NAME, PARTS_4BIT
+from qcli.loading.transformers_quantizer import NAME, PARTS_4BIT
 
 _CONFIG = {
-    "quant_method": TEXT, "load_in_4bit": FLAG, "load_in_8bit": FLAG, "_load_in_4bit": FLAG, "_load_in_8bit": FLAG,
+    "quant_method": TEXT,
+    "load_in_4bit": FLAG,
+    "load_in_8bit": FLAG,
+    "_load_in_4bit": FLAG,
+    "_load_in_8bit": FLAG,
     "bnb_4bit_compute_dtype": one_of(*dtypes.MODEL_DTYPES, *(f"torch.{name}" for name in dtypes.MODEL_DTYPES)),
-    "bnb_4bit_quant_storage": TEXT, "bnb_4bit_quant_type": one_of("nf4", "fp4"), "bnb_4bit_use_double_quant": FLAG,
-    "llm_int8_threshold": at_least(0), "llm_int8_skip_modules": list_of(TEXT), "llm_int8_has_fp16_weight": FLAG,
-}  # fmt: skip
+    "bnb_4bit_quant_storage": TEXT,
+    "bnb_4bit_quant_type": one_of("nf4", "fp4"),
+    "bnb_4bit_use_double_quant": FLAG,
+    "llm_int8_threshold": at_least(0),
+    "llm_int8_skip_modules": list_of(TEXT),
+    "llm_int8_has_fp16_weight": FLAG,
+}
 _QUANT_STATE = {
     "quant_type": Required(one_of("nf4", "fp4")),
     "blocksize": Required(whole(1, 1 << 20)),
@@ -129,9 +137,7 @@ def _4bit(source: Source, tensor: str, linear) -> dict | None:
     nested = state.get("nested_offset") is not None
     names = {"weight": tensor, "weight_quant_state": state_name}
     names |= {f"weight_{part}": f"{tensor}.{part}" for part in PARTS_4BIT}
-    lacking = [
-        f"{tensor}.{p}" for p in (PARTS_4BIT if nested else PARTS_4BIT[:2]) if f"{tensor}.{p}" not in source.tensors
-    ]
+    lacking = [f"{tensor}.{p}" for p in (PARTS_4BIT if nested else PARTS_4BIT[:2]) if f"{tensor}.{p}" not in source.tensors]
     if lacking:
         raise _Problem(f"{tensor} lacks {', '.join(lacking)}")
     if state["quant_type"] != quant_type:
@@ -146,18 +152,21 @@ def _4bit(source: Source, tensor: str, linear) -> dict | None:
     if nested:
         _check_table(source, f"{tensor}.nested_quant_map", DYNAMIC_MAP, "double quantization")
     return {
-        "bits": 4, "in_features": expected[1], "out_features": expected[0], "quant_type": quant_type,
-        "block_size": state["blocksize"], "nested_offset": state.get("nested_offset"), "tensors": _present(source, names),
-    }  # fmt: skip
+        "bits": 4,
+        "in_features": expected[1],
+        "out_features": expected[0],
+        "quant_type": quant_type,
+        "block_size": state["blocksize"],
+        "nested_offset": state.get("nested_offset"),
+        "tensors": _present(source, names),
+    }
 
 
 def _check_4bit_sizes(source: Source, tensor: str, count: int, block_size: int, nested: bool) -> None:
     info = source.tensors[tensor][1]
     # bnb_4bit_quant_storage may call the bytes another dtype, so that they can be sharded beside 16-bit weights.
     if info.nbytes != -(-count // 2) or info.dtype not in ("U8", "I8", *dtypes.FLOATS):
-        raise _Problem(
-            f"{tensor} holds {info.nbytes:,} bytes of {info.dtype}, expected {-(-count // 2):,} for {count:,} codes"
-        )
+        raise _Problem(f"{tensor} holds {info.nbytes:,} bytes of {info.dtype}, expected {-(-count // 2):,} for {count:,} codes")
     blocks = -(-count // block_size)
     _expect(source, f"{tensor}.absmax", ("U8",) if nested else ("F32",), (blocks,))
     _expect(source, f"{tensor}.quant_map", ("F32",), (16,))
@@ -176,9 +185,7 @@ def _check_table(source: Source, name: str, table: np.ndarray, what: str) -> Non
 def _expect(source: Source, name: str, allowed: tuple[str, ...], shape: tuple[int, ...]) -> None:
     info = source.tensors[name][1]
     if info.dtype not in allowed or prod(info.shape) != prod(shape) or (len(shape) > 1 and info.shape != shape):
-        raise _Problem(
-            f"{name} is {info.dtype} of shape {list(info.shape)}, expected {' or '.join(allowed)} of {list(shape)}"
-        )
+        raise _Problem(f"{name} is {info.dtype} of shape {list(info.shape)}, expected {' or '.join(allowed)} of {list(shape)}")
 
 
 def _present(source: Source, names: dict[str, str]) -> dict[str, list]:

@@ -5,7 +5,7 @@ import transformers as t
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from qcli import decode_graph
+from qcli.generation import graph as decode_graph
 from tests.models import ARCHITECTURES
 
 aten = torch.ops.aten
@@ -95,6 +95,17 @@ GREEDY = {"do_sample": False, "repetition_penalty": 1.3}  # without the penalty 
 SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 60, "top_p": 0.95, "min_p": 0.001}
 WINDOW = {"sliding_window": 8}
 CASES = {
-    "llama": {}, "gpt2": {}, "qwen2": {}, "qwen3": {}, "mistral": WINDOW, "gemma2": WINDOW, "gemma3_text": WINDOW, "phi3": {},
-    "gpt_neox": {}, "stablelm": {}, "olmo2": {}, "cohere": {}, "starcoder2": WINDOW,
-}  # fmt: skip
+    "llama": {},
+    "gpt2": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": WINDOW,
+    "gemma2": WINDOW,
+    "gemma3_text": WINDOW,
+    "phi3": {},
+    "gpt_neox": {},
+    "stablelm": {},
+    "olmo2": {},
+    "cohere": {},
+    "starcoder2": WINDOW,
+}

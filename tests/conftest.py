@@ -28,9 +28,7 @@ transformers.logging.disable_progress_bar()
 ROOT = Path(__file__).parent.parent
 
 
-def run_cli(
-    *arguments: str, cwd: Path, env: dict[str, str] | None = None, stdin: str = ""
-) -> subprocess.CompletedProcess:
+def run_cli(*arguments: str, cwd: Path, env: dict[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess:
     """`qcli ARGUMENTS` in a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
     command = [sys.executable, "-m", "qcli", *map(str, arguments)]

@@ -53,9 +53,14 @@ class HubServer:
     def environment(self, home: Path) -> dict[str, str]:
         """For a client: this hub, an empty cache, no waiting on retries of its own."""
         return {
-            "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        }  # fmt: skip
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
 
     def close(self) -> None:
         self._server.shutdown()
@@ -142,18 +147,12 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = []
             for path in sorted(p for p in hub.repos[repo].rglob("*") if p.is_file()):
                 data = path.read_bytes()
-                entry = {
-                    "rfilename": str(path.relative_to(hub.repos[repo])),
-                    "size": len(data),
-                    "blobId": _hash(data)[:40],
-                }
+                entry = {"rfilename": str(path.relative_to(hub.repos[repo])), "size": len(data), "blobId": _hash(data)[:40]}
                 if path.suffix in (".safetensors", ".bin"):
                     entry["lfs"] = {"sha256": _hash(data), "size": len(data), "pointerSize": 130}
                 siblings.append(entry)
             gated = "manual" if repo in hub.gated else False
-            self._json(
-                {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "gated": gated, "private": False}
-            )
+            self._json({"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "gated": gated, "private": False})
 
     def _file(self, path: Path, name: str, body: bool, ranged: bool) -> None:
         hub = self.server_hub

@@ -4,9 +4,14 @@ import torch
 import transformers as t
 
 _SMALL = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 256, "max_position_embeddings": 64,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
+}
 _GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256, "n_positions": 64}
 
 
@@ -23,15 +28,24 @@ ARCHITECTURES = {
     "opt": (
         t.OPTForCausalLM,
         lambda: t.OPTConfig(
-            hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=256,
-            max_position_embeddings=64, word_embed_proj_dim=64,
+            hidden_size=64,
+            ffn_dim=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=256,
+            max_position_embeddings=64,
+            word_embed_proj_dim=64,
         ),
         12,
     ),
     "gpt_neox": (
         t.GPTNeoXForCausalLM,
         lambda: t.GPTNeoXConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=256,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=256,
             max_position_embeddings=64,
         ),
         8,
@@ -48,7 +62,7 @@ ARCHITECTURES = {
     "stablelm": (t.StableLmForCausalLM, lambda: t.StableLmConfig(**_SMALL), 14),
     "olmo2": (t.Olmo2ForCausalLM, lambda: t.Olmo2Config(**_SMALL), 14),
     "cohere": (t.CohereForCausalLM, lambda: t.CohereConfig(**_SMALL), 14),
-}  # fmt: skip
+}
 
 
 def make_model(name: str, folder, dtype: torch.dtype = torch.bfloat16, **save) -> torch.nn.Module:

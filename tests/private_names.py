@@ -30,99 +30,127 @@ _LOADER = "transformers.core_model_loading"
 
 PRIVATE = (
     Private(
-        f"{_LOADER}.convert_and_load_state_dict_in_model", ("streaming/skeleton.py",), _STREAMING,
+        f"{_LOADER}.convert_and_load_state_dict_in_model",
+        ("streaming/skeleton.py",),
+        _STREAMING,
         "loads a unit's tensors as transformers does",
     ),
-    Private(
-        "transformers.modeling_utils.LoadStateDictConfig", ("streaming/skeleton.py",), _STREAMING, "the settings of that"
-    ),
+    Private("transformers.modeling_utils.LoadStateDictConfig", ("streaming/skeleton.py",), _STREAMING, "the settings of that"),
     Private("transformers.initialization.no_init_weights", ("streaming/skeleton.py",), _STREAMING, "builds no weights"),
     Private("transformers.PreTrainedModel._from_config", ("streaming/skeleton.py",), _STREAMING, "builds a given class"),
     Private("transformers.PreTrainedModel._get_dtype_plan", ("streaming/skeleton.py",), _STREAMING, "what stays float32"),
     Private(
         "transformers.conversion_mapping.get_model_conversion_mapping",
-        ("checkpoint/linears.py", "streaming/skeleton.py"), _OLD_NAMES, "which stored names become which parameters",
+        ("checkpoint/modules.py", "streaming/skeleton.py"),
+        _OLD_NAMES,
+        "which stored names become which parameters",
     ),
+    Private(f"{_LOADER}.rename_source_key", ("checkpoint/modules.py", "streaming/skeleton.py"), _OLD_NAMES, "applies them"),
     Private(
-        f"{_LOADER}.rename_source_key", ("checkpoint/linears.py", "streaming/skeleton.py"), _OLD_NAMES, "applies them"
-    ),
-    Private(
-        f"{_LOADER}.WeightRenaming", ("checkpoint/linears.py", "quantizer.py", "streaming/skeleton.py"), _OLD_NAMES,
+        f"{_LOADER}.WeightRenaming",
+        ("checkpoint/modules.py", "loading/transformers_quantizer.py", "streaming/skeleton.py"),
+        _OLD_NAMES,
         "one such rule; ours for the companions of 4-bit weights",
     ),
-    Private("transformers.quantizers.HfQuantizer", ("quantizer.py",), _LOADING, "the base of our quantizer"),
+    Private("transformers.quantizers.HfQuantizer", ("loading/transformers_quantizer.py",), _LOADING, "the base of our quantizer"),
     Private(
-        "transformers.quantizers.HfQuantizer._process_model_before_weight_loading", ("quantizer.py",), _LOADING,
+        "transformers.quantizers.HfQuantizer._process_model_before_weight_loading",
+        ("loading/transformers_quantizer.py",),
+        _LOADING,
         "the hook in which our modules take the place of linear ones",
     ),
-    Private("transformers.quantizers.register_quantizer", ("quantizer.py",), _LOADING, "makes it known"),
-    Private("transformers.quantizers.register_quantization_config", ("quantizer.py",), _LOADING, "and its config"),
+    Private("transformers.quantizers.register_quantizer", ("loading/transformers_quantizer.py",), _LOADING, "makes it known"),
     Private(
-        "transformers.utils.quantization_config.QuantizationConfigMixin", ("quantizer.py",), _LOADING, "that config's base"
+        "transformers.quantizers.register_quantization_config", ("loading/transformers_quantizer.py",), _LOADING, "and its config"
     ),
     Private(
-        "transformers.quantizers.base.get_keys_to_not_convert", ("checkpoint/linears.py",), _LINEARS,
+        "transformers.utils.quantization_config.QuantizationConfigMixin",
+        ("loading/transformers_quantizer.py",),
+        _LOADING,
+        "that config's base",
+    ),
+    Private(
+        "transformers.quantizers.base.get_keys_to_not_convert",
+        ("checkpoint/modules.py",),
+        _LINEARS,
         "which modules transformers leaves in 16 bits",
     ),
     Private(
-        "transformers.PreTrainedModel._keep_in_fp32_modules", ("checkpoint/linears.py", "quantizer.py"), _FLOAT32,
+        "transformers.PreTrainedModel._keep_in_fp32_modules",
+        ("checkpoint/modules.py", "loading/transformers_quantizer.py"),
+        _FLOAT32,
         "which modules stay float32 where the rest is float16",
     ),
     Private(
-        "transformers.PreTrainedModel._keep_in_fp32_modules_strict", ("checkpoint/linears.py",), _FLOAT32,
+        "transformers.PreTrainedModel._keep_in_fp32_modules_strict",
+        ("checkpoint/modules.py",),
+        _FLOAT32,
         "and where it is bfloat16",
     ),
     Private(
-        "transformers.PreTrainedModel._keys_to_ignore_on_load_missing", ("checkpoint/linears.py",), _LINEARS,
+        "transformers.PreTrainedModel._keys_to_ignore_on_load_missing",
+        ("checkpoint/modules.py",),
+        _LINEARS,
         "which parameters a checkpoint may lack",
     ),
     Private(
-        "transformers.dynamic_module_utils.get_class_from_dynamic_module", ("checkpoint/linears.py",),
-        "tests/test_private_names.py::test_a_class_of_the_models_own_code_is_found", "the class of remote code",
+        "transformers.dynamic_module_utils.get_class_from_dynamic_module",
+        ("checkpoint/modules.py",),
+        "tests/test_private_names.py::test_a_class_of_the_models_own_code_is_found",
+        "the class of remote code",
     ),
+    Private("transformers.cache_utils.DynamicSlidingWindowLayer", ("decode_graph.py",), _KINDS, "a layer that a step knows"),
     Private(
-        "transformers.cache_utils.DynamicSlidingWindowLayer", ("decode_graph.py",), _KINDS, "a layer that a step knows"
-    ),
-    Private(
-        "transformers.generation.configuration_utils.GenerationMode", ("decode_graph.py",),
+        "transformers.generation.configuration_utils.GenerationMode",
+        ("decode_graph.py",),
         "tests/test_decode_graph.py::test_rules_that_look_at_the_text_are_left_to_transformers",
         "whether it is greedy or sampled",
     ),
-    Private(
-        "transformers.PreTrainedModel._can_compile_fullgraph", ("decode_graph.py",), _KINDS, "fit for a static cache"
-    ),
+    Private("transformers.PreTrainedModel._can_compile_fullgraph", ("decode_graph.py",), _KINDS, "fit for a static cache"),
     Private("transformers.PreTrainedConfig._attn_implementation", ("decode_graph.py",), _CAPTURED, "what attention it has"),
     Private(
-        "torch._subclasses.fake_tensor.FakeTensorMode", ("checkpoint/torch_file.py",),
-        "tests/test_format.py::test_bin_checkpoints", "reads where a pickle's tensors lie, and no data",
+        "torch._subclasses.fake_tensor.FakeTensorMode",
+        ("checkpoint/torch_file.py",),
+        "tests/test_format.py::test_bin_checkpoints",
+        "reads where a pickle's tensors lie, and no data",
     ),
     Private(
-        "torch.UntypedStorage: _checkpoint_offset", ("checkpoint/torch_file.py",),
-        "tests/test_format.py::test_bin_checkpoints", "the place that this notes",
+        "torch.UntypedStorage: _checkpoint_offset",
+        ("checkpoint/torch_file.py",),
+        "tests/test_format.py::test_bin_checkpoints",
+        "the place that this notes",
     ),
     Private(
-        "torch._int_mm", ("ops/linear_int8.py",), "tests/ops/test_linear_int8.py::test_the_integer_product_is_exact",
+        "torch._int_mm",
+        ("ops/linear_int8.py",),
+        "tests/ops/test_linear_int8.py::test_the_integer_product_is_exact",
         "the product of int8 matrices",
     ),
-    Private("torch.nn.Module._apply", ("nn.py",), "tests/test_nn.py::test_copies_and_moves_start_afresh", "moves of a module"),
-    Private("torch.nn.Module: _parameters", ("nn.py",), _REPLACED, "a module's own tensors, sooner"),
-    Private("torch.nn.Module: _buffers", ("nn.py",), _REPLACED, "likewise"),
     Private(
-        "torch.nn.Module: _non_persistent_buffers_set", ("streaming/units.py",), _STREAMING, "buffers that no file holds"
+        "torch.nn.Module._apply", ("nn/_fast_path.py",), "tests/test_nn.py::test_copies_and_moves_start_afresh", "moves of a module"
     ),
+    Private("torch.nn.Module: _parameters", ("nn/_fast_path.py",), _REPLACED, "a module's own tensors, sooner"),
+    Private("torch.nn.Module: _buffers", ("nn/_fast_path.py",), _REPLACED, "likewise"),
+    Private("torch.nn.Module: _non_persistent_buffers_set", ("streaming/units.py",), _STREAMING, "buffers that no file holds"),
     Private("torch._C._len_torch_dispatch_stack", ("runtime/cpu.py",), _SEEN, "whether a mode sees the call"),
     Private("torch._C._len_torch_function_stack", ("runtime/cpu.py",), _SEEN, "likewise"),
     Private("torch._C._functorch.peek_interpreter_stack", ("runtime/cpu.py",), _SEEN, "whether a transform does"),
     Private(
-        "torch._C._autograd._profiler_enabled", ("runtime/cpu.py",),
-        "tests/test_nn.py::test_transforms_and_modes_see_the_op", "whether a profiler does",
+        "torch._C._autograd._profiler_enabled",
+        ("runtime/cpu.py",),
+        "tests/test_nn.py::test_transforms_and_modes_see_the_op",
+        "whether a profiler does",
     ),
     Private(
-        "torch._C: _cuda_getCurrentRawStream", ("runtime/cuda.py",),
-        "tests/runtime/test_cuda.py::test_torch_without_the_quick_question_for_its_stream", "the stream, sooner",
+        "torch._C: _cuda_getCurrentRawStream",
+        ("runtime/cuda.py",),
+        "tests/runtime/test_cuda.py::test_torch_without_the_quick_question_for_its_stream",
+        "the stream, sooner",
     ),
     Private(
-        "pycuda.driver.Function: _launch_kernel", ("runtime/cuda.py",), "tests/runtime/test_cuda.py::test_a_launch",
+        "pycuda.driver.Function: _launch_kernel",
+        ("runtime/cuda.py",),
+        "tests/runtime/test_cuda.py::test_a_launch",
         "a launch without a copy of its arguments",
     ),
-)  # fmt: skip
+)

@@ -13,9 +13,12 @@ KINDS = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt}
 
 def bnb_config(bits: int):
     return transformers.BitsAndBytesConfig(
-        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -37,9 +37,7 @@ def refused(quick_cli, tmp_path):
         if code == 1:
             assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) <= 2, done.stderr
         assert snapshot(tmp_path / "model") == before
-        left = [
-            p.name for p in tmp_path.iterdir() if p.name not in ("model", "sharded") and not p.name.endswith(".partial")
-        ]
+        left = [p.name for p in tmp_path.iterdir() if p.name not in ("model", "sharded") and not p.name.endswith(".partial")]
         assert left == [], left
         return done
 
@@ -88,10 +86,7 @@ HEADERS = {
     "wrong shape": (with_entry(shape=[128, 65]), "takes 16,640 bytes, its data has 16,384"),
     "backwards": (with_entry(data_offsets=[9, 3]), "ends (3) before it begins (9)"),
     "out of range": (with_entry(data_offsets=[10**9, 10**9 + 16384]), "its data ends at byte"),
-    "offsets of text": (
-        with_entry(data_offsets=["0", "4"]),
-        "expected a list of 2 items, each a whole number of at least 0",
-    ),
+    "offsets of text": (with_entry(data_offsets=["0", "4"]), "expected a list of 2 items, each a whole number of at least 0"),
     "huge shape": (with_entry(shape=[2**62, 2**62]), "bytes, its data has"),
     "overlap": (overlapping, "overlap"),
     "duplicate name": (twice, "stands twice"),
@@ -189,9 +184,7 @@ def test_indexes(sharded, refused):
     refused("quantize", "sharded", contains=["index.json is not valid JSON"])
 
 
-@pytest.mark.parametrize(
-    "change", [lambda m: m | {"ghost.weight": m[NAME]}, lambda m: {k: v for k, v in m.items() if k != NAME}]
-)
+@pytest.mark.parametrize("change", [lambda m: m | {"ghost.weight": m[NAME]}, lambda m: {k: v for k, v in m.items() if k != NAME}])
 def test_an_index_with_a_wrong_entry_is_let_pass(change, sharded, quick_cli, tmp_path):
     assert quick_cli("quantize", "sharded", "-o", "expected").returncode == 0
     good = index_of(sharded)
@@ -233,9 +226,7 @@ def test_quantized_input(model, quick_cli, refused, tmp_path):
 
 def test_another_quantization_is_named(model, refused):
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(
-        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
-    )
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
     refused("quantize", "model", contains=["quantized already (gptq)"])
     refused("generate", "model", "x", contains=["quantized by gptq"])
 
@@ -291,7 +282,7 @@ def test_the_disk_fills_up(model, refused, monkeypatch, tmp_path):
     import errno
     import os
 
-    from qcli.checkpoint import staging
+    from qcli.quantization import staging
 
     real, written = os.pwrite, []
 
@@ -370,8 +361,5 @@ def test_a_quantized_folder_that_lost_a_tensor(model, quick_cli, refused, tmp_pa
         "generate",
         "sharded",
         "x",
-        contains=[
-            "1 missing: model.norm.weight",
-            "1 misshaped: lm_head.weight (stored [3, 64], the model has [256, 64])",
-        ],
+        contains=["1 missing: model.norm.weight", "1 misshaped: lm_head.weight (stored [3, 64], the model has [256, 64])"],
     )

@@ -9,9 +9,9 @@ import pytest
 import transformers as t
 
 import qcli
-from qcli import decode
-from qcli.chat import Chat
 from qcli.errors import CheckpointError, UsageError
+from qcli.generation import decode
+from qcli.generation.chat import Chat
 from tests.models import make_model
 
 CHATML = (
@@ -29,9 +29,7 @@ def tokenizer_of(template=None, eos="</s>", special=("<s>", "</s>", "<|im_start|
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:252]
-    tokenizer = Tokenizer(
-        models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[], unk_token=alphabet[0])
-    )
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[], unk_token=alphabet[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(special))
@@ -59,14 +57,8 @@ def model(folder):
 
 def test_a_conversation_is_what_the_template_makes_of_it(model):
     loaded, tokenizer = model
-    messages = [
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": "ho"},
-        {"role": "user", "content": "he"},
-    ]
-    expected = t.PreTrainedTokenizerFast.apply_chat_template(tokenizer, messages, add_generation_prompt=True)[
-        "input_ids"
-    ]
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "he"}]
+    expected = t.PreTrainedTokenizerFast.apply_chat_template(tokenizer, messages, add_generation_prompt=True)["input_ids"]
     assert Chat(tokenizer, "m").ids(loaded, messages) == expected
 
 
@@ -81,10 +73,7 @@ def test_a_conversation_is_what_the_template_makes_of_it(model):
         ("{{ 1 // 0 }}", "division"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("a fixed text", "leaves the user's message out"),
-        (
-            "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}",
-            "no system message",
-        ),
+        ("{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}", "no system message"),
     ],
 )
 def test_templates_that_do_not_take_a_message(template, found):
@@ -123,16 +112,10 @@ def test_a_template_that_makes_nothing(model):
         # an answer is closed by no token, but the next turn opens with one
         ("{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}{% endfor %}", "<|im_start|>"),
         # another token where the answer is the last message, as in OpenAI's harmony
-        (
-            "{% for m in messages %}{{ m.content }}{% if loop.last %}</s>{% else %}<|im_end|>{% endif %}{% endfor %}",
-            "</s>",
-        ),
+        ("{% for m in messages %}{{ m.content }}{% if loop.last %}</s>{% else %}<|im_end|>{% endif %}{% endfor %}", "</s>"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
         ("{{ messages[0].content }}", None),
-        (
-            "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}",
-            None,
-        ),
+        ("{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}", None),
     ],
 )
 def test_the_token_that_closes_an_answer(template, expected):
@@ -149,9 +132,7 @@ def test_ends_of_config_tokenizer_and_turn(model):
         loaded.generation_config.eos_token_id = [11, 12]
         assert decode.end_tokens(loaded, tokenizer) == {11, 12, tokenizer.eos_token_id}
         assert decode.Decoding(loaded, tokenizer, decode.Sampling(), 13).ends == {11, 12, 13, tokenizer.eos_token_id}
-        free = decode.generate(
-            loaded, tokenizer, prompt, decode.Sampling(max_new_tokens=12), lambda token: None
-        ).token_ids
+        free = decode.generate(loaded, tokenizer, prompt, decode.Sampling(max_new_tokens=12), lambda token: None).token_ids
         turn_end = next(i for i in free if i != free[0])
         decoding = decode.Decoding(loaded, tokenizer, decode.Sampling(max_new_tokens=12), turn_end)
         result = decoding.generate(prompt, lambda token: None)
@@ -172,9 +153,7 @@ def test_the_command_ends_a_chat_with_the_turn(tmp_path, quick_cli):
     rows[[third, IM_END]] = rows[[IM_END, third]]
     loaded.save_pretrained(tmp_path / "model")
     said = json.loads(quick_cli("generate", "model", "hi", *options).stdout)
-    assert (
-        IM_END in said["token_ids"] and said["token_ids"].index(IM_END) == said["new_tokens"] - 1 and said["finished"]
-    )
+    assert IM_END in said["token_ids"] and said["token_ids"].index(IM_END) == said["new_tokens"] - 1 and said["finished"]
     assert "im_end" not in said["text"]
 
 

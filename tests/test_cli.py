@@ -69,14 +69,7 @@ def test_a_plan_with_problems_is_printed_and_fails(folder, quick_cli):
 def test_the_report(folder, quick_cli, tmp_path):
     done = quick_cli("quantize", folder / "model", "-o", "out")
     assert done.returncode == 0
-    for part in (
-        "down_proj",
-        "relative error",
-        "worst 5 modules",
-        "bits per weight",
-        "peak memory",
-        "next: qcli generate out",
-    ):
+    for part in ("down_proj", "relative error", "worst 5 modules", "bits per weight", "peak memory", "next: qcli generate out"):
         assert part in done.stdout
     assert "no tokenizer" in done.stderr
     report = json.loads(quick_cli("quantize", folder / "model", "-o", "again", "--json").stdout)
@@ -88,15 +81,11 @@ def test_the_report(folder, quick_cli, tmp_path):
 def test_info(folder, quick_cli, name, scheme, parts):
     original = json.loads(quick_cli("info", folder / "model", "--json").stdout)
     found = json.loads(quick_cli("info", folder / name, "--json").stdout)
-    assert (
-        found["whole"] and found["parameters"] == original["parameters"] and found["architecture"] == "LlamaForCausalLM"
-    )
+    assert found["whole"] and found["parameters"] == original["parameters"] and found["architecture"] == "LlamaForCausalLM"
     schemes = {p["kind"]: p["scheme"] for p in found["parts"]}
     assert schemes["up_proj"] == scheme and schemes["embed_tokens"] == "bfloat16"
     with safe_open(folder / name / "model.safetensors", "pt") as file:
-        assert found["bytes"] == sum(
-            file.get_tensor(n).numel() * file.get_tensor(n).element_size() for n in file.keys()
-        )
+        assert found["bytes"] == sum(file.get_tensor(n).numel() * file.get_tensor(n).element_size() for n in file.keys())
     text = quick_cli("info", folder / name).stdout
     assert "files: whole" in text and scheme in text and f"{found['parameters']:,} parameters" in text
 
@@ -109,9 +98,7 @@ def test_the_defaults_by_name(folder, quick_cli, tmp_path):
 
 
 def test_settings_of_a_method_may_be_set(folder, quick_cli, tmp_path):
-    done = quick_cli(
-        "quantize", folder / "model", "-o", "out", "--set", "block_size=128", "--set", "double_quant=false"
-    )
+    done = quick_cli("quantize", folder / "model", "-o", "out", "--set", "block_size=128", "--set", "double_quant=false")
     assert done.returncode == 0
     assert json.loads((tmp_path / "out/qcli.json").read_text())["options"] == {"block_size": 128, "double_quant": False}
 

@@ -6,15 +6,12 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from qcli.corpus import read_windows
 from qcli.errors import UsageError
+from qcli.streaming.corpus import read_windows
 from tests.conftest import ROOT
 from tests.models import add_tokenizer
 
-TEXT = (
-    "Once upon a time there was a fox 😀 named Łukasz, and 漢字 in its bag.\nÜbung macht den Meister.\r\n" * 20
-    + " \n\n"
-)
+TEXT = "Once upon a time there was a fox 😀 named Łukasz, and 漢字 in its bag.\nÜbung macht den Meister.\r\n" * 20 + " \n\n"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import qcli
-from qcli import decode, decode_graph, decode_step
+from qcli.generation import decode
+from qcli.generation import graph as decode_graph
+from qcli.generation import step as decode_step
 from tests.captures import CASES, GREEDY, SAMPLED, ours, small, theirs
 from tests.conftest import ROOT
 
@@ -62,9 +64,19 @@ def test_a_capture_rehearses_twice_on_the_side(monkeypatch):
     replay()
     assert modes == [0, "error"] and cuda.mode == 0
     assert cuda.said == [
-        "+device", "side waits", "+stream", "rehearse", "rehearse", "-stream", "main waits", "+graph", "step", "-graph",
-        "-device", "replay",
-    ]  # fmt: skip
+        "+device",
+        "side waits",
+        "+stream",
+        "rehearse",
+        "rehearse",
+        "-stream",
+        "main waits",
+        "+graph",
+        "step",
+        "-graph",
+        "-device",
+        "replay",
+    ]
 
 
 def test_a_rehearsal_that_waits_leaves_torch_as_it_was(monkeypatch):

@@ -7,7 +7,9 @@ import torch
 import transformers as t
 
 import qcli
-from qcli import decode, decode_graph, decode_step
+from qcli.generation import decode
+from qcli.generation import graph as decode_graph
+from qcli.generation import step as decode_step
 from tests.captures import CASES, GREEDY, SAMPLED, WINDOW, call_it, ours, record_it, small, theirs
 from tests.conftest import ROOT
 
@@ -85,9 +87,7 @@ def test_tokens_are_looked_at_one_step_late():
     with torch.inference_mode():
         decode_graph.generate(model, torch.tensor([[1, 2, 3]]), capture, hear, lambda: None, **options)
     assert [e for e in events if e != "launch"] == free[: first + 1]
-    assert (
-        events.count("launch") == first + 1
-    )  # the prefill made the first id, a launch each of the others and the surplus
+    assert events.count("launch") == first + 1  # the prefill made the first id, a launch each of the others and the surplus
     for i, token in enumerate(free[: first + 1]):
         assert events[2 * i : 2 * i + 2] == ["launch", token]
 
@@ -128,11 +128,7 @@ def test_models_that_cannot_be_captured_are_known_beforehand():
     for name in ("bloom", "t5"):
         assert not decode_graph.supported(small(name))
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    for changes in (
-        {"rope_parameters": rope},
-        {"attention_chunk_size": 8},
-        {"_attn_implementation": "flash_attention_2"},
-    ):
+    for changes in ({"rope_parameters": rope}, {"attention_chunk_size": 8}, {"_attn_implementation": "flash_attention_2"}):
         model = small("llama")
         for key, value in changes.items():
             setattr(model.config, key, value)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import qcli
-from qcli.nn import Linear8bit
+from qcli.nn.linear_8bit import Linear8bit
 from qcli.ops.linear_int8 import int8_product
 from qcli.ops.quantize_int8 import quantize_int8
 

@@ -7,10 +7,12 @@ import transformers
 from transformers.integrations.accelerate import compute_module_sizes, infer_auto_device_map
 
 import qcli
-from qcli import decode, devices
+from qcli import devices
 from qcli.errors import DeviceError, UsageError
-from qcli.nn import Linear4bit, Linear8bit
-from qcli.quantizer import QcliConfig, QcliQuantizer
+from qcli.generation import decode
+from qcli.loading.transformers_quantizer import QcliConfig, QcliQuantizer
+from qcli.nn.linear_4bit import Linear4bit
+from qcli.nn.linear_8bit import Linear8bit
 from tests.conftest import ROOT
 from tests.models import make_model
 

@@ -8,18 +8,27 @@ import pytest
 from safetensors import safe_open
 
 import qcli
-from qcli.memory import verdict
 from qcli.memory.components import Costs
-from qcli.memory.hardware import gpus
+from qcli.memory.placing import verdict
+from qcli.memory.placing.hardware import gpus
 from tests.conftest import ROOT
 from tests.hub_server import running_hub
 
 DEMO = ROOT / "examples/demo-model"
 LLAMA_8B = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "head_dim": 128,
-    "max_position_embeddings": 131072, "tie_word_embeddings": False, "dtype": "bfloat16",
-}  # fmt: skip
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
 
 
 @pytest.fixture
@@ -83,15 +92,21 @@ def test_scripts_find_the_keys_that_are_promised(estimate):
     assert [set(gpu) for gpu in report["gpus"]] == [{"name", "memory", "said"}]
     (method,) = report["methods"]
     assert set(method) == {
-        "method", "bits_per_weight", "components", "overhead", "total", "verdict", "left", "split", "gpus", "largest_context",
-        "largest_batch", "advice",
-    }  # fmt: skip
-    assert set(method["gpus"][0]) == {"gpu", "holds", "weights", "state", "activations", "overhead", "left"}
-    assert set(method["largest_context"]) == {"value", "bound"} and set(method["advice"]) == {
-        "options",
-        "count",
-        "on_cpu",
+        "method",
+        "bits_per_weight",
+        "components",
+        "overhead",
+        "total",
+        "verdict",
+        "left",
+        "split",
+        "gpus",
+        "largest_context",
+        "largest_batch",
+        "advice",
     }
+    assert set(method["gpus"][0]) == {"gpu", "holds", "weights", "state", "activations", "overhead", "left"}
+    assert set(method["largest_context"]) == {"value", "bound"} and set(method["advice"]) == {"options", "count", "on_cpu"}
     assert not {"verdict", "gpus", "advice"} & set(found(estimate("--json"))["methods"][0])
 
 
@@ -218,11 +233,7 @@ def test_a_quantized_checkpoint_is_taken_as_stored(quick_cli, tmp_path):
     "change, options, words",
     [
         ({}, ("--context", "200000"), "200,000 tokens is more than the 131,072"),
-        (
-            {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2},
-            (),
-            "leaves in bfloat16: 90.19 GB",
-        ),
+        ({"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}, (), "leaves in bfloat16: 90.19 GB"),
         ({"model_type": "falcon"}, (), "quantizes no layer of a falcon model"),
         ({}, ("--runtime", "vllm", "--gpu", "2xt4"), "pipeline parallelism"),
     ],
@@ -248,9 +259,7 @@ def test_training_needs_more(estimate):
     assert trained["method"] == "nf4" and trained["total"]["most"] > run["total"]["most"]
     assert parts["adapters and optimizer"] == 16 * 167_772_160  # Llama-3.1-8B's at rank 64, in float32 with AdamW
     assert parts["float32 casts"] == 2 * (2 * 128256 * 4096 + 65 * 4096)  # embedding, head and norms
-    assert sum(gpu["weights"] + gpu["state"] for gpu in trained["gpus"]) + trained["gpus"][0]["activations"] == sum(
-        parts.values()
-    )
+    assert sum(gpu["weights"] + gpu["state"] for gpu in trained["gpus"]) + trained["gpus"][0]["activations"] == sum(parts.values())
     (half,) = found(estimate("--train", "lora", *options))["methods"]
     assert half["method"] == "bfloat16" and "float32 casts" not in {part["name"] for part in half["components"]}
     for train, bits, words in (("qlora", "16", "--train lora"), ("lora", "4", "--train qlora")):
@@ -266,27 +275,26 @@ def test_the_papers_table(quick_cli):
     cells = {row["hardware"]: (set(row["largest_8bit"]), set(row["largest_16bit"])) for row in rows}
     largest, eleven = {"OPT-175B", "BLOOM"}, {"T0-11B", "T5-11B"}
     assert cells == {
-        "8x A100 80 GB": (largest, largest), "8x A100 40 GB": (largest, {"OPT-66B"}),
-        "8x RTX 3090 24 GB": (largest, {"OPT-66B"}), "4x RTX 3090 24 GB": ({"OPT-66B"}, {"OPT-30B"}),
-        "Colab Pro 15 GB": ({"OPT-13B"}, {"GPT-J-6B"}), "Colab 12 GB": (eleven, {"GPT-2 1.3B"}),
-    }  # fmt: skip
+        "8x A100 80 GB": (largest, largest),
+        "8x A100 40 GB": (largest, {"OPT-66B"}),
+        "8x RTX 3090 24 GB": (largest, {"OPT-66B"}),
+        "4x RTX 3090 24 GB": ({"OPT-66B"}, {"OPT-30B"}),
+        "Colab Pro 15 GB": ({"OPT-13B"}, {"GPT-J-6B"}),
+        "Colab 12 GB": (eleven, {"GPT-2 1.3B"}),
+    }
     text = quick_cli("estimate-memory", "--table").stdout
     assert "Academic desktop" in text and "leave 1 GiB on each" in text and "Memory is taken as GiB" in text
 
 
 def test_the_table_of_anyones_models_and_hardware(quick_cli, config):
-    done = quick_cli(
-        "estimate-memory", "--table", "--models", f"{DEMO},{config}", "--gpu", "2x12GB", "--gpu", "4GB", "--json"
-    )
+    done = quick_cli("estimate-memory", "--table", "--models", f"{DEMO},{config}", "--gpu", "2x12GB", "--gpu", "4GB", "--json")
     both = json.loads(done.stdout)["rows"]
     assert [row["hardware"] for row in both] == ["2x12GB", "4GB"]
     assert both[0]["largest_16bit"] == [str(config)] and both[1]["largest_8bit"] == [str(DEMO)]
 
 
 def test_quantizing_agrees_with_the_plan(quick_cli):
-    runs = {
-        run["method"]: run for run in found(quick_cli("estimate-memory", DEMO, "--quantizing", "--json"))["quantizing"]
-    }
+    runs = {run["method"]: run for run in found(quick_cli("estimate-memory", DEMO, "--quantizing", "--json"))["quantizing"]}
     for method in ("nf4", "llm-int8", "fp4"):
         plan = json.loads(quick_cli("quantize", DEMO, "--method", method, "--dry-run", "--json", "-o", "out").stdout)
         assert runs[method]["disk"] == sum(tensor["bytes_after"] for tensor in plan["tensors"])
@@ -295,9 +303,9 @@ def test_quantizing_agrees_with_the_plan(quick_cli):
 
 
 def test_quantizing_takes_the_memory_that_the_plan_names(tmp_path):
-    from qcli.memory.opening import open_model
-    from qcli.memory.quantizing import quantizing
-    from qcli.quantization import make_plan
+    from qcli.memory.costs.quantizing import quantizing
+    from qcli.memory.model.opening import open_model
+    from qcli.quantization.quantize import make_plan
 
     for run in quantizing(open_model(str(DEMO)), tmp_path):
         plan = make_plan(str(DEMO), tmp_path / "out", method=run.method)
@@ -318,30 +326,44 @@ def test_the_figure(estimate, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ((), "neither given"), (("--params", "7B", "x"), "both given"), (("--params", "none"), "7B"),
-        (("./nowhere",), "there is no folder ./nowhere"), (("bad.json",), "is not valid JSON"),
+        ((), "neither given"),
+        (("--params", "7B", "x"), "both given"),
+        (("--params", "none"), "7B"),
+        (("./nowhere",), "there is no folder ./nowhere"),
+        (("bad.json",), "is not valid JSON"),
         (("",), "the name of the model is empty"),
         (("list.json",), "expected a JSON object"),
-        (("empty.json",), "model_type"), (("partial.json",), "hidden_size"), (("unknown.json",), "'martian'"),
-        (("null.json",), "num_hidden_layers"), (("scheme.json",), 'quantization_config is "int4"'),
+        (("empty.json",), "model_type"),
+        (("partial.json",), "hidden_size"),
+        (("unknown.json",), "'martian'"),
+        (("null.json",), "num_hidden_layers"),
+        (("scheme.json",), 'quantization_config is "int4"'),
         (("llama-8b.json", "--bits", "3"), "--bits is '3'"),
-        (("llama-8b.json", "--context", "0"), "--context is 0"), (("llama-8b.json", "--batch", "-1"), "--batch is -1"),
-        (("llama-8b.json", "--runtime", "x"), "--runtime is 'x'"), (("llama-8b.json", "--train", "x"), "--train is 'x'"),
-        (("llama-8b.json", "--kv-dtype", "int3"), "int3"), (("llama-8b.json", "--models", "a"), "without --table"),
-        (("--table", "llama-8b.json"), "--table was given with a model"), (("--table", "--gpu", "x"), "--gpu is 'x'"),
+        (("llama-8b.json", "--context", "0"), "--context is 0"),
+        (("llama-8b.json", "--batch", "-1"), "--batch is -1"),
+        (("llama-8b.json", "--runtime", "x"), "--runtime is 'x'"),
+        (("llama-8b.json", "--train", "x"), "--train is 'x'"),
+        (("llama-8b.json", "--kv-dtype", "int3"), "int3"),
+        (("llama-8b.json", "--models", "a"), "without --table"),
+        (("--table", "llama-8b.json"), "--table was given with a model"),
+        (("--table", "--gpu", "x"), "--gpu is 'x'"),
         (("--table", "--plot", "x.png"), "--plot was given with --table"),
         (("--table", "--bits", "4"), "--bits was given with --table"),
-        (("llama-8b.json", "--revision", "main"), "no revision"), (("empty",), "has no config.json"),
+        (("llama-8b.json", "--revision", "main"), "no revision"),
+        (("empty",), "has no config.json"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(quick_cli, config, tmp_path, arguments, words):
     (tmp_path / "empty").mkdir()
     files = {
-        "bad.json": "{", "list.json": "[1]", "empty.json": "{}", "unknown.json": json.dumps(LLAMA_8B | {"model_type": "martian"}),
+        "bad.json": "{",
+        "list.json": "[1]",
+        "empty.json": "{}",
+        "unknown.json": json.dumps(LLAMA_8B | {"model_type": "martian"}),
         "partial.json": json.dumps({k: v for k, v in LLAMA_8B.items() if k != "hidden_size"}),
         "scheme.json": json.dumps(LLAMA_8B | {"quantization_config": "int4"}),
         "null.json": json.dumps(LLAMA_8B | {"num_hidden_layers": None}),
-    }  # fmt: skip
+    }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     done = quick_cli("estimate-memory", *arguments)

@@ -36,8 +36,12 @@ def test_a_model_alone(quick_cli, tmp_path):
     [row] = found["rows"]
     assert f"{row['quality']['perplexity']['value']:.2f}" in text and "2.74 MB" in text and "16.000" in text
     for part in (
-        "bits/byte", "stories.jsonl: 3 documents, 300 tokens", "stride 512 (no overlap)", "begins with BOS", "bfloat16 on cpu",
-    ):  # fmt: skip
+        "bits/byte",
+        "stories.jsonl: 3 documents, 300 tokens",
+        "stride 512 (no overlap)",
+        "begins with BOS",
+        "bfloat16 on cpu",
+    ):
         assert part in text
     [line] = csv.DictReader((tmp_path / "out.csv").open())
     assert float(line["quality.perplexity.value"]) == row["quality"]["perplexity"]["value"]
@@ -52,12 +56,15 @@ def test_the_bundled_text_is_the_default(quick_cli):
 
 
 def test_a_model_against_its_base(folder, quick_cli, tmp_path):
-    text = run(
-        quick_cli, folder / "nf4", "--against", DEMO, "--text", STORIES, "--tokens", 300, "--csv", "out.csv"
-    ).stdout
+    text = run(quick_cli, folder / "nf4", "--against", DEMO, "--text", STORIES, "--tokens", 300, "--csv", "out.csv").stdout
     for part in (
-        f"against {DEMO}", "KL divergence (nats), 99.9%", "same likeliest token", "ratio of perplexities", "probability, RMS", "±",
-    ):  # fmt: skip
+        f"against {DEMO}",
+        "KL divergence (nats), 99.9%",
+        "same likeliest token",
+        "ratio of perplexities",
+        "probability, RMS",
+        "±",
+    ):
         assert part in text
     base, model = csv.DictReader((tmp_path / "out.csv").open())
     assert base["name"] == str(DEMO) and base["against.loss_change.value"] == ""
@@ -68,9 +75,7 @@ def test_a_model_against_its_base(folder, quick_cli, tmp_path):
 def test_methods_and_speed(quick_cli):
     arguments = (DEMO, "--methods", "vector-wise,nf4+dq", "--text", STORIES, "--tokens", 200)
     text = run(quick_cli, *arguments, "--speed").stdout
-    for part in (
-        "int8 vector-wise", "NF4+DQ", "SQNR", "ordinary activations", "exact", "decode", "peak memory", "float32 on cpu",
-    ):  # fmt: skip
+    for part in ("int8 vector-wise", "NF4+DQ", "SQNR", "ordinary activations", "exact", "decode", "peak memory", "float32 on cpu"):
         assert part in text
     found = json.loads(run(quick_cli, *arguments, "--json").stdout)
     assert [row["name"] for row in found["rows"]] == ["fp32", "int8 vector-wise", "NF4+DQ"] and found["simulated"]
@@ -109,9 +114,7 @@ def test_what_no_method_rounds_is_told(quick_cli, tmp_path):
     make_model("mixtral", tmp_path)
     add_tokenizer(tmp_path)
     text = run(quick_cli, tmp_path, "--methods", "nf4", "--tokens", 60).stdout
-    assert (
-        "196,608 parameters of fused experts are no linear layers" in text
-    )  # 2 layers of 4 experts, three 64 x 128 each
+    assert "196,608 parameters of fused experts are no linear layers" in text  # 2 layers of 4 experts, three 64 x 128 each
 
 
 def test_models_that_predict_no_text(refused, tmp_path):

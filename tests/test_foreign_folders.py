@@ -13,16 +13,41 @@ from qcli.errors import QcliWarning
 from tests.foreign import WORDS, edit, model_fixture, same_weights, template_fixture, tokens  # noqa: F401 (fixtures)
 
 CARRIED = (
-    "original/tokenizer.model", "original/params.json", "additional_chat_templates/tool_use.jinja", "1_Pooling/config.json",
-    "tekken.json", "source.spm", "target.spm", "normalizer.json", "bpe.codes", "SYSTEM_PROMPT.txt", "LICENSE", "emoji.json",
-    "modeling_own.py", "2_Dense/model.safetensors", "sentencepiece.bpe.model", "a file with blanks.txt",
-)  # fmt: skip
+    "original/tokenizer.model",
+    "original/params.json",
+    "additional_chat_templates/tool_use.jinja",
+    "1_Pooling/config.json",
+    "tekken.json",
+    "source.spm",
+    "target.spm",
+    "normalizer.json",
+    "bpe.codes",
+    "SYSTEM_PROMPT.txt",
+    "LICENSE",
+    "emoji.json",
+    "modeling_own.py",
+    "2_Dense/model.safetensors",
+    "sentencepiece.bpe.model",
+    "a file with blanks.txt",
+)
 LEFT = (
-    "model.gguf", "onnx/model.onnx", "onnx/model.onnx_data", "pytorch_model.bin", "tf_model.h5", "flax_model.msgpack",
-    "optimizer.pt", "original/consolidated.00.pth", "rust_model.ot", ".gitattributes", ".cache/huggingface/download/x.metadata",
-    "model.fp16.safetensors", "fp16/model.safetensors.index.json", "__pycache__/modeling_own.cpython-311.pyc",
-    "old-nf4/config.json", "old-nf4/tokenizer.json",
-)  # fmt: skip
+    "model.gguf",
+    "onnx/model.onnx",
+    "onnx/model.onnx_data",
+    "pytorch_model.bin",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "optimizer.pt",
+    "original/consolidated.00.pth",
+    "rust_model.ot",
+    ".gitattributes",
+    ".cache/huggingface/download/x.metadata",
+    "model.fp16.safetensors",
+    "fp16/model.safetensors.index.json",
+    "__pycache__/modeling_own.cpython-311.pyc",
+    "old-nf4/config.json",
+    "old-nf4/tokenizer.json",
+)
 
 
 def test_everything_but_weights_in_another_form_comes_along(model, quick_cli, tmp_path):
@@ -53,9 +78,9 @@ def test_a_file_too_large_is_left_and_named(model, quick_cli, monkeypatch, tmp_p
 
 
 def test_a_file_that_cannot_be_carried_ends_the_run_before_the_weights(model, quick_cli, monkeypatch):
-    from qcli.checkpoint import execute
     from qcli.checkpoint.source import Source
     from qcli.errors import CheckpointError
+    from qcli.quantization import execute
 
     def unreadable(self, name):
         raise CheckpointError(f"cannot read {self.label}/{name}: Permission denied", "Check its permissions.")
@@ -162,16 +187,23 @@ def test_a_byte_order_mark(model, quick_cli, tmp_path):
 def test_what_transformers_does_not_know(model, quick_cli):
     edit(model / "config.json", model_type="zorglub", architectures=["ZorglubForCausalLM"])
     done = quick_cli("generate", "model", "hi")
-    assert done.returncode == 1 and "does not know its architecture (ZorglubForCausalLM)" in done.stderr.replace(
-        "\n", " "
-    )
+    assert done.returncode == 1 and "does not know its architecture (ZorglubForCausalLM)" in done.stderr.replace("\n", " ")
 
 
 def test_what_a_hub_model_needs_to_run_is_known_by_name():
     """Of the files that go along, those that `generate` fetches: no papers, pictures and data."""
     needed = [
-        "tokenizer.json", "tokenizer.model.v3", "tekken.json", "merges.txt", "source.spm", "chat_template.jinja", "modeling_own.py",
-        "additional_chat_templates/tool_use.jinja", "generation_config.json", "qwen.tiktoken", "bpe.codes",
-    ]  # fmt: skip
+        "tokenizer.json",
+        "tokenizer.model.v3",
+        "tekken.json",
+        "merges.txt",
+        "source.spm",
+        "chat_template.jinja",
+        "modeling_own.py",
+        "additional_chat_templates/tool_use.jinja",
+        "generation_config.json",
+        "qwen.tiktoken",
+        "bpe.codes",
+    ]
     others = ["paper.pdf", "figure.png", "train.jsonl", "archive.zip", "original/tokenizer.model", "data.parquet"]
     assert Carried([*needed, *others], []).to_run == needed

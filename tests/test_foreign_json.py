@@ -3,7 +3,7 @@
 import pytest
 
 from qcli.errors import CheckpointError
-from qcli.foreign_json import (
+from qcli.files.foreign_json import (
     FLAG,
     NUMBER,
     OBJECT,
@@ -24,10 +24,14 @@ from qcli.foreign_json import (
 @pytest.mark.parametrize(
     "data, words",
     [
-        (b'{"a": ', "is not valid JSON"), (b"", "is not valid JSON"), (b'{"\xff": 1}', "byte 2 is no UTF-8"),
-        (b"[" * 100_000, "nested too deeply"), (b"9" * 5000, "is not valid JSON"), ("{}".encode("utf-16"), "byte 0 is no UTF-8"),
+        (b'{"a": ', "is not valid JSON"),
+        (b"", "is not valid JSON"),
+        (b'{"\xff": 1}', "byte 2 is no UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"9" * 5000, "is not valid JSON"),
+        ("{}".encode("utf-16"), "byte 0 is no UTF-8"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_json(data, words):
     with pytest.raises(CheckpointError, match="thing.json") as refused:
         parse(data, "thing.json", "Do this.")

@@ -44,9 +44,17 @@ def test_float8_weights_with_scales_that_nothing_names(model, quick_cli):
 def test_a_tied_weight_under_its_other_name(tmp_path, quick_cli):
     torch.manual_seed(0)
     small = dict(
-        vocab_size=256, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=128, decoder_ffn_dim=128, max_position_embeddings=64, decoder_start_token_id=2,
-    )  # fmt: skip
+        vocab_size=256,
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        max_position_embeddings=64,
+        decoder_start_token_id=2,
+    )
     made = t.BartForConditionalGeneration(t.BartConfig(**small)).eval()
     made.save_pretrained(tmp_path / "model")
     path = tmp_path / "model/model.safetensors"
@@ -64,9 +72,15 @@ def test_a_tied_weight_under_its_other_name(tmp_path, quick_cli):
 def test_a_head_stored_in_place_of_the_embedding_it_is_tied_to(tmp_path, quick_cli):
     torch.manual_seed(0)
     config = t.Qwen2Config(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=256,
-        max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
     t.Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     add_tokenizer(tmp_path / "model")
     (tmp_path / "text.txt").write_text("Once upon a time there was a mouse. " * 8)
@@ -129,14 +143,7 @@ def test_the_dtype_of_a_model_of_parts(config, stored, expected):
 
 def test_infinity_as_transformers_writes_it(tmp_path):
     config = t.Mamba2Config(
-        hidden_size=64,
-        num_hidden_layers=2,
-        vocab_size=256,
-        num_heads=8,
-        head_dim=16,
-        state_size=16,
-        n_groups=1,
-        expand=2,
+        hidden_size=64, num_hidden_layers=2, vocab_size=256, num_heads=8, head_dim=16, state_size=16, n_groups=1, expand=2
     )
     t.Mamba2ForCausalLM(config).save_pretrained(tmp_path / "model")
     assert "Infinity" in (tmp_path / "model/config.json").read_text()
@@ -175,12 +182,16 @@ def test_code_that_is_trusted_is_what_runs(name, stated, model):
 def test_ids_of_a_language_model_within_another(tmp_path):
     """Without generation_config.json: as transformers itself derives them."""
     small = dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=300,
-        head_dim=16, eos_token_id=7,
-    )  # fmt: skip
-    vision = dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        head_dim=16,
+        eos_token_id=7,
     )
+    vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14)
     config = t.Gemma3Config(text_config=small, vision_config=vision, mm_tokens_per_image=4, image_token_index=299)
     t.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
     (tmp_path / "model/generation_config.json").unlink()
@@ -216,7 +227,7 @@ def test_a_layer_count_beyond_the_stored_layers(model, quick_cli):
 
 
 def test_a_model_of_more_modules_than_tensors_is_not_built(model, quick_cli, monkeypatch):
-    from qcli.checkpoint import linears
+    from qcli.checkpoint import modules as linears
 
     monkeypatch.setattr(linears, "_MODULES_AT_LEAST", 0)
     monkeypatch.setattr(linears, "_MODULES_A_TENSOR", 1)
@@ -237,8 +248,6 @@ def test_a_carried_tensor_that_is_not_finite_is_no_block(model, quick_cli):
     state["model.norm.weight"][0] = torch.nan
     save_file(state, model / "model.safetensors", {"format": "pt"})
     done = quick_cli("quantize", "model")
-    assert (
-        done.returncode == 1 and "It is not quantized" in done.stderr.replace("\n", " ") and "block" not in done.stderr
-    )
+    assert done.returncode == 1 and "It is not quantized" in done.stderr.replace("\n", " ") and "block" not in done.stderr
     done = quick_cli("quantize", "model", "--bits", "8", "--set", "allow_nonfinite=true")
     assert done.returncode == 0

@@ -55,15 +55,7 @@ def test_double_quantization_equals_bitsandbytes_up_to_its_rounding(tmp_path):
     torch.testing.assert_close(stored[f"{Q}.weight.nested_absmax"], state.state2.absmax, rtol=1e-5, atol=0)
     ours = json.loads(bytes(stored[f"{Q}.weight.quant_state.bitsandbytes__nf4"]))
     assert ours["nested_offset"] == pytest.approx(state.offset.item(), rel=1e-6)
-    assert list(ours) == [
-        "quant_type",
-        "blocksize",
-        "dtype",
-        "shape",
-        "nested_blocksize",
-        "nested_dtype",
-        "nested_offset",
-    ]
+    assert list(ours) == ["quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"]
     codes = stored[f"{Q}.weight.absmax"].int()
     assert (codes - state.absmax.int()).abs().max() <= 1  # its CPU path looks up a rounded value
 
@@ -83,9 +75,12 @@ def test_the_same_tensors_and_config_fields_as_transformers_writes(tmp_path):
     make_model("llama", tmp_path / "model")
     for bits in (4, 8):
         config = transformers.BitsAndBytesConfig(
-            load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            load_in_4bit=bits == 4,
+            load_in_8bit=bits == 8,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
+        )
         theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model", quantization_config=config)
         theirs.save_pretrained(tmp_path / f"theirs{bits}")
         qcli.quantize(str(tmp_path / "model"), tmp_path / f"ours{bits}", bits=bits)
@@ -97,9 +92,9 @@ def test_the_same_tensors_and_config_fields_as_transformers_writes(tmp_path):
                 assert a[name].shape == b[name].shape, name
         ours = json.loads((tmp_path / f"ours{bits}/config.json").read_text())
         written = json.loads((tmp_path / f"theirs{bits}/config.json").read_text())
-        fields = written["quantization_config"] | ({} if bits == 4 else {
-            "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False,
-        })  # fmt: skip
+        fields = written["quantization_config"] | (
+            {} if bits == 4 else {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+        )
         assert ours["quantization_config"] == fields
         assert ours["dtype"] == written["dtype"] == "bfloat16"
         assert '"llm_int8_threshold": 6.0' in (tmp_path / f"ours{bits}/config.json").read_text()
@@ -118,14 +113,12 @@ def test_odd_shapes(tmp_path):
     for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"):
         key = f"model.layers.0.{name}"
         packed, state = F.quantize_4bit(model.get_submodule(key).weight.data, quant_type="nf4")
-        assert torch.equal(stored[f"{key}.weight"], packed) and torch.equal(
-            stored[f"{key}.weight.absmax"], state.absmax
-        )
+        assert torch.equal(stored[f"{key}.weight"], packed) and torch.equal(stored[f"{key}.weight.absmax"], state.absmax)
     transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_chunks_give_the_same_bytes_as_the_whole(tmp_path, monkeypatch):
-    from qcli.checkpoint import execute
+    from qcli.quantization import execute
 
     for architecture in ("llama", "gpt2"):
         make_model(architecture, tmp_path / architecture)
@@ -180,8 +173,10 @@ def test_a_skip_pattern_that_matches_nothing_is_a_problem(tmp_path, quick_cli):
 def test_dtypes(tmp_path):
     make_model("llama", tmp_path / "model", torch.float32)
     for dtype, expected, compute in (
-        ("auto", torch.float32, "bfloat16"), ("float16", torch.float16, "float16"), ("bfloat16", torch.bfloat16, "bfloat16"),
-    ):  # fmt: skip
+        ("auto", torch.float32, "bfloat16"),
+        ("float16", torch.float16, "float16"),
+        ("bfloat16", torch.bfloat16, "bfloat16"),
+    ):
         out = tmp_path / dtype
         qcli.quantize(str(tmp_path / "model"), out, dtype=dtype)
         stored = tensors(out)
@@ -210,9 +205,17 @@ def test_the_other_files_come_along(tmp_path):
         os.umask(mask)
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {
-        "LICENSE.txt", "README.md", "chat_template.jinja", "config.json", "generation_config.json", "merges.txt",
-        "model.safetensors", "qcli.json", "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
+        "LICENSE.txt",
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "model.safetensors",
+        "qcli.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert not report.warnings
     assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out").iterdir()} == {0o640}
     assert str(tmp_path) not in (tmp_path / "out/qcli.json").read_text() + (tmp_path / "out/README.md").read_text()
@@ -274,9 +277,7 @@ def test_measured_error_equals_the_error_of_what_was_stored(tmp_path):
             if bits == 8:
                 value = stored[f"{name}.weight"].double() * stored[f"{name}.SCB"].double()[:, None] / 127
             else:
-                parts = {
-                    k.removeprefix(f"{name}.weight."): v for k, v in stored.items() if k.startswith(f"{name}.weight.")
-                }
+                parts = {k.removeprefix(f"{name}.weight."): v for k, v in stored.items() if k.startswith(f"{name}.weight.")}
                 state = F.QuantState.from_dict(parts, device="cpu")
                 value = F.dequantize_4bit(stored[f"{name}.weight"], state).double()
             kind = squares.setdefault(name.rpartition(".")[2], [0.0, 0.0])

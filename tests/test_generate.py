@@ -9,8 +9,9 @@ import torch
 import transformers
 
 import qcli
-from qcli import decode
-from qcli.nn import Linear4bit, Linear8bit
+from qcli.generation import decode
+from qcli.nn.linear_4bit import Linear4bit
+from qcli.nn.linear_8bit import Linear8bit
 from qcli.runtime import cpu
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, example_inputs, make_model
@@ -142,10 +143,7 @@ def test_a_checkpoint_of_transformers_and_bitsandbytes(tmp_path):
     make_model("llama", tmp_path / "model")
     for storage in (torch.uint8, torch.bfloat16):
         config = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="fp4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            bnb_4bit_quant_storage=storage,
+            load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=storage
         )
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=config)
         out = tmp_path / str(storage)
@@ -190,11 +188,7 @@ def test_the_command_streams_text_and_tells_on_stderr(demo, quick_cli):
     assert done.returncode == 0 and done.stdout.startswith(" there was") and done.stdout.endswith(".\n")
     assert done.stderr.count("\n") == 1 and "prompt tokens at" in done.stderr and "peak memory" in done.stderr
     as_json = json.loads(quick_cli("generate", demo / "nf4", "Once upon a time", "--json").stdout)
-    assert (
-        as_json["text"] + "\n" == done.stdout
-        and as_json["finished"]
-        and as_json["new_tokens"] == len(as_json["token_ids"])
-    )
+    assert as_json["text"] + "\n" == done.stdout and as_json["finished"] and as_json["new_tokens"] == len(as_json["token_ids"])
     short = json.loads(quick_cli("generate", demo / "nf4", "Once", "--max-new-tokens", "5", "--json").stdout)
     assert short["new_tokens"] == 5 and not short["finished"]
 

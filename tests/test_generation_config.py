@@ -8,8 +8,10 @@ import torch
 import transformers
 
 import qcli
-from qcli import decode, decode_graph, generation_config
 from qcli.errors import CheckpointError, QcliWarning
+from qcli.generation import decode
+from qcli.generation import graph as decode_graph
+from qcli.loading import generation_config
 from tests.captures import call_it
 from tests.models import add_tokenizer, make_model
 
@@ -56,9 +58,14 @@ OBEYED = {
 }
 # These leave a decoder's greedy text as it is: it is their not failing that is shown.
 WITHOUT_EFFECT = {
-    "renormalize_logits", "forced_bos_token_id", "remove_invalid_values", "pad_token_id", "bos_token_id",
-    "decoder_start_token_id", "use_cache",
-}  # fmt: skip
+    "renormalize_logits",
+    "forced_bos_token_id",
+    "remove_invalid_values",
+    "pad_token_id",
+    "bos_token_id",
+    "decoder_start_token_id",
+    "use_cache",
+}
 OVERRIDDEN = {
     "cache_implementation": "static",
     "prefill_chunk_size": 2,
@@ -129,9 +136,7 @@ def written(model, values: dict, **sampling) -> list[int]:
         loaded.generation_config = generation_config.for_loading(
             source, loaded.config
         ) or transformers.GenerationConfig.from_pretrained(folder)
-        options = (
-            {"max_new_tokens": 20, "seed": 5} if not {"max_new_tokens", "max_length"} & set(values) else {"seed": 5}
-        )
+        options = {"max_new_tokens": 20, "seed": 5} if not {"max_new_tokens", "max_length"} & set(values) else {"seed": 5}
         heard = []
         result = decode.generate(loaded, tokenizer, PROMPT, decode.Sampling(**options | sampling), heard.append)
         assert heard == result.token_ids
@@ -252,11 +257,7 @@ def test_every_obeyed_field_has_wrong_values():
 
 
 def test_temperature_0_is_greedy(model, way):
-    assert (
-        written(model, {"do_sample": True, "temperature": 0.0})
-        == written(model, {"temperature": 0})
-        == written(model, {})
-    )
+    assert written(model, {"do_sample": True, "temperature": 0.0}) == written(model, {"temperature": 0}) == written(model, {})
     assert written(model, SAMPLED, temperature=0.0) == written(model, {})
 
 
@@ -319,9 +320,7 @@ def test_a_field_of_a_newer_transformers_is_handed_on(model):
     assert written(model, values) == written(model, {})
 
 
-@pytest.mark.parametrize(
-    "name", ["validate", "to_dict", "update", "__class__", "streamer", "logits_processor", "_hash"]
-)
+@pytest.mark.parametrize("name", ["validate", "to_dict", "update", "__class__", "streamer", "logits_processor", "_hash"])
 def test_names_that_are_no_fields(name, model):
     assert written(model, {name: 5}) == written(model, {})
 
@@ -361,8 +360,7 @@ def test_the_model_keeps_its_own_config(model):
 
 
 @pytest.mark.parametrize(
-    "values",
-    [{"num_return_sequences": 3}, {"early_stopping": []}, {"compile_config": {}}, {"num_return_sequences": "3"}],
+    "values", [{"num_return_sequences": 3}, {"early_stopping": []}, {"compile_config": {}}, {"num_return_sequences": "3"}]
 )
 def test_what_transformers_refuses_at_once_and_means_nothing_here(values, model):
     folder = model[0]
@@ -376,7 +374,7 @@ def test_what_transformers_refuses_at_once_and_means_nothing_here(values, model)
 def test_the_command_refuses_before_it_loads(model, quick_cli, monkeypatch):
     folder = model[0]
     (folder / "generation_config.json").write_text('{"top_p": "0.9", "top_k": -1}')
-    monkeypatch.setattr(qcli.model, "load", None)
+    monkeypatch.setattr(qcli.loading.load, "load", None)
     try:
         done = quick_cli("generate", folder, "hi")
     finally:

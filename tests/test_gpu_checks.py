@@ -152,9 +152,7 @@ def test_reports_of_the_sanitizer_are_read():
     assert found.startswith("========= Invalid") and "cuLaunchKernel" in found
     assert test_sanitizer.reports(REPORT.format(kernel="quantize_absmax"), "initcheck") == [found]
     assert test_sanitizer.reports(REPORT.format(kernel="at::native::reduce_kernel"), "initcheck") == []
-    race = (
-        "========= Error: Race reported between Write access at linear_4bit+0x10 and Read access at linear_4bit+0x20\n"
-    )
+    race = "========= Error: Race reported between Write access at linear_4bit+0x10 and Read access at linear_4bit+0x20\n"
     assert len(test_sanitizer.reports(race + "========= RACECHECK SUMMARY: 1 hazard displayed\n", "racecheck")) == 1
     quiet = "========= COMPUTE-SANITIZER\n14 kernels launched\n========= ERROR SUMMARY: 0 errors\n"
     assert test_sanitizer.reports(quiet, "memcheck") == []

@@ -34,9 +34,7 @@ def run(folder: Path, *steps: Step, minutes: float | None = None) -> tuple[int, 
 def nvidia_smi(tmp_path_factory, monkeypatch):
     """One that knows a GPU, and steps of the names below."""
     folder = tmp_path_factory.mktemp("bin")
-    (folder / "nvidia-smi").write_text(
-        "#!/bin/sh\necho 'NVIDIA H100, 580.1, 9.0, 81559 MiB, 1980 MHz, 2619 MHz, 700.00 W'\n"
-    )
+    (folder / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100, 580.1, 9.0, 81559 MiB, 1980 MHz, 2619 MHz, 700.00 W'\n")
     (folder / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(gpu_first, "STEPS", tuple(script(name, "") for name in ("one", "two", "three", "four")))
@@ -80,10 +78,7 @@ def test_no_test_is_no_proof(tmp_path):
 def test_a_step_has_its_time_and_takes_its_children_along(tmp_path):
     """What it has printed until then is kept; the next one is tried, unless nothing is worth it without this one."""
     slow = script(
-        "one",
-        "import os, time\nprint('begun', flush=True)\nprint(os.fork(), flush=True)\ntime.sleep(1000)",
-        2,
-        proves=True,
+        "one", "import os, time\nprint('begun', flush=True)\nprint(os.fork(), flush=True)\ntime.sleep(1000)", 2, proves=True
     )
     code, summary = run(tmp_path, slow, script("two", ""))
     assert code == 0
@@ -129,8 +124,11 @@ def test_what_a_step_needs(tmp_path):
     code, summary = run(tmp_path, script("one", "", needs="no-such-program"), script("two", ""))
     assert code == 0
     assert summary["steps"]["one"] | {"gpu": None} == {
-        "status": SKIPPED, "seconds": 0.0, "why": "no-such-program is not on PATH", "gpu": None,
-    }  # fmt: skip
+        "status": SKIPPED,
+        "seconds": 0.0,
+        "why": "no-such-program is not on PATH",
+        "gpu": None,
+    }
 
 
 NCU = """==PROF== Connected to process 1
@@ -165,9 +163,7 @@ def test_the_benchmark_on_its_stand_in(tmp_path):
 
 
 def test_a_wrong_exit_code_counts_before_the_figures(tmp_path):
-    step = script(
-        "one", "print('1 failed, 2 passed in 1s'); raise SystemExit(1)", proves=True, read=gpu_first.tests_passed
-    )
+    step = script("one", "print('1 failed, 2 passed in 1s'); raise SystemExit(1)", proves=True, read=gpu_first.tests_passed)
     code, summary = run(tmp_path, step)
     assert code == 1 and summary["steps"]["one"]["figures"]["failed"] == 1
 

@@ -29,11 +29,7 @@ def imports(path: Path) -> set[str]:
 
 def users(package: str) -> set[str]:
     """The files that import `package`, relative to qcli/."""
-    return {
-        str(p.relative_to(PACKAGE))
-        for p in FILES
-        if any(i == package or i.startswith(f"{package}.") for i in imports(p))
-    }
+    return {str(p.relative_to(PACKAGE)) for p in FILES if any(i == package or i.startswith(f"{package}.") for i in imports(p))}
 
 
 def test_typer_stays_in_the_command_line():
@@ -62,7 +58,14 @@ def test_nothing_points_back_up():
         if name.startswith("formats/"):
             assert all(i.startswith("qcli.formats") for i in uses), (name, uses)
         if name.startswith("checkpoint/"):
-            above = ("qcli.model", "qcli.nn", "qcli.decode", "qcli.report", "qcli.folder", "qcli.quantiz")
+            above = (
+                "qcli.loading.load",
+                "qcli.nn._quantized",
+                "qcli.generation.decode",
+                "qcli.quantization.report",
+                "qcli.quantization.other_files",
+                "qcli.quantiz",
+            )
             assert not any(i.startswith(above) for i in uses), name
 
 
@@ -104,7 +107,7 @@ def test_help_loads_no_heavy_library():
     assert loaded_after("import qcli.cli").isdisjoint(heavy)
     assert loaded_after("import qcli").isdisjoint(heavy | {"typer", "rich"})
     assert loaded_after("import qcli.checkpoint.safetensors_file").isdisjoint(heavy)
-    assert loaded_after("import qcli.checkpoint.source, qcli.checkpoint.describe").isdisjoint(heavy)
+    assert loaded_after("import qcli.checkpoint.source, qcli.formats.describe").isdisjoint(heavy)
 
 
 @pytest.mark.parametrize(

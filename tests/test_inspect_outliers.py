@@ -57,17 +57,17 @@ def test_json_csv_page_and_figure(inspect, tmp_path):
     assert (tmp_path / "out.html").stat().st_size > 1_000_000
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert [line for line in done.stderr.splitlines() if line.startswith("wrote")] == [
-        "wrote out.csv", "wrote out.html", "wrote out.png",
-    ]  # fmt: skip
+        "wrote out.csv",
+        "wrote out.html",
+        "wrote out.png",
+    ]
 
 
 def test_quantize_leaves_what_a_report_recommends(inspect, quick_cli, planted, tmp_path):
     report = json.loads(inspect("--json").stdout)
     report["recommendation"]["skip"] = ["model.layers.1.mlp.down_proj"]
     (tmp_path / "report.json").write_text(json.dumps(report))
-    done = quick_cli(
-        "quantize", planted, "--bits", 8, "--output", "out", "--skip-from", "report.json", "--skip", "*.q_proj"
-    )
+    done = quick_cli("quantize", planted, "--bits", 8, "--output", "out", "--skip-from", "report.json", "--skip", "*.q_proj")
     assert done.returncode == 0, done.stderr
     skipped = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
     assert "model.layers.1.mlp.down_proj" in skipped and "model.layers.0.self_attn.q_proj" in skipped
@@ -110,7 +110,7 @@ def test_bad_options(inspect, options, code, words):
 @pytest.mark.parametrize(
     "option",
     [("--text", STORIES), ("--tokens", 10), ("--sequence-length", 32), ("--ablate",), ("--report", "a.html"), ("--plot", "a.png")],
-)  # fmt: skip
+)
 def test_options_of_a_run_are_refused_where_nothing_runs(quick_cli, option):
     done = quick_cli("inspect-outliers", DEMO, "--weights-only", *option)
     assert done.returncode == 2 and f"{option[0]} was given with --weights-only" in done.stderr and not done.stdout
@@ -122,9 +122,7 @@ def test_weights_only(quick_cli, tmp_path):
     assert "Norm gains" in done.stdout and "NF4+DQ" in done.stdout
     with open(tmp_path / "weights.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 42 + 13
-    assert (
-        json.loads(quick_cli("inspect-outliers", DEMO, "--weights-only", "--json").stdout)["format"] == "qcli-weights"
-    )
+    assert json.loads(quick_cli("inspect-outliers", DEMO, "--weights-only", "--json").stdout)["format"] == "qcli-weights"
 
 
 def test_an_interrupt_leaves_no_file(inspect, tmp_path, monkeypatch):

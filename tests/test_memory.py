@@ -16,7 +16,7 @@ MEASURE = """
 import json, sys
 import torch, transformers
 from transformers import LlamaForCausalLM, BitsAndBytesConfig
-import qcli, qcli.model, qcli.checkpoint.source, qcli.checkpoint.execute, qcli.methods.nf4, qcli.methods.llm_int8
+import qcli, qcli.loading.load, qcli.checkpoint.source, qcli.quantization.execute, qcli.methods.nf4, qcli.methods.llm_int8
 from qcli.process import peak_memory
 torch.randn(64, 64) @ torch.randn(64, 64)
 before = peak_memory()
@@ -47,16 +47,15 @@ def large(tmp_path_factory):
     """638 MB; its largest tensor has 134 MB."""
     folder = tmp_path_factory.mktemp("large")
     size = make(
-        folder / "model", layers=1, hidden=4096, intermediate=16384, vocabulary=16384, heads=32, kv_heads=8,
-        shard_size=400 * MB,
-    )  # fmt: skip
+        folder / "model", layers=1, hidden=4096, intermediate=16384, vocabulary=16384, heads=32, kv_heads=8, shard_size=400 * MB
+    )
     assert size > 600 * MB
     return folder
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantize_stays_within_its_bound(large, bits):
-    from qcli.quantization import make_plan
+    from qcli.quantization.quantize import make_plan
 
     planned = make_plan(str(large / "model"), large / "planned", bits=bits).working_memory
     assert rise(f"qcli.quantize('model', 'out{bits}', bits={bits})", large) <= planned <= 300 * MB
@@ -98,9 +97,15 @@ def test_loading_4_bits_never_holds_the_full_model(large):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_an_8_gb_checkpoint_in_5_gb_shards(tmp_path, bits):
     size = make(
-        tmp_path / "model", layers=14, hidden=4096, intermediate=14336, vocabulary=128256, heads=32, kv_heads=8,
+        tmp_path / "model",
+        layers=14,
+        hidden=4096,
+        intermediate=14336,
+        vocabulary=128256,
+        heads=32,
+        kv_heads=8,
         shard_size=5000 * MB,
-    )  # fmt: skip
+    )
     assert size > 8000 * MB
     assert rise(f"qcli.quantize('model', 'out', bits={bits})", tmp_path) <= 400 * MB
 
@@ -111,9 +116,15 @@ def test_inspecting_an_8_gb_checkpoint(tmp_path):
     from tests.models import add_tokenizer
 
     size = make(
-        tmp_path / "model", layers=14, hidden=4096, intermediate=14336, vocabulary=128256, heads=32, kv_heads=8,
+        tmp_path / "model",
+        layers=14,
+        hidden=4096,
+        intermediate=14336,
+        vocabulary=128256,
+        heads=32,
+        kv_heads=8,
         shard_size=5000 * MB,
-    )  # fmt: skip
+    )
     add_tokenizer(tmp_path / "model")
     work = "qcli.inspect_outliers('model', tokens=512, sequence_length=512, device='cpu')"
     assert rise(work, tmp_path) <= 2000 * MB < size / 4

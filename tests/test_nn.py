@@ -6,7 +6,8 @@ import io
 import pytest
 import torch
 
-from qcli.nn import Linear4bit, Linear8bit
+from qcli.nn.linear_4bit import Linear4bit
+from qcli.nn.linear_8bit import Linear8bit
 from qcli.ops.linear_4bit import linear_4bit
 from qcli.ops.linear_int8 import linear_int8
 from qcli.ops.linear_w8a16 import linear_w8a16
@@ -27,9 +28,16 @@ def four_bit(seed=0, bias=True, nested=True):
         offset = mean_absmax(absmax)
         tensors["weight_absmax"], tensors["weight_nested_absmax"] = quantize_absmax(absmax, offset)
     module = Linear4bit(
-        IN, OUT, bias, tensors=tensors, quant_type="nf4", block_size=64, nested_offset=offset, compute_dtype=torch.bfloat16,
+        IN,
+        OUT,
+        bias,
+        tensors=tensors,
+        quant_type="nf4",
+        block_size=64,
+        nested_offset=offset,
+        compute_dtype=torch.bfloat16,
         dtype=torch.bfloat16,
-    )  # fmt: skip
+    )
     if bias:
         module.bias.data.normal_(generator=generator)
     return module

@@ -5,11 +5,12 @@ import torch
 import transformers
 
 import qcli
-from qcli import decode_graph, out_of_memory
-from qcli.checkpoint.linears import find_linears
+from qcli.checkpoint.modules import find_linears
 from qcli.checkpoint.source import open_source
-from qcli.decode_step import cache_argument
 from qcli.errors import CheckpointError, DeviceError, KernelError
+from qcli.generation import graph as decode_graph
+from qcli.generation.step import cache_argument
+from qcli.loading import out_of_memory
 from tests.conftest import ROOT
 from tests.models import make_model
 
@@ -34,10 +35,12 @@ def fail(*arguments, **options):
 @pytest.mark.parametrize(
     "error",
     [
-        OUT, RuntimeError("CUDA error: out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"),
+        OUT,
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"),
         KernelError("cannot load a kernel: cuModuleLoadDataEx failed: out of memory"),
     ],
-)  # fmt: skip
+)
 def test_while_loading(error, free, monkeypatch, quick_cli):
     free(1_000_000)
 
@@ -90,9 +93,7 @@ def test_while_generating(captured, free, monkeypatch, quick_cli):
     said = done.stderr.replace("\n", " ")
     assert "402 tokens need 1.23 MB for keys and values and about 12.29 kB for activations" in said
     assert "beside 2.74 MB of weights; GPU 0 had 600 kB of 8.00 GB free" in said
-    assert (
-        "Try --max-new-tokens 189 or --bits 8 (saves 1.28 MB) or --bits 4 (saves 1.90 MB) or --device-map auto" in said
-    )
+    assert "Try --max-new-tokens 189 or --bits 8 (saves 1.28 MB) or --bits 4 (saves 1.90 MB) or --device-map auto" in said
 
 
 def test_the_tokens_it_proposes_fit(free):

@@ -7,21 +7,34 @@ import pytest
 import torch
 import transformers as t
 
-from qcli import decode, decode_graph, positions
 from qcli.errors import QcliWarning, UsageError
-from qcli.memory.config import ModelConfig
+from qcli.generation import decode, positions
+from qcli.generation import graph as decode_graph
+from qcli.memory.model.config import ModelConfig
 from tests.captures import call_it
 from tests.models import ARCHITECTURES, add_tokenizer, make_model
 
 _LIKE_BART = {
-    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 64, "max_position_embeddings": 40, "pad_token_id": 1,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "vocab_size": 64,
+    "max_position_embeddings": 40,
+    "pad_token_id": 1,
     "decoder_start_token_id": 2,
-}  # fmt: skip
+}
 _LIKE_BERT = {
-    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 64,
     "is_decoder": True,
-}  # fmt: skip
+}
 _LIKE_GPT = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 40}
 # name -> model, tokens that it reads at most (None: no end)
 MODELS = {
@@ -42,7 +55,7 @@ MODELS = {
         t.XGLMConfig(d_model=32, ffn_dim=32, num_layers=1, attention_heads=2, vocab_size=64, max_position_embeddings=40),
         None,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -61,9 +74,11 @@ def test_the_end_of_a_table_is_found_on_the_model(name):
 
 def test_an_encoder_and_a_decoder_have_an_end_each():
     config = t.LEDConfig(
-        **{name: value for name, value in _LIKE_BART.items() if name != "max_position_embeddings"}, attention_window=4,
-        max_encoder_position_embeddings=48, max_decoder_position_embeddings=24,
-    )  # fmt: skip
+        **{name: value for name, value in _LIKE_BART.items() if name != "max_position_embeddings"},
+        attention_window=4,
+        max_encoder_position_embeddings=48,
+        max_decoder_position_embeddings=24,
+    )
     assert positions.ends(t.LEDForConditionalGeneration(config)) == (48, 24)
     assert positions.ends(t.BartForConditionalGeneration(t.BartConfig(**_LIKE_BART))) == (40, 40)
     assert positions.ends(t.T5ForConditionalGeneration(ARCHITECTURES["t5"][1]())) == (None, None)
@@ -163,8 +178,7 @@ def test_the_context_that_scaling_extends(own, rope, fields, expected, name):
 
 
 @pytest.mark.parametrize(
-    "rope",
-    [{"type": "linear", "factor": "4"}, {"type": "yarn", "factor": -1}, {"type": "dynamic", "factor": 1e300}, "yarn"],
+    "rope", [{"type": "linear", "factor": "4"}, {"type": "yarn", "factor": -1}, {"type": "dynamic", "factor": 1e300}, "yarn"]
 )
 def test_a_scaling_that_is_none(rope):
     config = {"model_type": "llama", "max_position_embeddings": 64, "rope_scaling": rope}

@@ -10,9 +10,9 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qcli.checkpoint.linears import transformers_class
+from qcli.checkpoint.modules import transformers_class
 from qcli.checkpoint.source import open_source
-from qcli.quantizer import QcliQuantizer, _Quantize
+from qcli.loading.transformers_quantizer import QcliQuantizer, _Quantize
 from tests.conftest import ROOT
 from tests.models import make_model
 from tests.private_names import PRIVATE
@@ -166,8 +166,6 @@ def test_a_class_of_the_models_own_code_is_found(tmp_path):
     config.architectures = ["Mine"]
     config.auto_map = {"AutoModelForCausalLM": "mine.Mine"}
     config.save_pretrained(tmp_path)
-    (tmp_path / "mine.py").write_text(
-        "from transformers import LlamaForCausalLM\n\n\nclass Mine(LlamaForCausalLM):\n    pass\n"
-    )
+    (tmp_path / "mine.py").write_text("from transformers import LlamaForCausalLM\n\n\nclass Mine(LlamaForCausalLM):\n    pass\n")
     found, _ = transformers_class(open_source(str(tmp_path), None), True)
     assert found.__name__ == "Mine" and issubclass(found, transformers.LlamaForCausalLM)

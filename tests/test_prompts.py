@@ -10,14 +10,19 @@ import torch
 import transformers as t
 
 import qcli
-from qcli import can_generate, tokenizer
 from qcli.errors import CheckpointError
+from qcli.generation import can_generate
+from qcli.loading import tokenizer
 from tests.models import add_tokenizer, make_model
 
 _SMALL = {
-    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
     "vocab_size": 256,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +82,8 @@ def test_code_that_comes_with_a_checkpoint_is_not_judged():
 
 
 def test_the_command_refuses_an_encoder_before_it_reads_weights(tmp_path, quick_cli, monkeypatch):
-    t.BertModel(t.BertConfig(**{n: v for n, v in _SMALL.items() if n != "num_key_value_heads"})).save_pretrained(
-        tmp_path / "model"
-    )
-    monkeypatch.setattr("qcli.model.load_source", lambda *_, **__: pytest.fail("weights were read"))
+    t.BertModel(t.BertConfig(**{n: v for n, v in _SMALL.items() if n != "num_key_value_heads"})).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("qcli.loading.load.load_source", lambda *_, **__: pytest.fail("weights were read"))
     done = quick_cli("generate", "model", "hi")
     assert done.returncode == 1 and "model cannot generate: BertModel does not write text" in done.stderr
 
@@ -140,7 +143,7 @@ def test_damaged_tokenizers(name, content, copy, quick_cli):
         (ImportError("You need to install fugashi to use MecabTokenizer"), ["vocab.txt"], "fugashi"),
         (ImportError("you need\na rare library"), ["vocab.txt"], "you need a rare library"),
     ],
-)  # fmt: skip
+)
 def test_a_tokenizer_that_needs_what_is_not_installed(error, files, found, monkeypatch):
     class Place:
         names = files
@@ -256,7 +259,7 @@ def test_what_transformers_raises_while_it_generates(llama, quick_cli, monkeypat
 
 
 def test_what_the_listener_raises_is_left_alone(llama):
-    from qcli import decode
+    from qcli.generation import decode
 
     def refuse(token):
         raise ValueError("mine")
@@ -301,8 +304,6 @@ def test_composite_models_continue_a_text(name, tmp_path, quick_cli):
         type(model)
         .from_pretrained(tmp_path / "model")
         .eval()
-        .generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=255
-        )
+        .generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=255)
     )
     assert json.loads(done.stdout)["token_ids"] == theirs[0, 5:].tolist()

@@ -13,8 +13,8 @@ import time
 import pytest
 
 import qcli
-from qcli.checkpoint import staging
 from qcli.errors import CheckpointError, PlanError
+from qcli.quantization import staging
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, make_model
 
@@ -81,7 +81,7 @@ def test_threads_do_not_matter(whole, tmp_path, monkeypatch):
     """Chunks of a few blocks on four threads: the same bytes, and the same measured errors in qcli.json."""
     import torch
 
-    from qcli.checkpoint import execute
+    from qcli.quantization import execute
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)

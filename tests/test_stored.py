@@ -90,15 +90,13 @@ FAULTS = {
     "too few codes": ("nf4", replaced(NAME, lambda x: x[:-1]), "holds 4,095 bytes of U8, expected 4,096"),
     "no absmax": ("nf4", without(f"{NAME}.absmax"), f"{NAME} lacks {NAME}.absmax"),
     "no state": ("nf4", without(STATE), f"1 stored as U8 without what would decode them: {NAME}"),
-    "weight_format of columns": (
-        "int8", replaced(FORMAT, lambda x: x + 1), "and only 0, plain rows, is read",
-    ),
+    "weight_format of columns": ("int8", replaced(FORMAT, lambda x: x + 1), "and only 0, plain rows, is read"),
     "SCB too short": ("int8", replaced(SCB, lambda x: x[:-1]), "SCB is F32 of shape [127], expected F32 of [128]"),
     "SCB in 16 bits": ("int8", replaced(SCB, lambda x: x.half()), "SCB is F16 of shape [128], expected F32"),
     "no SCB": ("int8", without(SCB), f"1 stored as I8 without what would decode them: {NAME}"),
     "int8 transposed": ("int8", replaced(NAME, lambda x: x.t()), "is I8 of shape [64, 128], expected I8 of [128, 64]"),
     "weights not int8": ("int8", replaced(NAME, lambda x: x.half()), "is F16 of shape [128, 64], expected I8"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

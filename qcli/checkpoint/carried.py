@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from qcli.errors import CheckpointError
-from qcli.foreign_json import parse
+from qcli.files.foreign_json import parse
 from qcli.sizes import format_bytes
 
 MOST_BYTES = 100_000_000  # of one file: the largest tokenizers have a third of it
@@ -52,9 +52,7 @@ class Carried:
 
 def choose(place, weights: list[str]) -> Carried:
     """What of the files of `place` goes along with a model whose weights are in the files `weights`."""
-    outputs = {
-        name.rpartition("/")[0] for name in place.names if name.endswith("/qcli.json")
-    }  # of qcli, inside this folder
+    outputs = {name.rpartition("/")[0] for name in place.names if name.endswith("/qcli.json")}  # of qcli, inside this folder
     pooling = _pooling_folders(place)
     files, too_large = [], []
     for name in place.names:

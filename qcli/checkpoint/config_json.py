@@ -7,14 +7,18 @@ import re
 from collections.abc import Iterator
 
 from qcli.errors import CheckpointError
-from qcli.foreign_json import FLAG, OBJECT, TEXT, Kind, check, either, is_whole, list_of, map_of
+from qcli.files.foreign_json import FLAG, OBJECT, TEXT, Kind, check, either, is_whole, list_of, map_of
 
 TEXT_OR_NULL = Kind("a string or null", lambda v: v is None or TEXT.fits(v))
 HINT = "Mend the file, or fetch it again."
 _OUTER = {
-    "architectures": list_of(TEXT), "model_type": TEXT, "quantization_config": OBJECT,
-    "auto_map": map_of(either(TEXT, list_of(TEXT_OR_NULL))), "is_encoder_decoder": FLAG, "tie_word_embeddings": FLAG,
-}  # fmt: skip
+    "architectures": list_of(TEXT),
+    "model_type": TEXT,
+    "quantization_config": OBJECT,
+    "auto_map": map_of(either(TEXT, list_of(TEXT_OR_NULL))),
+    "is_encoder_decoder": FLAG,
+    "tie_word_embeddings": FLAG,
+}
 _EVERY_PART = {"model_type": TEXT, "dtype": TEXT, "torch_dtype": TEXT, "layer_types": list_of(TEXT)}
 # How many of something a model is built of, one by one. Before it is built, these are held against what is stored.
 _COUNT = re.compile(r"(^|_)(n_?layers?|layers?|depths?|n_?blocks|num_blocks|stages|experts?|labels)$")

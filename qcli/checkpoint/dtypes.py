@@ -1,20 +1,57 @@
-"""The names a dtype goes by: safetensors' code, torch's name. torch is imported only where tensors are."""
+"""The names of dtypes, safetensors' codes and torch's names, and the size of a tensor. torch is imported only where tensors are."""
+
+from dataclasses import dataclass
+from math import prod
 
 TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "C64": "complex64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
     "BOOL": "bool",
-}  # fmt: skip
+}
 CODES = {name: code for code, name in TORCH_NAMES.items()}
 MODEL_DTYPES = ("bfloat16", "float16", "float32")
 FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # every value of which bfloat16 holds exactly
 FLOATS = ("F64", "F32", "F16", "BF16", *FLOAT8)
-ITEMSIZE = {
-    "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E8M0": 1, **dict.fromkeys(FLOAT8, 1),
-}  # fmt: skip
+# Every dtype of the safetensors format. Some are smaller than a byte, and torch has no name for those.
+DTYPE_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E8M0", *FLOAT8), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+ITEMSIZE = {code: DTYPE_BITS[code] // 8 for code in TORCH_NAMES}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor before there is any data: full name, safetensors dtype code, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 def torch_dtype(code: str):

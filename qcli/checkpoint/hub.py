@@ -211,8 +211,7 @@ def _translated(repo: str, revision: str | None) -> Iterator[None]:
         raise HubError(f"{repo}{at} lacks a file that it lists: {_line(e)}", "Try again later.") from e
     except errors.OfflineModeIsEnabled as e:
         raise HubError(
-            f"{repo} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it",
-            "Unset HF_HUB_OFFLINE, or fetch it first.",
+            f"{repo} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it", "Unset HF_HUB_OFFLINE, or fetch it first."
         ) from e
     except errors.LocalTokenNotFoundError as e:
         raise HubError(f"no hub token to write to {repo} with", "Log in first: hf auth login.") from e
@@ -229,8 +228,7 @@ def _translated(repo: str, revision: str | None) -> Iterator[None]:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(Path.home()).free
             raise CheckpointError(
-                f"the disk is full while fetching {repo} ({free:,} bytes are free)",
-                "Free some space and rerun, or use --stream.",
+                f"the disk is full while fetching {repo} ({free:,} bytes are free)", "Free some space and rerun, or use --stream."
             ) from e
         raise HubError(f"fetching {repo} failed: {_line(e)}", rerun) from e
 

@@ -24,9 +24,10 @@ def model_dtype(source, dtype: str) -> str:
             return dtypes.CODES[name]
         if dtypes.CODES.get(name) not in dtypes.FLOAT8:  # which weights may be stored in, and no model is run in
             raise PlanError(
-                source.label, [f"config.json says dtype {name!r}, expected one of {', '.join(dtypes.MODEL_DTYPES)}"],
+                source.label,
+                [f"config.json says dtype {name!r}, expected one of {', '.join(dtypes.MODEL_DTYPES)}"],
                 "Choose one with --dtype.",
-            )  # fmt: skip
+            )
     count = {"F32": 0, "F16": 0, "BF16": 0}
     for _, info in source.tensors.values():
         if info.dtype in count:

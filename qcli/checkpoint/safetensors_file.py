@@ -11,14 +11,10 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from qcli.checkpoint.dtypes import DTYPE_BITS
 from qcli.errors import CheckpointError
-from qcli.foreign_json import TEXT, Required, check, list_of, map_of, one_of, parse_object, shown, whole
+from qcli.files.foreign_json import TEXT, Required, check, list_of, map_of, one_of, parse_object, shown, whole
 
-DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 FIRST_READ = 100_000  # bytes; nearly every header fits
 DAMAGED = "The file is damaged or its download was cut short: fetch it again."
@@ -98,18 +94,14 @@ def parse_header(raw: bytes, file_size: int, name: str, hint: str = DAMAGED) -> 
     metadata = entries.pop("__metadata__", None) or {}
     data_start = 8 + len(raw)
     data_size = file_size - data_start
-    tensors = sorted(
-        (_entry(name, key, entry, data_start, data_size, hint) for key, entry in entries.items()), key=_place
-    )
+    tensors = sorted((_entry(name, key, entry, data_start, data_size, hint) for key, entry in entries.items()), key=_place)
     position = data_start
     previous = None
     for tensor in tensors:
         if tensor.start < position:
             raise CheckpointError(f"{name}: the tensors {previous} and {tensor.name} overlap", hint)
         if tensor.start > position:
-            raise CheckpointError(
-                f"{name}: {tensor.start - position:,} bytes before {tensor.name} belong to no tensor", hint
-            )
+            raise CheckpointError(f"{name}: {tensor.start - position:,} bytes before {tensor.name} belong to no tensor", hint)
         position, previous = tensor.end, tensor.name
     if position != file_size:
         raise CheckpointError(f"{name}: {file_size - position:,} bytes after the last tensor belong to none", hint)
@@ -145,9 +137,7 @@ def _entry(file: str, name: str, entry: object, data_start: int, data_size: int,
     return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + end)
 
 
-def build_header(
-    specs: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]
-) -> tuple[bytes, dict[str, int]]:
+def build_header(specs: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
     """The first bytes of a file whose tensors (name, dtype, shape) follow in this order, and each one's absolute start.
 
     The JSON is padded with blanks to a multiple of 8 bytes, as the safetensors library does.
@@ -174,9 +164,7 @@ def read_into(fd: int, offset: int, view: memoryview) -> None:
         except OSError as e:
             raise CheckpointError(f"reading a weight file failed: {e.strerror}", "Check the disk, then rerun.") from e
         if count == 0:
-            raise CheckpointError(
-                f"a weight file ended at byte {offset + done:,}, {len(view) - done:,} too early", DAMAGED
-            )
+            raise CheckpointError(f"a weight file ended at byte {offset + done:,}, {len(view) - done:,} too early", DAMAGED)
         done += count
 
 

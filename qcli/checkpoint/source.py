@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +16,15 @@ from qcli.checkpoint.config_json import check_config, check_counts
 from qcli.checkpoint.local_files import LocalFiles
 from qcli.checkpoint.safetensors_file import DAMAGED, Header, TensorInfo, read_header_with
 from qcli.errors import CheckpointError
-from qcli.foreign_json import read_object
+from qcli.files.foreign_json import read_object
 
 _CONNECTIONS = 8  # at a time: the largest models have two hundred shards, and a header's time is the way there and back
+PIECE_BYTES = 4 << 20  # what a piece should have: on a hub a ranged request each
+_AHEAD = 4  # pieces under way at once, for a hub's answers take their time
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 
-def open_source(
-    model: str, revision: str | None = None, *, stream: bool = False, trust_remote_code: bool = False
-) -> "Source":
+def open_source(model: str, revision: str | None = None, *, stream: bool = False, trust_remote_code: bool = False) -> "Source":
     """The checkpoint in the folder `model`, or in the hub repository of that id at `revision`.
 
     Raises CheckpointError, HubError. Faults that do not stop the reading of headers are listed in `Source.problems`.
@@ -40,13 +40,9 @@ def open_place(model: str, revision: str | None = None, *, stream: bool = False)
             raise CheckpointError(f"{model} is a folder, so there is no revision {revision!r}", "Leave out --revision.")
         return LocalFiles(path, path.resolve().name or "model")
     if path.exists():
-        raise CheckpointError(
-            f"{model} is a file, expected a model's folder", "Give the folder that holds config.json."
-        )
+        raise CheckpointError(f"{model} is a file, expected a model's folder", "Give the folder that holds config.json.")
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
-        raise CheckpointError(
-            f"there is no folder {model}, and it is no hub id either", "Check the path, or write org/name."
-        )
+        raise CheckpointError(f"there is no folder {model}, and it is no hub id either", "Check the path, or write org/name.")
     return hubs.open_repository(model, revision, stream=stream)
 
 
@@ -168,9 +164,7 @@ class Source:
             return
         small = [name for name, (_, info) in self.tensors.items() if info.dtype in dtypes.FLOAT8]
         bases = {name.removesuffix("weight") for name in small}
-        scales = (
-            [n for n in self.tensors if "scale" in n and any(n[:i] in bases for i in range(len(n)))] if small else []
-        )
+        scales = [n for n in self.tensors if "scale" in n and any(n[:i] in bases for i in range(len(n)))] if small else []
         if scales:
             self.problems.append(
                 f"{_counted(small, 'weight')} in float8 have scales ({scales[0]}, ...) and config.json has no quantization_config"
@@ -181,9 +175,7 @@ class Source:
         """sha256 over config, headers, sizes and, on the hub, its own hashes of the weight files."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in self.files:
-            digest.update(
-                f"\n{file} {self.place.size(file)} {self.place.hash(file)}\n".encode() + self.headers[file].raw
-            )
+            digest.update(f"\n{file} {self.place.size(file)} {self.place.hash(file)}\n".encode() + self.headers[file].raw)
         return digest.hexdigest()
 
     def fetch_what_runs(self) -> None:
@@ -218,8 +210,7 @@ class Source:
             size = os.fstat(fd).st_size
             if size != self.place.size(file):
                 raise CheckpointError(
-                    f"{self.label}/{file} has {size:,} bytes, expected {self.place.size(file):,}",
-                    self.again("Fetch it again."),
+                    f"{self.label}/{file} has {size:,} bytes, expected {self.place.size(file):,}", self.again("Fetch it again.")
                 )
             yield fd
         finally:
@@ -235,3 +226,18 @@ def _counted(names: list[str], what: str) -> str:
     if len(names) == 1:
         return f"the {what} {names[0]}"
     return f"{len(names):,} {what}s ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+
+
+def read_pieces(source: Source, pieces: Iterable[tuple[str, int, int]]) -> Iterator[bytes]:
+    """The bytes of each (file, offset, count), in their order. Raises what `Source.read` raises."""
+    pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="qcli")
+    under_way = deque()
+    try:
+        for piece in pieces:
+            under_way.append(pool.submit(source.read, *piece))
+            if len(under_way) > _AHEAD:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -37,9 +37,7 @@ def read_header(path: Path, label: str) -> Header:
     size = os.path.getsize(path)
     for tensor in tensors:
         if tensor.end > size:
-            raise CheckpointError(
-                f"{label}: {tensor.name} ends at byte {tensor.end:,}, the file has {size:,}", "Fetch it again."
-            )
+            raise CheckpointError(f"{label}: {tensor.name} ends at byte {tensor.end:,}, the file has {size:,}", "Fetch it again.")
     tensors.sort(key=lambda t: (t.start, t.name))
     raw = json.dumps([[t.name, t.dtype, t.shape, t.start] for t in tensors]).encode()
     return Header({t.name: t for t in tensors}, {}, raw)
@@ -68,17 +66,11 @@ def _load(path: Path, label: str) -> dict:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else "its pickle is refused"
-        raise CheckpointError(
-            f"{label} holds more than tensors, and such pickles are not run: {reason[:200]}", _RESAVE
-        ) from None
+        raise CheckpointError(f"{label} holds more than tensors, and such pickles are not run: {reason[:200]}", _RESAVE) from None
     except (RuntimeError, EOFError, ValueError, KeyError) as e:
-        raise CheckpointError(
-            f"{label} cannot be read by torch: {str(e).splitlines()[0][:200]}", "Fetch it again."
-        ) from None
+        raise CheckpointError(f"{label} cannot be read by torch: {str(e).splitlines()[0][:200]}", "Fetch it again.") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-        raise CheckpointError(
-            f"{label} holds a {type(state).__name__}, expected a state dict of named tensors", _RESAVE
-        )
+        raise CheckpointError(f"{label} holds a {type(state).__name__}, expected a state dict of named tensors", _RESAVE)
     others = [k for k, v in state.items() if not isinstance(v, torch.Tensor)]
     if others:
         raise CheckpointError(f"{label}: {others[0]} is no tensor; a bare state dict was expected", _RESAVE)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from qcli.errors import CheckpointError
-from qcli.foreign_json import TEXT, Required, check, map_of
+from qcli.files.foreign_json import TEXT, Required, check, map_of
 
 _NAMED = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 _VARIANT_INDEX = re.compile(r"[^/]+\.safetensors\.index(\.[\w-]+)?\.json")
@@ -18,9 +18,7 @@ _ADAPTER = "adapter_config.json"
 _OTHER_FORMS = {"gguf": "GGUF", "onnx": "ONNX", "h5": "TensorFlow", "msgpack": "Flax", "pth": "torch's own"}
 
 
-def find(
-    names: Sequence[str], read_json: Callable[[str], dict], label: str
-) -> tuple[list[str], dict[str, str] | None, list[str]]:
+def find(names: Sequence[str], read_json: Callable[[str], dict], label: str) -> tuple[list[str], dict[str, str] | None, list[str]]:
     """(weight files in reading order, the index's weight_map or None, notes) of a place that has the files `names`.
 
     `read_json` gives the object that a file holds. Raises CheckpointError.
@@ -59,9 +57,7 @@ def _shards(index: str, present: set[str], read_json: Callable[[str], dict], lab
         raise CheckpointError(f"{label}/{index}: weight_map is empty, expected tensor names and their files")
     for file in files:
         if "/" in file or "\\" in file or file in ("", ".", ".."):
-            raise CheckpointError(
-                f"{label}/{index} names the shard {file!r}, outside its own folder", "Do not trust this model."
-            )
+            raise CheckpointError(f"{label}/{index} names the shard {file!r}, outside its own folder", "Do not trust this model.")
     missing = [file for file in files if file not in present]
     if missing:
         raise CheckpointError(
@@ -82,9 +78,7 @@ def _no_weights(names, loose, indexes, read_json, label: str) -> CheckpointError
     hint = "Give the folder or repository that holds the weights as safetensors."
     if several:
         hint = "Put the one to use into a folder of its own, with config.json and the tokenizer."
-    return CheckpointError(
-        f"{label} has no model.safetensors, no pytorch_model.bin and no index of shards{found}", hint
-    )
+    return CheckpointError(f"{label} has no model.safetensors, no pytorch_model.bin and no index of shards{found}", hint)
 
 
 def _is_adapter(read_json: Callable[[str], dict], label: str) -> CheckpointError:

@@ -60,8 +60,12 @@ def _show_comparison(found: Comparison, base: str) -> None:
         *[
             (f"KL divergence (nats), {name}", _number(value))
             for name, value in (
-                ("median", kl.median), ("90%", kl.percentile_90), ("95%", kl.percentile_95), ("99%", kl.percentile_99),
-                ("99.9%", kl.percentile_99_9), ("maximum", kl.maximum),
+                ("median", kl.median),
+                ("90%", kl.percentile_90),
+                ("95%", kl.percentile_95),
+                ("99%", kl.percentile_99),
+                ("99.9%", kl.percentile_99_9),
+                ("maximum", kl.maximum),
             )
         ],
         ("same likeliest token", _estimate(found.same_top, percent=True)),
@@ -70,7 +74,7 @@ def _show_comparison(found: Comparison, base: str) -> None:
         ("ratio of perplexities", _estimate(found.perplexity_ratio)),
         ("change of the right token's probability, mean", _estimate(found.probability_change, percent=True)),
         ("change of the right token's probability, RMS", _estimate(found.probability_rms_change, percent=True)),
-    ]  # fmt: skip
+    ]
     console.table("", (f"against {base}", "value"), rows)
 
 

@@ -4,11 +4,11 @@ import re
 from collections.abc import Sequence
 
 from qcli import console
-from qcli.memory.bars import bars, parts_of
+from qcli.memory.costs.quantizing import Quantizing
 from qcli.memory.estimate import Estimate, MethodEstimate
 from qcli.memory.paper_table import Row
-from qcli.memory.quantizing import Quantizing
-from qcli.memory.verdict import NO
+from qcli.memory.placing.verdict import NO
+from qcli.memory.shown.bars import bars, parts_of
 from qcli.sizes import format_bytes, format_seconds
 
 _SHADES, _LETTERS = "█▓▒░", "#=+-"  # of a bar's parts; the second where the terminal has no shades
@@ -50,10 +50,7 @@ def show_quantizing(runs: Sequence[Quantizing]) -> None:
     console.table(
         "qcli quantize on this machine",
         ["method", "memory", "disk", "download", "time"],
-        [
-            [run.method, format_bytes(run.memory), format_bytes(run.disk), format_bytes(run.download), _time(run)]
-            for run in runs
-        ],
+        [[run.method, format_bytes(run.memory), format_bytes(run.disk), format_bytes(run.download), _time(run)] for run in runs],
     )
     rates = f"reads {format_bytes(runs[0].read_rate)}/s and writes {format_bytes(runs[0].write_rate)}/s"
     console.out(f"memory is above Python and its libraries; this disk {rates}, measured now")
@@ -69,12 +66,7 @@ def show_table(rows: Sequence[Row], rule: str) -> None:
         "",
         ["class", "hardware", "largest in 8 bits", "largest in 16 bits"],
         [
-            [
-                row.hardware.kind,
-                row.hardware.label,
-                " / ".join(row.largest_8bit) or "none",
-                " / ".join(row.largest_16bit) or "none",
-            ]
+            [row.hardware.kind, row.hardware.label, " / ".join(row.largest_8bit) or "none", " / ".join(row.largest_16bit) or "none"]
             for row in rows
         ],
         left=(0, 1, 2, 3),
@@ -89,12 +81,15 @@ def _components(found: Estimate) -> None:
         ["method", "bits/weight", *names, "overhead", "total"],
         [
             [
-                row.method, f"{row.bits_per_weight:.3f}", *(format_bytes(row.component(name)) for name in names),
-                _range(row.needs.overhead[::2]), _range((row.needs.least, row.needs.most)),
+                row.method,
+                f"{row.bits_per_weight:.3f}",
+                *(format_bytes(row.component(name)) for name in names),
+                _range(row.needs.overhead[::2]),
+                _range((row.needs.least, row.needs.most)),
             ]
             for row in found.methods
         ],
-    )  # fmt: skip
+    )
 
 
 def _range(sizes: tuple[int, int]) -> str:
@@ -149,13 +144,17 @@ def _splits(found: Estimate) -> None:
             ["GPU", "holds", *parts_of(found.setting)[:3], "left"],
             [
                 [
-                    f"{i}", load.holds, format_bytes(load.weights), format_bytes(load.state), format_bytes(load.activations),
+                    f"{i}",
+                    load.holds,
+                    format_bytes(load.weights),
+                    format_bytes(load.state),
+                    format_bytes(load.activations),
                     format_bytes(load.left),
                 ]
                 for i, load in enumerate(row.placement.loads)
             ],
             left=(0, 1),
-        )  # fmt: skip
+        )
 
 
 def _bars(found: Estimate) -> None:
@@ -194,6 +193,4 @@ def _explain(found: Estimate) -> None:
 
 def _grouped(sentence: str) -> str:
     """With thousands apart, but for shapes, where a comma parts the numbers already."""
-    return re.sub(
-        r"\[[^]]*\]|(?<![\d.,])\d{4,}(?![\d.,]*\d)", lambda m: m[0] if m[0][0] == "[" else f"{int(m[0]):,}", sentence
-    )
+    return re.sub(r"\[[^]]*\]|(?<![\d.,])\d{4,}(?![\d.,]*\d)", lambda m: m[0] if m[0][0] == "[" else f"{int(m[0]):,}", sentence)

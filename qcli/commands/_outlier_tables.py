@@ -2,9 +2,7 @@
 
 from qcli import console
 
-_SHORT = {
-    "attention input": "attention in", "attention output": "attention out", "ffn input": "ffn in", "ffn output": "ffn out",
-}  # fmt: skip
+_SHORT = {"attention input": "attention in", "attention output": "attention out", "ffn input": "ffn in", "ffn output": "ffn out"}
 _DIMS_SHOWN, _FEATURES_SHOWN, _SPIKES_SHOWN = 4, 12, 8
 
 
@@ -57,9 +55,15 @@ def _activations(layer: int, name: str, site: dict) -> tuple:
     dims = ", ".join(f"{d['dim']}: {_number(d['absmax'])}" for d in first)
     more = site["outlier_columns"] - len(first)
     return (
-        layer, name, dims + (f" and {more:,} more" if more > 0 else ""), _percent(first[0]["share"]) if first else "-",
-        _number(site["crest"]), _number(site["kurtosis"]), _number(site["channel_ratio"]), _number(site["token_ratio"]),
-    )  # fmt: skip
+        layer,
+        name,
+        dims + (f" and {more:,} more" if more > 0 else ""),
+        _percent(first[0]["share"]) if first else "-",
+        _number(site["crest"]),
+        _number(site["kurtosis"]),
+        _number(site["channel_ratio"]),
+        _number(site["token_ratio"]),
+    )
 
 
 def _damage(report: dict) -> None:
@@ -71,9 +75,7 @@ def _damage(report: dict) -> None:
         (layer["layer"], _SHORT.get(site["kind"], site["kind"]), *(_pair(site["sqnr"][name]) for name in methods))
         for layer, site in measured
     ]
-    console.table(
-        "SQNR of the outputs, dB: all / through channels without outliers", ("layer", "site", *methods), rows, left=(1,)
-    )
+    console.table("SQNR of the outputs, dB: all / through channels without outliers", ("layer", "site", *methods), rows, left=(1,))
     console.out()
 
 
@@ -84,10 +86,18 @@ def _features(report: dict) -> None:
         console.out()
         return
     rows = [
-        (f["dim"], "yes" if f["outlier"] else "no", _percent(f["layers_share"]), _percent(f["positions_share"]),
-         _percent(f["positions_union"]), _number(f["absmax"]), _quartiles(f["quartiles"]), "yes" if f["one_sided"] else "no")
+        (
+            f["dim"],
+            "yes" if f["outlier"] else "no",
+            _percent(f["layers_share"]),
+            _percent(f["positions_share"]),
+            _percent(f["positions_union"]),
+            _number(f["absmax"]),
+            _quartiles(f["quartiles"]),
+            "yes" if f["one_sided"] else "no",
+        )
         for f in features
-    ]  # fmt: skip
+    ]
     columns = ("dim", "outlier feature", "layers", "positions", "in any layer", "absmax", "quartiles", "one-sided")
     console.table("dimensions of the hidden state", columns, rows, left=())
     console.out(
@@ -102,9 +112,18 @@ def _table_4(report: dict) -> None:
     own = {"model": report["model"]["name"], "parameters": _count(report["model"]["parameters"])} | found
     rows = [_row_4(own, own["positions_union"])] + [_row_4(row, None) for row in found["papers_rows"]]
     columns = (
-        "model", "parameters", "perplexity", "outliers", "one-sided", "layers", "positions", "in any layer", "quartiles", "top-1 p",
+        "model",
+        "parameters",
+        "perplexity",
+        "outliers",
+        "one-sided",
+        "layers",
+        "positions",
+        "in any layer",
+        "quartiles",
+        "top-1 p",
         "without",
-    )  # fmt: skip
+    )
     console.table("LLM.int8(), Table 4: this model, and the paper's", columns, rows, left=(0,))
     console.out(found["stage"])
     console.out("The paper's perplexities are on C4; compare outliers, layers and positions, not perplexities.")
@@ -113,20 +132,35 @@ def _table_4(report: dict) -> None:
 
 def _row_4(row: dict, union: float | None) -> tuple:
     return (
-        row["model"], row["parameters"] or "-", _number(row["perplexity"]), row["outliers"], row["one_sided"],
-        _percent(row["layers_share"]), _percent(row["positions_share"]), _percent(union), _quartiles(row["quartiles"]),
-        _percent(row["top1_with"]), _percent(row["top1_without"]),
-    )  # fmt: skip
+        row["model"],
+        row["parameters"] or "-",
+        _number(row["perplexity"]),
+        row["outliers"],
+        row["one_sided"],
+        _percent(row["layers_share"]),
+        _percent(row["positions_share"]),
+        _percent(union),
+        _quartiles(row["quartiles"]),
+        _percent(row["top1_with"]),
+        _percent(row["top1_without"]),
+    )
 
 
 def _spikes(report: dict) -> None:
     massive = report["massive_activations"]
     if massive:
         rows = [
-            (m["layer"], m["dim"], m["position"], repr(m["token"]), _number(m["value"]),
-             _number(abs(m["value"]) / m["median"]) if m["median"] else "-", m["sequences"])
+            (
+                m["layer"],
+                m["dim"],
+                m["position"],
+                repr(m["token"]),
+                _number(m["value"]),
+                _number(abs(m["value"]) / m["median"]) if m["median"] else "-",
+                m["sequences"],
+            )
             for m in massive[:_SPIKES_SHOWN]
-        ]  # fmt: skip
+        ]
         columns = ("layer", "dim", "position", "token", "value", "times the median", "sequences")
         console.table("massive activations of the residual stream", columns, rows, left=(3,))
         if len(massive) > _SPIKES_SHOWN:
@@ -143,9 +177,7 @@ def _spikes(report: dict) -> None:
         shown = ", ".join(map(str, dims[:8])) + (f" and {len(dims) - 8} more" if len(dims) > 8 else "")
         console.out(f"First tokens, counted apart: up to {_number(report['bos']['absmax'])}, outliers in {shown}.")
     if report["attention"]:
-        console.out(
-            f"Attention sinks: {_percent(report['attention']['sink_share'])} of the heads give the first token over 30%."
-        )
+        console.out(f"Attention sinks: {_percent(report['attention']['sink_share'])} of the heads give the first token over 30%.")
     console.out()
 
 
@@ -187,9 +219,17 @@ def _recommendation(report: dict) -> None:
 def rows(report: dict) -> tuple[list[str], list[list]]:
     """(columns, a row for each site and each residual stream) for CSV."""
     plain = (
-        "rows", "channels", "absmax", "rms", "crest", "kurtosis", "channel_ratio", "token_ratio", "outlier_columns",
+        "rows",
+        "channels",
+        "absmax",
+        "rms",
+        "crest",
+        "kurtosis",
+        "channel_ratio",
+        "token_ratio",
+        "outlier_columns",
         "outlier_share",
-    )  # fmt: skip
+    )
     methods = list(dict.fromkeys(name for _, site in _each(report) for name in site["sqnr"] or ()))
     columns = ["layer", "site", "modules", *plain, "outlier_dims", "columns_kept"]
     columns += [f"sqnr {name}{part}" for name in methods for part in ("", ", ordinary channels")]

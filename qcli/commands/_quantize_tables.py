@@ -5,9 +5,9 @@ import shlex
 
 from qcli import console
 from qcli.checkpoint import dtypes
-from qcli.checkpoint.plan import Plan, Unit
 from qcli.process import resident_memory
-from qcli.report import Report
+from qcli.quantization.plan import Plan, Unit
+from qcli.quantization.report import Report
 from qcli.sizes import format_bytes, format_seconds
 
 
@@ -21,16 +21,21 @@ def show_plan(plan: Plan) -> None:
         shape = "x".join(map(str, first.info.shape)) or "scalar"
         before, after = sum(u.info.nbytes for u in units), sum(u.output_bytes for u in units)
         rows.append(
-            (_group_name(units), len(units), shape, dtypes.TORCH_NAMES.get(first.info.dtype, first.info.dtype),
-             _becomes(plan, first), f"{before:,}", f"{after:,}")
-        )  # fmt: skip
+            (
+                _group_name(units),
+                len(units),
+                shape,
+                dtypes.TORCH_NAMES.get(first.info.dtype, first.info.dtype),
+                _becomes(plan, first),
+                f"{before:,}",
+                f"{after:,}",
+            )
+        )
     console.table("", ("tensor", "count", "shape", "from", "to", "bytes before", "bytes after"), rows, left=(0, 3, 4))
     console.table("", ("file", "bytes"), [(s.name, f"{s.size:,}") for s in plan.shards])
     console.out(carried_text(plan))
     needs = needed(plan)
-    console.out(
-        f"bits per weight    {plan.bits_per_weight:.3f} in all, {plan.quantized_bits_per_weight:.3f} where quantized"
-    )
+    console.out(f"bits per weight    {plan.bits_per_weight:.3f} in all, {plan.quantized_bits_per_weight:.3f} where quantized")
     console.out(f"weights            {format_bytes(plan.source_bytes)} -> {format_bytes(plan.output_bytes)}")
     console.out(f"disk needed        {format_bytes(needs['disk_bytes'])}")
     console.out(
@@ -71,13 +76,19 @@ def plan_summary(plan: Plan) -> dict[str, object]:
         "files": [{"name": s.name, "bytes": s.size} for s in plan.shards],
         "carried_files": plan.source.carried.files,
         "tensors": [
-            {"name": u.info.name, "shape": list(u.info.shape), "from": u.info.dtype, "to": _becomes(plan, u),
-             "bytes_before": u.info.nbytes, "bytes_after": u.output_bytes}
+            {
+                "name": u.info.name,
+                "shape": list(u.info.shape),
+                "from": u.info.dtype,
+                "to": _becomes(plan, u),
+                "bytes_before": u.info.nbytes,
+                "bytes_after": u.output_bytes,
+            }
             for u in plan.units
         ],
         "notes": plan.notes,
         "problems": plan.problems,
-    }  # fmt: skip
+    }
 
 
 def show_report(report: Report) -> None:
@@ -115,13 +126,7 @@ def _groups(units: list[Unit]) -> list[list[Unit]]:
     """Units that differ only in layer numbers, in the order of their first."""
     groups: dict[tuple, list[Unit]] = {}
     for unit in units:
-        key = (
-            re.sub(r"\d+", "#", unit.info.name),
-            unit.info.shape,
-            unit.info.dtype,
-            unit.outputs[0].dtype,
-            unit.linear is None,
-        )
+        key = (re.sub(r"\d+", "#", unit.info.name), unit.info.shape, unit.info.dtype, unit.outputs[0].dtype, unit.linear is None)
         groups.setdefault(key, []).append(unit)
     return list(groups.values())
 

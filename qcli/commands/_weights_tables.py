@@ -7,7 +7,7 @@ _WORST = 5
 
 
 def show(report: dict) -> None:
-    """Prints what `qcli.outliers.weights_only.inspect_weights` found: a line per kind, not per tensor."""
+    """Prints what `qcli.outliers.weights.inspect.inspect_weights` found: a line per kind, not per tensor."""
     model = report["model"]
     facts = [model["architecture"], f"{model['layers']} layers", f"{model['parameters']:,} parameters", model["dtype"]]
     if model["quantization"]:
@@ -34,32 +34,40 @@ def _show_kinds(kinds: list[dict]) -> None:
     if not kinds:
         return
     rows = [
-        (k["kind"] + ("" if k["quantized"] else " (kept as it is)"), k["weights"], _figure(k["absmax"]), _figure(k["median_crest"]),
-         _figure(k["median_kurtosis"]), _figure(k["worst_row_spread"]), _figure(k["worst_block_spread"]),
-         *(_decibels(v) for v in k["sqnr"].values()))
+        (
+            k["kind"] + ("" if k["quantized"] else " (kept as it is)"),
+            k["weights"],
+            _figure(k["absmax"]),
+            _figure(k["median_crest"]),
+            _figure(k["median_kurtosis"]),
+            _figure(k["worst_row_spread"]),
+            _figure(k["worst_block_spread"]),
+            *(_decibels(v) for v in k["sqnr"].values()),
+        )
         for k in kinds
-    ]  # fmt: skip
+    ]
     console.table(
         "Linear weights",
         ("kind", "count", "absmax", "absmax/RMS", "kurtosis", "row spread", "block spread", *kinds[0]["sqnr"]),
         rows,
     )
-    console.out(
-        "absmax/RMS and kurtosis: medians over the layers (a Gaussian has kurtosis 3). Spread: greatest over median"
-    )
-    console.out(
-        "absmax, of the rows and of the blocks of 64, in the worst layer. Decibels: SQNR of all layers together.\n"
-    )
+    console.out("absmax/RMS and kurtosis: medians over the layers (a Gaussian has kurtosis 3). Spread: greatest over median")
+    console.out("absmax, of the rows and of the blocks of 64, in the worst layer. Decibels: SQNR of all layers together.\n")
 
 
 def _show_worst(linears: list[dict]) -> None:
     measured = [x for x in linears if x["quantized"] and x["sqnr"]["NF4+DQ"] is not None]
     worst = sorted(measured, key=lambda x: (x["sqnr"]["NF4+DQ"], x["module"]))[:_WORST]
     rows = [
-        (x["module"], *(_decibels(v) for v in x["sqnr"].values()), _figure(x["row_spread"]), _figure(x["block_spread"]),
-         _figure(x["kurtosis"]))
+        (
+            x["module"],
+            *(_decibels(v) for v in x["sqnr"].values()),
+            _figure(x["row_spread"]),
+            _figure(x["block_spread"]),
+            _figure(x["kurtosis"]),
+        )
         for x in worst
-    ]  # fmt: skip
+    ]
     if rows:
         columns = (f"worst {len(rows)} modules", *worst[0]["sqnr"], "row spread", "block spread", "kurtosis")
         console.table("", columns, rows)
@@ -75,16 +83,11 @@ def _show_norms(report: dict) -> None:
             f"Norm gains: no dimension is more than 3 standard deviations off in most of the {len(report['norms'])} norms.\n"
         )
         return
-    console.out(
-        "Norm gains: dimensions more than 3 standard deviations off in most norms, candidates for outlier features"
-    )
+    console.out("Norm gains: dimensions more than 3 standard deviations off in most norms, candidates for outlier features")
     console.table(
         "",
         ("dim", "of", "norms", "share", "greatest z"),
-        [
-            (d["dim"], d["channels"], f"{d['norms']} of {d['of']}", f"{d['share']:.0%}", f"{d['max_z']:.1f}")
-            for d in candidates
-        ],
+        [(d["dim"], d["channels"], f"{d['norms']} of {d['of']}", f"{d['share']:.0%}", f"{d['max_z']:.1f}") for d in candidates],
     )
 
 
@@ -103,18 +106,9 @@ def _show_columns(kinds: list[dict]) -> None:
 def _show_super_weights(report: dict) -> None:
     found = report["super_weights"]
     if found:
-        console.out(
-            "Super weight candidates: each stands out in a down projection of an early layer; a forward pass decides"
-        )
+        console.out("Super weight candidates: each stands out in a down projection of an early layer; a forward pass decides")
         rows = [
-            (
-                w["module"],
-                w["row"],
-                w["column"],
-                f"{w['weight']:.4g}",
-                _figure(w["times_rms"]),
-                _figure(w["times_next"]),
-            )
+            (w["module"], w["row"], w["column"], f"{w['weight']:.4g}", _figure(w["times_rms"]), _figure(w["times_next"]))
             for w in found
         ]
         console.table("", ("module", "row", "column", "weight", "times RMS", "times the next"), rows)

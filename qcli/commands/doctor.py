@@ -7,9 +7,7 @@ import typer
 from qcli import console
 
 
-def doctor(
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
-) -> None:
+def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False) -> None:
     """Show what this machine has and what qcli will use of it."""
     from dataclasses import asdict
 

@@ -29,15 +29,11 @@ def estimate_memory(
         ),
     ] = None,
     context: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of prompt and answer. Default: the model's limit, at most 8,192.", show_default=False
-        ),
+        int | None, typer.Option(help="Tokens of prompt and answer. Default: the model's limit, at most 8,192.", show_default=False)
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     bits: Annotated[
-        list[str] | None,
-        typer.Option(help="32, 16, 8, 4, nf4, nf4-plain, fp4, llm-int8... Repeatable.", show_default=False),
+        list[str] | None, typer.Option(help="32, 16, 8, 4, nf4, nf4-plain, fp4, llm-int8... Repeatable.", show_default=False)
     ] = None,
     kv_dtype: Annotated[
         str | None, typer.Option(help="Of the cache: fp8, q8_0, q4_0... Default: the model's.", show_default=False)
@@ -45,22 +41,16 @@ def estimate_memory(
     runtime: Annotated[str, typer.Option(help="What runs it: transformers or vllm.")] = "transformers",
     train: Annotated[str | None, typer.Option(help="Train it instead: qlora or lora.", show_default=False)] = None,
     rank: Annotated[int, typer.Option(help="Of the adapters that are trained.")] = 16,
-    quantizing: Annotated[
-        bool, typer.Option("--quantizing", help="Also what `qcli quantize` would take on this machine.")
-    ] = False,
+    quantizing: Annotated[bool, typer.Option("--quantizing", help="Also what `qcli quantize` would take on this machine.")] = False,
     table: Annotated[
         bool, typer.Option("--table", help="The LLM.int8() paper's table: hardware, and the largest model it runs.")
     ] = False,
     models: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="MODEL", help="With --table: these instead of the paper's. Repeatable.", show_default=False
-        ),
+        typer.Option(metavar="MODEL", help="With --table: these instead of the paper's. Repeatable.", show_default=False),
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show the formula behind each figure.")] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Also draw the bars: .png, .svg or .pdf.", show_default=False)
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the bars: .png, .svg or .pdf.", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
@@ -70,34 +60,34 @@ def estimate_memory(
     if table:
         if model is not None or params is not None:
             raise UsageError("--table was given with a model", "Name models with --models, or leave out --table.")
-        others = {
-            "bits": bits,
-            "context": context,
-            "train": train,
-            "quantizing": quantizing,
-            "explain": explain,
-            "plot": plot,
-        }
+        others = {"bits": bits, "context": context, "train": train, "quantizing": quantizing, "explain": explain, "plot": plot}
         for name in (name for name, value in others.items() if value):
-            raise UsageError(
-                f"--{name} was given with --table", f"Leave out --{name}, or name one model without --table."
-            )
+            raise UsageError(f"--{name} was given with --table", f"Leave out --{name}, or name one model without --table.")
         _table(models or [], gpu or [], json)
         return
     if models:
         raise UsageError("--models was given without --table", "Add --table, or name one model as the argument.")
-    from qcli import figure_file
-    from qcli.memory import figure
+    from qcli.files import figure as figure_file
+    from qcli.memory.costs.quantizing import quantizing as quantizing_of
     from qcli.memory.estimate import estimate_memory as estimate
-    from qcli.memory.quantizing import quantizing as quantizing_of
-    from qcli.memory.summary import summary
+    from qcli.memory.shown import figure
+    from qcli.memory.shown.summary import summary
 
     if plot is not None:
         figure_file.check(plot)
     found = estimate(
-        model, params=params, gpu=gpu or [], context=context, batch=batch, bits=bits or [], kv_dtype=kv_dtype,
-        runtime=runtime, train=train, rank=rank, revision=revision,
-    )  # fmt: skip
+        model,
+        params=params,
+        gpu=gpu or [],
+        context=context,
+        batch=batch,
+        bits=bits or [],
+        kv_dtype=kv_dtype,
+        runtime=runtime,
+        train=train,
+        rank=rank,
+        revision=revision,
+    )
     runs = quantizing_of(found.model, Path.cwd()) if quantizing else []
     if json:
         console.json(summary(found) | ({"quantizing": [vars(run) for run in runs]} if quantizing else {}))
@@ -114,8 +104,8 @@ def estimate_memory(
 def _table(models: list[str], gpus: list[str], json: bool) -> None:
     from qcli.commands import _memory_tables as tables
     from qcli.memory import paper_table
-    from qcli.memory.hardware import gpus as devices
-    from qcli.memory.opening import open_model
+    from qcli.memory.model.opening import open_model
+    from qcli.memory.placing.hardware import gpus as devices
 
     named = [name.strip() for text in models for name in text.split(",")]
     candidates = [open_model(name) for name in named] if named else paper_table.paper_models()

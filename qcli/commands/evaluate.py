@@ -11,32 +11,26 @@ from qcli import console
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)],
     against: Annotated[
-        str | None,
-        typer.Option(metavar="BASE", help="Compare token by token with this model.", show_default=False),
+        str | None, typer.Option(metavar="BASE", help="Compare token by token with this model.", show_default=False)
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAMES", help="Simulate quantization methods: all, or names with commas.", show_default=False
-        ),
+        typer.Option(metavar="NAMES", help="Simulate quantization methods: all, or names with commas.", show_default=False),
     ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
-            help='A .txt file, or .jsonl with a {"text": ...} a line. Default: a text that comes with qcli.',
-            show_default=False,
+            help='A .txt file, or .jsonl with a {"text": ...} a line. Default: a text that comes with qcli.', show_default=False
         ),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(help="Read so many tokens of it. Default: up to 16,384.", show_default=False)
     ] = None,
     sequence_length: Annotated[
-        int | None,
-        typer.Option(help="Tokens in a window. Default: the model's context, at most 2,048.", show_default=False),
+        int | None, typer.Option(help="Tokens in a window. Default: the model's context, at most 2,048.", show_default=False)
     ] = None,
     stride: Annotated[
-        int | None,
-        typer.Option(help="New tokens in a window; less than its length overlaps. Default: all.", show_default=False),
+        int | None, typer.Option(help="New tokens in a window; less than its length overlaps. Default: all.", show_default=False)
     ] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Also time prefill and decode, and measure memory.")] = False,
     dtype: Annotated[
@@ -51,17 +45,27 @@ def evaluate(
     csv: Annotated[Path | None, typer.Option(help="Also write the rows to this file.", show_default=False)] = None,
 ) -> None:
     """Measure a model on text: its perplexity, its distance from another model, what each method would cost."""
-    from qcli import whole_file
     from qcli.commands import _evaluation_tables as tables
     from qcli.evaluation.evaluate import evaluate as measure
+    from qcli.files import whole as whole_file
 
     if csv is not None:
         whole_file.check_place(csv)
     result = measure(
-        model, against=against, methods=methods, text=text, tokens=tokens, sequence_length=sequence_length, stride=stride,
-        speed=speed, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code,
+        model,
+        against=against,
+        methods=methods,
+        text=text,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        stride=stride,
+        speed=speed,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
         progress=console.progress,
-    )  # fmt: skip
+    )
     if csv is not None:
         whole_file.write_whole(csv, whole_file.csv_bytes(*tables.rows(result)))
         console.say(f"wrote {csv}")

@@ -15,9 +15,7 @@ from qcli.errors import CheckpointError, UsageError
 
 def generate(
     model: Annotated[str, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)],
-    prompt: Annotated[
-        str | None, typer.Argument(help="The text to continue; '-' reads it from stdin.", show_default=False)
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; '-' reads it from stdin.", show_default=False)] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.", show_default=False)] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="At most so many. Default: the model's own, else 128.", show_default=False)
@@ -28,18 +26,12 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Sample from this much probability.", show_default=False)] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from so many tokens.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(help="For the same text again.", show_default=False)] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Use the chat template; without a prompt, talk turn by turn.")
-    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template; without a prompt, talk turn by turn.")] = False,
     bits: Annotated[
         int | None, typer.Option(help="Quantize an unquantized model while reading it: 4 or 8.", show_default=False)
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="nf4, fp4 or llm-int8, instead of --bits.", show_default=False)
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of all that is not quantized: auto, bfloat16, float16, float32.")
-    ] = "auto",
+    method: Annotated[str | None, typer.Option(help="nf4, fp4 or llm-int8, instead of --bits.", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option(help="Of all that is not quantized: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     device_map: Annotated[
         str | None, typer.Option(help="auto splits the model over GPUs and CPU memory.", show_default=False)
@@ -49,10 +41,7 @@ def generate(
     ] = None,
     no_int8_activations: Annotated[
         bool,
-        typer.Option(
-            "--no-int8-activations",
-            help="8-bit models: only weights are 8-bit; what flows between layers stays 16-bit.",
-        ),
+        typer.Option("--no-int8-activations", help="8-bit models: only weights are 8-bit; what flows between layers stays 16-bit."),
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
     trust_remote_code: Annotated[
@@ -63,11 +52,12 @@ def generate(
     """Continue a prompt with a quantized or an unquantized model."""
     text = _prompt(prompt, prompt_file, chat, json)
 
-    from qcli import decode, generation_config
-    from qcli import model as models
-    from qcli.can_generate import check_can_generate
-    from qcli.chat import Chat
-    from qcli.prompt import plain_ids
+    from qcli.generation import decode
+    from qcli.generation.can_generate import check_can_generate
+    from qcli.generation.chat import Chat
+    from qcli.generation.prompt import plain_ids
+    from qcli.loading import generation_config
+    from qcli.loading import load as models
     from qcli.stored import open_checkpoint
 
     sampling = decode.Sampling(max_new_tokens, temperature, top_p, top_k, seed)
@@ -109,9 +99,7 @@ def _prompt(prompt: str | None, file: Path | None, chat: bool, json: bool) -> st
         with _readable("the prompt from stdin"):
             prompt = sys.stdin.read()
     if prompt is None and not chat:
-        raise UsageError(
-            "no prompt was given", "Write it after the model, or pass --prompt-file, '-' for stdin, or --chat."
-        )
+        raise UsageError("no prompt was given", "Write it after the model, or pass --prompt-file, '-' for stdin, or --chat.")
     if prompt is None and json:
         raise UsageError("--json with --chat needs a prompt", "Give one after the model.")
     if prompt is not None and chat and not prompt.strip():
@@ -129,7 +117,7 @@ def _readable(what: str) -> Iterator[None]:
 
 def _answer(decoding, tokenizer, ids: list[int], parts: list[str], json: bool) -> None:
     """Generates, adds the text to `parts` piece by piece, streams it unless `json`, and tells what it took."""
-    from qcli import decode
+    from qcli.generation import decode
 
     stream = decode.TextStream(tokenizer, ids)
 

@@ -16,8 +16,8 @@ def info(
     """Show architecture, sizes and quantization of a model, and whether its files are whole."""
     from dataclasses import asdict
 
-    from qcli.checkpoint.describe import describe
     from qcli.checkpoint.source import open_source
+    from qcli.formats.describe import describe
     from qcli.sizes import format_bytes
 
     source = open_source(model, revision)

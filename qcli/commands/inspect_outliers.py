@@ -15,24 +15,18 @@ def inspect_outliers(
     text: Annotated[
         Path | None,
         typer.Option(
-            help='A .txt file, or .jsonl with a {"text": ...} a line. Default: a text that comes with qcli.',
-            show_default=False,
+            help='A .txt file, or .jsonl with a {"text": ...} a line. Default: a text that comes with qcli.', show_default=False
         ),
     ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Read so many tokens of it. Default: up to 8,192.", show_default=False)
-    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Read so many tokens of it. Default: up to 8,192.", show_default=False)] = None,
     sequence_length: Annotated[
-        int | None,
-        typer.Option(help="Tokens in a window. Default: the model's context, at most 2,048.", show_default=False),
+        int | None, typer.Option(help="Tokens in a window. Default: the model's context, at most 2,048.", show_default=False)
     ] = None,
     threshold: Annotated[float, typer.Option(help="Magnitude of an outlier activation.")] = 6.0,
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Also run the model without its outlier features: a second pass.")
     ] = False,
-    weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Look at the weights alone, and run nothing.")
-    ] = False,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Look at the weights alone, and run nothing.")] = False,
     dtype: Annotated[str, typer.Option(help="To compute in: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
@@ -41,19 +35,19 @@ def inspect_outliers(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     csv: Annotated[Path | None, typer.Option(help="Also write a row for each site.", show_default=False)] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Also write an HTML page with charts.", show_default=False)
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Also write a figure: .png, .svg or .pdf.", show_default=False)
-    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write an HTML page with charts.", show_default=False)] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also write a figure: .png, .svg or .pdf.", show_default=False)] = None,
 ) -> None:
     """Show where a model's outlier features are, what they do, and what each quantization method would cost."""
     if weights_only:
         running = {
-            "--text": text, "--tokens": tokens, "--sequence-length": sequence_length, "--ablate": ablate, "--report": report,
+            "--text": text,
+            "--tokens": tokens,
+            "--sequence-length": sequence_length,
+            "--ablate": ablate,
+            "--report": report,
             "--plot": plot,
-        }  # fmt: skip
+        }
         for name, given in running.items():
             if given:
                 raise UsageError(
@@ -63,28 +57,35 @@ def inspect_outliers(
     _check_files(csv, report, plot)
     if weights_only:
         from qcli.commands import _weights_tables as tables
-        from qcli.outliers.weight_summary import rows
-        from qcli.outliers.weights_only import inspect_weights
+        from qcli.outliers.weights.inspect import inspect_weights
+        from qcli.outliers.weights.summary import rows
 
-        found = inspect_weights(
-            model, revision=revision, trust_remote_code=trust_remote_code, progress=console.progress
-        )
+        found = inspect_weights(model, revision=revision, trust_remote_code=trust_remote_code, progress=console.progress)
     else:
         from qcli.commands import _outlier_tables as tables
         from qcli.commands._outlier_tables import rows
-        from qcli.outliers.instrument import inspect_outliers as measure
+        from qcli.outliers.inspect_outliers import inspect_outliers as measure
 
         found = measure(
-            model, text=text, tokens=tokens, sequence_length=sequence_length, threshold=threshold, ablate=ablate, dtype=dtype,
-            device=device, revision=revision, trust_remote_code=trust_remote_code, progress=console.progress,
-        )  # fmt: skip
+            model,
+            text=text,
+            tokens=tokens,
+            sequence_length=sequence_length,
+            threshold=threshold,
+            ablate=ablate,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=console.progress,
+        )
     _write_files(found, rows(found), csv, report, plot)
     console.json(found) if json else tables.show(found)
 
 
 def _check_files(csv: Path | None, report: Path | None, plot: Path | None) -> None:
     """Raises before any work is done where a file could not be written at its end."""
-    from qcli import whole_file
+    from qcli.files import whole as whole_file
 
     for path in (csv, report, plot):
         if path is not None:
@@ -94,7 +95,7 @@ def _check_files(csv: Path | None, report: Path | None, plot: Path | None) -> No
 
         page.check()
     if plot is not None:
-        from qcli import figure_file
+        from qcli.files import figure as figure_file
 
         figure_file.check(plot)
 
@@ -102,7 +103,7 @@ def _check_files(csv: Path | None, report: Path | None, plot: Path | None) -> No
 def _write_files(
     found: dict, cells: tuple[Sequence[str], list[list]], csv: Path | None, report: Path | None, plot: Path | None
 ) -> None:
-    from qcli.whole_file import csv_bytes, write_whole
+    from qcli.files.whole import csv_bytes, write_whole
 
     if csv is not None:
         write_whole(csv, csv_bytes(*cells))

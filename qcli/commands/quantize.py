@@ -13,21 +13,14 @@ from qcli.errors import Interrupted, UsageError
 
 def quantize(
     model: Annotated[str, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)],
-    bits: Annotated[
-        int | None, typer.Option(help="4 for NF4, 8 for LLM.int8(). Default 4.", show_default=False)
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="nf4, fp4 or llm-int8, instead of --bits.", show_default=False)
-    ] = None,
+    bits: Annotated[int | None, typer.Option(help="4 for NF4, 8 for LLM.int8(). Default 4.", show_default=False)] = None,
+    method: Annotated[str | None, typer.Option(help="nf4, fp4 or llm-int8, instead of --bits.", show_default=False)] = None,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="The folder to make. Default ./NAME-METHOD.", show_default=False),
+        Path | None, typer.Option("--output", "-o", help="The folder to make. Default ./NAME-METHOD.", show_default=False)
     ] = None,
     double_quant: Annotated[
         bool | None,
-        typer.Option(
-            "--double-quant/--no-double-quant", help="4-bit: quantize absmax too. Default on.", show_default=False
-        ),
+        typer.Option("--double-quant/--no-double-quant", help="4-bit: quantize absmax too. Default on.", show_default=False),
     ] = None,
     block_size: Annotated[
         int | None, typer.Option(help="4-bit: weights per absmax, 32 to 4096. Default 64.", show_default=False)
@@ -37,21 +30,13 @@ def quantize(
     ] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="GLOB", help="Modules to leave as they are, by full name. Repeatable.", show_default=False
-        ),
+        typer.Option(metavar="GLOB", help="Modules to leave as they are, by full name. Repeatable.", show_default=False),
     ] = None,
     skip_from: Annotated[
         Path | None,
-        typer.Option(
-            metavar="REPORT.json",
-            help="Leave what `inspect-outliers --json` recommends to leave.",
-            show_default=False,
-        ),
+        typer.Option(metavar="REPORT.json", help="Leave what `inspect-outliers --json` recommends to leave.", show_default=False),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of all that is not quantized: auto, bfloat16, float16, float32.")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of all that is not quantized: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Delete each downloaded shard once it is done.")] = False,
@@ -75,8 +60,8 @@ def quantize(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Quantize a model into a folder that transformers, bitsandbytes, PEFT and vLLM load."""
-    from qcli import quantization
     from qcli.commands import _quantize_tables as tables
+    from qcli.quantization import quantize as quantization
 
     skipped = list(skip or ())
     if skip_from is not None:
@@ -87,10 +72,21 @@ def quantize(
             console.warn(f"{skip_from} recommends to leave no module as it is")
         skipped += found
     plan = quantization.make_plan(
-        model, output, bits=bits, method=method, double_quant=double_quant, block_size=block_size, threshold=threshold,
-        skip=skipped, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, stream=stream,
-        overwrite=overwrite, settings=_settings(set_ or []),
-    )  # fmt: skip
+        model,
+        output,
+        bits=bits,
+        method=method,
+        double_quant=double_quant,
+        block_size=block_size,
+        threshold=threshold,
+        skip=skipped,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        stream=stream,
+        overwrite=overwrite,
+        settings=_settings(set_ or []),
+    )
     if dry_run:
         console.json(tables.plan_summary(plan)) if json else tables.show_plan(plan)
         plan.check()
@@ -98,13 +94,10 @@ def quantize(
     for note in plan.notes:
         console.warn(note)
     try:
-        report = quantization.run_plan(
-            plan, device=device, overwrite=overwrite, push_to_hub=push_to_hub, progress=console.progress
-        )
+        report = quantization.run_plan(plan, device=device, overwrite=overwrite, push_to_hub=push_to_hub, progress=console.progress)
     except KeyboardInterrupt:
         raise Interrupted(
-            f"interrupted; finished work is kept in {plan.output}.partial",
-            f"Go on with: {shlex.join(['qcli', *sys.argv[1:]])}",
+            f"interrupted; finished work is kept in {plan.output}.partial", f"Go on with: {shlex.join(['qcli', *sys.argv[1:]])}"
         ) from None
     for warning in report.warnings:
         console.warn(warning)

@@ -5,21 +5,22 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from qcli import simulation
-from qcli.checkpoint.linears import Linear
+from qcli.checkpoint.modules import Linear
 from qcli.checkpoint.source import Source
-from qcli.corpus import Corpus, Window, read_windows
 from qcli.errors import UsageError
 from qcli.evaluation.methods import Methods, Rounding, SequencesMixed, quantizable
-from qcli.evaluation.passes import Advance, Form, Reading, goes, score_all
 from qcli.evaluation.result import Evaluation, Protocol, Row
+from qcli.evaluation.score import Form, score_all
 from qcli.evaluation.speed import Speed, measure
 from qcli.evaluation.statistics import comparison, perplexity
 from qcli.evaluation.tokens import TokenScores
 from qcli.formats.bitsandbytes import TORCH_NAMES
 from qcli.simulation import Simulation
+from qcli.streaming.corpus import Corpus, Window, read_windows
+from qcli.streaming.reading import Advance, Reading, goes
 from qcli.streaming.skeleton import Skeleton
 
-# Methods that qcli also runs, by the name that qcli.model.load knows; the others are only simulated.
+# Methods that qcli also runs, by the name that qcli.loading.load.load knows; the others are only simulated.
 _RUN = {"fp32": None, "LLM.int8()": "llm-int8", "NF4+DQ": "nf4"}
 
 
@@ -39,7 +40,7 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Callable[[int, int], AbstractContextManager] | None = None,
 ) -> Evaluation:
-    """Measures `model`, a folder or hub id, quantized or not, on `text`, cut by qcli.corpus.read_windows.
+    """Measures `model`, a folder or hub id, quantized or not, on `text`, cut by qcli.streaming.corpus.read_windows.
 
     `against` names a base to compare it with, token by token; both read what the tokenizer of `model` makes of the text.
     `methods`, "all" or names of qcli.simulation, compares simulated methods with the unquantized model. `speed` also loads
@@ -52,17 +53,14 @@ def evaluate(
     Raises UsageError, CheckpointError, HubError, DeviceError; NonFiniteError where logits are not finite.
     """
     if against is not None and methods is not None:
-        raise UsageError(
-            "--against and --methods were both given", "Leave out one: --methods compares with MODEL itself."
-        )
+        raise UsageError("--against and --methods were both given", "Leave out one: --methods compares with MODEL itself.")
     chosen = simulation.chosen(methods) if methods is not None else []
     running = {"device": device, "trust_remote_code": trust_remote_code}
     computing = "float32" if chosen and dtype == "auto" else dtype
     skeleton = Skeleton(model, dtype=computing, revision=revision, **running)
     if chosen and skeleton.quantizer is not None:
         raise UsageError(
-            f"--methods: {model} is quantized already",
-            "Give the unquantized model, or measure this one with --against.",
+            f"--methods: {model} is quantized already", "Give the unquantized model, or measure this one with --against."
         )
     base = Skeleton(against, dtype=computing, **running) if against is not None else None
     if base is not None:
@@ -109,10 +107,7 @@ def _check_same_tokens(model: Skeleton, base: Skeleton) -> None:
     differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     hint = "A comparison token by token needs one vocabulary; compare bits per byte instead, each model by itself."
     if differing:
-        ids = [
-            f"id {v[differing[0]]} in {n}" if differing[0] in v else f"not in {n}"
-            for v, n in zip((ours, theirs), names)
-        ]
+        ids = [f"id {v[differing[0]]} in {n}" if differing[0] in v else f"not in {n}" for v, n in zip((ours, theirs), names)]
         raise UsageError(
             f"the vocabularies of {names[0]} and {names[1]} differ in {len(differing):,} tokens: {differing[0]!r} is {ids[0]}, "
             f"{ids[1]}",
@@ -199,13 +194,7 @@ def _linear_bytes(source: Source, linears: Sequence[Linear]) -> int:
 
 
 def _time(
-    result: Evaluation,
-    model: str,
-    against: str | None,
-    revision: str | None,
-    corpus: Corpus,
-    limit: int | None,
-    running: dict,
+    result: Evaluation, model: str, against: str | None, revision: str | None, corpus: Corpus, limit: int | None, running: dict
 ) -> None:
     """Measures the speed of each row that can be run."""
     ids = corpus.windows[0].ids
@@ -217,9 +206,7 @@ def _time(
         for row in result.rows:
             if row.name in _RUN:
                 row.speed = timed(model, method=_RUN[row.name], revision=revision)
-        result.notes.append(
-            "speed is that of the methods that qcli runs, each loaded whole; fp32 stands for no quantization"
-        )
+        result.notes.append("speed is that of the methods that qcli runs, each loaded whole; fp32 stands for no quantization")
     else:
         result.rows[-1].speed = timed(model, revision=revision)
         if against is not None:

@@ -10,7 +10,7 @@ from math import prod
 
 import torch
 
-from qcli.checkpoint.linears import Linear
+from qcli.checkpoint.modules import Linear
 from qcli.simulation import Prepared, Simulation
 from qcli.streaming.run import Observer, current_call, same_tensor
 from qcli.streaming.skeleton import Skeleton
@@ -63,9 +63,7 @@ class Rounded:
         squares = torch.stack((_squares(wide, -2), _squares(wide - values, -2)))
         least, greatest = wide.amin(-2), wide.amax(-2)
         ordinary = (greatest < OUTLIER) & (least > -OUTLIER)
-        return cls(
-            values, kept, prepared.keeps_columns, (squares.sum((1, 2)), squares.masked_fill(~ordinary, 0.0).sum((1, 2)))
-        )
+        return cls(values, kept, prepared.keeps_columns, (squares.sum((1, 2)), squares.masked_fill(~ordinary, 0.0).sum((1, 2))))
 
 
 @dataclass

@@ -3,9 +3,9 @@
 import math
 from dataclasses import asdict, dataclass, field
 
-from qcli.corpus import Corpus
 from qcli.evaluation.speed import Speed
 from qcli.evaluation.statistics import Comparison, Perplexity
+from qcli.streaming.corpus import Corpus
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,18 @@ class Protocol:
     def of(cls, corpus: Corpus, dtype: str, device: str) -> "Protocol":
         """That of a corpus."""
         return cls(
-            text=corpus.name, documents=corpus.documents, windows=len(corpus.windows), sequence_length=corpus.sequence_length,
-            stride=corpus.stride, bos=corpus.bos, tokens=corpus.tokens, scored=corpus.scored, scored_bytes=corpus.scored_bytes,
-            dtype=dtype, device=device,
-        )  # fmt: skip
+            text=corpus.name,
+            documents=corpus.documents,
+            windows=len(corpus.windows),
+            sequence_length=corpus.sequence_length,
+            stride=corpus.stride,
+            bos=corpus.bos,
+            tokens=corpus.tokens,
+            scored=corpus.scored,
+            scored_bytes=corpus.scored_bytes,
+            dtype=dtype,
+            device=device,
+        )
 
     def sentences(self) -> list[str]:
         """The protocol for people."""

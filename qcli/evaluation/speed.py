@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from qcli import decode, model
 from qcli.devices import gpus_of
+from qcli.generation import decode
+from qcli.loading import load as model
 from qcli.process import peak_memory, reset_peak_memory
 
 PROMPT_TOKENS = 256
@@ -26,7 +27,7 @@ class Speed:
 
 
 def measure(name: str, ids: Sequence[int], limit: int | None, **options: object) -> Speed:
-    """Loads `name` by qcli.model.load with `options` and continues the first ids, once to warm up and once for the figures.
+    """Loads `name` by qcli.loading.load.load with `options` and continues the first ids, once to warm up and once for the figures.
 
     `limit` is the model's context. End tokens do not end the text, so that every form of a model writes as much.
     """

@@ -11,7 +11,7 @@
 
 import json
 
-from qcli.formats import TensorSpec
+from qcli.checkpoint.dtypes import TensorSpec
 
 NESTED_BLOCK_SIZE = 256
 TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -20,9 +20,7 @@ TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LONGEST_FLOAT = len("-2.2250738585072014e-308")
 
 
-def quant_state(
-    quant_type: str, block_size: int, dtype: str, shape: tuple[int, int], nested_offset: float | None
-) -> bytes:
+def quant_state(quant_type: str, block_size: int, dtype: str, shape: tuple[int, int], nested_offset: float | None) -> bytes:
     """The quant_state JSON of one weight; `dtype` is the safetensors code of what was quantized."""
     state = {"quant_type": quant_type, "blocksize": block_size, "dtype": TORCH_NAMES[dtype], "shape": list(shape)}
     if nested_offset is None:

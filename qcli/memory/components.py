@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qcli.memory.activations import activations
-from qcli.memory.blocks import blocks_of
-from qcli.memory.cache import cache
-from qcli.memory.hardware import Gpu
-from qcli.memory.opening import Model
-from qcli.memory.overhead import overhead
-from qcli.memory.split import STACK_PREFIX
-from qcli.memory.training import training
-from qcli.memory.verdict import Needs
-from qcli.memory.weights import ITEMSIZE, weights
+from qcli.memory.costs.activations import activations
+from qcli.memory.costs.cache import cache
+from qcli.memory.costs.overhead import overhead
+from qcli.memory.costs.training import training
+from qcli.memory.costs.weights import ITEMSIZE, weights
+from qcli.memory.model.opening import Model
+from qcli.memory.placing.blocks import blocks_of
+from qcli.memory.placing.hardware import Gpu
+from qcli.memory.placing.split import STACK_PREFIX
+from qcli.memory.placing.verdict import Needs
 from qcli.sizes import format_bytes
 
 STORED = "stored"  # the method of a checkpoint that is quantized already
@@ -54,7 +54,7 @@ class Counted:
 
 
 class Costs:
-    """`model` under `method` (of qcli.memory.weights), the rest in `dtype`. What no setting changes is counted once."""
+    """`model` under `method` (of qcli.memory.costs.weights), the rest in `dtype`. What no setting changes is counted once."""
 
     def __init__(self, model: Model, method: str, dtype: str):
         self.model, self.method = model, method
@@ -74,9 +74,8 @@ class Costs:
         blocks = [replace(block, state=state) for block, state in zip(self.blocks, states)]
         share = max(1, len(gpus))
         beside = overhead(
-            self.weights.total // share, passing + sum(states) // share, setting.runtime,
-            hopper=any(gpu.is_hopper for gpu in gpus),
-        )  # fmt: skip
+            self.weights.total // share, passing + sum(states) // share, setting.runtime, hopper=any(gpu.is_hopper for gpu in gpus)
+        )
         needs = Needs(blocks, passing, (beside.low, beside.likely, beside.high))
         return Counted(needs, [Component("weights", needs.weights, self.weights.formula), *parts], beside.formula)
 
@@ -95,13 +94,8 @@ class Costs:
         sentences = [f"{name}: {format_bytes(size)}" for name, size in moments.items()]
         if kept.prompt_extra:
             beyond = format_bytes(kept.prompt_extra)
-            sentences.insert(
-                1, f"in it {beyond} of keys and values beyond the windows, held until the first step after"
-            )
-        parts = [
-            Component("cache", kept.total, kept.formula),
-            Component("activations", passing, [*sentences, *found.formula]),
-        ]
+            sentences.insert(1, f"in it {beyond} of keys and values beyond the windows, held until the first step after")
+        parts = [Component("cache", kept.total, kept.formula), Component("activations", passing, [*sentences, *found.formula])]
         return self._by_layer(kept.by_layer), passing, parts
 
     def _training(self, setting: Setting) -> tuple[list[int], int, list[Component]]:
@@ -109,9 +103,15 @@ class Costs:
         config, layers = self.model.config, self.model.config.layers
         others = [block.unquantized for block in self.blocks]
         found = training(
-            config, self.linears, sum(others), setting.context, setting.batch, setting.rank, setting.train,
+            config,
+            self.linears,
+            sum(others),
+            setting.context,
+            setting.batch,
+            setting.rank,
+            setting.train,
             others_itemsize=ITEMSIZE[self.dtype],
-        )  # fmt: skip
+        )
         passing = sum(size for name, size in found.components.items() if name in _PASSING)
         optimized = sum(found.components[name] for name in _OPTIMIZED)
         casts = found.components.get(_CASTS, 0)

@@ -1,17 +1,17 @@
 """The verb `estimate_memory`: what a model needs under each method, whether it fits, and what to do where it does not."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qcli.errors import UsageError
-from qcli.memory import verdict
 from qcli.memory.components import STORED, Component, Costs, Setting
-from qcli.memory.hardware import Gpu, gpus
-from qcli.memory.opening import Model, open_model
-from qcli.memory.solve import largest
-from qcli.memory.split import device_map_auto
-from qcli.memory.verdict import FITS, Needs, Placement
-from qcli.memory.weights import ITEMSIZE, METHODS
+from qcli.memory.costs.weights import ITEMSIZE, METHODS
+from qcli.memory.model.opening import Model, open_model
+from qcli.memory.placing import verdict
+from qcli.memory.placing.hardware import Gpu, gpus
+from qcli.memory.placing.split import device_map_auto
+from qcli.memory.placing.verdict import FITS, Needs, Placement
 from qcli.sizes import format_bytes
 
 DEFAULT_CONTEXT = 8192
@@ -111,9 +111,14 @@ def estimate_memory(
     opened = open_model(model, params, revision)
     limit = opened.config.max_context
     setting = Setting(
-        context=context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT), batch=batch, kv_dtype=kv_dtype,
-        runtime=runtime, train=train, rank=rank, dtype=_sixteen_bit(opened),
-    )  # fmt: skip
+        context=context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT),
+        batch=batch,
+        kv_dtype=kv_dtype,
+        runtime=runtime,
+        train=train,
+        rank=rank,
+        dtype=_sixteen_bit(opened),
+    )
     costs = [Costs(opened, method, setting.dtype) for method in _methods(opened, bits, train)]
     rows = [_estimate(cost, setting, devices) for cost in costs]
     if devices:
@@ -126,16 +131,12 @@ def _notes(model: Model, setting: Setting, devices: list[Gpu], rows: Sequence[Me
     if limit and setting.context > limit:
         found.append(f"{setting.context:,} tokens is more than the {limit:,} that {model.label} was made for.")
     quantized = [row.method for row in rows if row.method not in ITEMSIZE and row.method != STORED]
-    fused = sum(
-        parameter.numel for parameter in model.parameters if parameter.kind == "experts" and not parameter.quantizable
-    )
+    fused = sum(parameter.numel for parameter in model.parameters if parameter.kind == "experts" and not parameter.quantizable)
     if quantized and not any(parameter.quantizable for parameter in model.parameters):
         found.append(f"transformers 5 quantizes no layer of a {model.config.model_type} model.")
     elif quantized and fused:
         size = format_bytes(fused * ITEMSIZE[setting.dtype])
-        found.append(
-            f"Experts are fused parameters, which transformers 5 leaves in {setting.dtype}: {size} under every method."
-        )
+        found.append(f"Experts are fused parameters, which transformers 5 leaves in {setting.dtype}: {size} under every method.")
     if setting.runtime == "vllm" and len(devices) > 1:
         found.append("Over several GPUs the layers are split as by vLLM's pipeline parallelism, not within each layer.")
     return found
@@ -214,7 +215,12 @@ def _estimate(costs: Costs, setting: Setting, devices: list[Gpu]) -> MethodEstim
 def _reach(costs: Costs, setting: Setting, devices: list[Gpu], name: str) -> Reach:
     own = costs.model.config.max_context
     limit = MOST_BATCH if name == "batch" else own or MOST_CONTEXT
-    value = largest(lambda n: verdict.fits(costs.needs(replace(setting, **{name: n}), devices), devices), limit)
+
+    def too_large(n: int) -> bool:
+        return not verdict.fits(costs.needs(replace(setting, **{name: n}), devices), devices)
+
+    # Exact, since no component of memory shrinks as tokens or sequences are added.
+    value = bisect_left(range(1, limit + 1), True, key=too_large)
     stop = "the model's limit" if name == "context" and own else "none larger was tried"
     return Reach(value, stop if value == limit else "memory")
 
@@ -247,9 +253,7 @@ def _advised(
     return replace(row, advice=advice)
 
 
-def _smaller(
-    costs: Costs, row: MethodEstimate, setting: Setting, devices: list[Gpu], rows: Sequence[MethodEstimate]
-) -> list[str]:
+def _smaller(costs: Costs, row: MethodEstimate, setting: Setting, devices: list[Gpu], rows: Sequence[MethodEstimate]) -> list[str]:
     """Options for fewer bits that fit, the least loss first."""
     if row.method == STORED:
         return []

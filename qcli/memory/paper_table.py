@@ -4,12 +4,12 @@ arXiv:2208.07339), recomputed from its models' configs, and the same for anyone'
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qcli.memory.blocks import blocks_of
-from qcli.memory.config import ModelConfig
-from qcli.memory.hardware import GIB, Gpu
-from qcli.memory.opening import Model
-from qcli.memory.parameters import parameters
-from qcli.memory.split import CPU, fill
+from qcli.memory.model.config import ModelConfig
+from qcli.memory.model.opening import Model
+from qcli.memory.model.parameters import parameters
+from qcli.memory.placing.blocks import blocks_of
+from qcli.memory.placing.hardware import GIB, Gpu
+from qcli.memory.placing.split import CPU, fill
 
 OVERHEAD = 1 * GIB  # for each GPU: any from 0.73 to 1.38 GiB gives the paper's table
 _SAME_SIZE = 0.02  # models within two per cent of the largest share its cell, as OPT-175B and BLOOM do, T5-11B and T0
@@ -48,10 +48,7 @@ def table(models: Sequence[Model], hardware: Sequence[Hardware]) -> list[Row]:
     found = []
     for entry in hardware:
         rooms = [gpu.memory - OVERHEAD for gpu in entry.gpus]
-        cells = {
-            bits: _largest([model for model in models if CPU not in fill(split[bits][model.label], rooms)])
-            for bits in split
-        }
+        cells = {bits: _largest([model for model in models if CPU not in fill(split[bits][model.label], rooms)]) for bits in split}
         found.append(Row(entry, cells[8], cells[16]))
     return found
 
@@ -103,18 +100,34 @@ _HARDWARE = (
 
 def _opt(layers: int, hidden: int, heads: int) -> dict:
     return {
-        "model_type": "opt", "num_hidden_layers": layers, "hidden_size": hidden, "word_embed_proj_dim": hidden,
-        "ffn_dim": 4 * hidden, "num_attention_heads": heads, "vocab_size": 50272, "max_position_embeddings": 2048,
-        "do_layer_norm_before": True, "tie_word_embeddings": True,
-    }  # fmt: skip
+        "model_type": "opt",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "word_embed_proj_dim": hidden,
+        "ffn_dim": 4 * hidden,
+        "num_attention_heads": heads,
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "do_layer_norm_before": True,
+        "tie_word_embeddings": True,
+    }
 
 
 def _t5(hidden: int, ffn: int, heads: int, head_dim: int, gated: bool) -> dict:
     return {
-        "model_type": "t5", "is_encoder_decoder": True, "num_layers": 24, "num_decoder_layers": 24, "d_model": hidden,
-        "d_ff": ffn, "num_heads": heads, "d_kv": head_dim, "vocab_size": 32128, "relative_attention_num_buckets": 32,
-        "feed_forward_proj": "gated-gelu" if gated else "relu", "tie_word_embeddings": not gated,
-    }  # fmt: skip
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "num_layers": 24,
+        "num_decoder_layers": 24,
+        "d_model": hidden,
+        "d_ff": ffn,
+        "num_heads": heads,
+        "d_kv": head_dim,
+        "vocab_size": 32128,
+        "relative_attention_num_buckets": 32,
+        "feed_forward_proj": "gated-gelu" if gated else "relu",
+        "tie_word_embeddings": not gated,
+    }
 
 
 _MODELS = {
@@ -124,13 +137,25 @@ _MODELS = {
     "OPT-30B": _opt(48, 7168, 56),
     "OPT-13B": _opt(40, 5120, 40),
     "GPT-J-6B": {
-        "model_type": "gptj", "n_layer": 28, "n_embd": 4096, "n_head": 16, "n_positions": 2048, "rotary_dim": 64,
-        "n_inner": None, "vocab_size": 50400, "tie_word_embeddings": False,
+        "model_type": "gptj",
+        "n_layer": 28,
+        "n_embd": 4096,
+        "n_head": 16,
+        "n_positions": 2048,
+        "rotary_dim": 64,
+        "n_inner": None,
+        "vocab_size": 50400,
+        "tie_word_embeddings": False,
     },
     "GPT-2 1.3B": {  # so called in the paper; it is GPT-2 XL, of 1.56B parameters
-        "model_type": "gpt2", "n_layer": 48, "n_embd": 1600, "n_head": 25, "n_positions": 1024, "n_inner": None,
+        "model_type": "gpt2",
+        "n_layer": 48,
+        "n_embd": 1600,
+        "n_head": 25,
+        "n_positions": 1024,
+        "n_inner": None,
         "vocab_size": 50257,
     },
     "T5-11B": _t5(1024, 65536, 128, 128, gated=False),
     "T0-11B": _t5(4096, 10240, 64, 64, gated=True),
-}  # fmt: skip
+}

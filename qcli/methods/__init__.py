@@ -23,13 +23,10 @@ def method_name(bits: int | None, method: str | None) -> str:
         return DEFAULT_BY_BITS[bits or 4]
     if method not in names():
         near = difflib.get_close_matches(method, names(), n=2, cutoff=0.4) or names()
-        raise UsageError(
-            f"there is no method {method!r}; nearest: {', '.join(near)}", f"Methods: {', '.join(names())}."
-        )
+        raise UsageError(f"there is no method {method!r}; nearest: {', '.join(near)}", f"Methods: {', '.join(names())}.")
     if bits is not None and method_class(method).bits != bits:
         raise UsageError(
-            f"--method {method} stores {method_class(method).bits} bits, and --bits {bits} was given",
-            "Leave out one of the two.",
+            f"--method {method} stores {method_class(method).bits} bits, and --bits {bits} was given", "Leave out one of the two."
         )
     return method
 
@@ -45,7 +42,5 @@ def make_method(name: str, options: dict[str, object]):
     known = [f.name for f in fields(chosen)]
     for option in options:
         if option not in known:
-            raise UsageError(
-                f"{name} has no option {option!r}", f"Options of {name}: {', '.join(known) if known else 'none'}."
-            )
+            raise UsageError(f"{name} has no option {option!r}", f"Options of {name}: {', '.join(known) if known else 'none'}.")
     return chosen(**options)

@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 
 from qcli import codebooks
+from qcli.checkpoint.dtypes import TensorSpec
 from qcli.errors import UsageError
-from qcli.formats import TensorSpec
 from qcli.formats import bitsandbytes as bnb_format
 from qcli.methods._base import Result, add_up
 from qcli.ops.dequantize_absmax import dequantize_absmax
@@ -44,18 +44,12 @@ class Blockwise4bit:
 
     def outputs(self, weight: str, out_features: int, in_features: int, dtype: str) -> list[TensorSpec]:
         """What is stored for the tensor `weight` of safetensors dtype code `dtype`."""
-        return bnb_format.outputs_4bit(
-            weight, (out_features, in_features), self.name, self.block_size, self.double_quant, dtype
-        )
+        return bnb_format.outputs_4bit(weight, (out_features, in_features), self.name, self.block_size, self.double_quant, dtype)
 
     def quantization_config(self, skip_modules: list[str] | None, compute_dtype: str) -> dict[str, object]:
         """The `quantization_config` of config.json."""
         return bnb_format.quantization_config(
-            bits=4,
-            skip_modules=skip_modules,
-            compute_dtype=compute_dtype,
-            quant_type=self.name,
-            double_quant=self.double_quant,
+            bits=4, skip_modules=skip_modules, compute_dtype=compute_dtype, quant_type=self.name, double_quant=self.double_quant
         )
 
     def granularity(self, in_features: int) -> int:

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import torch
 
+from qcli.checkpoint.dtypes import TensorSpec
 from qcli.errors import UsageError
-from qcli.formats import TensorSpec
 from qcli.formats import bitsandbytes as bnb_format
 from qcli.methods._base import Result, add_up
 from qcli.ops.error_int8 import error_int8
@@ -30,9 +30,7 @@ class LLMInt8:
 
     def __post_init__(self):
         if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise UsageError(
-                f"threshold is {self.threshold}, expected a number of 0 or more", "6.0 is the paper's value."
-            )
+            raise UsageError(f"threshold is {self.threshold}, expected a number of 0 or more", "6.0 is the paper's value.")
 
     def outputs(self, weight: str, out_features: int, in_features: int, dtype: str) -> list[TensorSpec]:
         """What is stored for the tensor `weight`."""

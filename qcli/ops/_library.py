@@ -12,9 +12,7 @@ from qcli.runtime import cuda as cuda_runtime
 _LIBRARY = torch.library.Library("qcli", "FRAGMENT")
 
 
-def define(
-    schema: str, reference: Callable, fake: Callable, cpu: Callable | None = None, cuda: Callable | None = None
-) -> Callable:
+def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | None = None, cuda: Callable | None = None) -> Callable:
     """Defines `qcli::schema`; `reference` serves every device that no kernel is registered for. Returns the op.
 
     `cpu` calls the compiled kernel, where the library was built; `cuda` that of PyCUDA, where it serves the device.

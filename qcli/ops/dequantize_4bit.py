@@ -38,9 +38,7 @@ def _fake(packed, absmax, block_size, quant_type, shape, dtype):
 _kernel = cpu.kernel("dequantize_4bit", "ppqpqqip")
 
 
-def expand(
-    packed: torch.Tensor, absmax: torch.Tensor, block_size: int, quant_type: str, start: int, out: torch.Tensor
-) -> None:
+def expand(packed: torch.Tensor, absmax: torch.Tensor, block_size: int, quant_type: str, start: int, out: torch.Tensor) -> None:
     """The compiled kernel: fills `out`, contiguous, with the elements of the flat weight from `start` on."""
     op, end = "dequantize_4bit", start + out.numel()
     if block_size < 2 or block_size % 2:
@@ -74,15 +72,22 @@ def _cuda(
     if count:
         grid = min(blocks(count, 8 * 256 * 4), 32 * cuda.multiprocessors(out))
         _kernel_cuda(
-            (f"DTYPE={cuda.type_name(op, out, 'dtype')}", f"BLOCK_SIZE={block_size}"), (grid,), 256, 0,
-            packed, absmax, count, block_size, codebooks.CODEBOOKS[quant_type].tobytes(), out,
-        )  # fmt: skip
+            (f"DTYPE={cuda.type_name(op, out, 'dtype')}", f"BLOCK_SIZE={block_size}"),
+            (grid,),
+            256,
+            0,
+            packed,
+            absmax,
+            count,
+            block_size,
+            codebooks.CODEBOOKS[quant_type].tobytes(),
+            out,
+        )
     return out
 
 
 _op = define(
-    "dequantize_4bit(Tensor packed, Tensor absmax, int block_size, str quant_type, SymInt[] shape, ScalarType dtype) "
-    "-> Tensor",
+    "dequantize_4bit(Tensor packed, Tensor absmax, int block_size, str quant_type, SymInt[] shape, ScalarType dtype) -> Tensor",
     _reference,
     _fake,
     _cpu,

@@ -45,9 +45,7 @@ def _cuda(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: float) -> to
     return absmax
 
 
-_op = define(
-    "dequantize_absmax(Tensor codes, Tensor nested_absmax, float offset) -> Tensor", _reference, _fake, _cpu, _cuda
-)
+_op = define("dequantize_absmax(Tensor codes, Tensor nested_absmax, float offset) -> Tensor", _reference, _fake, _cpu, _cuda)
 
 
 def dequantize_absmax(codes: torch.Tensor, nested_absmax: torch.Tensor, offset: float) -> torch.Tensor:

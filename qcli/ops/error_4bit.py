@@ -67,9 +67,7 @@ def _cpu(
     _, slope, curve = _fake(x, packed, absmax, block_size, quant_type)
     partial = torch.empty(blocks(absmax.numel(), _RUN), 3, dtype=torch.float64)
     code = cpu.address(codebooks.CODEBOOKS[quant_type])
-    _kernel(
-        x.contiguous(), cpu.dtype_code(op, x), count, packed, absmax, block_size, code, partial, slope, curve
-    )  # fmt: skip
+    _kernel(x.contiguous(), cpu.dtype_code(op, x), count, packed, absmax, block_size, code, partial, slope, curve)
     # In their order, whatever the threads: a sum over rows that torch would split among them.
     return torch.from_numpy(partial.numpy().sum(0)), slope, curve
 

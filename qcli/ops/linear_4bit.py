@@ -38,17 +38,7 @@ class Prepared4bit:
     MOST_TOKENS = 16  # beyond it panels are faster
 
     def __init__(
-        self,
-        in_features,
-        packed,
-        absmax,
-        nested_absmax,
-        offset,
-        bias,
-        block_size,
-        quant_type,
-        out_features,
-        compute_dtype,
+        self, in_features, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype
     ):
         op = "linear_4bit"
         if block_size < 2 or block_size % 2:
@@ -63,10 +53,19 @@ class Prepared4bit:
         self.in_features, self.out_features = in_features, out_features
         self._weight = cpu.Record(
             "pppppppqqqqfi",
-            packed, *((absmax, None) if nested_absmax is None else (None, absmax)), nested_absmax, _MAP, _CODES[quant_type],
-            bias, 0 if bias is None else cpu.dtype_code(op, bias, "bias"), block_size, out_features, in_features,
-            offset, compute_dtype == torch.bfloat16,
-        )  # fmt: skip
+            packed,
+            *((absmax, None) if nested_absmax is None else (None, absmax)),
+            nested_absmax,
+            _MAP,
+            _CODES[quant_type],
+            bias,
+            0 if bias is None else cpu.dtype_code(op, bias, "bias"),
+            block_size,
+            out_features,
+            in_features,
+            offset,
+            compute_dtype == torch.bfloat16,
+        )
 
         self.addresses = self._weight.addresses
 
@@ -122,15 +121,11 @@ _TABLE = 256 * 32 * 4 + 256 * 4  # bytes of shared memory: pairs of every byte, 
 def _cuda(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype):
     op, device, in_features = "linear_4bit", x.device, x.shape[-1]
     tokens = x.numel() // in_features if in_features else 0
-    on_tensor_cores = compute_dtype == torch.float16 or (
-        compute_dtype == torch.bfloat16 and cuda.capability(x) >= (8, 0)
-    )
+    on_tensor_cores = compute_dtype == torch.float16 or (compute_dtype == torch.bfloat16 and cuda.capability(x) >= (8, 0))
     fits = block_size % 32 == 0 and in_features % block_size == 0
     batch = tokens > _FEW and block_size % 64 == 0 and cuda.capability(x) >= (8, 0) and _most(x, tokens)
     if not on_tensor_cores or not fits or not (0 < tokens <= _FEW or batch) or not out_features:
-        return _reference(
-            x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype
-        )
+        return _reference(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype)
     count, nested = out_features * in_features // block_size, nested_absmax is not None
     packed = cuda.require(op, "packed", packed, torch.uint8, (out_features * in_features + 1) // 2, device)
     absmax = cuda.require(op, "absmax", absmax, torch.uint8 if nested else torch.float32, count, device)
@@ -144,9 +139,20 @@ def _cuda(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type
     chunk = 32 if block_size % 64 else 64
     constants = (f"DTYPE={cuda.TYPES[compute_dtype]}", f"CHUNK={chunk}", f"NESTED={int(nested)}")
     arguments = (
-        rows, tokens, packed, absmax, nested_absmax if nested else 0, offset, 0 if bias is None else bias, out_features,
-        in_features, block_size, _CODE_BYTES[quant_type], _MAP_BYTES, y,
-    )  # fmt: skip
+        rows,
+        tokens,
+        packed,
+        absmax,
+        nested_absmax if nested else 0,
+        offset,
+        0 if bias is None else bias,
+        out_features,
+        in_features,
+        block_size,
+        _CODE_BYTES[quant_type],
+        _MAP_BYTES,
+        y,
+    )
     if tokens <= _FEW:
         full = block_size == chunk and in_features % (4 * chunk) == 0
         shared = _TABLE + 2 * 8 * 20 * 8 * 4
@@ -223,9 +229,16 @@ def cases():
     shapes = (((1, 128), 48, 64), ((5, 70), 33, 32), ((2, 65, 64), 16, 256))
     # Whole turns of 256 columns and none, a tile of 16 or 64 rows and a part of one, every number of tokens that matters.
     more = (
-        ((1, 2304), 40, 64), ((7, 416), 37, 32), ((8, 640), 20, 128), ((12, 320), 70, 64), ((2, 10, 512), 130, 128),
-        ((33, 576), 17, 64), ((20, 2560), 130, 64), ((40, 1856), 65, 64), ((64, 1600), 64, 64),
-    )  # fmt: skip
+        ((1, 2304), 40, 64),
+        ((7, 416), 37, 32),
+        ((8, 640), 20, 128),
+        ((12, 320), 70, 64),
+        ((2, 10, 512), 130, 128),
+        ((33, 576), 17, 64),
+        ((20, 2560), 130, 64),
+        ((40, 1856), 65, 64),
+        ((64, 1600), 64, 64),
+    )
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for nested in (False, True):
             for shape, out_features, block_size in shapes + (more if nested == (dtype == torch.bfloat16) else ()):

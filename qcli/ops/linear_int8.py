@@ -77,23 +77,24 @@ class PreparedInt8:
 
     MOST_TOKENS = 16  # up to so many the weight is streamed once, and torch's product is the slower one
 
-    def __init__(
-        self, in_features: int, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float
-    ):
+    def __init__(self, in_features: int, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float):
         op, self.in_features, self.out_features = "linear_int8", in_features, weight.shape[0]
         if in_features >= _LONGEST:
-            raise ValueError(
-                f"{op}: x has {in_features} columns, expected fewer than {_LONGEST}: int32 sums would overflow"
-            )
+            raise ValueError(f"{op}: x has {in_features} columns, expected fewer than {_LONGEST}: int32 sums would overflow")
         weight = cpu.require(op, "weight", weight, torch.int8, self.out_features * in_features)
         scale = cpu.require(op, "scale", scale.float(), torch.float32, self.out_features)
         if bias is not None:
             bias = cpu.require(op, "bias", bias, bias.dtype, self.out_features)
         self._weight = cpu.Record(
             "pppqqqf",
-            weight, scale, bias, 0 if bias is None else cpu.dtype_code(op, bias, "bias"),
-            self.out_features, self.in_features, threshold,
-        )  # fmt: skip
+            weight,
+            scale,
+            bias,
+            0 if bias is None else cpu.dtype_code(op, bias, "bias"),
+            self.out_features,
+            self.in_features,
+            threshold,
+        )
         self.address, self.addresses = self._weight.address, self._weight.addresses
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -104,9 +105,7 @@ class PreparedInt8:
         return y
 
 
-def _cpu(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float
-) -> torch.Tensor:
+def _cpu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float) -> torch.Tensor:
     in_features = x.shape[-1]
     if not in_features:
         return _reference(x, weight, scale, bias, threshold)
@@ -119,9 +118,16 @@ def _cpu(
     kept = rows.index_select(1, columns).float()
     y = torch.empty(*x.shape[:-1], prepared.out_features, dtype=x.dtype)
     _epilogue(
-        int8_product(q, weight), absmax, len(rows), prepared.address, columns.numel(), columns, kept,
-        cpu.dtype_code("linear_int8", x), y,
-    )  # fmt: skip
+        int8_product(q, weight),
+        absmax,
+        len(rows),
+        prepared.address,
+        columns.numel(),
+        columns,
+        kept,
+        cpu.dtype_code("linear_int8", x),
+        y,
+    )
     return y
 
 
@@ -132,14 +138,10 @@ _gemm_cuda = cuda.kernel("linear_int8_gemm", "ppppppppqqip")
 _epilogue_cuda = cuda.kernel("linear_int8_epilogue", "ppppppppqqip")
 
 
-def _cuda(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float
-) -> torch.Tensor:
+def _cuda(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float) -> torch.Tensor:
     op, device, (out_features, in_features) = "linear_int8", x.device, weight.shape
     if in_features >= _LONGEST:
-        raise ValueError(
-            f"{op}: x has {in_features} columns, expected fewer than {_LONGEST}: int32 sums would overflow"
-        )
+        raise ValueError(f"{op}: x has {in_features} columns, expected fewer than {_LONGEST}: int32 sums would overflow")
     tokens = x.numel() // in_features if in_features else 0
     if not tokens or not out_features:
         return _reference(x, weight, scale, bias, threshold)
@@ -150,9 +152,20 @@ def _cuda(
     if tokens <= _FEW and in_features % 16 == 0 and shared <= cuda.shared_memory(x) - 1024:
         grid = persistent_grid(x, blocks(out_features, 16), shared)
         _few_cuda(
-            (*constants, f"FULL={int(in_features % 256 == 0)}"), grid, 256, shared,
-            rows, tokens, weight, scale, bias, out_features, in_features, threshold, y,
-        )  # fmt: skip
+            (*constants, f"FULL={int(in_features % 256 == 0)}"),
+            grid,
+            256,
+            shared,
+            rows,
+            tokens,
+            weight,
+            scale,
+            bias,
+            out_features,
+            in_features,
+            threshold,
+            y,
+        )
         return y
     q, absmax, outliers = quantize_int8(rows, threshold)
     found = count = 0
@@ -202,11 +215,7 @@ def _few_shared(tokens: int, columns: int) -> int:
 
 
 _op = define(
-    "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, float threshold) -> Tensor",
-    _reference,
-    _fake,
-    _cpu,
-    _cuda,
+    "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, float threshold) -> Tensor", _reference, _fake, _cpu, _cuda
 )
 
 
@@ -221,8 +230,14 @@ def cases():
     """(id, arguments) for parity tests and benchmarks."""
     generator = torch.Generator().manual_seed(0)
     shapes = (
-        ((1, 848), 37), ((8, 1280), 20), ((130, 400), 140), ((20, 1040), 33), ((1, 128), 48), ((5, 70), 33), ((2, 65, 64), 16),
-    )  # fmt: skip
+        ((1, 848), 37),
+        ((8, 1280), 20),
+        ((130, 400), 140),
+        ((20, 1040), 33),
+        ((1, 128), 48),
+        ((5, 70), 33),
+        ((2, 65, 64), 16),
+    )
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for threshold in (0.0, 6.0):
             for shape, out_features in shapes:
@@ -231,9 +246,7 @@ def cases():
                 x[..., 5] *= 30
                 bias = torch.randn(out_features, generator=generator).to(dtype) if len(shape) > 2 else None
                 name = f"{str(dtype)[6:]}-{threshold}-{'x'.join(map(str, shape))}x{out_features}"
-                yield name, {
-                    "x": x.to(dtype), "weight": weight, "scale": scale, "bias": bias, "threshold": threshold,
-                }  # fmt: skip
+                yield name, {"x": x.to(dtype), "weight": weight, "scale": scale, "bias": bias, "threshold": threshold}
     large = torch.randn(3, 64, generator=generator)
     large[:, 7] = 2e5
     large[1] = 0

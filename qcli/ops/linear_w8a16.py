@@ -47,15 +47,23 @@ def _cuda(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torc
     y = x.new_empty((*x.shape[:-1], out_features))
     grid = persistent_grid(x, blocks(out_features, 16), 2 * 8 * 8 * 20 * 4)
     _kernel_cuda(
-        (*constants, f"FULL={int(in_features % 256 == 0)}"), grid, 256, 0,
-        cuda.aligned(x), tokens, weight, scale, bias, out_features, in_features, y,
-    )  # fmt: skip
+        (*constants, f"FULL={int(in_features % 256 == 0)}"),
+        grid,
+        256,
+        0,
+        cuda.aligned(x),
+        tokens,
+        weight,
+        scale,
+        bias,
+        out_features,
+        in_features,
+        y,
+    )
     return y
 
 
-_op = define(
-    "linear_w8a16(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor", _reference, _fake, None, _cuda
-)
+_op = define("linear_w8a16(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor", _reference, _fake, None, _cuda)
 
 
 def linear_w8a16(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -96,9 +96,16 @@ def _cpu(x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.Tenso
     packed, absmax = _fake(x, block_size, quant_type)
     thresholds, order = codebooks.THRESHOLDS[quant_type], codebooks.ORDER[quant_type]
     _kernel(
-        x, dtype, x.numel(), block_size, cpu.address(thresholds), cpu.address(order), codebooks.ZERO_CODE[quant_type],
-        packed, absmax,
-    )  # fmt: skip
+        x,
+        dtype,
+        x.numel(),
+        block_size,
+        cpu.address(thresholds),
+        cpu.address(order),
+        codebooks.ZERO_CODE[quant_type],
+        packed,
+        absmax,
+    )
     return packed, absmax
 
 
@@ -134,15 +141,22 @@ def _cuda(x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.Tens
         warps = max(blocks(x.numel(), 256), absmax.numel() if block_size > 256 else 1)
         grid = min(blocks(warps, 8), 64 * cuda.multiprocessors(x))
         _kernel_cuda(
-            (f"DTYPE={dtype}", f"BLOCK_SIZE={block_size}"), (grid,), 256, 0,
-            x, x.numel(), block_size, _WARP_TABLES[quant_type], codebooks.ZERO_CODE[quant_type], packed, absmax,
-        )  # fmt: skip
+            (f"DTYPE={dtype}", f"BLOCK_SIZE={block_size}"),
+            (grid,),
+            256,
+            0,
+            x,
+            x.numel(),
+            block_size,
+            _WARP_TABLES[quant_type],
+            codebooks.ZERO_CODE[quant_type],
+            packed,
+            absmax,
+        )
     return packed, absmax
 
 
-_op = define(
-    "quantize_4bit(Tensor x, int block_size, str quant_type) -> (Tensor, Tensor)", _reference, _fake, _cpu, _cuda
-)
+_op = define("quantize_4bit(Tensor x, int block_size, str quant_type) -> (Tensor, Tensor)", _reference, _fake, _cpu, _cuda)
 
 
 def quantize_4bit(x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -88,9 +88,7 @@ def _cuda(absmax: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tens
     codes, nested_absmax = _fake(absmax, offset)
     if absmax.numel():
         thresholds = cuda.table(codebooks.DYNAMIC_THRESHOLDS, absmax.device)
-        _kernel_cuda(
-            (), (nested_absmax.numel(),), 256, 0, absmax, absmax.numel(), offset, thresholds, codes, nested_absmax
-        )
+        _kernel_cuda((), (nested_absmax.numel(),), 256, 0, absmax, absmax.numel(), offset, thresholds, codes, nested_absmax)
     return codes, nested_absmax
 
 

@@ -42,20 +42,13 @@ class AttentionMeter:
     name -> dimensions."""
 
     def __init__(
-        self,
-        block: nn.Module,
-        inputs: Mapping[str, nn.Module],
-        dims: Mapping[str, torch.Tensor],
-        prefix: int,
-        variant: str,
+        self, block: nn.Module, inputs: Mapping[str, nn.Module], dims: Mapping[str, torch.Tensor], prefix: int, variant: str
     ):
         self.result = LayerAttention(dict.fromkeys(["with", *dims], 0.0))
         self._dims, self._prefix, self._variant = dims, prefix, variant
         self._zeroed: torch.Tensor | None = None
         parents = {path.rpartition(".")[0] for path in inputs} - {""}
-        self._handles = [
-            block.get_submodule(path).register_forward_hook(self._again, with_kwargs=True) for path in parents
-        ]
+        self._handles = [block.get_submodule(path).register_forward_hook(self._again, with_kwargs=True) for path in parents]
         self._handles += [module.register_forward_pre_hook(self._zero) for module in inputs.values()]
 
     def close(self) -> LayerAttention:

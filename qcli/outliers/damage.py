@@ -63,9 +63,7 @@ class SampleOf:
         shares = [is_outlier(x, threshold).any(0).double().mean().item() for x in self._sequences.values()]
         return sum(shares) / len(shares)
 
-    def damage(
-        self, modules: Mapping[str, nn.Module], simulations: Mapping, threshold: float
-    ) -> dict[str, Damage] | None:
+    def damage(self, modules: Mapping[str, nn.Module], simulations: Mapping, threshold: float) -> dict[str, Damage] | None:
         """Each method's damage over all `modules`, by the method's name in tables; None where none of them has a weight
         [out_features, in_features], as fused experts have not. Weights must be loaded.
 

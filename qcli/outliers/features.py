@@ -66,10 +66,15 @@ def find_features(layers: Iterable[LayerMeasure], union: Iterable[torch.Tensor],
         positive = int(weights[values > 0].sum())
         features.append(
             Feature(
-                dim, affected[:, dim].double().mean().item(), counts[dim].item() / rows, anywhere[dim].item(),
-                absmax[dim].item(), quartiles(values, weights), _one_sided(positive, int(weights.sum())),
+                dim,
+                affected[:, dim].double().mean().item(),
+                counts[dim].item() / rows,
+                anywhere[dim].item(),
+                absmax[dim].item(),
+                quartiles(values, weights),
+                _one_sided(positive, int(weights.sum())),
             )
-        )  # fmt: skip
+        )
     return sorted(features, key=lambda f: (not f.outlier, -f.positions_share, f.dim))
 
 

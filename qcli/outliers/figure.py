@@ -3,8 +3,8 @@
 import math
 from pathlib import Path
 
-from qcli import figure_file
-from qcli.figure_file import printable
+from qcli.files import figure as figure_file
+from qcli.files.figure import printable
 from qcli.outliers.heatmap import worth_showing
 
 _KINDS = {

@@ -107,11 +107,14 @@ class Meter(Observer):
         tail = next((s for s in reversed(sites) if s.kind == FFN_OUTPUT), None)
         self.layers.append(
             LayerMeasure(
-                unit.name, measures, self._residual, [m for _, m in sorted(self._medians.items())],
+                unit.name,
+                measures,
+                self._residual,
+                [m for _, m in sorted(self._medians.items())],
                 [x for _, found in sorted(self._massive.items()) for x in found],
                 self._spikes.super_weights(tail.modules if tail else {}),
             )
-        )  # fmt: skip
+        )
         self._finder = None
         self._samples, self._outliers = {}, {}
 

@@ -10,9 +10,7 @@ from qcli.errors import QcliError
 from qcli.outliers.heatmap import worth_showing
 
 # One script: each file may use what those before it define.
-_SCRIPTS = (
-    "document.js", "plot.js", "paper.js", "where.js", "layers.js", "simulation.js", "simulation_view.js", "page.js",
-)  # fmt: skip
+_SCRIPTS = ("document.js", "plot.js", "paper.js", "where.js", "layers.js", "simulation.js", "simulation_view.js", "page.js")
 
 
 def check() -> None:

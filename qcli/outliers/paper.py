@@ -5,9 +5,17 @@ MIN_LAYERS = 0.25  # an outlier feature shows in so many of the layers,
 MIN_POSITIONS = 0.06  # and at so many of the positions of all hidden states
 
 _COLUMNS = (
-    "model", "parameters", "perplexity", "outliers", "one_sided", "layers_share", "positions_share", "quartiles",
-    "top1_with", "top1_without",
-)  # fmt: skip
+    "model",
+    "parameters",
+    "perplexity",
+    "outliers",
+    "one_sided",
+    "layers_share",
+    "positions_share",
+    "quartiles",
+    "top1_with",
+    "top1_without",
+)
 TABLE_4 = [
     dict(zip(_COLUMNS, row))
     for row in (
@@ -29,9 +37,7 @@ def stage(layers_share: float, positions_share: float) -> str:
     """Where on the curve of section 4.2 a model stands, whose most common outlier feature has these shares; one sentence."""
     if layers_share >= 1.0 and positions_share >= 0.73:
         return "Past the phase shift: as in the paper's models of 6.7B and more, all layers share the outlier features."
-    row = min(
-        TABLE_4[:-2], key=lambda r: abs(r["layers_share"] - layers_share) + abs(r["positions_share"] - positions_share)
-    )
+    row = min(TABLE_4[:-2], key=lambda r: abs(r["layers_share"] - layers_share) + abs(r["positions_share"] - positions_share))
     return (
         f"Before the phase shift, where all layers share them at 3 of 4 positions: nearest to {row['model']} {row['parameters']}, "
         f"{row['layers_share']:.0%} of layers and {row['positions_share']:.0%} of positions."

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from qcli.errors import CheckpointError, UsageError
-from qcli.foreign_json import read_object
+from qcli.files.foreign_json import read_object
 from qcli.outliers import paper
 from qcli.outliers.damage import Damage
 from qcli.outliers.features import Feature
@@ -37,11 +37,7 @@ class Recommendation:
 
 
 def recommend(
-    model: str,
-    layers: Sequence[LayerMeasure],
-    features: Sequence[Feature],
-    threshold: float,
-    loading: Sequence[str] = (),
+    model: str, layers: Sequence[LayerMeasure], features: Sequence[Feature], threshold: float, loading: Sequence[str] = ()
 ) -> Recommendation | None:
     """None where there is nothing to quantize: no site's damage was measured. `loading` are the options that opened the model."""
     measured = [(layer, site) for layer in layers for site in layer.sites if site.damage]
@@ -75,7 +71,7 @@ def recommend(
     other = ["qcli", "quantize", model, "--bits", "4" if bits == "8" else "8", *skips, *loading]
     return Recommendation(
         method, threshold if method == "llm-int8" else None, skip, shlex.join(command), shlex.join(other), [s for s in why if s]
-    )  # fmt: skip
+    )
 
 
 def read_skip(path: Path) -> list[str]:
@@ -90,9 +86,7 @@ def read_skip(path: Path) -> list[str]:
         raise UsageError(e.message, hint) from e
     found = report.get("format")
     if found != "qcli-outliers":
-        raise UsageError(
-            f"{path} is no report of inspect-outliers: its format is {found!r}, expected 'qcli-outliers'", hint
-        )
+        raise UsageError(f"{path} is no report of inspect-outliers: its format is {found!r}, expected 'qcli-outliers'", hint)
     recommendation = report.get("recommendation")
     if recommendation is None:
         raise UsageError(f"{path} holds no recommendation: the model that it is of was quantized already", hint)

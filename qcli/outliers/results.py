@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import torch
 
 from qcli import __version__
-from qcli.corpus import Corpus
 from qcli.outliers import paper
 from qcli.outliers.features import Feature, hidden_sites
 from qcli.outliers.measure import DIMS_KEPT, LayerMeasure, SiteMeasure
 from qcli.outliers.sites import ATTENTION_INPUT
 from qcli.outliers.statistics import quartiles
+from qcli.streaming.corpus import Corpus
 
 FEATURES_KEPT, HEATMAP_DIMS, SURFACE_DIMS, HISTOGRAMS = 64, 64, 256, 12
 _DIGITS = 5  # significant, of what only charts show
@@ -52,9 +52,14 @@ def describe_text(corpus: Corpus) -> dict[str, object]:
     lengths = [len(window.ids) for window in corpus.windows]
     apart = len(corpus.prefix)
     return {
-        "name": corpus.name, "documents": corpus.documents, "sequences": len(lengths), "sequence_length": max(lengths),
-        "tokens": sum(lengths) - apart * len(lengths), "bos_tokens": apart * len(lengths), "bos": corpus.bos,
-    }  # fmt: skip
+        "name": corpus.name,
+        "documents": corpus.documents,
+        "sequences": len(lengths),
+        "sequence_length": max(lengths),
+        "tokens": sum(lengths) - apart * len(lengths),
+        "bos_tokens": apart * len(lengths),
+        "bos": corpus.bos,
+    }
 
 
 def describe_layer(index: int, layer: LayerMeasure) -> dict[str, object]:
@@ -66,18 +71,18 @@ def describe_layer(index: int, layer: LayerMeasure) -> dict[str, object]:
             "median": number(medians[len(medians) // 2]) if medians else None,
             "massive": len(layer.massive),
         }
-    return {
-        "layer": index, "name": layer.name, "sites": [_site(site) for site in layer.sites], "residual": residual,
-    }  # fmt: skip
+    return {"layer": index, "name": layer.name, "sites": [_site(site) for site in layer.sites], "residual": residual}
 
 
 def _site(measure: SiteMeasure) -> dict[str, object]:
     damage = measure.damage and {
         name: {"output": number(d.output), "ordinary": number(d.ordinary)} for name, d in measure.damage.items()
     }
-    return {"kind": measure.site.kind, "modules": list(measure.site.modules)} | _activations(measure) | {
-        "columns_kept": number(measure.columns_kept), "sqnr": damage,
-    }  # fmt: skip
+    return (
+        {"kind": measure.site.kind, "modules": list(measure.site.modules)}
+        | _activations(measure)
+        | {"columns_kept": number(measure.columns_kept), "sqnr": damage}
+    )
 
 
 def _activations(measure: SiteMeasure) -> dict[str, object]:
@@ -126,12 +131,17 @@ def describe_features(features: Sequence[Feature]) -> list[dict[str, object]]:
     """The most common ones."""
     return [
         {
-            "dim": f.dim, "layers_share": f.layers_share, "positions_share": f.positions_share,
-            "positions_union": f.positions_union, "absmax": f.absmax, "quartiles": f.quartiles, "one_sided": f.one_sided,
+            "dim": f.dim,
+            "layers_share": f.layers_share,
+            "positions_share": f.positions_share,
+            "positions_union": f.positions_union,
+            "absmax": f.absmax,
+            "quartiles": f.quartiles,
+            "one_sided": f.one_sided,
             "outlier": f.outlier,
         }
         for f in features[:FEATURES_KEPT]
-    ]  # fmt: skip
+    ]
 
 
 def table_4(features: Sequence[Feature], perplexity: float | None) -> dict[str, object]:
@@ -148,10 +158,11 @@ def table_4(features: Sequence[Feature], perplexity: float | None) -> dict[str, 
         "top1_with": None,
         "top1_without": None,
         "perplexity": perplexity,
-        "stage": paper.stage(top.layers_share, top.positions_share) if top else
-        "No outlier feature: below the smallest model of the paper's table.",
+        "stage": paper.stage(top.layers_share, top.positions_share)
+        if top
+        else "No outlier feature: below the smallest model of the paper's table.",
         "papers_rows": paper.TABLE_4,
-    }  # fmt: skip
+    }
 
 
 def charts(layers: Sequence[LayerMeasure], features: Sequence[Feature], tokens: list[str], hidden_size: int) -> dict:
@@ -171,12 +182,15 @@ def charts(layers: Sequence[LayerMeasure], features: Sequence[Feature], tokens: 
     dims = first + rest[: HEATMAP_DIMS - len(first)]
     return {
         "heatmap": {
-            "kind": kind, "layers": [i for i, _ in shown], "dims": dims, "absmax": _rounded(absmax[:, dims]),
+            "kind": kind,
+            "layers": [i for i, _ in shown],
+            "dims": dims,
+            "absmax": _rounded(absmax[:, dims]),
             "share": _rounded(share[:, dims]),
         },
         "surface": _surface(shown, tokens),
         "histograms": _histograms(sites, features),
-    }  # fmt: skip
+    }
 
 
 def _surface(shown: list[tuple[int, SiteMeasure]], tokens: list[str]) -> dict[str, object] | None:
@@ -189,9 +203,12 @@ def _surface(shown: list[tuple[int, SiteMeasure]], tokens: list[str]) -> dict[st
     stretch = -(-len(peaks) // SURFACE_DIMS)
     dims = [int(part.argmax()) + start for start, part in zip(range(0, len(peaks), stretch), peaks.split(stretch))]
     return {
-        "layer": index, "kind": site.site.kind, "tokens": tokens[: len(site.surface)], "dims": dims,
+        "layer": index,
+        "kind": site.site.kind,
+        "tokens": tokens[: len(site.surface)],
+        "dims": dims,
         "values": _rounded(site.surface[:, dims]),
-    }  # fmt: skip
+    }
 
 
 def _histograms(sites: list[tuple[int, SiteMeasure]], features: Sequence[Feature]) -> list[dict[str, object]]:
@@ -201,16 +218,18 @@ def _histograms(sites: list[tuple[int, SiteMeasure]], features: Sequence[Feature
         kept = [entry for entry in sites if feature.dim in entry[1].histograms]
         if not kept:
             continue
-        index, site = max(
-            kept, key=lambda entry: entry[1].stats["count"][feature.dim].item() / max(entry[1].stats.rows, 1)
-        )
+        index, site = max(kept, key=lambda entry: entry[1].stats["count"][feature.dim].item() / max(entry[1].stats.rows, 1))
         edges, counts = site.histograms.of(feature.dim)
         found.append(
             {
-                "dim": feature.dim, "layer": index, "kind": site.site.kind, "edges": [_round(e) for e in edges], "counts": counts,
+                "dim": feature.dim,
+                "layer": index,
+                "kind": site.site.kind,
+                "edges": [_round(e) for e in edges],
+                "counts": counts,
                 "quartiles": quartiles(*site.sketch.of(feature.dim)),
             }
-        )  # fmt: skip
+        )
     return found
 
 

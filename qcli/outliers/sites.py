@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qcli.nn import Linear4bit, Linear8bit
+from qcli.nn.linear_4bit import Linear4bit
+from qcli.nn.linear_8bit import Linear8bit
 from qcli.streaming.run import current_call, same_tensor
 
 ATTENTION_INPUT, ATTENTION_OUTPUT = "attention input", "attention output"
@@ -17,9 +18,7 @@ RESIDUAL = "residual stream"  # what leaves a block
 HIDDEN = (ATTENTION_INPUT, FFN_INPUT)  # sites whose channels are the dimensions of the hidden state
 
 _ATTENTION = re.compile(r"att")
-_FFN = re.compile(
-    r"mlp|ffn|feed_?forward|expert|moe|(^|\.)(fc\d?|dense_h_to_4h|dense_4h_to_h|up_proj|gate_proj|down_proj|w[123])$"
-)
+_FFN = re.compile(r"mlp|ffn|feed_?forward|expert|moe|(^|\.)(fc\d?|dense_h_to_4h|dense_4h_to_h|up_proj|gate_proj|down_proj|w[123])$")
 
 
 @dataclass
@@ -61,9 +60,7 @@ class SiteFinder:
         self.sites: dict[tuple[str, int], Site] = {}
         self._seen, self._call = seen, None
         self._inputs: dict[str, list[torch.Tensor]] = {}  # of this call, by group
-        self._handles = [
-            module.register_forward_pre_hook(self._hook(path)) for path, module in linear_modules(block).items()
-        ]
+        self._handles = [module.register_forward_pre_hook(self._hook(path)) for path, module in linear_modules(block).items()]
 
     def _hook(self, path: str) -> Callable:
         group = path.rpartition(".")[0]

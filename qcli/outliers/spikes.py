@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qcli.nn import Linear4bit, Linear8bit
+from qcli.nn.linear_4bit import Linear4bit
+from qcli.nn.linear_8bit import Linear8bit
 from qcli.outliers.sites import linear_modules
 from qcli.streaming.run import current_call
 

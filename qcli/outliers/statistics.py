@@ -125,9 +125,7 @@ class OutlierSketch:
         keys = where[:, 1] * self._CHANNEL + self._CHANNEL // 2 + bins * values.sign().long()
         new, counts = keys.cpu().unique(return_counts=True)
         self._keys, place = torch.cat((self._keys, new)).unique(return_inverse=True)
-        self._counts = torch.zeros(len(self._keys), dtype=torch.long).index_add_(
-            0, place, torch.cat((self._counts, counts))
-        )
+        self._counts = torch.zeros(len(self._keys), dtype=torch.long).index_add_(0, place, torch.cat((self._counts, counts)))
 
     def of(self, channel: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(values ascending, how many of each) of a channel's bins, float64 and int64."""

@@ -55,9 +55,7 @@ def type_name(op: str, x: torch.Tensor, name: str = "x") -> str:
     return TYPES[x.dtype]
 
 
-def require(
-    op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int, device: torch.device
-) -> torch.Tensor:
+def require(op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> torch.Tensor:
     """The tensor, contiguous and aligned to 16 bytes. Raises ValueError unless it lies on `device` with that dtype and so
     many elements: a kernel reads and writes where it is told to."""
     if tensor.device != device:

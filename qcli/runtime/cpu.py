@@ -99,8 +99,7 @@ def _chosen() -> str | None:
         return None
     if wanted not in known:
         raise UsageError(
-            f"the environment variable {CHOICE} is {wanted!r}"
-            + (f"; the CPU kernels: {problem()}" if problem() else ""),
+            f"the environment variable {CHOICE} is {wanted!r}" + (f"; the CPU kernels: {problem()}" if problem() else ""),
             f"On this CPU: {', '.join([*known, REFERENCE])}; unset it for the best of them.",
         )
     return wanted
@@ -213,9 +212,7 @@ def dtype_code(op: str, x: torch.Tensor, name: str = "x") -> int:
     return DTYPES[x.dtype]
 
 
-def require(
-    op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int, *, at_least: bool = False
-) -> torch.Tensor:
+def require(op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int, *, at_least: bool = False) -> torch.Tensor:
     """The tensor, contiguous. Raises ValueError unless it lies on the CPU with that dtype and so many elements: a kernel
     reads and writes where it is told to."""
     if not tensor.is_cpu:

@@ -37,9 +37,7 @@ class Backend(Protocol):
     def function(self, source: str, entry: str, constants: tuple[str, ...], device: torch.device) -> object:
         """The kernel `entry` of kernels/cuda/SOURCE.cu, compiled with each "NAME=VALUE" of `constants` defined."""
 
-    def launch(
-        self, function: object, grid: tuple, block: tuple, shared: int, arguments: bytes, device: torch.device
-    ) -> None:
+    def launch(self, function: object, grid: tuple, block: tuple, shared: int, arguments: bytes, device: torch.device) -> None:
         """Launches it on torch's current stream; `shared` are bytes of dynamic shared memory."""
 
     def multiprocessors(self, device: torch.device) -> int:
@@ -202,9 +200,7 @@ class PyCuda:
         with self._lock:  # two threads would compile the same
             return self._devices[device].load(source, entry, constants)
 
-    def launch(
-        self, function: _Function, grid: tuple, block: tuple, shared: int, arguments: bytes, device: torch.device
-    ) -> None:
+    def launch(self, function: _Function, grid: tuple, block: tuple, shared: int, arguments: bytes, device: torch.device) -> None:
         """As in Backend. Raises KernelError."""
         handle, streams = function.device.current(device.index), function.device.streams
         if handle in streams:
@@ -291,9 +287,7 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
     Run every kernel once before the capture: loading one is not allowed in it. Raises KernelError where none can run.
     """
-    return _backend.capture_stream(
-        device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
-    )
+    return _backend.capture_stream(device if device.index is not None else torch.device("cuda", torch.cuda.current_device()))
 
 
 def kernel(source: str, signature: str, entry: str | None = None) -> Callable[..., None]:

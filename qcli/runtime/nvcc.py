@@ -82,9 +82,7 @@ def architecture(capability: tuple[int, int]) -> str:
 
 def instances(source: str) -> list[tuple[str, ...]]:
     """The constants of each image that a package carries of SOURCE.cu."""
-    every = [
-        product(*([(name, value) for value in values] for name, values in line.items())) for line in _lines(source)
-    ]
+    every = [product(*([(name, value) for value in values] for name, values in line.items())) for line in _lines(source)]
     return [tuple(f"{name}={value}" for name, value in chosen if value) for line in every for chosen in line]
 
 
@@ -112,9 +110,7 @@ def require() -> str:
     """As `find`. Raises NotCompiledError where there is none."""
     compiler = find()
     if compiler is None:
-        raise NotCompiledError(
-            "CUDA kernels did not come compiled, and there is no nvcc to compile them", problems.NVCC
-        )
+        raise NotCompiledError("CUDA kernels did not come compiled, and there is no nvcc to compile them", problems.NVCC)
     return compiler
 
 

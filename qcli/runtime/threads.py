@@ -133,9 +133,7 @@ class _Count:
         self._set()
 
     def _set(self) -> None:
-        if (
-            self._torch.get_num_threads() == self._last
-        ):  # else somebody has set a number of their own, for now or for good
+        if self._torch.get_num_threads() == self._last:  # else somebody has set a number of their own, for now or for good
             self._torch.set_num_threads(self._next)
             self._last = self._next
         self._done.set()

@@ -13,9 +13,7 @@ from qcli.simulation._base import Prepared, Simulation
 __all__ = ["SIMULATIONS", "Prepared", "Simulation", "chosen", "simulation"]
 
 SIMULATIONS: dict[str, Simulation] = {
-    method.name: method
-    for family in (unquantized, absmax, zeropoint, llm_int8, blockwise)
-    for method in family.SIMULATIONS
+    method.name: method for family in (unquantized, absmax, zeropoint, llm_int8, blockwise) for method in family.SIMULATIONS
 }
 
 

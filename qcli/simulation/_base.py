@@ -11,8 +11,7 @@ from math import prod
 
 import torch
 
-from qcli.checkpoint.dtypes import ITEMSIZE
-from qcli.formats import TensorSpec
+from qcli.checkpoint.dtypes import TensorSpec
 
 
 class Prepared:
@@ -84,4 +83,4 @@ class Simulation:
 
 def size_of(specs: list[TensorSpec]) -> int:
     """Bytes of tensors."""
-    return sum(prod(spec.shape) * ITEMSIZE[spec.dtype] for spec in specs)
+    return sum(spec.nbytes for spec in specs)

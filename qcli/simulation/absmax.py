@@ -35,9 +35,7 @@ class Absmax(Simulation):
     per_row: bool
 
     def weight(self, weight: torch.Tensor) -> Prepared:
-        return Prepared(
-            (round_rows if self.per_row else round_tensor)(weight), round_rows if self.per_token else round_tensor
-        )
+        return Prepared((round_rows if self.per_row else round_tensor)(weight), round_rows if self.per_token else round_tensor)
 
     def stored_bytes(self, shape: tuple[int, int], dtype: str = "BF16", outlier_columns: int = 0) -> int:
         if self.per_row:

@@ -82,7 +82,4 @@ class DecomposedInt8(Simulation):
         return size_of(LLMInt8().outputs("weight", *shape, dtype)) + beside
 
 
-SIMULATIONS = (
-    DecomposedInt8("LLM.int8() paper", from_original=True),
-    DecomposedInt8("LLM.int8()", from_original=False),
-)
+SIMULATIONS = (DecomposedInt8("LLM.int8() paper", from_original=True), DecomposedInt8("LLM.int8()", from_original=False))

@@ -47,7 +47,4 @@ class Zeropoint(Simulation):
         return prod(shape) + (shape[0] if self.vectors else 1) * 8  # float32 scale, int32 zero point
 
 
-SIMULATIONS = (
-    Zeropoint("int8 zeropoint", vectors=False),
-    Zeropoint("int8 zeropoint vector-wise", vectors=True),
-)
+SIMULATIONS = (Zeropoint("int8 zeropoint", vectors=False), Zeropoint("int8 zeropoint vector-wise", vectors=True))

@@ -28,9 +28,7 @@ class Batch:
         return ids if bool(self.mask.all()) else ids | {"attention_mask": self.mask.to(device).long()}
 
 
-def make_batches(
-    windows: Sequence[Sequence[int]], padding: int | None, batch_tokens: int = BATCH_TOKENS
-) -> list[Batch]:
+def make_batches(windows: Sequence[Sequence[int]], padding: int | None, batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
     """Batches of windows of like length, longest first, padded at their ends with the id `padding`; of windows of one length where
     it is None."""
     order = sorted(range(len(windows)), key=lambda i: (-len(windows[i]), i))

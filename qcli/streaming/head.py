@@ -39,9 +39,14 @@ class Head:
         self.unit: Unit = units[id(module)]
         blocks = {id(unit.module) for unit in skeleton.blocks}
         self._containers = [
-            m for m in self.model.modules() if m is not self.model and any(id(c) in blocks for c in m.modules())
-            and id(m) not in blocks and not isinstance(m, nn.ModuleList) and not self._within_a_block(m)
-        ]  # fmt: skip
+            m
+            for m in self.model.modules()
+            if m is not self.model
+            and any(id(c) in blocks for c in m.modules())
+            and id(m) not in blocks
+            and not isinstance(m, nn.ModuleList)
+            and not self._within_a_block(m)
+        ]
         self._body: nn.Module | None = None
 
     def _within_a_block(self, module: nn.Module) -> bool:

@@ -51,9 +51,7 @@ def same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
-def run_calls(
-    skeleton: Skeleton, calls: Sequence[Call], observer: Observer | None = None, *, keep: bool = False
-) -> list[Any]:
+def run_calls(skeleton: Skeleton, calls: Sequence[Call], observer: Observer | None = None, *, keep: bool = False) -> list[Any]:
     """What each call returned, in their order. `keep` leaves the weights in memory.
 
     Raises what a call raises.

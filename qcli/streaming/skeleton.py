@@ -13,37 +13,23 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)  # fmt: skip
+from transformers.core_model_loading import WeightConverter, WeightRenaming, convert_and_load_state_dict_in_model, rename_source_key
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
 from qcli.checkpoint import dtypes
-from qcli.checkpoint.linears import (
-    Layout,
-    find_linears,
-    model_layout,
-    modules_within,
-    reason,
-    tied_groups,
-    transformers_class,
-)
 from qcli.checkpoint.model_dtype import model_dtype
+from qcli.checkpoint.modules import Layout, find_linears, model_layout, modules_within, reason, tied_groups, transformers_class
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.stored_tensor import StoredTensor, pread
 from qcli.devices import pick_device
-from qcli.errors import CheckpointError, UsageError
-from qcli.model import check_fits, quiet
-from qcli.quantizer import QcliConfig, QcliQuantizer
+from qcli.errors import CheckpointError, UsageError, one_of
+from qcli.loading.load import check_fits, quiet
+from qcli.loading.tokenizer import read_tokenizer
+from qcli.loading.transformers_quantizer import QcliConfig, QcliQuantizer
 from qcli.runtime.heap import give_back
-from qcli.settings import one_of
 from qcli.stored import open_checkpoint, read_stored
 from qcli.streaming.units import Unit, find_units
-from qcli.tokenizer import read_tokenizer
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -118,8 +104,7 @@ class Skeleton:
                 self.model = built._from_config(config, dtype=self.dtype, **options).eval().requires_grad_(False)
         except Exception as e:  # a config can be wrong in as many ways as there are models
             raise CheckpointError(
-                f"{source.label}: {built.__name__} cannot be built from config.json: {reason(e)}",
-                "Check the config's fields.",
+                f"{source.label}: {built.__name__} cannot be built from config.json: {reason(e)}", "Check the config's fields."
             ) from e
         self.quantizer = None
         if stored:
@@ -127,9 +112,12 @@ class Skeleton:
             self.quantizer = QcliQuantizer(QcliConfig(**spec), pre_quantized=True)
             self.quantizer.preprocess_model(model=self.model, dtype=self.dtype)
         self._config = LoadStateDictConfig(
-            dtype=self.dtype, dtype_plan=self.model._get_dtype_plan(self.dtype), hf_quantizer=self.quantizer,
-            device_map={"": self.device}, weight_mapping=get_model_conversion_mapping(self.model, None, self.quantizer),
-        )  # fmt: skip
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            hf_quantizer=self.quantizer,
+            device_map={"": self.device},
+            weight_mapping=get_model_conversion_mapping(self.model, None, self.quantizer),
+        )
 
     def _place_buffers(self) -> None:
         for module in self.model.modules():
@@ -189,8 +177,7 @@ class Skeleton:
         empty = [name for name, module, attribute in unit.weights() if getattr(module, attribute).is_meta]
         if empty:
             raise CheckpointError(
-                f"{self.source.label} lacks {len(empty)} tensors of {unit.name}: {', '.join(empty[:5])}",
-                self.source.again(),
+                f"{self.source.label} lacks {len(empty)} tensors of {unit.name}: {', '.join(empty[:5])}", self.source.again()
             )
 
     def _read(self, tensors: Iterable[tuple[str, str, TensorInfo]]) -> None:
@@ -202,9 +189,7 @@ class Skeleton:
         self.bytes_read += sum(info.nbytes for _, _, info in tensors)
         if info.conversion_errors or info.mismatched_keys:
             wrong = sorted(info.conversion_errors) or sorted(str(key[0]) for key in info.mismatched_keys)
-            raise CheckpointError(
-                f"{self.source.label} does not fit its model: {', '.join(wrong[:5])}", self.source.again()
-            )
+            raise CheckpointError(f"{self.source.label} does not fit its model: {', '.join(wrong[:5])}", self.source.again())
 
     def _tie(self, name: str, origin: str) -> None:
         """Makes the parameter `name` that of `origin`, which is let go of where its own unit is not loaded."""

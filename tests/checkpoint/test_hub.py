@@ -152,9 +152,7 @@ def test_push_to_hub(hub, model, cli, tmp_path):
     card = uploaded["README.md"].decode()
     for part in ("nf4 (block_size 64, double_quant true)", "bits per weight", "| q_proj |", " dB |"):
         assert part in card
-    refused = cli(
-        "quantize", str(model), "-o", "two", "--push-to-hub", "me/x", env=environment | {"HF_TOKEN": "hf_wrong"}
-    )
+    refused = cli("quantize", str(model), "-o", "two", "--push-to-hub", "me/x", env=environment | {"HF_TOKEN": "hf_wrong"})
     assert refused.returncode == 1 and "hf auth login" in refused.stderr and not (tmp_path / "two").exists()
 
 

@@ -1,8 +1,7 @@
 import pytest
 
-from qcli.checkpoint import pieces
-from qcli.checkpoint.pieces import read_pieces
-from qcli.checkpoint.source import open_source
+from qcli.checkpoint import source as pieces
+from qcli.checkpoint.source import open_source, read_pieces
 from qcli.errors import CheckpointError
 from tests.models import make_model
 

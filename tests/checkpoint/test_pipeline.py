@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from qcli.checkpoint.pipeline import Pipeline
+from qcli.quantization.pipeline import Pipeline
 
 
 def test_every_task_runs_and_several_at_once():

@@ -19,8 +19,12 @@ HERE = Path(__file__).parent
 KERNELS = ROOT / "kernels" / "cuda"
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
 SHARED = {  # bytes, by compute capability
-    (7, 5): 65 << 10, (8, 0): 164 << 10, (8, 6): 100 << 10, (9, 0): 228 << 10, (10, 0): 228 << 10,
-}  # fmt: skip
+    (7, 5): 65 << 10,
+    (8, 0): 164 << 10,
+    (8, 6): 100 << 10,
+    (9, 0): 228 << 10,
+    (10, 0): 228 << 10,
+}
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -71,15 +75,7 @@ class Emulator:
     def __init__(self, folder: Path, *, sanitize: bool = False, sources: Path = KERNELS):
         self.folder, self.sources, self.order = folder, sources, "forward"
         self.of = 9, 0  # the compute capability that host code is told
-        self.flags = [
-            "-std=c++17",
-            "-Og",
-            "-g1",
-            "-fPIC",
-            "-ffp-contract=off",
-            "-fno-strict-aliasing",
-            "-frounding-math",
-        ]
+        self.flags = ["-std=c++17", "-Og", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-frounding-math"]
         self.flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-variable"]
         self.flags += ["-DQCLI_EMULATOR", "-I", str(HERE), "-I", str(KERNELS), "-isystem", str(cuda_headers())]
         self.flags += SANITIZERS if sanitize else []
@@ -124,16 +120,7 @@ class Emulator:
             unit = f'#include "{path}"\n' + "".join(f"EMULATE({entry})\n" for entry in entries)
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = library.with_suffix(f".{os.getpid()}")
-            command = [
-                "g++",
-                *self.flags,
-                *self._precompiled(),
-                *(f"-D{c}" for c in constants),
-                "-shared",
-                "-x",
-                "c++",
-                "-",
-            ]
+            command = ["g++", *self.flags, *self._precompiled(), *(f"-D{c}" for c in constants), "-shared", "-x", "c++", "-"]
             subprocess.run([*command, "-o", str(partial)], input=unit, text=True, check=True)
             partial.replace(library)
         return ctypes.CDLL(str(library))

@@ -65,13 +65,16 @@ def test_shared_memory_ends_where_a_blocks_does(emulator):
 @pytest.mark.parametrize(
     "entry, message",
     [
-        ("divergent", r"faulty\.cu: divergent: divergent barrier in block \(0, 0, 0\): waiting from thread 0 at line \d+, "
-                      "and 24 of 64 threads have returned"),
+        (
+            "divergent",
+            r"faulty\.cu: divergent: divergent barrier in block \(0, 0, 0\): waiting from thread 0 at line \d+, "
+            "and 24 of 64 threads have returned",
+        ),
         ("two_barriers", r"threads meet at one barrier from lines \d+ and \d+"),
         ("divergent_shuffle", "divergent barrier"),
         ("part_of_a_warp", "a warp collective with mask 0000ffff, expected all 32 lanes"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("order", ORDERS)
 def test_divergence_is_reported(emulator, entry, message, order):
     emulator.order = order

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import qcli
-from qcli.nn import Linear4bit, Linear8bit
+from qcli.nn.linear_4bit import Linear4bit
+from qcli.nn.linear_8bit import Linear8bit
 from qcli.ops import linear_4bit, linear_int8, linear_w8a16
 from qcli.runtime import cuda
 from tests.conftest import ROOT

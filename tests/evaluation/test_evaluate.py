@@ -95,12 +95,13 @@ def test_perplexity_of_windows_is_that_of_the_usual_loop(tmp_path, long_text, le
 
 def test_windows_in_one_batch_or_alone(long_text, monkeypatch):
     """Neither the batches nor the chunks of logits change anything beyond the rounding of sums."""
-    from qcli.evaluation import passes
+    from qcli.evaluation import score
+    from qcli.streaming import reading
 
     options = {"text": long_text, "sequence_length": 50, "stride": 30, "dtype": "float32", "device": "cpu"}
     together = qcli.evaluate(str(DEMO), **options)
-    monkeypatch.setattr(passes, "BATCH_TOKENS", 1)
-    monkeypatch.setattr(passes, "_LOGITS", 1)
+    monkeypatch.setattr(reading, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(score, "_LOGITS", 1)
     alone = qcli.evaluate(str(DEMO), **options)
     assert together.protocol == alone.protocol
     assert alone.rows[0].quality.loss.value == pytest.approx(together.rows[0].quality.loss.value, rel=1e-6)
@@ -251,9 +252,7 @@ def test_heads_of_unlike_sizes_are_not_compared(tmp_path, long_text):
 
 
 def test_speed_and_memory_of_what_runs(long_text):
-    result = qcli.evaluate(
-        str(DEMO), methods="nf4+dq,llm.int8,fp4", text=long_text, tokens=60, speed=True, device="cpu"
-    )
+    result = qcli.evaluate(str(DEMO), methods="nf4+dq,llm.int8,fp4", text=long_text, tokens=60, speed=True, device="cpu")
     speeds = {row.name: row.speed for row in result.rows}
     assert speeds["FP4"] is None
     assert speeds["NF4+DQ"].weights < speeds["LLM.int8()"].weights < speeds["fp32"].weights
@@ -268,7 +267,7 @@ def test_a_text_read_in_several_goes_gives_the_same(monkeypatch, stories, option
     """Hidden states that do not fit together wait in several goes; every token is scored once all the same."""
     arguments = {"text": stories, "tokens": 600, "device": "cpu", "dtype": "float32", **options}
     expected = qcli.evaluate(str(DEMO), **arguments).summary()
-    monkeypatch.setattr("qcli.evaluation.passes.HIDDEN_BYTES", 500_000)
+    monkeypatch.setattr("qcli.evaluation.score.HIDDEN_BYTES", 500_000)
     found = qcli.evaluate(str(DEMO), **arguments).summary()
     assert found["protocol"] == expected["protocol"]
     for ours, theirs in zip(found["rows"], expected["rows"]):
@@ -279,13 +278,13 @@ def test_a_text_read_in_several_goes_gives_the_same(monkeypatch, stories, option
 @pytest.mark.parametrize("name", ["llama", "opt", "mixtral"])
 def test_methods_see_one_sequence_at_a_time_however_many_are_read_together(tmp_path, long_text, monkeypatch, name):
     """Windows of one length share calls, those of a last, shorter one do not; OPT hands its layers all tokens as rows."""
-    from qcli.evaluation import passes
+    from qcli.streaming import reading
 
     make_model(name, tmp_path, torch.float32)
     add_tokenizer(tmp_path)
     options = {"text": long_text, "tokens": 100, "sequence_length": 24, "methods": "all", "device": "cpu"}
     together = qcli.evaluate(str(tmp_path), **options)
-    monkeypatch.setattr(passes, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(reading, "BATCH_TOKENS", 1)
     assert_same_rows(together, qcli.evaluate(str(tmp_path), **options))
 
 
@@ -299,7 +298,7 @@ def assert_same_rows(result, other):
 
 def test_an_experts_share_of_the_tokens_is_read_window_by_window(tmp_path, long_text, monkeypatch):
     """Of tokens that have left their places nothing says to which window they belong."""
-    from qcli.evaluation import passes
+    from qcli.streaming import reading
 
     def every_second(self, x):
         rows = x.reshape(-1, x.shape[-1])
@@ -313,20 +312,12 @@ def test_an_experts_share_of_the_tokens_is_read_window_by_window(tmp_path, long_
     add_tokenizer(tmp_path)
     monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", every_second)
     seen = []
-    reading = passes.Reading.__init__
+    read = reading.Reading.__init__
     monkeypatch.setattr(
-        passes.Reading,
-        "__init__",
-        lambda self, *a, **options: (seen.append(options["alone"]), reading(self, *a, **options))[1],
+        reading.Reading, "__init__", lambda self, *a, **options: (seen.append(options["alone"]), read(self, *a, **options))[1]
     )
-    options = {
-        "text": long_text,
-        "tokens": 100,
-        "sequence_length": 24,
-        "methods": "per-tensor,LLM.int8()",
-        "device": "cpu",
-    }
+    options = {"text": long_text, "tokens": 100, "sequence_length": 24, "methods": "per-tensor,LLM.int8()", "device": "cpu"}
     result = qcli.evaluate(str(tmp_path), **options)
     assert seen == [False, True]
-    monkeypatch.setattr(passes, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(reading, "BATCH_TOKENS", 1)
     assert result.summary() == qcli.evaluate(str(tmp_path), **options).summary()

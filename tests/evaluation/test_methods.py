@@ -61,9 +61,7 @@ def test_layers_are_replaced_while_their_variant_passes_and_no_longer():
     weight = layers["mlp.up_proj"].weight
     assert torch.equal(rounded, SIMULATIONS["NF4"].weight(weight).linear(x))
     weights = [layer.weight.detach().double().numpy().ravel() for layer in layers.values()]
-    stored = [
-        SIMULATIONS["NF4"].weight(layer.weight.detach()).weight.double().numpy().ravel() for layer in layers.values()
-    ]
+    stored = [SIMULATIONS["NF4"].weight(layer.weight.detach()).weight.double().numpy().ravel() for layer in layers.values()]
     expected = decibels(np.concatenate(weights), np.concatenate(stored))
     assert methods.roundings["NF4"].weights.sqnr == pytest.approx(expected, abs=1e-4)
     assert methods.roundings["NF4"].activations.sqnr is None and methods.roundings["fp32"].weights.sqnr is None

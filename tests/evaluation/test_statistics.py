@@ -73,7 +73,7 @@ def test_errors_are_what_resampling_finds(measured):
         (found.divergence.mean.error, np.mean, (kl,)),
         (found.probability_change.error, lambda a, b: (np.exp(-b) - np.exp(-a)).mean(), (base, loss)),
         (found.probability_rms_change.error, lambda a, b: np.sqrt(((np.exp(-b) - np.exp(-a)) ** 2).mean()), (base, loss)),
-    ):  # fmt: skip
+    ):
         assert error == pytest.approx(resampled(function, *arrays), rel=0.1)
 
 

@@ -29,10 +29,7 @@ def test_equal_to_torch_in_float64(logits):
     base, other, targets = logits
     scores = told(*logits, [(0, 70)])
     torch.testing.assert_close(
-        torch.from_numpy(scores.loss),
-        functional.cross_entropy(other.double(), targets, reduction="none"),
-        rtol=1e-12,
-        atol=0,
+        torch.from_numpy(scores.loss), functional.cross_entropy(other.double(), targets, reduction="none"), rtol=1e-12, atol=0
     )
     p, q = base.double().log_softmax(1), other.double().log_softmax(1)
     expected = functional.kl_div(q, p, reduction="none", log_target=True).sum(1)
@@ -52,9 +49,7 @@ def test_any_chunks_in_any_order_give_the_same_to_the_bit(logits, monkeypatch, p
 
 def test_what_was_not_told_stays_unknown(logits):
     scores = told(*logits, [(10, 20)])
-    assert (
-        np.isnan(scores.loss[:10]).all() and np.isfinite(scores.loss[10:20]).all() and np.isnan(scores.loss[20:]).all()
-    )
+    assert np.isnan(scores.loss[:10]).all() and np.isfinite(scores.loss[10:20]).all() and np.isnan(scores.loss[20:]).all()
 
 
 def test_a_token_ruled_out_by_both_adds_nothing(logits):

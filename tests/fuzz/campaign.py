@@ -28,9 +28,16 @@ from tests.models import add_tokenizer  # noqa: E402
 
 TEXT = "Once upon a time there was a mouse. " * 8
 _SMALL = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "vocab_size": 256, "max_position_embeddings": 64, "bos_token_id": 254, "eos_token_id": 255,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
+    "bos_token_id": 254,
+    "eos_token_id": 255,
+}
 _TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
@@ -66,15 +73,23 @@ def verbs(model: str, output: str, text: str) -> list[list[str]]:
     """Each verb, as often as it reads much."""
     few = ["--max-new-tokens", "2", "--device", "cpu"]
     return [
-        ["info", model], ["info", model, "--json"], ["estimate-memory", model], ["estimate-memory", model, "--json", "--explain"],
+        ["info", model],
+        ["info", model, "--json"],
+        ["estimate-memory", model],
+        ["estimate-memory", model, "--json", "--explain"],
         ["quantize", model, "--bits", "4", "-o", output, "--device", "cpu"],
-        ["quantize", model, "--bits", "8", "-o", output, "--device", "cpu"], ["quantize", model, "--dry-run", "-o", output],
+        ["quantize", model, "--bits", "8", "-o", output, "--device", "cpu"],
+        ["quantize", model, "--dry-run", "-o", output],
         ["quantize", model, "--set", "modules=rules", "-o", output, "--device", "cpu"],
-        ["generate", model, "a b", *few], ["generate", model, "a b", *few, "--json"], ["generate", model, "a", *few, "--chat"],
-        ["generate", model, "a", *few, "--bits", "4"], ["generate", model, "a", *few, "--temperature", "0.7", "--seed", "1"],
-        ["evaluate", model, "--text", text, "--device", "cpu"], ["inspect-outliers", model, "--text", text, "--device", "cpu"],
+        ["generate", model, "a b", *few],
+        ["generate", model, "a b", *few, "--json"],
+        ["generate", model, "a", *few, "--chat"],
+        ["generate", model, "a", *few, "--bits", "4"],
+        ["generate", model, "a", *few, "--temperature", "0.7", "--seed", "1"],
+        ["evaluate", model, "--text", text, "--device", "cpu"],
+        ["inspect-outliers", model, "--text", text, "--device", "cpu"],
         ["inspect-outliers", model, "--weights-only"],
-    ]  # fmt: skip
+    ]
 
 
 def case(number: int, models: list[Path], work: Path) -> tuple[str, list[str], runs.Outcome]:
@@ -133,9 +148,7 @@ def main() -> None:
         models = make_models(Path(folder))
         if options.only is not None:
             what, command, outcome = case(options.only, models, Path(folder) / "work")
-            print(
-                what, "qcli " + " ".join(command), outcome.stdout, outcome.stderr, outcome.fault or "no fault", sep="\n"
-            )
+            print(what, "qcli " + " ".join(command), outcome.stdout, outcome.stderr, outcome.fault or "no fault", sep="\n")
             return
         last = options.first + options.count
         parts = [(options.first + i, last, options.jobs, models) for i in range(options.jobs)]

@@ -15,23 +15,103 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 HOSTILE = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 0.5, -0.5, 1e-9, 1e308, float("nan"), float("inf"), 2**31, 2**31 - 1, 2**62, 2**63,
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    0.5,
+    -0.5,
+    1e-9,
+    1e308,
+    float("nan"),
+    float("inf"),
+    2**31,
+    2**31 - 1,
+    2**62,
+    2**63,
     2**70,
-    "", "x", "auto", "0", "64", "float8_e4m3fn", "float16", "\x00", "../x", "a" * 300, "é\u2028", [], [1], ["x"], [None], [[]],
-    [2**62, 2], {}, {"a": 1}, {"": None}, {"rope_type": "yarn"}, [{"a": [1]}],
-)  # fmt: skip
+    "",
+    "x",
+    "auto",
+    "0",
+    "64",
+    "float8_e4m3fn",
+    "float16",
+    "\x00",
+    "../x",
+    "a" * 300,
+    "é\u2028",
+    [],
+    [1],
+    ["x"],
+    [None],
+    [[]],
+    [2**62, 2],
+    {},
+    {"a": 1},
+    {"": None},
+    {"rope_type": "yarn"},
+    [{"a": [1]}],
+)
 _MORE_OF_CONFIG = (
-    "architectures", "auto_map", "dtype", "torch_dtype", "quantization_config", "rope_parameters", "rope_scaling", "rope_theta",
-    "layer_types", "num_labels", "id2label", "text_config", "vision_config", "sliding_window", "head_dim", "num_experts",
-    "num_local_experts", "is_encoder_decoder", "tie_word_embeddings", "pad_token_id", "eos_token_id", "attn_implementation",
-    "torchscript", "pruned_heads", "transformers_version", "use_cache", "output_attentions", "return_dict",
-    "chunk_size_feed_forward", "mlp_bias", "attention_bias", "hidden_act", "initializer_range", "rms_norm_eps", "pretraining_tp",
-    "model_type", "name_or_path",
-)  # fmt: skip
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "layer_types",
+    "num_labels",
+    "id2label",
+    "text_config",
+    "vision_config",
+    "sliding_window",
+    "head_dim",
+    "num_experts",
+    "num_local_experts",
+    "is_encoder_decoder",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "eos_token_id",
+    "attn_implementation",
+    "torchscript",
+    "pruned_heads",
+    "transformers_version",
+    "use_cache",
+    "output_attentions",
+    "return_dict",
+    "chunk_size_feed_forward",
+    "mlp_bias",
+    "attention_bias",
+    "hidden_act",
+    "initializer_range",
+    "rms_norm_eps",
+    "pretraining_tp",
+    "model_type",
+    "name_or_path",
+)
 _MORE_OF_TOKENIZER = (
-    "tokenizer_class", "model_max_length", "chat_template", "eos_token", "bos_token", "pad_token", "unk_token", "auto_map",
-    "added_tokens_decoder", "extra_special_tokens", "padding_side", "model_input_names", "clean_up_tokenization_spaces",
-)  # fmt: skip
+    "tokenizer_class",
+    "model_max_length",
+    "chat_template",
+    "eos_token",
+    "bos_token",
+    "pad_token",
+    "unk_token",
+    "auto_map",
+    "added_tokens_decoder",
+    "extra_special_tokens",
+    "padding_side",
+    "model_input_names",
+    "clean_up_tokenization_spaces",
+)
 _MORE_OF_GENERATION = tuple(sorted(transformers.GenerationConfig().to_dict()))
 
 
@@ -117,12 +197,22 @@ def json_root(random: Random, folder: Path) -> str:
     good = path.read_bytes()
     name, data = random.choice(
         [
-            ("list", b"[]"), ("null", b"null"), ("number", b"3"), ("string", b'"x"'), ("empty object", b"{}"), ("empty", b""),
-            ("cut", good[: random.randrange(len(good))]), ("byte order mark", b"\xef\xbb\xbf" + good), ("no UTF-8", b'{"\xff": 1}'),
-            ("UTF-16", good.decode().encode("utf-16")), ("deep", b"[" * 50_000), ("long number", b'{"a": ' + b"9" * 5000 + b"}"),
-            ("HTML", b"<html>404 not found</html>"), ("nul bytes", bytes(len(good))),
+            ("list", b"[]"),
+            ("null", b"null"),
+            ("number", b"3"),
+            ("string", b'"x"'),
+            ("empty object", b"{}"),
+            ("empty", b""),
+            ("cut", good[: random.randrange(len(good))]),
+            ("byte order mark", b"\xef\xbb\xbf" + good),
+            ("no UTF-8", b'{"\xff": 1}'),
+            ("UTF-16", good.decode().encode("utf-16")),
+            ("deep", b"[" * 50_000),
+            ("long number", b'{"a": ' + b"9" * 5000 + b"}"),
+            ("HTML", b"<html>404 not found</html>"),
+            ("nul bytes", bytes(len(good))),
         ]
-    )  # fmt: skip
+    )
     path.write_bytes(data)
     return f"{path.name}: {name}"
 
@@ -193,12 +283,7 @@ def tensor(random: Random, folder: Path) -> str:
         state[name] = old.reshape(-1).clone()
     elif choice == "extra":
         extra = random.choice(
-            (
-                "model.layers.9.mlp.up_proj.weight",
-                f"{name}_scale_inv",
-                f"{name}.absmax",
-                f"{name.removesuffix('weight')}SCB",
-            )
+            ("model.layers.9.mlp.up_proj.weight", f"{name}_scale_inv", f"{name}.absmax", f"{name.removesuffix('weight')}SCB")
         )
         state[extra] = torch.ones(3)
     elif choice == "empty":
@@ -221,9 +306,7 @@ def files(random: Random, folder: Path) -> str:
         elif choice == "link":
             path.symlink_to(folder / "nowhere")
     elif choice == "renamed":
-        path.rename(
-            folder / random.choice((f"x{path.name}", path.name.replace("model", "model.fp16"), path.name.upper()))
-        )
+        path.rename(folder / random.choice((f"x{path.name}", path.name.replace("model", "model.fp16"), path.name.upper())))
     elif choice == "adapter":
         value = {"peft_type": "LORA", "base_model_name_or_path": "a/b", "r": 4}
         (folder / "adapter_config.json").write_text(json.dumps(value if random.random() < 0.5 else [value]))
@@ -240,8 +323,14 @@ def files(random: Random, folder: Path) -> str:
 
 
 KINDS: tuple[tuple[Callable[[Random, Path], str], int], ...] = (
-    (json_field, 9), (json_root, 2), (header, 3), (file_bytes, 2), (quant_state, 3), (tensor, 4), (files, 2),
-)  # fmt: skip
+    (json_field, 9),
+    (json_root, 2),
+    (header, 3),
+    (file_bytes, 2),
+    (quant_state, 3),
+    (tensor, 4),
+    (files, 2),
+)
 
 
 def mutate(random: Random, folder: Path) -> str:

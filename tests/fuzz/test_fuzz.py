@@ -27,7 +27,7 @@ def test_every_damaged_folder_ends_in_words(first, models, tmp_path):
 
 def test_a_fault_is_seen(models, tmp_path, monkeypatch):
     """The campaign can fail: a verb that breaks, and one that writes other weights than it read."""
-    from qcli.checkpoint import describe
+    from qcli.formats import describe
     from qcli.methods import _blockwise
 
     def broken(*arguments):

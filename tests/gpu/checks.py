@@ -62,10 +62,7 @@ def poisoned() -> Iterator[None]:
 
 def moved(arguments: dict, device: torch.device, form: str = "plain") -> dict:
     """The arguments with their tensors on the device, each lying there in that form."""
-    return {
-        name: _in_form(value, device, form) if isinstance(value, torch.Tensor) else value
-        for name, value in arguments.items()
-    }
+    return {name: _in_form(value, device, form) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 
 def _in_form(tensor: torch.Tensor, device: torch.device, form: str) -> torch.Tensor:
@@ -117,9 +114,7 @@ def wrong_in_rows(name: str, arguments: dict, rows: torch.Tensor) -> str | None:
 def of_rows(name: str, arguments: dict, rows: torch.Tensor) -> dict:
     """The arguments of the product with those rows of the weight, on the CPU."""
     on_cpu, on_device = torch.device("cpu"), rows.to(arguments["x"].device)
-    some = {
-        key: value for key, value in arguments.items() if key not in ("packed", "absmax", "weight", "scale", "bias")
-    }
+    some = {key: value for key, value in arguments.items() if key not in ("packed", "absmax", "weight", "scale", "bias")}
     if name == "linear_4bit":
         out_features, absmax = arguments["out_features"], arguments["absmax"]
         if arguments["nested_absmax"] is not None:

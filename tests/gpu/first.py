@@ -16,9 +16,7 @@ from tests.gpu.inputs import LAYERS, layer_4bit, layer_8bit
 FEW, MANY = (1, 8), (32, 100)
 
 
-def products(
-    device: torch.device, shape: tuple[int, int], every_tokens: tuple[int, ...]
-) -> Iterator[tuple[str, int, dict]]:
+def products(device: torch.device, shape: tuple[int, int], every_tokens: tuple[int, ...]) -> Iterator[tuple[str, int, dict]]:
     """(op, tokens, arguments)."""
     for tokens in every_tokens:
         yield "linear_4bit", tokens, layer_4bit(tokens, *shape, torch.bfloat16, bias=torch.bfloat16, device=device)

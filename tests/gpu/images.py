@@ -18,9 +18,7 @@ def _with_other_bias(dtypes: tuple[str, ...], **more: tuple[int, ...]) -> list[t
 
 # By source, beyond those that a package would carry.
 MORE = {
-    **dict.fromkeys(
-        ("quantize_4bit", "dequantize_4bit"), [(f"DTYPE={x}", f"BLOCK_SIZE={n}") for x in _ALL for n in _BLOCK_SIZES]
-    ),
+    **dict.fromkeys(("quantize_4bit", "dequantize_4bit"), [(f"DTYPE={x}", f"BLOCK_SIZE={n}") for x in _ALL for n in _BLOCK_SIZES]),
     "linear_int8": _with_other_bias(_ALL, FULL=(0, 1)),
     "linear_int8_epilogue": _with_other_bias(_ALL),
     "linear_int8_gemm": _with_other_bias(_HALF, STAGES=(3, 4)),

@@ -45,11 +45,17 @@ def layer_4bit(
         absmax = torch.randint(256, (blocks,), dtype=torch.uint8, device=device)
         nested_absmax, offset = torch.rand(-(-blocks // 256), device=device) * 0.02, 0.03
     return {
-        "x": activations(tokens, in_features, dtype, device=device), "packed": packed, "absmax": absmax,
-        "nested_absmax": nested_absmax, "offset": offset,
+        "x": activations(tokens, in_features, dtype, device=device),
+        "packed": packed,
+        "absmax": absmax,
+        "nested_absmax": nested_absmax,
+        "offset": offset,
         "bias": None if bias is None else torch.randn(out_features, device=device).to(bias),
-        "block_size": block_size, "quant_type": quant_type, "out_features": out_features, "compute_dtype": dtype,
-    }  # fmt: skip
+        "block_size": block_size,
+        "quant_type": quant_type,
+        "out_features": out_features,
+        "compute_dtype": dtype,
+    }
 
 
 def layer_8bit(tokens, out_features, in_features, dtype, *, outliers=0, threshold=6.0, bias=None, device=CPU) -> dict:
@@ -87,15 +93,7 @@ def _spoiled(x: torch.Tensor) -> torch.Tensor:
 
 def _quantize_4bit(dtype):
     for quant_type in codebooks.CODEBOOKS:
-        for block_size, count in (
-            (2, 77),
-            (6, 1000),
-            (16, 4097),
-            (64, 64 * 999 + 1),
-            (256, 5000),
-            (512, 5001),
-            (64, 3),
-        ):
+        for block_size, count in ((2, 77), (6, 1000), (16, 4097), (64, 64 * 999 + 1), (256, 5000), (512, 5001), (64, 3)):
             x = torch.randn(count).to(dtype)
             yield f"{quant_type}-{block_size}-{count}", _of_4bit(x, block_size, quant_type)
         yield f"{quant_type}-spoiled", _of_4bit(_spoiled(torch.randn(40, 64).to(dtype)), 64, quant_type)
@@ -152,9 +150,20 @@ def _activation_stats(dtype):
 
 def _linear_4bit(dtype):
     sizes = (
-        (1, 1, 64), (2, 15, 320), (4, 17, 1024), (8, 129, 192), (9, 63, 64), (16, 65, 448), (17, 1, 256), (32, 130, 1088),
-        (33, 66, 64), (63, 64, 512), (64, 67, 320), (65, 9, 64), (0, 16, 64),
-    )  # fmt: skip
+        (1, 1, 64),
+        (2, 15, 320),
+        (4, 17, 1024),
+        (8, 129, 192),
+        (9, 63, 64),
+        (16, 65, 448),
+        (17, 1, 256),
+        (32, 130, 1088),
+        (33, 66, 64),
+        (63, 64, 512),
+        (64, 67, 320),
+        (65, 9, 64),
+        (0, 16, 64),
+    )
     for tokens, out_features, in_features in sizes:
         nested = out_features % 2 == 1
         bias = DTYPES[tokens % 3] if tokens % 2 else None
@@ -176,9 +185,20 @@ def _linear_4bit(dtype):
 
 def _linear_int8(dtype):
     sizes = (
-        (1, 1, 16), (3, 17, 272), (8, 129, 256), (8, 40, 4112), (9, 15, 64), (2, 33, 30), (16, 8, 8), (17, 9, 77), (33, 130, 1024),
-        (100, 257, 304), (129, 127, 144), (0, 8, 16), (4, 0, 16),
-    )  # fmt: skip
+        (1, 1, 16),
+        (3, 17, 272),
+        (8, 129, 256),
+        (8, 40, 4112),
+        (9, 15, 64),
+        (2, 33, 30),
+        (16, 8, 8),
+        (17, 9, 77),
+        (33, 130, 1024),
+        (100, 257, 304),
+        (129, 127, 144),
+        (0, 8, 16),
+        (4, 0, 16),
+    )
     for tokens, out_features, in_features in sizes:
         bias = DTYPES[tokens % 3] if tokens % 2 else None
         for threshold in (0.0, 6.0):

@@ -52,19 +52,23 @@ def test_int8_codes_and_absmax(threshold, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_results_of_a_linear4bit(dtype, quant_type, double_quant, device):
     n, k = 640, 2048
-    layer = bnb.nn.Linear4bit(
-        k, n, bias=True, compute_dtype=dtype, compress_statistics=double_quant, quant_type=quant_type
-    )  # fmt: skip
+    layer = bnb.nn.Linear4bit(k, n, bias=True, compute_dtype=dtype, compress_statistics=double_quant, quant_type=quant_type)
     layer = layer.to(dtype).to(device).eval()
     state = layer.weight.quant_state
     absmax, nested_absmax, offset = state.absmax, None, 0.0
     if double_quant:
         nested_absmax, offset = state.state2.absmax, state.offset.item()
     weight = {
-        "packed": layer.weight.data, "absmax": absmax, "nested_absmax": nested_absmax, "offset": offset,
-        "bias": layer.bias.data, "block_size": state.blocksize, "quant_type": quant_type, "out_features": n,
+        "packed": layer.weight.data,
+        "absmax": absmax,
+        "nested_absmax": nested_absmax,
+        "offset": offset,
+        "bias": layer.bias.data,
+        "block_size": state.blocksize,
+        "quant_type": quant_type,
+        "out_features": n,
         "compute_dtype": dtype,
-    }  # fmt: skip
+    }
     weight = moved(weight, device)  # on a CPU their first call packs it anew
     for tokens in (1, 4, 8, 32, 100):
         arguments = {"x": torch.randn(tokens, k, device=device).to(dtype), **weight}
@@ -85,7 +89,10 @@ def test_results_of_a_linear8bitlt(threshold, device, product):
         with torch.no_grad():
             theirs = layer(x)
         arguments = {
-            "x": x, "weight": layer.weight.data, "scale": layer.state.SCB.view(-1), "bias": layer.bias.data,
+            "x": x,
+            "weight": layer.weight.data,
+            "scale": layer.state.SCB.view(-1),
+            "bias": layer.bias.data,
             "threshold": threshold,
-        }  # fmt: skip
+        }
         assert disagreement("linear_int8", arguments, linear_int8(**arguments), theirs.cpu()) is None, tokens

@@ -74,8 +74,7 @@ def test_8_bit_quantization_and_statistics(device, room):
     assert torch.equal(outliers, found) and found[7] and not found.all()
     marks = torch.where(found.cpu(), 50.0, 0.0).bfloat16()[None]  # so that the reference finds the same columns
     expected = [
-        part[: len(chosen)]
-        for part in reference("quantize_int8", {"x": torch.cat([some, marks]), "threshold": threshold})[:2]
+        part[: len(chosen)] for part in reference("quantize_int8", {"x": torch.cat([some, marks]), "threshold": threshold})[:2]
     ]
     ours = q[chosen.to(device)].cpu(), absmax[chosen.to(device)].cpu()
     assert same_bits(ours, tuple(expected))

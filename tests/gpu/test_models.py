@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import qcli
-from qcli.nn import Linear4bit, Linear8bit
+from qcli.nn.linear_4bit import Linear4bit
+from qcli.nn.linear_8bit import Linear8bit
 from tests.conftest import ROOT
 from tests.gpu.checks import noting
 

@@ -52,18 +52,14 @@ def test_8_bit_layers(layer, dtype, device, product):
     out_features, in_features = LAYERS[layer]
     for tokens, outliers in ((1, 0), (1, 5), (3, 300), (8, 6), (9, 17), (100, 0), (513, 7)):
         bias = torch.float32 if tokens % 2 else None
-        arguments = layer_8bit(
-            tokens, out_features, in_features, dtype, outliers=outliers, bias=bias, device=device
-        )  # fmt: skip
+        arguments = layer_8bit(tokens, out_features, in_features, dtype, outliers=outliers, bias=bias, device=device)
         rows = some_rows(out_features)
         assert wrong_in_rows("linear_int8", arguments, rows) is None, (tokens, outliers)
         if tokens < 100:
             assert wrong_in_rows("linear_w8a16", w8a16(arguments), rows) is None, (tokens, outliers)
 
 
-@pytest.mark.parametrize(
-    "m, n, k", [(1, 64, 64), (3, 33, 65), (17, 8, 1), (1, 1, 1), (40, 24, 11008), (0, 5, 8), (3, 0, 8)]
-)
+@pytest.mark.parametrize("m, n, k", [(1, 64, 64), (3, 33, 65), (17, 8, 1), (1, 1, 1), (40, 24, 11008), (0, 5, 8), (3, 0, 8)])
 def test_the_integer_product_is_exact(m, n, k, device):
     a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
     expected = (a.double() @ b.double().t()).long()

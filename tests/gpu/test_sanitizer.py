@@ -18,9 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 def reports(output: str, tool: str) -> list[str]:
     """What was found: of initcheck only what names a kernel of ours, for torch's own kernels read what they never use."""
-    found = re.findall(
-        r"^=+ (?!COMPUTE-SANITIZER|ERROR SUMMARY|RACECHECK SUMMARY)\S.*(?:\n=+ {5,}.*)*", output, re.MULTILINE
-    )
+    found = re.findall(r"^=+ (?!COMPUTE-SANITIZER|ERROR SUMMARY|RACECHECK SUMMARY)\S.*(?:\n=+ {5,}.*)*", output, re.MULTILINE)
     if tool != "initcheck":
         return found
     ours = re.compile(rf"\b({'|'.join(sorted(entries()))})\b")
@@ -30,9 +28,8 @@ def reports(output: str, tool: str) -> list[str]:
 def run(words: list[str], environment: dict[str, str], seconds: float) -> tuple[int | None, str]:
     """Exit status and output of a command; None where it was ended, with all that it had started, when its time was over."""
     with subprocess.Popen(
-        words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
-    ) as process:  # fmt: skip
+        words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
         try:
             output, _ = process.communicate(timeout=seconds)
             return process.returncode, output

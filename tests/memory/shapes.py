@@ -1,37 +1,69 @@
 """Small configs of every family that is known from config.json alone, with the turns that their configs can take."""
 
 SMALL = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 256, "max_position_embeddings": 64, "pad_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 _GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256, "n_positions": 64}
 _MOE = SMALL | {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
 _SHARED = _MOE | {"shared_expert_intermediate_size": 48}
 _NEXT = _SHARED | {
-    "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
     "linear_value_head_dim": 12,
-}  # fmt: skip
+}
 _LATENT = SMALL | {
-    "n_routed_experts": 4, "n_shared_experts": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "q_lora_rank": 24,
-    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12, "num_experts_per_tok": 2, "n_group": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
     "topk_group": 1,
-}  # fmt: skip
+}
 _OPT = {
-    "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256,
-    "max_position_embeddings": 64, "word_embed_proj_dim": 64,
-}  # fmt: skip
+    "hidden_size": 64,
+    "ffn_dim": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
+    "word_embed_proj_dim": 64,
+}
 _NEO = {
-    "hidden_size": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 256, "max_position_embeddings": 64,
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
     "attention_types": [[["global", "local"], 1]],
-}  # fmt: skip
+}
 _NEOX = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
 _FALCON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
 _MPT = {"d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 256}
 _T5 = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4, "vocab_size": 256}
 _VISION = {
-    "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
     "patch_size": 14,
-}  # fmt: skip
+}
 _HEAD = {"head_dim": 16}
 
 # name -> (model_type, fields)
@@ -43,7 +75,8 @@ CASES = {
     "qwen2": ("qwen2", SMALL),
     "qwen2_moe": ("qwen2_moe", _SHARED),
     "qwen2_moe, some layers dense": (
-        "qwen2_moe", _SHARED | {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3], "qkv_bias": False},
+        "qwen2_moe",
+        _SHARED | {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3], "qkv_bias": False},
     ),
     "qwen3": ("qwen3", SMALL),
     "qwen3_moe": ("qwen3_moe", _MOE),
@@ -76,8 +109,14 @@ CASES = {
     "falcon-rw": ("falcon", _FALCON | {"parallel_attn": False, "multi_query": False, "bias": True, "alibi": True}),
     "falcon2-11b": (
         "falcon",
-        _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 100,
-                   "tie_word_embeddings": False},
+        _FALCON
+        | {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "ffn_hidden_size": 100,
+            "tie_word_embeddings": False,
+        },
     ),
     "mpt": ("mpt", _MPT),
     "mpt, whose expansion is not read": ("mpt", _MPT | {"expansion_ratio": 2}),
@@ -92,41 +131,55 @@ CASES = {
     "olmo3": ("olmo3", SMALL),
     "smollm3": ("smollm3", SMALL),
     "cohere": ("cohere", SMALL),
-    "cohere with norms of q and k": (
-        "cohere", SMALL | {"use_qk_norm": True, "attention_bias": True, "tie_word_embeddings": False},
-    ),
+    "cohere with norms of q and k": ("cohere", SMALL | {"use_qk_norm": True, "attention_bias": True, "tie_word_embeddings": False}),
     "cohere2": ("cohere2", SMALL | _HEAD),
     "stablelm": ("stablelm", SMALL),
-    "stablelm-2-12b": (
-        "stablelm", SMALL | {"use_qkv_bias": True, "qk_layernorm": True, "use_parallel_residual": True},
-    ),
+    "stablelm-2-12b": ("stablelm", SMALL | {"use_qkv_bias": True, "qk_layernorm": True, "use_parallel_residual": True}),
     "t5": ("t5", _T5),
-    "t5-v1.1": (
-        "t5", _T5 | {"num_decoder_layers": 3, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-    ),
-}  # fmt: skip
+    "t5-v1.1": ("t5", _T5 | {"num_decoder_layers": 3, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+}
 
 
 def llama(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocabulary: int) -> dict:
     """A published Llama's or Mistral's config."""
     return {
-        "model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": ffn,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+    }
 
 
 def _opt(layers: int, hidden: int, heads: int) -> dict:
     return {
-        "model_type": "opt", "num_hidden_layers": layers, "hidden_size": hidden, "ffn_dim": 4 * hidden, "vocab_size": 50272,
-        "num_attention_heads": heads, "max_position_embeddings": 2048, "word_embed_proj_dim": hidden,
-    }  # fmt: skip
+        "model_type": "opt",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "ffn_dim": 4 * hidden,
+        "vocab_size": 50272,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 2048,
+        "word_embed_proj_dim": hidden,
+    }
 
 
 def _t5(hidden: int, ffn: int, heads: int, head_dim: int, projection: str, tied: bool) -> dict:
     return {
-        "model_type": "t5", "is_encoder_decoder": True, "num_layers": 24, "d_model": hidden, "d_ff": ffn, "num_heads": heads,
-        "d_kv": head_dim, "vocab_size": 32128, "feed_forward_proj": projection, "tie_word_embeddings": tied,
-    }  # fmt: skip
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "num_layers": 24,
+        "d_model": hidden,
+        "d_ff": ffn,
+        "num_heads": heads,
+        "d_kv": head_dim,
+        "vocab_size": 32128,
+        "feed_forward_proj": projection,
+        "tie_word_embeddings": tied,
+    }
 
 
 LLAMAS = {
@@ -146,41 +199,89 @@ PAPER = {
     "OPT-13B": _opt(40, 5120, 40),
     "OPT-6.7B": _opt(32, 4096, 32),
     "GPT-J-6B": {
-        "model_type": "gptj", "n_layer": 28, "n_embd": 4096, "n_head": 16, "n_positions": 2048, "rotary_dim": 64,
-        "vocab_size": 50400, "n_inner": None, "tie_word_embeddings": False,
+        "model_type": "gptj",
+        "n_layer": 28,
+        "n_embd": 4096,
+        "n_head": 16,
+        "n_positions": 2048,
+        "rotary_dim": 64,
+        "vocab_size": 50400,
+        "n_inner": None,
+        "tie_word_embeddings": False,
     },
     "GPT-2 XL": {"model_type": "gpt2", "n_layer": 48, "n_embd": 1600, "n_head": 25, "n_positions": 1024, "vocab_size": 50257},
     "T5-11B": _t5(1024, 65536, 128, 128, "relu", True),
     "T0": _t5(4096, 10240, 64, 64, "gated-gelu", False),
-}  # fmt: skip
+}
 # Published configs, abridged to what bears on parameters; Gemma's text part holds as little as the published file's.
 OTHERS = {
     "Mixtral-8x7B": {
-        "model_type": "mixtral", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 32000,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "model_type": "mixtral",
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "vocab_size": 32000,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
         "tie_word_embeddings": False,
     },
     "DeepSeek-V3": {
-        "model_type": "deepseek_v3", "num_hidden_layers": 61, "hidden_size": 7168, "intermediate_size": 18432, "vocab_size": 129280,
-        "moe_intermediate_size": 2048, "num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 256,
-        "n_shared_experts": 1, "first_k_dense_replace": 3, "moe_layer_freq": 1, "kv_lora_rank": 512, "q_lora_rank": 1536,
-        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "num_experts_per_tok": 8, "attention_bias": False,
-        "num_nextn_predict_layers": 1, "tie_word_embeddings": False,
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 61,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "vocab_size": 129280,
+        "moe_intermediate_size": 2048,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 3,
+        "moe_layer_freq": 1,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "num_experts_per_tok": 8,
+        "attention_bias": False,
+        "num_nextn_predict_layers": 1,
+        "tie_word_embeddings": False,
     },
     "gpt-oss-120b": {
-        "model_type": "gpt_oss", "num_hidden_layers": 36, "hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64,
-        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201088, "num_local_experts": 128, "num_experts_per_tok": 4,
-        "attention_bias": True, "tie_word_embeddings": False,
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 36,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 201088,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
     },
     "Gemma-3-4B": {
         "model_type": "gemma3",
         "text_config": {
-            "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+            "model_type": "gemma3_text",
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 34,
             "sliding_window": 1024,
         },
         "vision_config": {
-            "model_type": "siglip_vision_model", "hidden_size": 1152, "image_size": 896, "intermediate_size": 4304,
-            "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False,
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "image_size": 896,
+            "intermediate_size": 4304,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "patch_size": 14,
+            "vision_use_head": False,
         },
     },
-}  # fmt: skip
+}

@@ -11,25 +11,41 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from qcli.decode_step import cache_argument
 from qcli.errors import UsageError
-from qcli.memory.activations import activations
-from qcli.memory.cache import cache
-from qcli.memory.config import ModelConfig
+from qcli.generation.step import cache_argument
+from qcli.memory.costs.activations import activations
+from qcli.memory.costs.cache import cache
+from qcli.memory.model.config import ModelConfig
 from tests.memory.live import Live, fused_attention
 
 H, F, D = 512, 1536, 64
 LLAMA = dict(
-    vocab_size=128, num_hidden_layers=4, hidden_size=H, intermediate_size=F, num_attention_heads=8, num_key_value_heads=4,
-    pad_token_id=0, bos_token_id=0, eos_token_id=0,
-)  # fmt: skip
+    vocab_size=128,
+    num_hidden_layers=4,
+    hidden_size=H,
+    intermediate_size=F,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    pad_token_id=0,
+    bos_token_id=0,
+    eos_token_id=0,
+)
 PLAIN = {name: value for name, value in LLAMA.items() if name not in ("intermediate_size", "num_key_value_heads")}
 GPT = dict(vocab_size=128, n_layer=4, n_embd=H, n_head=8, n_inner=F)
 MOE = LLAMA | dict(num_local_experts=8, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=F)
 MLA = dict(
-    kv_lora_rank=64, q_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=40, n_routed_experts=8,
-    n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1, num_key_value_heads=8,
-)  # fmt: skip
+    kv_lora_rank=64,
+    q_lora_rank=96,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=40,
+    n_routed_experts=8,
+    n_group=1,
+    topk_group=1,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    num_key_value_heads=8,
+)
 MAMBA_2 = dict(mamba_n_heads=16, mamba_d_head=64, mamba_d_state=128)
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 MODELS = {
@@ -45,8 +61,7 @@ MODELS = {
     "gpt2": GPT,
     "gptj": GPT | dict(rotary_dim=16),
     "gpt_neo": dict(
-        vocab_size=128, num_layers=4, hidden_size=H, num_heads=8, intermediate_size=F,
-        attention_types=[[["global", "local"], 2]],
+        vocab_size=128, num_layers=4, hidden_size=H, num_heads=8, intermediate_size=F, attention_types=[[["global", "local"], 2]]
     ),
     "gpt_neox": PLAIN | dict(intermediate_size=F),
     "opt": PLAIN | dict(ffn_dim=F, word_embed_proj_dim=H),
@@ -64,8 +79,13 @@ MODELS = {
     "gpt_oss": MOE | dict(head_dim=D, sliding_window=64),
     "deepseek_v2": MOE | MLA,
     "deepseek_v3": MOE | MLA,
-    "qwen3_next": MOE | dict(
-        head_dim=D, linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=32, linear_value_head_dim=32,
+    "qwen3_next": MOE
+    | dict(
+        head_dim=D,
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
         shared_expert_intermediate_size=F,
     ),
     "glm4": LLAMA | dict(head_dim=D),
@@ -80,34 +100,41 @@ MODELS = {
     "olmoe": MOE,
     "phimoe": MOE,
     "glm4_moe": MOE | dict(head_dim=D, first_k_dense_replace=1, n_routed_experts=8, n_group=1, topk_group=1),
-    "llama4_text": MOE | dict(
-        head_dim=D, intermediate_size_mlp=F, attention_chunk_size=64, interleave_moe_layer_step=1
-    ),
+    "llama4_text": MOE | dict(head_dim=D, intermediate_size_mlp=F, attention_chunk_size=64, interleave_moe_layer_step=1),
     "mimo_v2_flash": MOE | dict(head_dim=D, v_head_dim=D, n_routed_experts=8, sliding_window=64),
-    "gemma3n_text": LLAMA | dict(
-        head_dim=D, sliding_window=64, num_kv_shared_layers=0, layer_types=ALTERNATING, hidden_size_per_layer_input=64,
-        vocab_size_per_layer_input=128, laurel_rank=8, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4,
+    "gemma3n_text": LLAMA
+    | dict(
+        head_dim=D,
+        sliding_window=64,
+        num_kv_shared_layers=0,
+        layer_types=ALTERNATING,
+        hidden_size_per_layer_input=64,
+        vocab_size_per_layer_input=128,
+        laurel_rank=8,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
     ),
-    "gemma4_text": LLAMA | dict(
-        head_dim=D, global_head_dim=D, sliding_window=64, num_kv_shared_layers=0, layer_types=ALTERNATING,
-        hidden_size_per_layer_input=64, vocab_size_per_layer_input=128,
+    "gemma4_text": LLAMA
+    | dict(
+        head_dim=D,
+        global_head_dim=D,
+        sliding_window=64,
+        num_kv_shared_layers=0,
+        layer_types=ALTERNATING,
+        hidden_size_per_layer_input=64,
+        vocab_size_per_layer_input=128,
     ),
     "lfm2": LLAMA | dict(layer_types=["conv", "full_attention", "conv", "conv"], block_auto_adjust_ff_dim=False),
     "jamba": LLAMA | dict(num_experts=1, attn_layer_period=4, attn_layer_offset=2),
     "bamba": LLAMA | MAMBA_2 | dict(attn_layer_indices=[2]),
     "falcon_h1": LLAMA | MAMBA_2 | dict(mamba_d_ssm=1024),
-    "nemotron_h": {name: value for name, value in LLAMA.items() if name != "num_hidden_layers"} | dict(
-        hybrid_override_pattern="M*-M", head_dim=D, mamba_num_heads=16, mamba_head_dim=64, ssm_state_size=128, n_groups=1
-    ),
-    "granitemoehybrid": MOE | MAMBA_2 | dict(
-        layer_types=["mamba", "attention", "mamba", "mamba"], shared_intermediate_size=F
-    ),
+    "nemotron_h": {name: value for name, value in LLAMA.items() if name != "num_hidden_layers"}
+    | dict(hybrid_override_pattern="M*-M", head_dim=D, mamba_num_heads=16, mamba_head_dim=64, ssm_state_size=128, n_groups=1),
+    "granitemoehybrid": MOE | MAMBA_2 | dict(layer_types=["mamba", "attention", "mamba", "mamba"], shared_intermediate_size=F),
     "mamba": dict(vocab_size=128, num_hidden_layers=4, hidden_size=H),
     "mamba2": dict(vocab_size=128, num_hidden_layers=4, hidden_size=H, num_heads=16, head_dim=64, n_groups=1),
-    "kimi_linear": MOE | MLA | dict(
-        linear_num_heads=8, linear_head_dim=64, layer_types=["linear_attention", "full_attention"] * 2
-    ),
-}  # fmt: skip
+    "kimi_linear": MOE | MLA | dict(linear_num_heads=8, linear_head_dim=64, layer_types=["linear_attention", "full_attention"] * 2),
+}
 # transformers has no fused attention for these; for the last two it has one since 5.24.
 EAGER = ("gemma2", "gpt_neo", "bloom", "mpt", "gpt_oss", "mimo_v2_flash")
 EAGER += () if GPTJPreTrainedModel._supports_sdpa else ("gptj", "codegen")
@@ -171,8 +198,17 @@ def test_appending_holds_a_layer_twice(name):
 
 
 def test_logits_of_all_tokens():
-    llama = config("llama", dict(vocab_size=128256, num_hidden_layers=32, hidden_size=4096, intermediate_size=14336,
-                                 num_attention_heads=32, num_key_value_heads=8))  # fmt: skip
+    llama = config(
+        "llama",
+        dict(
+            vocab_size=128256,
+            num_hidden_layers=32,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+        ),
+    )
     found = activations(llama, 8192, logits="all")
     assert found.binding == "logits"
     assert found.prefill == 8192 * (128256 * (2 + 4) + 4096 * 2)  # 2.10 GB in 16 bit, 4.20 GB in float32
@@ -189,8 +225,17 @@ def test_logits_of_all_tokens():
     ],
 )
 def test_transients_of_quantized_products(method, extra):
-    llama = config("llama", dict(vocab_size=128256, num_hidden_layers=32, hidden_size=4096, intermediate_size=14336,
-                                 num_attention_heads=32, num_key_value_heads=8))  # fmt: skip
+    llama = config(
+        "llama",
+        dict(
+            vocab_size=128256,
+            num_hidden_layers=32,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+        ),
+    )
     found = activations(llama, 64, method=method)
     assert found.moments["up projection"] == 64 * (4 * 4096 + 2 * 14336) * 2 + extra
     assert found.prefill >= found.moments["up projection"]
@@ -204,10 +249,7 @@ def test_vllm_takes_a_chunk_at_a_time():
 
 
 def test_float32_takes_twice_as_much():
-    assert (
-        activations(config("llama", LLAMA), 512, dtype="float32").prefill
-        == 2 * activations(config("llama", LLAMA), 512).prefill
-    )
+    assert activations(config("llama", LLAMA), 512, dtype="float32").prefill == 2 * activations(config("llama", LLAMA), 512).prefill
 
 
 def test_what_is_asked_wrongly():

@@ -7,8 +7,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from qcli.errors import UsageError
-from qcli.memory.cache import cache
-from qcli.memory.config import ModelConfig
+from qcli.memory.costs.cache import cache
+from qcli.memory.model.config import ModelConfig
 from tests.memory.tiny import CONFIGS
 
 GIB = 2**30
@@ -66,43 +66,63 @@ def test_groups_that_wait_to_be_compressed_are_counted_whole():
 
 
 def llama_like(layers, heads, kv_heads, head_dim, **fields) -> ModelConfig:
-    sizes = {
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-    }
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
     return config("llama", hidden_size=heads * head_dim, **sizes, **fields)
 
 
 DEEPSEEK_V3 = {
-    "num_hidden_layers": 61, "hidden_size": 7168, "num_attention_heads": 128, "num_key_value_heads": 128,
-    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-}  # fmt: skip
+    "num_hidden_layers": 61,
+    "hidden_size": 7168,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
 QWEN3_NEXT = {
-    "num_hidden_layers": 48, "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256,
-    "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
-    "linear_conv_kernel_dim": 4, "full_attention_interval": 4,
-}  # fmt: skip
+    "num_hidden_layers": 48,
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 4,
+}
 JAMBA = {
-    "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "mamba_expand": 2,
-    "attn_layer_period": 8, "attn_layer_offset": 4, "mamba_d_state": 16, "mamba_d_conv": 4,
-}  # fmt: skip
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "mamba_expand": 2,
+    "attn_layer_period": 8,
+    "attn_layer_offset": 4,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+}
 GEMMA3_27B = {
-    "num_hidden_layers": 62, "hidden_size": 5376, "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128,
-    "sliding_window": 1024, "sliding_window_pattern": 6,
-}  # fmt: skip
+    "num_hidden_layers": 62,
+    "hidden_size": 5376,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "sliding_window": 1024,
+    "sliding_window_pattern": 6,
+}
 GEMMA2_27B = GEMMA3_27B | {"num_hidden_layers": 46, "hidden_size": 4608, "sliding_window": 4096}
 GPT_OSS_120B = {
-    "num_hidden_layers": 36, "hidden_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+    "num_hidden_layers": 36,
+    "hidden_size": 2880,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
     "sliding_window": 128,
-}  # fmt: skip
-QWEN3_5_27B = QWEN3_NEXT | {
-    "num_hidden_layers": 64,
-    "hidden_size": 5120,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 4,
 }
+QWEN3_5_27B = QWEN3_NEXT | {"num_hidden_layers": 64, "hidden_size": 5120, "num_attention_heads": 24, "num_key_value_heads": 4}
 
 
 @pytest.mark.parametrize(
@@ -176,9 +196,7 @@ def test_qwen3_5_27b():
     assert cache(config("qwen3_5_text", **QWEN3_5_27B), 262_144).components["keys and values"] == 16 * GIB
 
 
-@pytest.mark.parametrize(
-    ("dtype", "size"), [("float32", 4), ("fp8", 1), ("q8_0", 1.0625), ("q4_0", 0.5625), ("nvfp4", 0.5625)]
-)
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("fp8", 1), ("q8_0", 1.0625), ("q4_0", 0.5625), ("nvfp4", 0.5625)])
 def test_dtypes_of_the_cache(dtype, size):
     assert cache(llama_like(32, 32, 8, 128), 100, kv_dtype=dtype).total == math.ceil(65_536 * size) * 100
 
@@ -192,9 +210,20 @@ def test_vllm_rounds_to_blocks_and_keeps_a_chunk_beside_the_window():
 
 def test_encoder_decoder_keeps_the_keys_of_its_input():
     made = ModelConfig(
-        {"model_type": "t5", "d_model": 64, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4, "d_kv": 16,
-         "d_ff": 96, "vocab_size": 64, "is_encoder_decoder": True, "dtype": "float32"}, "config.json"
-    )  # fmt: skip
+        {
+            "model_type": "t5",
+            "d_model": 64,
+            "num_layers": 3,
+            "num_decoder_layers": 2,
+            "num_heads": 4,
+            "d_kv": 16,
+            "d_ff": 96,
+            "vocab_size": 64,
+            "is_encoder_decoder": True,
+            "dtype": "float32",
+        },
+        "config.json",
+    )
     found = cache(made, 5, batch=2, encoder_tokens=11)
     assert found.components["keys and values"] == 2 * 2 * 2 * 64 * 5 * 4
     assert found.components["cross-attention keys and values"] == 2 * 2 * 2 * 64 * 11 * 4
@@ -202,8 +231,7 @@ def test_encoder_decoder_keeps_the_keys_of_its_input():
 
 def test_the_formula_tells_the_numbers():
     assert cache(llama_like(32, 32, 8, 128), 100, batch=2).formula == (
-        "keys and values: 32 layers x (8 heads x (128 + 128): 4096 bytes a token x 100 tokens) x 2 sequences = "
-        "26214400 bytes",
+        "keys and values: 32 layers x (8 heads x (128 + 128): 4096 bytes a token x 100 tokens) x 2 sequences = 26214400 bytes",
     )
 
 

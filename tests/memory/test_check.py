@@ -5,7 +5,7 @@ import pytest
 import qcli
 from qcli.checkpoint.source import open_source
 from qcli.errors import DeviceError, PlanError
-from qcli.memory.check import check_room
+from qcli.loading.room import check_room
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, make_model
 
@@ -44,9 +44,7 @@ def test_what_is_needed_is_weights_and_more(source, tmp_path):
 
 def test_the_message_names_options_that_fit(source):
     eight, four = needed(source, "llm-int8"), needed(source, "nf4")
-    with pytest.raises(
-        DeviceError, match=r"needs \d\.\d+ MB of GPU memory at the least, and \d\.\d+ MB are free"
-    ) as refused:
+    with pytest.raises(DeviceError, match=r"needs \d\.\d+ MB of GPU memory at the least, and \d\.\d+ MB are free") as refused:
         check_room(source, None, "auto", eight, "GPU memory")
     assert refused.value.hint.startswith("Try --bits 8 or --bits 4 or --device-map auto;")
     with pytest.raises(DeviceError) as refused:
@@ -58,22 +56,22 @@ def test_the_message_names_options_that_fit(source):
 
 
 def test_generate_refuses_before_it_reads(quick_cli, monkeypatch):
-    monkeypatch.setattr("qcli.model.available_memory", lambda: 2_000_000)
+    monkeypatch.setattr("qcli.loading.load.available_memory", lambda: 2_000_000)
     done = quick_cli("generate", DEMO, "--bits", 8, "--device", "cpu", "Once")
     assert done.returncode == 1 and "2.00 MB are free" in done.stderr and not done.stdout
-    monkeypatch.setattr("qcli.model.available_memory", lambda: None)
+    monkeypatch.setattr("qcli.loading.load.available_memory", lambda: None)
     assert quick_cli("generate", DEMO, "--bits", 8, "--device", "cpu", "--max-new-tokens", 1, "Once").returncode == 0
 
 
 def test_quantized_checkpoints_are_checked_as_they_are_stored(tmp_path, monkeypatch):
     qcli.quantize(str(DEMO), tmp_path / "four", bits=4)
-    monkeypatch.setattr("qcli.model.available_memory", lambda: 500_000)
+    monkeypatch.setattr("qcli.loading.load.available_memory", lambda: 500_000)
     with pytest.raises(DeviceError, match="500 kB are free"):
         qcli.load(str(tmp_path / "four"), device="cpu")
 
 
 def test_weights_in_a_mapped_file_are_not_counted(monkeypatch):
-    monkeypatch.setattr("qcli.model.available_memory", lambda: 1000)
+    monkeypatch.setattr("qcli.loading.load.available_memory", lambda: 1000)
     assert qcli.load(str(DEMO), device="cpu")[0] is not None
 
 
@@ -88,7 +86,7 @@ def test_a_model_that_the_estimate_does_not_know_is_let_through(tmp_path):
 
 
 def test_quantize_plans_with_the_memory_there_is(tmp_path, monkeypatch):
-    monkeypatch.setattr("qcli.quantization.available_memory", lambda: 1_000_000)
+    monkeypatch.setattr("qcli.quantization.quantize.available_memory", lambda: 1_000_000)
     with pytest.raises(PlanError, match=r"the run needs [\d.]+ MB of memory, and 1.00 MB are free"):
         qcli.quantize(str(DEMO), tmp_path / "out", bits=4)
     assert not (tmp_path / "out").exists()

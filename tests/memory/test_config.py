@@ -9,8 +9,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from qcli.errors import UsageError
-from qcli.memory.config import ModelConfig, class_defaults
 from qcli.memory.installed import transformers_version
+from qcli.memory.model.config import ModelConfig, class_defaults
 from tests.memory.tiny import CONFIGS
 
 NEW = {"internlm3"} - set(CONFIG_MAPPING)  # not in the oldest transformers
@@ -19,9 +19,15 @@ FAMILIES = sorted(set(class_defaults()) - NEW)
 LISTED = {"nemotron_h", "zamba", "zamba2", "recurrent_gemma"}
 TEXT_ONLY = [name for name in FAMILIES if "text_config" not in CONFIG_MAPPING[name].sub_configs and name not in LISTED]
 LLAMA = {
-    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
-    "vocab_size": 64, "tie_word_embeddings": False, "dtype": "float16",
-}  # fmt: skip
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "tie_word_embeddings": False,
+    "dtype": "float16",
+}
 NAMES = {
     "layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -63,9 +69,7 @@ def compare(ours: ModelConfig, theirs) -> None:
 
 @pytest.mark.parametrize("name", TEXT_ONLY)
 def test_an_empty_text_config_is_that_of_the_class(name):
-    compare(
-        ModelConfig({"model_type": "outer", "text_config": {"model_type": name}}, "config.json"), CONFIG_MAPPING[name]()
-    )
+    compare(ModelConfig({"model_type": "outer", "text_config": {"model_type": name}}, "config.json"), CONFIG_MAPPING[name]())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -95,13 +99,12 @@ MIXTURES = {
     "mixtral": CONFIGS["llama"] | dict(num_local_experts=2),
     "qwen2_moe": CONFIGS["llama"] | dict(num_experts=2, moe_intermediate_size=8, decoder_sparse_step=2),
     "qwen3_moe": CONFIGS["llama"] | dict(num_experts=2, moe_intermediate_size=8, mlp_only_layers=[0, 3]),
-    "ernie4_5_moe": CONFIGS["llama"] | dict(
-        moe_num_experts=2, moe_k=1, moe_intermediate_size=8, moe_layer_start_index=1, moe_layer_end_index=2
-    ),
+    "ernie4_5_moe": CONFIGS["llama"]
+    | dict(moe_num_experts=2, moe_k=1, moe_intermediate_size=8, moe_layer_start_index=1, moe_layer_end_index=2),
     "lfm2_moe": CONFIGS["lfm2"] | dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, num_dense_layers=3),
     "gpt_oss": CONFIGS["llama"] | dict(num_local_experts=2, num_experts_per_tok=1, head_dim=16),
     "llama": CONFIGS["llama"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -130,11 +133,7 @@ def test_every_default_is_told_once():
 
 
 def test_the_language_model_of_a_multimodal_config():
-    gemma = {
-        "model_type": "gemma3",
-        "text_config": {"hidden_size": 2560, "num_hidden_layers": 34},
-        "torch_dtype": "bfloat16",
-    }
+    gemma = {"model_type": "gemma3", "text_config": {"hidden_size": 2560, "num_hidden_layers": 34}, "torch_dtype": "bfloat16"}
     made = ModelConfig(gemma, "config.json")
     assert (made.model_type, made.layers, made.heads, made.kv_heads, made.head_dim) == ("gemma3_text", 34, 8, 4, 256)
     assert (made.vocab_size, made.tied_embeddings, made.dtype) == (262208, True, "bfloat16")
@@ -163,9 +162,7 @@ def test_key_and_value_heads_by_family():
     assert config(**falcon, multi_query=True).kv_heads == 1
     assert config(**falcon, multi_query=False).kv_heads == 2
     assert config(model_type="falcon", multi_query=False).kv_heads == 4
-    assert (
-        config(model_type="chatglm", multi_query_attention=True, multi_query_group_num=2, kv_channels=8).kv_heads == 2
-    )
+    assert config(model_type="chatglm", multi_query_attention=True, multi_query_group_num=2, kv_channels=8).kv_heads == 2
     assert config(model_type="mpt", attn_config={"kv_n_heads": 2}).kv_heads == 2
 
 
@@ -174,26 +171,14 @@ def test_key_and_value_heads_by_family():
     [
         ({"hidden_size": None}, "hidden_size", "org/name has no hidden_size"),
         ({"num_hidden_layers": 0}, "layers", "num_hidden_layers in config.json of org/name is 0, expected at least 1"),
-        (
-            {"vocab_size": "32k"},
-            "vocab_size",
-            "vocab_size in config.json of org/name is '32k', expected a whole number",
-        ),
+        ({"vocab_size": "32k"}, "vocab_size", "vocab_size in config.json of org/name is '32k', expected a whole number"),
         ({"num_attention_heads": -4}, "heads", "is -4, expected a whole number"),
         ({"layer_types": ["full_attention"]}, "layer_types", "types 1 layers, and the model has 2"),
         ({"layer_types": "full_attention"}, "layer_types", "is 'full_attention', expected a list"),
-        (
-            {"hybrid_override_pattern": "M?"},
-            "layer_types",
-            r"hybrid_override_pattern in config.json of org/name has '\?'",
-        ),
+        ({"hybrid_override_pattern": "M?"}, "layer_types", r"hybrid_override_pattern in config.json of org/name has '\?'"),
         ({"num_hidden_layers": 10**6}, "layers", "is 1,000,000, expected at most 10,000"),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "layer_types", "is 0, expected at least 1"),
-        (
-            {"model_type": "gemma3_text", "sliding_window_pattern": "x"},
-            "layer_types",
-            "is 'x', expected a whole number",
-        ),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": "x"}, "layer_types", "is 'x', expected a whole number"),
         ({"model_type": "qwen3_next", "full_attention_interval": 0}, "layer_types", "is 0, expected at least 1"),
         ({"attn_config": 8}, "kv_heads", "attn_config in config.json of org/name is 8, expected an object"),
     ],
@@ -249,11 +234,7 @@ def test_the_many_names_of_sizes(model_type):
     """Layer counts and widths under each family's own names are those that transformers' attribute maps lead to."""
     theirs = CONFIG_MAPPING[model_type]()
     ours = ModelConfig(json.loads(theirs.to_json_string(use_diff=False)), "config.json")
-    layers = (
-        getattr(theirs, "decoder_layers", None)
-        or getattr(theirs, "num_decoder_layers", None)
-        or theirs.num_hidden_layers
-    )
+    layers = getattr(theirs, "decoder_layers", None) or getattr(theirs, "num_decoder_layers", None) or theirs.num_hidden_layers
     assert (ours.layers, ours.hidden_size, ours.vocab_size) == (layers, theirs.hidden_size, theirs.vocab_size)
     if model_type != "rwkv":  # has no heads
         heads = getattr(theirs, "decoder_attention_heads", None) or getattr(theirs, "num_decoder_attention_heads", None)
@@ -262,13 +243,7 @@ def test_the_many_names_of_sizes(model_type):
 
 @pytest.mark.parametrize("field", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"])
 def test_sizes_beyond_all_machines(field):
-    raw = {
-        "model_type": "llama",
-        "num_hidden_layers": 2,
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "vocab_size": 100,
-    }
+    raw = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100}
     config = ModelConfig(raw | {field: 2**62}, "config.json")
     name = {"num_attention_heads": "heads", "max_position_embeddings": "max_context"}.get(field, field)
     with pytest.raises(UsageError, match=f"{field} in config.json is 4,611,686,018,427,387,904, expected at most"):

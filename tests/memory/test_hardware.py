@@ -5,7 +5,7 @@ import os
 import pytest
 
 from qcli.errors import DeviceError, UsageError
-from qcli.memory.hardware import GIB, gpus, names
+from qcli.memory.placing.hardware import GIB, gpus, names
 
 
 @pytest.mark.parametrize(
@@ -20,12 +20,24 @@ def test_sizes(text, memory):
 @pytest.mark.parametrize(
     "text, name",
     [
-        ("rtx4090", "rtx4090"), ("RTX 4090", "rtx4090"), ("4090", "rtx4090"), ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("a100-80", "a100-80"), ("A100 80GB", "a100-80"), ("a100_80gb", "a100-80"), ("NVIDIA A100-SXM4-80GB", "a100-80"),
-        ("h100", "h100"), ("H100 PCIe", "h100"), ("t4", "t4"), ("Tesla T4", "t4"), ("colab", "t4"), ("v100", "v100-16"),
-        ("3090", "rtx3090"), ("NVIDIA H200", "h200"),
+        ("rtx4090", "rtx4090"),
+        ("RTX 4090", "rtx4090"),
+        ("4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("a100-80", "a100-80"),
+        ("A100 80GB", "a100-80"),
+        ("a100_80gb", "a100-80"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("h100", "h100"),
+        ("H100 PCIe", "h100"),
+        ("t4", "t4"),
+        ("Tesla T4", "t4"),
+        ("colab", "t4"),
+        ("v100", "v100-16"),
+        ("3090", "rtx3090"),
+        ("NVIDIA H200", "h200"),
     ],
-)  # fmt: skip
+)
 def test_names_however_spelt(text, name):
     (gpu,) = gpus([text])
     assert gpu.name == name
@@ -46,10 +58,16 @@ def test_several_and_counts():
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("rtx409", "rtx4090"), ("24", "neither a size nor a name"), ("24XB", "neither"), ("0GB", "more than nothing"),
-        ("0xt4", "counts no GPU"), ("", "neither"), ("-5GB", "neither"), ("24 G", "neither"),
+        ("rtx409", "rtx4090"),
+        ("24", "neither a size nor a name"),
+        ("24XB", "neither"),
+        ("0GB", "more than nothing"),
+        ("0xt4", "counts no GPU"),
+        ("", "neither"),
+        ("-5GB", "neither"),
+        ("24 G", "neither"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(text, words):
     with pytest.raises(UsageError) as error:
         gpus([text])

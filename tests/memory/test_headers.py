@@ -6,22 +6,29 @@ from types import SimpleNamespace
 import pytest
 
 import qcli
-from qcli.checkpoint.safetensors_file import DTYPE_BITS, TensorInfo
+from qcli.checkpoint.dtypes import DTYPE_BITS
+from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import open_source
 from qcli.errors import UsageError
-from qcli.memory.config import ModelConfig
-from qcli.memory.parameters import parameters, parameters_of
-from qcli.memory.weights import weights
+from qcli.memory.costs.weights import weights
+from qcli.memory.model.config import ModelConfig
+from qcli.memory.model.parameters import parameters, parameters_of
 from tests.models import ARCHITECTURES, make_model
 
 LAYER = "model.layers.0."
 CONFIG = {
-    "model_type": "newest", "num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 256,
+    "model_type": "newest",
+    "num_hidden_layers": 1,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 OUTSIDE = {
-    "model.embed_tokens.weight": ("BF16", (256, 64)), "model.norm.weight": ("BF16", (64,)), "lm_head.weight": ("BF16", (256, 64)),
-}  # fmt: skip
+    "model.embed_tokens.weight": ("BF16", (256, 64)),
+    "model.norm.weight": ("BF16", (64,)),
+    "lm_head.weight": ("BF16", (256, 64)),
+}
 
 
 def headers(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> SimpleNamespace:
@@ -82,10 +89,7 @@ PACKED = {
         {"qweight": ("I32", (8, 96)), "qzeros": ("I32", (2, 12)), "scales": ("F16", (2, 96)), "g_idx": ("I32", (64,))},
     ),
     "gptq of 3 bits": ({"bits": 3}, {"qweight": ("I32", (6, 96)), "scales": ("F16", (2, 96))}),
-    "awq": (
-        {"bits": 4, "group_size": 32},
-        {"qweight": ("I32", (64, 12)), "qzeros": ("I32", (2, 12)), "scales": ("F16", (2, 96))},
-    ),
+    "awq": ({"bits": 4, "group_size": 32}, {"qweight": ("I32", (64, 12)), "qzeros": ("I32", (2, 12)), "scales": ("F16", (2, 96))}),
     "fp8": ({}, {"weight": ("F8_E4M3", (96, 64)), "weight_scale_inv": ("F32", (1, 1))}),
     "compressed-tensors": (
         {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}},
@@ -98,13 +102,15 @@ PACKED = {
     "modelopt": (
         {},
         {
-            "weight": ("U8", (96, 32)), "weight_scale": ("F8_E4M3", (96, 4)), "weight_scale_2": ("F32", ()),
+            "weight": ("U8", (96, 32)),
+            "weight_scale": ("F8_E4M3", (96, 4)),
+            "weight_scale_2": ("F32", ()),
             "input_scale": ("F32", ()),
         },
     ),
     "a dtype of 4 bits": ({}, {"weight": ("F4", (96, 64)), "weight_scale": ("F8_E8M0", (96, 2))}),
     "a dtype of 6 bits": ({}, {"weight": ("F6_E2M3", (96, 64))}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", PACKED)
@@ -124,11 +130,7 @@ def test_packed_weights_have_their_shape_and_their_bytes(case):
 
 def test_mxfp4_experts_stand_for_two_weights_a_byte():
     at = f"{LAYER}mlp.experts.gate_up_proj"
-    tensors = {
-        f"{at}_blocks": ("U8", (4, 128, 2, 16)),
-        f"{at}_scales": ("U8", (4, 128, 2)),
-        f"{at}_bias": ("BF16", (4, 128)),
-    }
+    tensors = {f"{at}_blocks": ("U8", (4, 128, 2, 16)), f"{at}_scales": ("U8", (4, 128, 2)), f"{at}_bias": ("BF16", (4, 128))}
     found, _ = read(OUTSIDE | tensors, quantization_config={"quant_method": "mxfp4"})
     experts = found[at]
     assert experts.shape == (4, 128, 64) and experts.kind == "experts" and not experts.quantizable
@@ -161,14 +163,15 @@ def test_a_stored_head_counts_once_where_it_is_tied():
 
 def test_second_copies_of_a_shared_embedding_and_old_buffers_are_left_out():
     shared = {
-        f"{name}.weight": ("F32", (256, 64))
-        for name in ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+        f"{name}.weight": ("F32", (256, 64)) for name in ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
     }
     found, _ = read(shared, tie_word_embeddings=True)
     assert set(found) == {"shared.weight"}
     old = {
-        "h.0.attn.bias": ("F32", (1, 1, 8, 8)), "h.0.attn.masked_bias": ("F32", ()), "h.0.attn.rotary_emb.inv_freq": ("F32", (8,)),
+        "h.0.attn.bias": ("F32", (1, 1, 8, 8)),
+        "h.0.attn.masked_bias": ("F32", ()),
+        "h.0.attn.rotary_emb.inv_freq": ("F32", (8,)),
         "h.0.attn.c_attn.bias": ("F32", (192,)),
-    }  # fmt: skip
+    }
     found, _ = read(OUTSIDE | old)
     assert set(found) == {*OUTSIDE, "h.0.attn.c_attn.bias"}

@@ -3,7 +3,7 @@
 import pytest
 
 from qcli.errors import UsageError
-from qcli.memory.overhead import overhead
+from qcli.memory.costs.overhead import overhead
 
 GIB = 2**30
 

@@ -12,10 +12,10 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qcli.errors import UsageError
-from qcli.memory.config import ModelConfig
-from qcli.memory.families import families
-from qcli.memory.parameters import from_size, parameters
-from qcli.memory.tensor_rules import KINDS
+from qcli.memory.model.config import ModelConfig
+from qcli.memory.model.families import families
+from qcli.memory.model.parameters import from_size, parameters
+from qcli.memory.model.tensor_rules import KINDS
 from tests.memory.shapes import CASES, LLAMAS, OTHERS, PAPER, SMALL
 
 _AUTO = {"t5": transformers.AutoModelForSeq2SeqLM, "gemma3": transformers.AutoModelForImageTextToText}
@@ -41,9 +41,7 @@ def test_names_and_shapes_are_those_of_transformers(case):
     linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)}
     converted = {f"{name}.weight" for name in linears if should_convert_module(name, skipped)}
     assert {p.name for p in ours if p.quantizable} == converted
-    assert {p.name for p in ours if p.transposed} == {
-        f"{n}.weight" for n, m in linears.items() if isinstance(m, Conv1D)
-    }
+    assert {p.name for p in ours if p.transposed} == {f"{n}.weight" for n, m in linears.items() if isinstance(m, Conv1D)}
     kept = {name for name, _ in model.named_parameters() if any(re.search(key, name) for key in keep_fp32)}
     assert {p.name for p in ours if p.keep_fp32} == kept
 
@@ -53,13 +51,27 @@ def test_every_family_is_compared():
 
 
 PUBLISHED = {  # of model cards, and of the formulas for biases and norms in the papers
-    "Llama-2-7B": 6_738_415_616, "Llama-2-13B": 13_015_864_320, "Llama-2-70B": 68_976_648_192, "Llama-3.1-8B": 8_030_261_248,
-    "Llama-3.1-70B": 70_553_706_496, "Mistral-7B": 7_241_732_096, "OPT-175B": 174_604_468_224, "BLOOM-176B": 176_247_271_424,
-    "OPT-66B": 65_719_701_504, "OPT-30B": 29_974_540_288, "OPT-13B": 12_853_473_280, "OPT-6.7B": 6_658_473_984,
-    "GPT-J-6B": 6_050_882_784, "GPT-2 XL": 1_557_611_200, "T5-11B": 11_307_321_344, "T0": 11_135_332_352,
-    "Mixtral-8x7B": 46_702_792_704, "gpt-oss-120b": 116_829_156_672, "Gemma-3-4B": 4_300_079_472,
+    "Llama-2-7B": 6_738_415_616,
+    "Llama-2-13B": 13_015_864_320,
+    "Llama-2-70B": 68_976_648_192,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.1-70B": 70_553_706_496,
+    "Mistral-7B": 7_241_732_096,
+    "OPT-175B": 174_604_468_224,
+    "BLOOM-176B": 176_247_271_424,
+    "OPT-66B": 65_719_701_504,
+    "OPT-30B": 29_974_540_288,
+    "OPT-13B": 12_853_473_280,
+    "OPT-6.7B": 6_658_473_984,
+    "GPT-J-6B": 6_050_882_784,
+    "GPT-2 XL": 1_557_611_200,
+    "T5-11B": 11_307_321_344,
+    "T0": 11_135_332_352,
+    "Mixtral-8x7B": 46_702_792_704,
+    "gpt-oss-120b": 116_829_156_672,
+    "Gemma-3-4B": 4_300_079_472,
     "DeepSeek-V3": 671_026_419_200 - 58 * 256,  # without the routers' correction biases, which are buffers
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -91,9 +103,7 @@ def test_an_unknown_family_is_named_and_so_are_the_known():
     with pytest.raises(UsageError) as caught:
         parameters(ModelConfig({"model_type": "newest", **SMALL}, "new/config.json"))
     assert "new/config.json" in caught.value.message and "'newest'" in caught.value.message
-    assert (
-        "llama" in caught.value.message and "qwen3_next" in caught.value.message and "safetensors" in caught.value.hint
-    )
+    assert "llama" in caught.value.message and "qwen3_next" in caught.value.message and "safetensors" in caught.value.hint
 
 
 @pytest.mark.parametrize("missing", ["hidden_size", "num_hidden_layers", "vocab_size"])
@@ -121,7 +131,7 @@ def test_the_shape_of_8b_is_that_of_llama_3():
 
 @pytest.mark.parametrize(
     ("size", "count"), [("100M", 1e8), ("350m", 3.5e8), ("1.5B", 1.5e9), ("7B", 7e9), ("13e9", 13e9), ("70B", 7e10), ("1T", 1e12)]
-)  # fmt: skip
+)
 def test_a_size_gives_about_so_many_parameters_in_common_proportions(size, count):
     config = from_size(size)
     assert sum(p.numel for p in parameters(config)) == pytest.approx(count, rel=0.03)
@@ -136,7 +146,7 @@ def test_a_size_that_is_none_is_refused(size):
 
 @pytest.mark.parametrize(
     ("vision", "said"), [([1], "vision_config"), ({"hidden_size": "wide"}, "hidden_size"), ({"patch_size": 0}, "patch_size")]
-)  # fmt: skip
+)
 def test_a_wrong_vision_config_is_named(vision, said):
     with pytest.raises(UsageError, match=said):
         parameters(ModelConfig(OTHERS["Gemma-3-4B"] | {"vision_config": vision}, "config.json"))

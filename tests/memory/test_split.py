@@ -8,12 +8,11 @@ import transformers as t
 from transformers.integrations.accelerate import _get_device_map
 
 from qcli.memory.installed import transformers_version
-from qcli.memory.split import CPU, Block, device_map_auto, even, fill, loads, ranges
+from qcli.memory.placing.split import CPU, Block, device_map_auto, even, fill, loads, ranges
 
 LLAMA = t.LlamaConfig(
-    hidden_size=256, intermediate_size=688, num_hidden_layers=12, num_attention_heads=8, vocab_size=1000,
-    tie_word_embeddings=False,
-)  # fmt: skip
+    hidden_size=256, intermediate_size=688, num_hidden_layers=12, num_attention_heads=8, vocab_size=1000, tie_word_embeddings=False
+)
 GPT2 = t.GPT2Config(n_embd=192, n_layer=9, n_head=4, vocab_size=3000)
 
 
@@ -45,9 +44,7 @@ def places_by_transformers(model, memory: dict) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(
-    "shares", [(1.0, 1.0), (0.5, 0.9), (0.3, 0.4, 0.9), (0.25, 0.25, 0.25, 0.6), (0.3, 0.3)], ids=str
-)
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (0.5, 0.9), (0.3, 0.4, 0.9), (0.25, 0.25, 0.25, 0.6), (0.3, 0.3)], ids=str)
 @pytest.mark.parametrize("model_class, config", [(t.LlamaForCausalLM, LLAMA), (t.GPT2LMHeadModel, GPT2)])
 def test_the_split_is_that_of_transformers(model_class, config, shares):
     with torch.device("meta"):

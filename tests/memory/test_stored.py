@@ -3,22 +3,40 @@
 import pytest
 
 from qcli.errors import UsageError
-from qcli.memory.config import ModelConfig
-from qcli.memory.parameters import parameters
-from qcli.memory.stored import as_stored
-from qcli.memory.weights import weights
+from qcli.memory.costs.weights import weights
+from qcli.memory.model.config import ModelConfig
+from qcli.memory.model.parameters import parameters
+from qcli.memory.model.stored import as_stored
 
 LLAMA_8B = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False, "dtype": "bfloat16",
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
 LINEAR = 6_979_321_856  # its parameters in linear layers
 GPT_OSS_120B = {
-    "model_type": "gpt_oss", "head_dim": 64, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36,
-    "num_attention_heads": 64, "num_key_value_heads": 8, "num_local_experts": 128, "num_experts_per_tok": 4,
-    "sliding_window": 128, "vocab_size": 201088, "attention_bias": True, "tie_word_embeddings": False,
-    "dtype": "bfloat16", "max_position_embeddings": 131072,
-}  # fmt: skip
+    "model_type": "gpt_oss",
+    "head_dim": 64,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "vocab_size": 201088,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "max_position_embeddings": 131072,
+}
 
 
 def total(raw: dict, **quantization) -> int:

@@ -6,14 +6,13 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, masking_utils
 
 from qcli.errors import UsageError
-from qcli.memory.config import ModelConfig
-from qcli.memory.training import training
+from qcli.memory.costs.training import training
+from qcli.memory.model.config import ModelConfig
 from tests.memory.live import Live, fused_attention
 
 LLAMA = dict(
-    vocab_size=128, num_hidden_layers=6, hidden_size=512, intermediate_size=1536, num_attention_heads=8,
-    num_key_value_heads=4,
-)  # fmt: skip
+    vocab_size=128, num_hidden_layers=6, hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4
+)
 
 
 def llama(**fields) -> ModelConfig:
@@ -37,8 +36,10 @@ def test_adapter_counts(sizes, rank, expected):
     found = training(llama(), shapes(*sizes), 0, 1, rank=rank, train="lora")
     assert found.adapter_parameters == expected
     assert [found.components[name] for name in ("adapters", "gradients of adapters", "AdamW's moments")] == [
-        4 * expected, 4 * expected, 8 * expected,
-    ]  # fmt: skip
+        4 * expected,
+        4 * expected,
+        8 * expected,
+    ]
     assert found.total == sum(found.components.values())
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from qcli.memory.hardware import Gpu
-from qcli.memory.split import Block, device_map_auto
-from qcli.memory.verdict import FITS, NO, TIGHT, Needs, count_that_fits, fits, offload, place
+from qcli.memory.placing.hardware import Gpu
+from qcli.memory.placing.split import Block, device_map_auto
+from qcli.memory.placing.verdict import FITS, NO, TIGHT, Needs, count_that_fits, fits, offload, place
 
 
 def gpus(*sizes: int) -> list[Gpu]:
@@ -27,9 +27,7 @@ def test_the_sums():
     assert (asked.least, asked.likely, asked.most) == (116, 118, 121)
 
 
-@pytest.mark.parametrize(
-    "size, verdict, left", [(121, FITS, 0), (130, FITS, 9), (120, TIGHT, -1), (116, TIGHT, -5), (115, NO, -6)]
-)
+@pytest.mark.parametrize("size, verdict, left", [(121, FITS, 0), (130, FITS, 9), (120, TIGHT, -1), (116, TIGHT, -5), (115, NO, -6)])
 def test_one_gpu(size, verdict, left):
     placement = placed(size)
     assert (placement.verdict, placement.left, placement.automatic) == (verdict, left, True)

@@ -8,11 +8,11 @@ import torch
 
 import qcli
 from qcli.errors import UsageError
-from qcli.memory.config import ModelConfig
-from qcli.memory.parameters import parameters
-from qcli.memory.tensor_rules import parameter
-from qcli.memory.weights import weights
-from qcli.quantization import make_plan
+from qcli.memory.costs.weights import weights
+from qcli.memory.model.config import ModelConfig
+from qcli.memory.model.parameters import parameters
+from qcli.memory.model.tensor_rules import parameter
+from qcli.quantization.quantize import make_plan
 from tests.memory.shapes import LLAMAS, PAPER
 from tests.models import make_model
 
@@ -55,9 +55,7 @@ def test_every_byte_of_llama_2_7b():
     assert of(raw, "float16").total == 2 * (rest + n)
     assert of(raw, "llm-int8").total == 2 * rest + n + 32 * sum(4 * rows for rows, _ in shapes)
     assert of(raw, "nf4-plain").total == 2 * rest + n // 2 + n // 16 + 224 * 64
-    assert (
-        of(raw, "nf4").total == of(raw, "fp4").total == 2 * rest + n // 2 + n // 64 + n // 4096 + 224 * (64 + 1024 + 4)
-    )
+    assert of(raw, "nf4").total == of(raw, "fp4").total == 2 * rest + n // 2 + n // 64 + n // 4096 + 224 * (64 + 1024 + 4)
     assert of(raw, "nf4").largest == 2 * 11008 * 4096 and of(raw, "bfloat16").largest == 0
 
 
@@ -70,10 +68,17 @@ def test_double_quantization_costs_4_127_bits():
 
 # GB in 16 bit and in 8, every linear layer quantized as the paper's own code did, its rows' scales aside
 PAPER_SIZES = {
-    "OPT-175B": (349.21, 175.26), "BLOOM-176B": (352.49, 179.86), "OPT-66B": (131.44, 66.21), "OPT-30B": (59.95, 30.35),
-    "OPT-13B": (25.71, 13.12), "OPT-6.7B": (13.32, 6.87), "GPT-J-6B": (12.10, 6.46), "GPT-2 XL": (3.12, 1.64),
-    "T5-11B": (22.61, 11.34), "T0": (22.27, 11.40),
-}  # fmt: skip
+    "OPT-175B": (349.21, 175.26),
+    "BLOOM-176B": (352.49, 179.86),
+    "OPT-66B": (131.44, 66.21),
+    "OPT-30B": (59.95, 30.35),
+    "OPT-13B": (25.71, 13.12),
+    "OPT-6.7B": (13.32, 6.87),
+    "GPT-J-6B": (12.10, 6.46),
+    "GPT-2 XL": (3.12, 1.64),
+    "T5-11B": (22.61, 11.34),
+    "T0": (22.27, 11.40),
+}
 
 
 @pytest.mark.parametrize("name", PAPER_SIZES)
@@ -135,16 +140,22 @@ def test_kinds_add_up_and_formulas_name_every_byte():
     assert found.bits_per_weight == pytest.approx(8 * found.total / 8_030_261_248)
     assert any("attention, ffn: 6,979,321,856 parameters in nf4" in line for line in found.formula)
     assert any(
-        "embedding, norm, head: 1,050,939,392 parameters in bfloat16, 2 bytes each: 2.10 GB" in line
-        for line in found.formula
+        "embedding, norm, head: 1,050,939,392 parameters in bfloat16, 2 bytes each: 2.10 GB" in line for line in found.formula
     )
 
 
 def test_experts_stay_16_bit_and_are_the_transient_of_a_mixture():
     raw = {
-        "model_type": "mixtral", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 256, "num_local_experts": 4, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "model_type": "mixtral",
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+        "num_local_experts": 4,
+        "tie_word_embeddings": False,
+    }
     found = of(raw, "nf4")
     assert found.by_kind["experts"] == 2 * 2 * 4 * 3 * 64 * 128
     assert found.largest == of(raw, "bfloat16").largest == 2 * 4 * 2 * 128 * 64

@@ -39,9 +39,7 @@ def bits(tensor):
 
 
 def same_bits(ours, theirs):
-    return all(
-        a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b)) for a, b in zip(ours, theirs)
-    )
+    return all(a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b)) for a, b in zip(ours, theirs))
 
 
 def reference(function, *arguments):
@@ -151,9 +149,14 @@ def test_int8_is_bit_equal_for_any_matrix(x, threshold):
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    st.integers(1, 600), st.integers(1, 40), st.integers(0, 20), BLOCK_SIZES, st.booleans(), st.sampled_from(DTYPES),
+    st.integers(1, 600),
+    st.integers(1, 40),
+    st.integers(0, 20),
+    BLOCK_SIZES,
+    st.booleans(),
+    st.sampled_from(DTYPES),
     st.integers(0, 2**31),
-)  # fmt: skip
+)
 def test_linear_ops_agree_for_any_shape(columns, out_features, tokens, block_size, nested, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     columns = columns // 128 * 128 or columns  # mostly whole chunks, which have kernels of their own

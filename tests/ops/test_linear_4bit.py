@@ -152,9 +152,7 @@ def test_strides_do_not_matter():
     packed, absmax = quantize_4bit(torch.randn(16, 128, generator=generator), 64, "nf4")
     x = torch.randn(128, 3, generator=generator).t()
     arguments = (packed, absmax, None, 0.0, None, 64, "nf4", 16, torch.float32)
-    torch.testing.assert_close(
-        linear_4bit(x, *arguments), linear_4bit(x.contiguous(), *arguments), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(linear_4bit(x, *arguments), linear_4bit(x.contiguous(), *arguments), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 40])

@@ -21,9 +21,7 @@ def oracle(x, weight, scale, bias, threshold):
     s_x = np.where(outlier, 0, np.abs(rows)).max(1, keepdims=True)
     ordinary = np.where(columns, 0, rows).astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
-        q_x = np.where(
-            s_x > 0, np.rint(ordinary * (np.float32(1) / s_x.astype(np.float32) * np.float32(127))), 0
-        ).astype(np.int64)
+        q_x = np.where(s_x > 0, np.rint(ordinary * (np.float32(1) / s_x.astype(np.float32) * np.float32(127))), 0).astype(np.int64)
     kept = torch.from_numpy(q_w[:, columns].astype(np.float32) * (s_w * np.float32(1 / 127))[:, None])
     kept = kept.to(x.dtype).double().numpy()
     step = s_x * s_w.astype(np.float64) / 127**2
@@ -51,8 +49,7 @@ def test_cases_equal_the_oracle(name, arguments):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("fallback", [False, True])
 @pytest.mark.parametrize(
-    "m, n, k",
-    [(1, 64, 64), (3, 33, 65), (17, 8, 1), (1, 1, 1), (40, 24, 11008), (2, 16, 11008), (2, 5, 0), (0, 5, 8), (3, 0, 8)],
+    "m, n, k", [(1, 64, 64), (3, 33, 65), (17, 8, 1), (1, 1, 1), (40, 24, 11008), (2, 16, 11008), (2, 5, 0), (0, 5, 8), (3, 0, 8)]
 )
 def test_the_integer_product_is_exact(m, n, k, fallback, device, monkeypatch):
     if fallback:

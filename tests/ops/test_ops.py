@@ -9,9 +9,19 @@ import torch
 from qcli import ops
 
 NAMES = [
-    "activation_stats", "dequantize_4bit", "dequantize_absmax", "dequantize_int8", "error_4bit", "error_int8",
-    "linear_4bit", "linear_int8", "linear_w8a16", "quantize_4bit", "quantize_absmax", "quantize_int8",
-]  # fmt: skip
+    "activation_stats",
+    "dequantize_4bit",
+    "dequantize_absmax",
+    "dequantize_int8",
+    "error_4bit",
+    "error_int8",
+    "linear_4bit",
+    "linear_int8",
+    "linear_w8a16",
+    "quantize_4bit",
+    "quantize_absmax",
+    "quantize_int8",
+]
 
 
 def cases(name):

@@ -14,9 +14,15 @@ def small_llama() -> transformers.LlamaForCausalLM:
     """A random Llama in float32, with norms that are not all ones."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=256, max_position_embeddings=64, initializer_range=0.1,
-    )  # fmt: skip
+        hidden_size=HIDDEN,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    )
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

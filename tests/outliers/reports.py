@@ -29,9 +29,20 @@ PAPER = [
 
 # What a tokenizer or a folder's name may hold.
 HOSTILE = [
-    "</script><script>window.entered = 1</script>", "<img src=x onerror='window.entered = 1'>", "<b>bold</b>", "&amp;",
-    "{{plotly}}", "%{x}", "$x^2$", "\u2028", "\n", "\udc80", "<!--", "]]>", "<a href='javascript:window.entered = 1'>a</a>",
-]  # fmt: skip
+    "</script><script>window.entered = 1</script>",
+    "<img src=x onerror='window.entered = 1'>",
+    "<b>bold</b>",
+    "&amp;",
+    "{{plotly}}",
+    "%{x}",
+    "$x^2$",
+    "\u2028",
+    "\n",
+    "\udc80",
+    "<!--",
+    "]]>",
+    "<a href='javascript:window.entered = 1'>a</a>",
+]
 
 
 def demo_report(*, layers=6, outliers=True, optional=True, kinds=tuple(KINDS), name="demo-model", tokens=tuple(TOKENS)):
@@ -73,15 +84,7 @@ def demo_report(*, layers=6, outliers=True, optional=True, kinds=tuple(KINDS), n
         if optional
         else [],
         "super_weights": [
-            {
-                "layer": 1,
-                "module": "mlp.down_proj",
-                "row": 97,
-                "column": 301,
-                "weight": 2.1,
-                "input": 8e2,
-                "output": 1.65e3,
-            }
+            {"layer": 1, "module": "mlp.down_proj", "row": 97, "column": 301, "weight": 2.1, "input": 8e2, "output": 1.65e3}
         ]
         if optional
         else [],
@@ -110,13 +113,8 @@ def demo_report(*, layers=6, outliers=True, optional=True, kinds=tuple(KINDS), n
         if optional and outliers
         else None,
         "charts": _charts(dice, layers, dims, list(tokens)),
-        "coverage": {
-            "experts": "Tokens reached 61 of 64 experts; the other 3 are not in this report." if optional else None
-        },
-        "notes": [
-            "Statistics are of the hidden states in float32.",
-            "Quartiles come from a sketch: within 1% of the value.",
-        ],
+        "coverage": {"experts": "Tokens reached 61 of 64 experts; the other 3 are not in this report." if optional else None},
+        "notes": ["Statistics are of the hidden states in float32.", "Quartiles come from a sketch: within 1% of the value."],
         "recommendation": {
             "method": "llm-int8",
             "threshold": 6.0,
@@ -217,14 +215,7 @@ def _table4(outliers, optional):
         "positions_union": 0.99,
         "quartiles": [-55.0, -50.0, -45.0],
     }
-    none = {
-        "outliers": 0,
-        "one_sided": 0,
-        "layers_share": 0.0,
-        "positions_share": 0.0,
-        "positions_union": 0.0,
-        "quartiles": None,
-    }
+    none = {"outliers": 0, "one_sided": 0, "layers_share": 0.0, "positions_share": 0.0, "positions_union": 0.0, "quartiles": None}
     measured = {"top1_with": 0.41, "top1_without": 0.2, "perplexity": 25.1}
     return (
         (row if outliers else none)
@@ -255,30 +246,19 @@ def _charts(dice, layers, dims, tokens):
     steps = [0.4 * 1.12**k for k in range(48)]  # bins as wide as their values are great
     edges = [-step for step in reversed(steps)] + [0.0] + steps
     values = [
-        [round(dice.gauss(-size[d] if d in dims else 0, size[d] * 0.1 if d in dims else 1), 3) for d in range(128)]
-        for _ in tokens
+        [round(dice.gauss(-size[d] if d in dims else 0, size[d] * 0.1 if d in dims else 1), 3) for d in range(128)] for _ in tokens
     ]
     return {
         "heatmap": {
             "kind": "attention input",
             "layers": list(range(layers)),
             "dims": shown,
-            "absmax": [
-                [size.get(d, 3.2) * (0.6 + 0.6 * i / layers + 0.1 * dice.random()) for d in shown]
-                for i in range(layers)
-            ],
+            "absmax": [[size.get(d, 3.2) * (0.6 + 0.6 * i / layers + 0.1 * dice.random()) for d in shown] for i in range(layers)],
             "share": [
-                [min(1, size[d] / 50) * (0.8 + 0.2 * dice.random()) if d in size else 0.0 for d in shown]
-                for i in range(layers)
+                [min(1, size[d] / 50) * (0.8 + 0.2 * dice.random()) if d in size else 0.0 for d in shown] for i in range(layers)
             ],
         },
-        "surface": {
-            "layer": layers // 2,
-            "kind": "attention input",
-            "tokens": tokens,
-            "dims": list(range(128)),
-            "values": values,
-        },
+        "surface": {"layer": layers // 2, "kind": "attention input", "tokens": tokens, "dims": list(range(128)), "values": values},
         "histograms": [
             {
                 "dim": d,
@@ -287,8 +267,7 @@ def _charts(dice, layers, dims, tokens):
                 "edges": edges,
                 "quartiles": [-1.1 * size[d], -size[d], -0.9 * size[d]],
                 "counts": [
-                    round(1000 * (NORMAL.cdf((b + size[d]) / 5) - NORMAL.cdf((a + size[d]) / 5)))
-                    for a, b in pairwise(edges)
+                    round(1000 * (NORMAL.cdf((b + size[d]) / 5) - NORMAL.cdf((a + size[d]) / 5))) for a, b in pairwise(edges)
                 ],
             }
             for d in dims[:3]

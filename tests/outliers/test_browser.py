@@ -195,9 +195,7 @@ def test_the_table_of_sites_sorts(full):
 
 def test_light_and_dark_change_the_charts_too(full):
     def colours():
-        return full.evaluate(
-            "[getComputedStyle(document.body).color, document.getElementById('sqnr-chart').layout.font.color]"
-        )
+        return full.evaluate("[getComputedStyle(document.body).color, document.getElementById('sqnr-chart').layout.font.color]")
 
     light = colours()
     full.emulate_media(color_scheme="dark")
@@ -225,13 +223,7 @@ def simulated(shown, **sliders) -> dict[str, list[float]]:
 # by numpy in float64 on 4096 x 4096 Gaussian weights; 6 dims of 4096 at this magnitude in 75% of the tokens.
 @pytest.mark.parametrize(
     ("magnitude", "columns", "vectorwise", "decomposed", "zeros"),
-    [
-        (1, 0, 38.2, 38.2, 1),
-        (8, 6, 33.4, 38.4, 3),
-        (20, 6, 27.4, 39.0, 7),
-        (40, 6, 24.2, 39.9, 14),
-        (60, 6, 23.4, 40.6, 21),
-    ],
+    [(1, 0, 38.2, 38.2, 1), (8, 6, 33.4, 38.4, 3), (20, 6, 27.4, 39.0, 7), (40, 6, 24.2, 39.9, 14), (60, 6, 23.4, 40.6, 21)],
 )
 def test_the_simulation_agrees_with_a_large_matrix(full, magnitude, columns, vectorwise, decomposed, zeros):
     found = simulated(full, magnitude=magnitude, columns=columns, share=75)
@@ -264,10 +256,7 @@ def by_numpy(magnitude, columns, share):
     plain, decomposed = int8(x), int8(ordinary)
     return {
         "SQNR of the whole output (dB)": [sqnr(x @ w, plain @ w8), sqnr(x @ w, decomposed @ w8 + (x - ordinary) @ w8)],
-        "SQNR through ordinary channels (dB)": [
-            sqnr(exact, np.where(apart, 0, plain) @ w8),
-            sqnr(exact, decomposed @ w8),
-        ],
+        "SQNR through ordinary channels (dB)": [sqnr(exact, np.where(apart, 0, plain) @ w8), sqnr(exact, decomposed @ w8)],
     }
 
 

@@ -9,10 +9,10 @@ import torch
 import transformers
 
 import qcli
-from qcli.corpus import read_windows
 from qcli.errors import NonFiniteError, UsageError
-from qcli.outliers.instrument import inspect_outliers
+from qcli.outliers.inspect_outliers import inspect_outliers
 from qcli.streaming import batches
+from qcli.streaming.corpus import read_windows
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, make_model
 from tests.outliers.planted import HIDDEN, LAYERS, plant, recorded_inputs, save, small_llama, write_text
@@ -89,12 +89,7 @@ def test_shares_and_magnitudes_are_those_of_the_stored_activations(report, activ
 
 
 def test_statistics_equal_float64_ones(report, activations):
-    kinds = {
-        "attention input": "q_proj",
-        "attention output": "o_proj",
-        "ffn input": "gate_proj",
-        "ffn output": "down_proj",
-    }
+    kinds = {"attention input": "q_proj", "attention output": "o_proj", "ffn input": "gate_proj", "ffn output": "down_proj"}
     found = sites(report)
     assert len(found) == 4 * LAYERS
     for (layer, kind), site in found.items():
@@ -133,9 +128,7 @@ def test_the_residual_stream_is_that_of_the_whole_model(folder, report, windows)
         centred = x - x.mean()
         assert found["rows"] == len(x)
         assert found["absmax"] == pytest.approx(x.abs().max().item(), rel=1e-5)
-        assert found["kurtosis"] == pytest.approx(
-            (centred.pow(4).mean() / centred.square().mean() ** 2).item(), rel=1e-4
-        )
+        assert found["kurtosis"] == pytest.approx((centred.pow(4).mean() / centred.square().mean() ** 2).item(), rel=1e-4)
         assert found["outlier_columns"] == int((x.abs() >= 6).any(0).sum())
         tokens = np.sort(x.abs().amax(1).numpy())
         expected = np.quantile(tokens, (0.5, 0.99, 1.0), method="lower")
@@ -143,13 +136,13 @@ def test_the_residual_stream_is_that_of_the_whole_model(folder, report, windows)
 
 
 def test_hidden_states_without_room_are_refused(folder, monkeypatch):
-    monkeypatch.setattr("qcli.outliers.instrument.available_memory", lambda: 400_000)
+    monkeypatch.setattr("qcli.outliers.inspect_outliers.available_memory", lambda: 400_000)
     words = r"hidden states of 1,000 tokens take 512 kB, the largest block \d+ kB, and 400 kB of memory are free"
     with pytest.raises(UsageError, match=words) as refused:
         inspect(folder[2])
     fewer = int(refused.value.hint.removeprefix("Read fewer: --tokens ").removesuffix("."))
     assert inspect(folder[2], tokens=fewer)["text"]["tokens"] == fewer
-    monkeypatch.setattr("qcli.outliers.instrument.available_memory", lambda: 1000)
+    monkeypatch.setattr("qcli.outliers.inspect_outliers.available_memory", lambda: 1000)
     with pytest.raises(UsageError) as refused:
         inspect(folder[2])
     assert refused.value.hint == "No choice of --tokens would do; free some memory."
@@ -227,7 +220,7 @@ def close(a, b, path=""):
 @pytest.mark.parametrize("batch_tokens", [1, 100, 100_000])
 def test_results_do_not_depend_on_batches(folder, report, monkeypatch, batch_tokens):
     monkeypatch.setattr(batches.make_batches, "__defaults__", (batch_tokens,))
-    monkeypatch.setattr("qcli.evaluation.passes.BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr("qcli.evaluation.score.BATCH_TOKENS", batch_tokens)
     close(report, inspect(folder[2]))
 
 
@@ -292,9 +285,7 @@ def test_a_massive_activation_and_its_super_weight_are_found(tmp_path):
     save(model, tmp_path)
     write_text(tmp_path / "text.txt", 64)
     report = inspect(tmp_path)
-    assert [(w["layer"], w["module"], w["row"], w["column"]) for w in report["super_weights"]] == [
-        (1, "mlp.down_proj", 9, 17)
-    ]
+    assert [(w["layer"], w["module"], w["row"], w["column"]) for w in report["super_weights"]] == [(1, "mlp.down_proj", 9, 17)]
     assert report["super_weights"][0]["weight"] == 3000.0
     massive = [m for m in report["massive_activations"] if m["layer"] == 1]
     assert massive and {m["dim"] for m in massive} == {9}
@@ -353,9 +344,7 @@ def test_nan_is_named_by_layer(tmp_path):
         model.model.layers[2].mlp.up_proj.weight[11, 0] = torch.nan
     save(model, tmp_path)
     write_text(tmp_path / "text.txt", 64)
-    with pytest.raises(
-        NonFiniteError, match=r"input of model.layers.2.mlp.down_proj holds NaN or infinity in 1 of 96 .* 11"
-    ):
+    with pytest.raises(NonFiniteError, match=r"input of model.layers.2.mlp.down_proj holds NaN or infinity in 1 of 96 .* 11"):
         inspect(tmp_path)
 
 

@@ -13,16 +13,21 @@ import torch
 import transformers
 
 from qcli.commands import _outlier_tables
-from qcli.outliers.instrument import inspect_outliers
+from qcli.outliers.inspect_outliers import inspect_outliers
 from qcli.outliers.statistics import ChannelStats, OutlierSketch, quartiles
 from tests.conftest import ROOT
 from tests.hub_server import running_hub
 from tests.outliers.planted import LAYERS, plant, save, small_llama, write_text
 
 _TEXT = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
-    "vocab_size": 256, "max_position_embeddings": 64,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
+}
 
 
 def inspect(model, path, characters=200, **options):
@@ -35,9 +40,19 @@ def test_an_input_met_again_after_another_is_the_same_site(tmp_path):
     """Multi-head latent attention reads the hidden state, then a projection of it, then the hidden state again."""
     torch.manual_seed(0)
     config = transformers.DeepseekV3Config(
-        **_TEXT, q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, n_routed_experts=4,
-        num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32, first_k_dense_replace=2,
-    )  # fmt: skip
+        **_TEXT,
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=32,
+        first_k_dense_replace=2,
+    )
     report = inspect(transformers.DeepseekV3ForCausalLM(config), tmp_path)
     sites = {site["kind"]: site["modules"] for site in report["layers"][0]["sites"] if site["kind"] != "other"}
     assert sites["attention input"] == ["self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"]
@@ -101,10 +116,7 @@ def test_every_super_weight_of_a_projection_is_found(tmp_path):
         model.model.layers[1].mlp.down_proj.weight[9, 17] = 3000.0
         model.model.layers[1].mlp.down_proj.weight[30, 17] = -2500.0
     found = inspect(model, tmp_path, characters=64)["super_weights"]
-    assert {(w["layer"], w["row"], w["column"], w["weight"]) for w in found} == {
-        (1, 9, 17, 3000.0),
-        (1, 30, 17, -2500.0),
-    }
+    assert {(w["layer"], w["row"], w["column"], w["weight"]) for w in found} == {(1, 9, 17, 3000.0), (1, 30, 17, -2500.0)}
 
 
 def test_a_threshold_that_16_bits_do_not_hold():

@@ -26,11 +26,18 @@ def test_layers_are_counted_by_stack():
 @pytest.mark.parametrize(
     "name",
     [
-        "model.layers.0.input_layernorm.weight", "model.norm.weight", "transformer.h.0.ln_1.weight", "transformer.ln_f.weight",
-        "bert.encoder.layer.0.output.LayerNorm.gamma", "encoder.block.0.layer.0.layer_norm.weight", "h.3.norm_1.weight",
-        "model.layers.0.self_attn.q_norm.weight", "h.1.ln_attn.weight", "backbone.norm_f.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.norm.weight",
+        "transformer.h.0.ln_1.weight",
+        "transformer.ln_f.weight",
+        "bert.encoder.layer.0.output.LayerNorm.gamma",
+        "encoder.block.0.layer.0.layer_norm.weight",
+        "h.3.norm_1.weight",
+        "model.layers.0.self_attn.q_norm.weight",
+        "h.1.ln_attn.weight",
+        "backbone.norm_f.weight",
     ],
-)  # fmt: skip
+)
 def test_gains_of_norms(name):
     assert gain_of(name) == name.rpartition(".")[0]
 
@@ -45,12 +52,20 @@ def test_no_gains_of_norms(name):
 @pytest.mark.parametrize(
     "module, expected",
     [
-        ("model.layers.0.mlp.down_proj", True), ("model.layers.0.fc2", True), ("h.0.mlp.dense_4h_to_h", True),
-        ("transformer.h.0.mlp.c_proj", True), ("h.0.mlp.fc_out", True), ("block.0.layer.1.DenseReluDense.wo", True),
-        ("bert.encoder.layer.0.output.dense", True), ("model.layers.0.block_sparse_moe.experts.3.w2", True),
-        ("transformer.h.0.attn.c_proj", False), ("bert.encoder.layer.0.attention.output.dense", False),
-        ("model.layers.0.attention.wo", False), ("model.layers.0.mlp.up_proj", False), ("model.layers.0.fc1", False),
+        ("model.layers.0.mlp.down_proj", True),
+        ("model.layers.0.fc2", True),
+        ("h.0.mlp.dense_4h_to_h", True),
+        ("transformer.h.0.mlp.c_proj", True),
+        ("h.0.mlp.fc_out", True),
+        ("block.0.layer.1.DenseReluDense.wo", True),
+        ("bert.encoder.layer.0.output.dense", True),
+        ("model.layers.0.block_sparse_moe.experts.3.w2", True),
+        ("transformer.h.0.attn.c_proj", False),
+        ("bert.encoder.layer.0.attention.output.dense", False),
+        ("model.layers.0.attention.wo", False),
+        ("model.layers.0.mlp.up_proj", False),
+        ("model.layers.0.fc1", False),
     ],
-)  # fmt: skip
+)
 def test_down_projections(module, expected):
     assert is_down_projection(module) is expected

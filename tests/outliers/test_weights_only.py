@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 import qcli
 from qcli.checkpoint.source import Source
 from qcli.commands._weights_tables import show
-from qcli.outliers import weight_statistics
-from qcli.outliers.weight_summary import rows
-from qcli.outliers.weights_only import inspect_weights
-from qcli.quantization import make_plan
+from qcli.outliers.weights import statistics as weight_statistics
+from qcli.outliers.weights.inspect import inspect_weights
+from qcli.outliers.weights.summary import rows
+from qcli.quantization.quantize import make_plan
 from tests.conftest import ROOT
 from tests.hub_server import running_hub
 from tests.models import ARCHITECTURES, make_model
@@ -131,8 +131,11 @@ def test_planted_norm_gains_are_found_exactly(llama, tmp_path):
     found = {d["dim"]: d for d in report["norm_dims"]}
     # The 30 hides the others in its norm.
     assert {d: (f["norms"], f["of"], f["candidate"]) for d, f in found.items()} == {
-        3: (3, 5, True), 17: (3, 5, True), 40: (3, 5, True), 50: (1, 5, False),
-    }  # fmt: skip
+        3: (3, 5, True),
+        17: (3, 5, True),
+        40: (3, 5, True),
+        50: (1, 5, False),
+    }
     gain = np.ones(64)
     gain[dims] = 9.0, 8.0, -7.0
     z = np.abs(gain - gain.mean()) / gain.std()
@@ -238,11 +241,7 @@ def test_a_bin_checkpoint_gives_the_same(llama, tmp_path):
 
 def test_sizes_are_those_of_the_plan(llama, tmp_path):
     sizes = {s["method"]: s["bytes"] for s in inspect_weights(str(llama))["sizes"]}
-    for label, options in (
-        ("int8", {"bits": 8}),
-        ("NF4", {"bits": 4, "double_quant": False}),
-        ("NF4+DQ", {"bits": 4}),
-    ):
+    for label, options in (("int8", {"bits": 8}), ("NF4", {"bits": 4, "double_quant": False}), ("NF4+DQ", {"bits": 4})):
         plan = make_plan(str(llama), tmp_path / "out", **options)
         assert sizes[label] == sum(unit.output_bytes for unit in plan.units)
     assert sizes["as stored"] == sum(t.nbytes for t in tensors(llama).values())
@@ -256,9 +255,7 @@ def test_values_that_are_not_finite_are_named(llama, tmp_path):
     report = inspect_weights(str(replant(llama, tmp_path / "spoiled", spoil)))
     json.dumps(report, allow_nan=False)
     found = linear(report, DOWN.format(0))
-    assert (
-        found["nonfinite"] == 2 and found["absmax"] is None and found["sqnr"] == {"int8 row-wise": None, "NF4+DQ": None}
-    )
+    assert found["nonfinite"] == 2 and found["absmax"] is None and found["sqnr"] == {"int8 row-wise": None, "NF4+DQ": None}
     assert f"{DOWN.format(0)} holds 2 NaN or infinite values" in report["notes"][0]
     assert "model.norm.weight holds 1 NaN" in report["notes"][1]
     kind = next(k for k in report["kinds"] if k["kind"] == "mlp.down_proj")
@@ -312,7 +309,7 @@ SCRIPT = """
 import json
 from qcli.checkpoint import hub
 from qcli.errors import HubError
-from qcli.outliers.weights_only import inspect_weights
+from qcli.outliers.weights.inspect import inspect_weights
 hub._BACK_OFF, hub._WITHOUT_RANGES = 0.01, 100_000
 report = inspect_weights("org/tiny")
 try:
@@ -326,9 +323,13 @@ def test_a_hub_model_is_read_by_ranges_and_not_kept(tmp_path):
     import transformers
 
     config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4, vocab_size=8192,
+        hidden_size=64,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=8192,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     folder = tmp_path / "model"
     transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     local = inspect_weights(str(folder))
@@ -363,13 +364,7 @@ def test_tables_and_rows(llama, tmp_path, capsys):
     report = inspect_weights(str(replant(llama, tmp_path / "planted", plant)))
     show(report)
     shown = capsys.readouterr().out
-    texts = (
-        "LlamaForCausalLM, 2 layers",
-        "mlp.down_proj",
-        "5 of 5",
-        "Super weight candidates",
-        "lm_head (kept as it is)",
-    )
+    texts = ("LlamaForCausalLM, 2 layers", "mlp.down_proj", "5 of 5", "Super weight candidates", "lm_head (kept as it is)")
     for text in texts:
         assert text in shown, text
     columns, table = rows(report)

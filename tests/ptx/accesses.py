@@ -25,11 +25,7 @@ def load(instruction: Instruction) -> Step:
     opcode, (target, address) = instruction.opcode, instruction.operands
     if "param" in opcode:
         return _load_parameter(instruction)
-    dtype, targets, read = (
-        np.dtype(TYPES[opcode[-1]]),
-        target if isinstance(target, tuple) else (target,),
-        addresses(address),
-    )
+    dtype, targets, read = (np.dtype(TYPES[opcode[-1]]), target if isinstance(target, tuple) else (target,), addresses(address))
 
     def step(m, place: int) -> int:
         lanes = m.lanes_of(instruction)

@@ -96,9 +96,7 @@ class Interpreter:
         if len(arguments) != expected:
             raise Fault(f"{entry}: the launch packs {len(arguments)} bytes of arguments, the kernel takes {expected}")
         if block[0] % 32 or not 0 < block[0] <= kernel.most_threads or min(grid) < 1:
-            raise Fault(
-                f"{entry}: a grid of {grid} blocks of {block} threads, expected whole warps, at most {kernel.most_threads}"
-            )
+            raise Fault(f"{entry}: a grid of {grid} blocks of {block} threads, expected whole warps, at most {kernel.most_threads}")
         most = SHARED[self.of] - 1024
         used = shared + sum(variable.size or 0 for variable in kernel.shared)
         if used > most:

@@ -54,9 +54,7 @@ class Global:
             raise AccessFault(f"{what} of {size} bytes at {self._describe(int(addresses[place]))}", place)
         return which
 
-    def _find(
-        self, addresses: np.ndarray, size: int, what: str
-    ) -> list[tuple[np.ndarray | slice, np.ndarray, np.ndarray]]:
+    def _find(self, addresses: np.ndarray, size: int, what: str) -> list[tuple[np.ndarray | slice, np.ndarray, np.ndarray]]:
         """For each array that is met: which of the addresses lie in it, the array in words of that size, and their indices
         there. Raises AccessFault."""
         which = self.which(addresses, size, what)
@@ -71,9 +69,7 @@ class Global:
         return chosen, words, (addresses[chosen] - self.first[n]).astype(np.int64) // size
 
     def _describe(self, address: int) -> str:
-        near = max(
-            range(len(self.first)), key=lambda n: (int(self.first[n]) <= address, int(self.first[n])), default=None
-        )
+        near = max(range(len(self.first)), key=lambda n: (int(self.first[n]) <= address, int(self.first[n])), default=None)
         if near is None:
             return f"{address:#x}; the launch was given no array"
         first, end = int(self.first[near]), int(self.end[near])
@@ -200,8 +196,7 @@ class Shared:
                 place = int(early.argmax())
                 where = self._describe(int(addresses[place]))
                 raise AccessFault(
-                    f"{what} of {size} bytes at {where}, which an asynchronous copy that nobody has waited for is to fill",
-                    place,
+                    f"{what} of {size} bytes at {where}, which an asynchronous copy that nobody has waited for is to fill", place
                 )
         return index
 
@@ -209,9 +204,7 @@ class Shared:
         if wrong.any():
             place = int(wrong.argmax())
             where = self._describe(int(addresses[place]))
-            raise AccessFault(
-                f"{what} of {size} bytes at {where}, which another warp touches without a barrier between", place
-            )
+            raise AccessFault(f"{what} of {size} bytes at {where}, which another warp touches without a barrier between", place)
 
     def _describe(self, address: int) -> str:
         if not self.address:

@@ -32,14 +32,7 @@ class Races:
         return wrong.any(1)
 
     def on_write(
-        self,
-        index: np.ndarray,
-        size: int,
-        warps: np.ndarray,
-        intervals: np.ndarray,
-        new: np.ndarray,
-        *,
-        atomic: bool = False,
+        self, index: np.ndarray, size: int, warps: np.ndarray, intervals: np.ndarray, new: np.ndarray, *, atomic: bool = False
     ) -> np.ndarray:
         """To what another warp read in this interval, or wrote, where the value is `new` (bool [accesses])."""
         places, warps, now = self._places(index, size), warps[:, None], intervals[:, None]

@@ -53,8 +53,11 @@ FAULTS = {
         r"linear_int8_epilogue, linear_int8_epilogue\.cu:\d+, block \(0, 0, 0\), thread 0: 16 bytes at 0x\w+, no multiple of 16",
     ),
     "a vector in global memory one element further": (
-        ("common.cuh", "expand8<T>(__ldg(reinterpret_cast<const uint4*>(from)), to);",
-         "expand8<T>(__ldg(reinterpret_cast<const uint4*>(from + 1)), to);"),
+        (
+            "common.cuh",
+            "expand8<T>(__ldg(reinterpret_cast<const uint4*>(from)), to);",
+            "expand8<T>(__ldg(reinterpret_cast<const uint4*>(from + 1)), to);",
+        ),
         ("quantize_int8", "bfloat16-0.0", (9, 0)),
         r"16 bytes at 0x\w+, no multiple of 16 \(ld\.global\.nc\.v4\.u32",
     ),
@@ -88,7 +91,7 @@ FAULTS = {
         ("quantize_absmax", "1000", (9, 0)),
         r"thread 0: a read of 4 bytes at byte 4 of \w*warp_max, .* of 32 bytes, which nobody has written",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

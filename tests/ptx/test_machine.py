@@ -49,11 +49,7 @@ def test_what_is_right(interpreter):
         ("not_waited_for", {"shared": 1024, "signature": "pp"}, "asynchronous copy that nobody has waited for"),
         ("no_barrier", {}, "touches without a barrier between"),
         ("writes_too_soon", {}, "a write of 4 bytes at byte \\d+ of .*touches without a barrier between"),
-        (
-            "copies_too_soon",
-            {"shared": 1024, "signature": "pp"},
-            "a copy of 16 bytes .*touches without a barrier between",
-        ),
+        ("copies_too_soon", {"shared": 1024, "signature": "pp"}, "a copy of 16 bytes .*touches without a barrier between"),
         ("beyond_dynamic", {"shared": 256}, "thread 63: a write of 4 bytes at byte 256 of values_bytes"),
         ("beyond_static", {}, "a write of 4 bytes at byte 128 of "),
         ("misaligned", {"signature": "pp"}, "no multiple of 16"),
@@ -93,9 +89,7 @@ def test_tensor_core_products(interpreter):
     out = run("one_product", a, b, torch.zeros(16, 8), signature="ppp", threads=32)
     torch.testing.assert_close(out, a.float() @ b.float().t(), rtol=1e-6, atol=1e-6)
     a, b = (torch.randint(-128, 128, (n, 32), generator=generator, dtype=torch.int8) for n in (16, 8))
-    out = run(
-        "one_integer_product", a, b, torch.zeros(16, 8, dtype=torch.int32), signature="ppp", threads=32, shared=24 * 32
-    )
+    out = run("one_integer_product", a, b, torch.zeros(16, 8, dtype=torch.int32), signature="ppp", threads=32, shared=24 * 32)
     assert torch.equal(out, a.int() @ b.int().t())
 
 

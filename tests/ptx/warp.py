@@ -48,9 +48,7 @@ def _matrix(registers: list[np.ndarray], kind: str, places) -> np.ndarray:
     """[warps, rows, columns] in float64 or int64, from registers [warps, 32] of packed elements."""
     words = np.stack(registers, -1)
     if kind == "bf16":
-        values = (
-            (np.ascontiguousarray(words).view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-        )
+        values = (np.ascontiguousarray(words).view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     else:
         dtype = {"f16": np.float16, "f32": np.float32, "s8": np.int8, "s32": np.int32}[kind]
         values = np.ascontiguousarray(words).view(dtype).astype(np.int64 if kind[0] == "s" else np.float64)

@@ -75,9 +75,7 @@ class Gpu:
     def launch(self, name: str, device: int, grid, block, arguments: bytes, shared: int, handle: int) -> None:
         """Notes a launch, apart where it is captured."""
         stream = self.streams.get(handle)
-        noted = SimpleNamespace(
-            name=name, device=device, grid=grid, block=block, arguments=arguments, shared=shared, stream=handle
-        )
+        noted = SimpleNamespace(name=name, device=device, grid=grid, block=block, arguments=arguments, shared=shared, stream=handle)
         self.calls.append(("launch", name, handle))
         if stream and stream.graph:
             stream.unseen = True
@@ -274,18 +272,6 @@ def driver_library(folder: Path) -> Path:
     missing = sorted(wanted - set(re.findall(r"^int (\w+)\(", source, re.MULTILINE)))
     source += "".join(f"int {name}(void) {{ return 801; }}\n" for name in missing)
     output = folder / "libcuda.so.1"
-    command = [
-        "gcc",
-        "-O2",
-        "-shared",
-        "-fPIC",
-        "-pthread",
-        "-Wl,-soname,libcuda.so.1",
-        "-x",
-        "c",
-        "-",
-        "-o",
-        str(output),
-    ]
+    command = ["gcc", "-O2", "-shared", "-fPIC", "-pthread", "-Wl,-soname,libcuda.so.1", "-x", "c", "-", "-o", str(output)]
     subprocess.run(command, input=source, text=True, check=True)
     return output

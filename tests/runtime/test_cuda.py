@@ -86,8 +86,13 @@ def test_a_launch(there):
     run(Tensor(1), 8, grid=(4, 5))
     first, second = there.gpu.launches
     assert (first.name, first.device, first.grid, first.block, first.shared, first.stream) == (
-        "some", 0, (3, 1, 1), (128, 1, 1), 0, 0,
-    )  # fmt: skip
+        "some",
+        0,
+        (3, 1, 1),
+        (128, 1, 1),
+        0,
+        0,
+    )
     assert first.arguments == struct.pack("@Pi", 0xABC, 7)
     assert (second.device, second.grid) == (1, (4, 5, 1))
 
@@ -361,10 +366,7 @@ class Broken:
     "error, what, cure",
     [
         (ModuleNotFoundError("No module named 'pycuda'"), "is not installed", "pip install 'qcli[cuda]'"),
-        (
-            ImportError("libcuda.so.1: cannot open shared object file: No such file or directory"),
-            "finds no driver", "--gpus all",
-        ),
+        (ImportError("libcuda.so.1: cannot open shared object file: No such file or directory"), "finds no driver", "--gpus all"),
         (ImportError("_driver.so: undefined symbol: cuCtxCreate_v4"), "another version of CUDA", "--force-reinstall"),
         (ImportError("libcurand.so.10: cannot open shared object file"), "another version of CUDA", "--no-cache-dir pycuda"),
         (ModuleNotFoundError("No module named 'pycuda._driver'"), "another Python or numpy", "--force-reinstall"),
@@ -373,7 +375,7 @@ class Broken:
         (ModuleNotFoundError("No module named 'pytools'"), "lacks a package", "pip install 'qcli[cuda]'"),
         (OSError("strange"), "cannot be imported", "--force-reinstall"),
     ],
-)  # fmt: skip
+)
 def test_a_pycuda_that_cannot_be_imported(error, what, cure, install, monkeypatch):
     install(Gpu())
     for name in ("pycuda", "pycuda.driver"):

@@ -153,15 +153,12 @@ def test_where_the_cache_is(place, monkeypatch):
 
 
 def test_a_failed_compile_is_a_sentence(place):
-    (place / "fails").write_text(
-        'In file included from some.cu:1:\nsome.cu(3): error: "x" is undefined\n\n1 error detected\n'
-    )
+    (place / "fails").write_text('In file included from some.cu:1:\nsome.cu(3): error: "x" is undefined\n\n1 error detected\n')
     with pytest.raises(KernelError) as e:
         some()
     assert e.value.message == (
-        "nvcc failed (exit 2) compiling some.cu with DTYPE=float BLOCK_SIZE=64: "
-        'some.cu(3): error: "x" is undefined'
-    )  # fmt: skip
+        'nvcc failed (exit 2) compiling some.cu with DTYPE=float BLOCK_SIZE=64: some.cu(3): error: "x" is undefined'
+    )
     assert e.value.hint is None
     (place / "fails").unlink()
     assert some()  # nothing of the failure is kept
@@ -170,14 +167,8 @@ def test_a_failed_compile_is_a_sentence(place):
 @pytest.mark.parametrize(
     "output, cure",
     [
-        (
-            "nvcc fatal   : Unsupported gpu architecture 'sm_120'",
-            "a version of NVIDIA's CUDA toolkit that knows this GPU",
-        ),
-        (
-            "gcc: No such file or directory\nnvcc fatal   : Failed to preprocess host compiler properties.",
-            "apt install g++",
-        ),
+        ("nvcc fatal   : Unsupported gpu architecture 'sm_120'", "a version of NVIDIA's CUDA toolkit that knows this GPU"),
+        ("gcc: No such file or directory\nnvcc fatal   : Failed to preprocess host compiler properties.", "apt install g++"),
         ("host_config.h:164:2: error: #error -- unsupported GNU version! gcc versions later", "-ccbin g++-12"),
         ("probe.cu:3:10: fatal error: cuda_bf16.h: No such file or directory", "lacks its headers"),
     ],
@@ -253,13 +244,14 @@ def test_a_source_lists_its_images(place):
     (place / "sources/some.cu").write_text(LINE + "// prebuilt: NESTED={1}\n" + SOURCE)
     assert nvcc.sources() == ["probe", "some"] and nvcc.instances("probe") == [()]
     assert nvcc.instances("some") == [
-        ("DTYPE=float", "BLOCK_SIZE=64"), ("DTYPE=float",), ("DTYPE=__half", "BLOCK_SIZE=64"), ("DTYPE=__half",),
+        ("DTYPE=float", "BLOCK_SIZE=64"),
+        ("DTYPE=float",),
+        ("DTYPE=__half", "BLOCK_SIZE=64"),
+        ("DTYPE=__half",),
         ("NESTED=1",),
-    ]  # fmt: skip
+    ]
     (place / "sources/some.cu").write_text("// prebuilt: DTYPE=float\n" + SOURCE)
-    with pytest.raises(
-        KernelError, match="some.cu lists 'DTYPE=float' for its prebuilt images, expected NAME={VALUE,VALUE}"
-    ):
+    with pytest.raises(KernelError, match="some.cu lists 'DTYPE=float' for its prebuilt images, expected NAME={VALUE,VALUE}"):
         nvcc.instances("some")
 
 
@@ -308,9 +300,18 @@ def test_a_source_without_a_list_is_compiled_where_it_is_used(place):
 
 @pytest.mark.parametrize(
     "capability, covered",
-    [((7, 5), True), ((7, 0), False), ((8, 0), True), ((8, 7), True), ((9, 0), True), ((10, 3), True),
-     ((11, 0), True), ((12, 0), True), ((12, 1), True)],
-)  # fmt: skip
+    [
+        ((7, 5), True),
+        ((7, 0), False),
+        ((8, 0), True),
+        ((8, 7), True),
+        ((9, 0), True),
+        ((10, 3), True),
+        ((11, 0), True),
+        ((12, 0), True),
+        ((12, 1), True),
+    ],
+)
 def test_which_gpus_prebuilt_images_cover(capability, covered):
     assert nvcc._covers("75 80 86 89 90a 100".split(), capability) is covered
 
@@ -330,9 +331,7 @@ def test_the_real_nvcc(place, monkeypatch):
     for capability in ((8, 0), (9, 0)):
         image = some(("DTYPE=__half", "BLOCK_SIZE=64"), capability)
         assert image[:4] == b"\x7fELF" and b"some" in image
-    with pytest.raises(
-        KernelError, match=r"compiling some.cu with DTYPE=strange BLOCK_SIZE=1: \S*some.cu\(3\): error: "
-    ):
+    with pytest.raises(KernelError, match=r"compiling some.cu with DTYPE=strange BLOCK_SIZE=1: \S*some.cu\(3\): error: "):
         some(("DTYPE=strange", "BLOCK_SIZE=1"))
     with pytest.raises(KernelError, match="compiling some.cu with DTYPE=float BLOCK_SIZE=1: nvcc fatal .*sm_10'") as e:
         some(("DTYPE=float", "BLOCK_SIZE=1"), (1, 0))

@@ -13,9 +13,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.runtime.fake_gpu import driver_library
 
-pytestmark = pytest.mark.skipif(
-    find_spec("pycuda") is None or shutil.which("gcc") is None, reason="needs PyCUDA and a C compiler"
-)
+pytestmark = pytest.mark.skipif(find_spec("pycuda") is None or shutil.which("gcc") is None, reason="needs PyCUDA and a C compiler")
 
 # What every session begins with: torch's part is a fake, the image is one that libcuda.c takes for one.
 BEGIN = """
@@ -52,8 +50,12 @@ def session(library, tmp_path):
         everything = {"PYTHONPATH": paths, "LD_LIBRARY_PATH": str(library), "FAKE_CUDA_LOG": str(log)}
         done = subprocess.run(
             [sys.executable, "-W", "always", "-c", BEGIN + code],
-            env=os.environ | everything | environment, cwd=tmp_path, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+            env=os.environ | everything | environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         return done, log.read_text().splitlines()
 
     return run
@@ -165,9 +167,7 @@ def test_a_driver_without_a_gpu(session):
 def test_no_driver_library(session, tmp_path):
     code = "print(cuda.serves(T(0)), cuda.problem(torch.device('cuda', 0)))"
     done, _ = session("", LD_LIBRARY_PATH=str(tmp_path))
-    assert (
-        "libcuda.so.1" in done.stderr
-    )  # nothing of that name lies elsewhere on this machine: else the next is no test
+    assert "libcuda.so.1" in done.stderr  # nothing of that name lies elsewhere on this machine: else the next is no test
     begin = BEGIN.replace('ctypes.CDLL("libcuda.so.1")', "None")
     paths = os.pathsep.join([str(ROOT), str(Path(find_spec("pycuda").origin).parents[1])])
     environment = os.environ | {"PYTHONPATH": paths, "LD_LIBRARY_PATH": str(tmp_path)}

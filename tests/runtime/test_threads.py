@@ -20,17 +20,18 @@ def spins(code: str, **environment: str) -> str:
     clean = {name: value for name, value in os.environ.items() if name not in OURS}
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\nimport os\nprint(os.environ.get('GOMP_SPINCOUNT'))"],
-        env=clean | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        env=clean | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return done.stdout.strip()
 
 
 def test_a_verb_settles_the_wait_before_it_imports_torch():
     assert spins("import qcli") == "None"
     assert spins("import qcli\nqcli.QcliError") == threads.SPINS
-    started = (
-        "import sys\nsys.argv = ['qcli', '--version']\nfrom qcli.cli import main\ntry: main()\nexcept SystemExit: pass"
-    )
+    started = "import sys\nsys.argv = ['qcli', '--version']\nfrom qcli.cli import main\ntry: main()\nexcept SystemExit: pass"
     assert spins(started).split()[-1] == threads.SPINS
     assert spins("import sys\nsys.modules['torch'] = None\nimport qcli\nqcli.QcliError") == "None"  # too late
 
@@ -44,10 +45,20 @@ def test_what_the_user_chose_stands(name, value):
 @pytest.mark.parametrize(
     "most, free, expected",
     [
-        (2, 2.0, 2), (2, 1.7, 2), (2, 1.5, 1), (2, 1.0, 1), (2, 0.0, 1),
-        (1, 1.0, 1), (1, 0.0, 1), (16, 16.0, 16), (16, 13.1, 13), (16, 2.0, 8), (5, 0.0, 3), (2, 64.0, 2),
+        (2, 2.0, 2),
+        (2, 1.7, 2),
+        (2, 1.5, 1),
+        (2, 1.0, 1),
+        (2, 0.0, 1),
+        (1, 1.0, 1),
+        (1, 0.0, 1),
+        (16, 16.0, 16),
+        (16, 13.1, 13),
+        (16, 2.0, 8),
+        (5, 0.0, 3),
+        (2, 64.0, 2),
     ],
-)  # fmt: skip
+)
 def test_threads_are_the_free_cores_and_half_at_least(most, free, expected):
     assert threads.wanted(most, free) == expected
 

@@ -95,10 +95,7 @@ def test_activations_and_weight_make_the_product(name, layer):
         y = prepared.linear(sequence)
         assert y.dtype == dtype
         torch.testing.assert_close(
-            y,
-            (rounded.double() @ used.double().t()).to(dtype),
-            rtol=1.6e-2 if dtype == torch.bfloat16 else 1e-5,
-            atol=2e-6,
+            y, (rounded.double() @ used.double().t()).to(dtype), rtol=1.6e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-6
         )
         if "LLM" in name:
             columns = weight if name.endswith("paper") else prepared.weight.to(dtype)
@@ -149,9 +146,7 @@ def test_nf4_is_bitsandbytes(layer):
     theirs = bnb.dequantize_4bit(packed, state)
     prepared = SIMULATIONS["NF4"].weight(weight)
     assert torch.equal(prepared.weight, theirs)
-    torch.testing.assert_close(
-        prepared.linear(x, bias), torch.nn.functional.linear(x, theirs, bias), rtol=1e-5, atol=2e-6
-    )
+    torch.testing.assert_close(prepared.linear(x, bias), torch.nn.functional.linear(x, theirs, bias), rtol=1e-5, atol=2e-6)
     for_bfloat16 = prepared.weight_for(torch.zeros(128, dtype=torch.bool), torch.bfloat16)
     assert torch.equal(for_bfloat16, theirs.bfloat16().float())
 
@@ -241,9 +236,11 @@ def test_bytes_are_those_on_disk(tmp_path):
     import qcli
 
     for method, name, options in (
-        ("nf4", "NF4", {"double_quant": False}), ("nf4", "NF4+DQ", {}), ("fp4", "FP4", {"double_quant": False}),
+        ("nf4", "NF4", {"double_quant": False}),
+        ("nf4", "NF4+DQ", {}),
+        ("fp4", "FP4", {"double_quant": False}),
         ("llm-int8", "LLM.int8()", {}),
-    ):  # fmt: skip
+    ):
         folder = tmp_path / name
         qcli.quantize(str(ROOT / "examples/demo-model"), folder, method=method, device="cpu", **options)
         with safe_open(folder / "model.safetensors", "pt") as file:
@@ -254,9 +251,13 @@ def test_bytes_are_those_on_disk(tmp_path):
 
 def test_names_are_forgiving():
     for spelling, name in (
-        ("nf4-dq", "NF4+DQ"), ("llm.int8", "LLM.int8()"), ("LLM-int8-paper", "LLM.int8() paper"),
-        ("vector-wise", "int8 vector-wise"), ("INT8 Zeropoint Vector_wise", "int8 zeropoint vector-wise"), (" FP32 ", "fp32"),
-    ):  # fmt: skip
+        ("nf4-dq", "NF4+DQ"),
+        ("llm.int8", "LLM.int8()"),
+        ("LLM-int8-paper", "LLM.int8() paper"),
+        ("vector-wise", "int8 vector-wise"),
+        ("INT8 Zeropoint Vector_wise", "int8 zeropoint vector-wise"),
+        (" FP32 ", "fp32"),
+    ):
         assert simulation(spelling).name == name
     with pytest.raises(UsageError, match="no method 'nf5'; nearest: NF4"):
         simulation("nf5")

@@ -60,9 +60,17 @@ def test_a_model_that_asks_where_its_embedding_lies(tmp_path):
     """Llama 4 moves token ids there before it enters it; and parameters of its experts come uninitialised."""
     torch.manual_seed(0)
     config = transformers.Llama4TextConfig(
-        hidden_size=64, intermediate_size=128, intermediate_size_mlp=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, vocab_size=256, max_position_embeddings=64, num_local_experts=2,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=128,
+        intermediate_size_mlp=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=256,
+        max_position_embeddings=64,
+        num_local_experts=2,
+    )
     model = transformers.Llama4ForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -212,9 +220,7 @@ def test_misshaped_tensors_are_named(tmp_path, bits):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.input_layernorm.weight"] = torch.zeros(3)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        CheckpointError, match="does not fit its model: 1 misshaped: model.layers.1.input_layernorm.weight"
-    ):
+    with pytest.raises(CheckpointError, match="does not fit its model: 1 misshaped: model.layers.1.input_layernorm.weight"):
         Skeleton(str(folder), device="cpu")
 
 

@@ -1,0 +1,286 @@
+"""Which tensors of a checkpoint are the weights of linear modules.
+
+The transformers class of the config, built on the meta device, decides: what it converts when it loads a bitsandbytes
+checkpoint is what may be quantized, and nothing else. For an architecture transformers does not know there are rules by
+name and shape, which the plan shows as such.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from qcli.checkpoint.config_json import for_transformers
+from qcli.errors import CheckpointError
+
+# Parts of a name that mark a 2-D weight which is no linear layer to quantize: embeddings, heads, norms, routers.
+_NOT_LINEAR = re.compile(
+    r"(?:^|[._])(?:embed\w*|emb|wte|wpe|lm_head|embed_out|output_layer|head|score|classifier|\w*norm\w*|ln\w*|router|gate)$"
+    r"|embedding|relative_attention_bias|conv1d"
+)
+_MODULES_A_TENSOR, _MODULES_AT_LEAST = 50, 20_000  # of real models, at most 4 modules a tensor
+_RULES_MIN_FEATURES = 32  # a narrower 2-D weight is a gate, a bias table or a projection too small to matter
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear module: `tensor` is its weight's name in the checkpoint, `module` its name in transformers.
+
+    `transposed` is True for transformers' Conv1D, stored [in_features, out_features].
+    """
+
+    tensor: str
+    module: str
+    out_features: int
+    in_features: int
+    transposed: bool = False
+
+
+@dataclass
+class Layout:
+    """What a model is made of, as far as quantization asks."""
+
+    decided_by: str
+    linears: dict[str, Linear] = field(default_factory=dict)  # by tensor name
+    candidates: list[str] = field(default_factory=list)  # every module that transformers would convert
+    explicit_skip: bool = False  # no loader's default is known, so the skip list must be written out
+    modules: dict[str, str] = field(default_factory=dict)  # every tensor name -> its name in transformers
+    default_skip: list[str] = field(default_factory=list)  # modules transformers leaves alone when no list is given
+    always_skip: list[str] = field(default_factory=list)  # patterns it leaves alone whatever the list
+    keep_fp32: list[str] = field(default_factory=list)  # patterns kept float32 under float16
+    keep_fp32_strict: list[str] = field(default_factory=list)  # patterns kept float32 under 16-bit types
+    missing: list[str] = field(default_factory=list)  # parameters of the model that no tensor provides
+    misshaped: dict[str, tuple] = field(default_factory=dict)  # tensor name -> (shape stored, shape that the model has)
+    unknown: set[str] = field(default_factory=set)  # tensors that are no part of the model
+    linear_kinds: list[str] = field(default_factory=list)  # class names of linear modules, converted or not
+    expert_parameters: int = 0  # in fused 3-D expert tensors, which are no Linear
+    notes: list[str] = field(default_factory=list)
+
+    def skipped(self, module: str, skip: list[str] | None) -> bool:
+        """Whether transformers leaves `module` alone, given the config's skip list (None: its own default)."""
+        patterns = (self.default_skip if skip is None else skip) + self.always_skip
+        boundary = r"(?:(?<=\.)|(?=\.|$))"
+        return any(re.match(rf"(?:{key}){boundary}", module) or module.endswith(key) for key in patterns)
+
+    def stays_fp32(self, tensor: str, dtype: str) -> bool:
+        """Whether transformers keeps the unquantized `tensor` in float32 when the model's dtype is `dtype`."""
+        patterns = list(self.keep_fp32_strict) if dtype in ("F16", "BF16") else []
+        patterns += self.keep_fp32 if dtype == "F16" else []
+        return any(re.search(p.replace("*", ".*"), self.modules.get(tensor, tensor)) for p in patterns)
+
+
+def find_linears(source, *, trust_remote_code: bool = False, rules: bool = False) -> Layout:
+    """The layout of `source`'s model. `rules` asks for the rules by name and shape whatever transformers knows.
+
+    Raises CheckpointError where transformers knows the architecture but cannot build it from this config.
+    """
+    if rules:
+        return _by_rules(source, "rules by name and shape, as asked")
+    model_class, config = transformers_class(source, trust_remote_code)
+    if model_class is None:
+        names = ", ".join(source.architectures) or source.config.get("model_type") or "none named"
+        return _by_rules(source, f"rules by name and shape: transformers does not know the architecture {names}")
+    layout = model_layout(source, model_class, config)
+    _check_converts(source, layout, model_class)
+    return layout
+
+
+def transformers_class(source, trust_remote_code: bool):
+    """(model class, config) by which transformers loads `source`; (None, None) where it does not know the architecture.
+
+    Raises CheckpointError.
+    """
+    import transformers
+
+    folder = source.config_folder
+    architecture = (source.architectures or [None])[0]
+    remote = {key: value for key, value in (source.config.get("auto_map") or {}).items() if isinstance(value, str)}
+    model_type = source.config.get("model_type")
+    known = model_type in transformers.CONFIG_MAPPING
+    if not known:
+        if not remote:
+            return None, None
+        if not trust_remote_code:
+            raise CheckpointError(
+                f"{source.label}: the model's code comes with the checkpoint ({next(iter(remote.values()))}) and is not run "
+                "unless allowed",
+                "Read that code, then pass --trust-remote-code; or --set modules=rules to go by names and shapes.",
+            )
+    try:
+        if known and not (remote.get("AutoConfig") and trust_remote_code):
+            config = transformers.CONFIG_MAPPING[model_type].from_dict(for_transformers(source.config))
+        else:
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            if not source.quantization and hasattr(config, "quantization_config"):
+                del config.quantization_config  # without content, which loaders take for a quantized model
+    except Exception as e:  # transformers raises many kinds for a config it cannot read
+        raise CheckpointError(
+            f"{source.label}/config.json: transformers cannot read it: {reason(e)}",
+            "Mend the config, or pass --set modules=rules to go by names and shapes.",
+        ) from e
+    reference = _own_class(remote, architecture) if trust_remote_code else None
+    if reference:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        try:
+            return get_class_from_dynamic_module(reference, folder), config
+        except Exception as e:  # somebody's own code
+            raise CheckpointError(
+                f"{source.label}: the code of {reference} cannot be loaded: {reason(e)}", "Install what it needs, or mend it."
+            ) from e
+    model_class = getattr(transformers, architecture, None) if architecture else None
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        # A name of another time or of a fine-tune: what transformers makes of its model_type.
+        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return model_class, config
+
+
+def _own_class(auto_map: Mapping[str, str], architecture: str | None) -> str | None:
+    """The entry of an `auto_map` for the model that config.json names, else for one that continues a text, else for any."""
+    named = [value for key, value in auto_map.items() if key != "AutoConfig" and value.endswith(f".{architecture}")]
+    kinds = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
+    return next(iter([*named, *(auto_map[kind] for kind in kinds if kind in auto_map)]), None)
+
+
+def model_layout(source, model_class, config) -> Layout:
+    """The layout of the transformers model of this class and config. Raises CheckpointError where it cannot be built."""
+    import torch
+    from torch import nn
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    try:
+        with torch.device("meta"), warnings.catch_warnings(), modules_within(source):
+            warnings.simplefilter("ignore")
+            model = model_class(config)
+    except Exception as e:  # a config can be wrong in as many ways as there are models
+        raise CheckpointError(
+            f"{source.label}: {model_class.__name__} cannot be built from config.json: {reason(e)}",
+            "Check the config's fields, or pass --set modules=rules to go by names and shapes.",
+        ) from e
+    layout = Layout(decided_by=f"transformers' {model_class.__name__}")
+    layout.default_skip = sorted(get_keys_to_not_convert(model))
+    layout.keep_fp32 = sorted(model._keep_in_fp32_modules or [])
+    layout.keep_fp32_strict = sorted(model._keep_in_fp32_modules_strict or [])
+    layout.always_skip = layout.keep_fp32
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state = model.state_dict()
+    prefix = model.base_model_prefix
+    merged = set()  # parameters that transformers makes out of several tensors
+    for name in source.tensors:
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if renamed not in state and name in state:
+            renamed, pattern = name, None
+        layout.modules[name] = renamed
+        if pattern is not None:
+            converter = next(c for c in converters if pattern in c.source_patterns)
+            merged.update(renamed.replace(converter.target_patterns[0], target) for target in converter.target_patterns)
+    provided = set(layout.modules.values()) | merged
+
+    by_module = {renamed: name for name, renamed in layout.modules.items()}
+    for module_name, module in model.named_modules():
+        if type(module) is not nn.Linear and not isinstance(module, Conv1D):
+            continue
+        layout.candidates.append(module_name)
+        weight = f"{module_name}.weight"
+        tensor = by_module.get(weight)
+        if tensor is None or weight in merged:
+            continue
+        transposed = isinstance(module, Conv1D)
+        shape = tuple(module.weight.shape)
+        out_features, in_features = reversed(shape) if transposed else shape
+        layout.linears[tensor] = Linear(tensor, module_name, out_features, in_features, transposed)
+    layout.linear_kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear)})
+    groups = tied_groups(model.all_tied_weights_keys)
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or []
+    layout.missing = sorted(
+        name
+        for name, _ in model.named_parameters()
+        if provided.isdisjoint(groups.get(name, {name})) and not any(re.search(p, name) for p in ignored)
+    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    layout.misshaped = {
+        name: (info.shape, shapes[layout.modules[name]])
+        for name, (_, info) in source.tensors.items()
+        if layout.modules[name] in shapes and layout.modules[name] not in merged and info.shape != shapes[layout.modules[name]]
+    }
+    unknown = [name for name, renamed in layout.modules.items() if renamed not in state and renamed not in merged]
+    layout.unknown = set(unknown)
+    if unknown:
+        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        layout.notes.append(f"{len(unknown)} tensors are no part of {model_class.__name__} and are carried over: {shown}")
+    layout.expert_parameters = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n)
+    return layout
+
+
+def _by_rules(source, decided_by: str) -> Layout:
+    layout = Layout(decided_by=decided_by, explicit_skip=True)
+    for name, (_, info) in source.tensors.items():
+        layout.modules[name] = name
+        module = name.removesuffix(".weight")
+        if name == module or len(info.shape) != 2:
+            continue
+        if _NOT_LINEAR.search(module) or min(info.shape) < _RULES_MIN_FEATURES:
+            layout.default_skip.append(module)
+            continue
+        layout.linears[name] = Linear(name, module, *info.shape)
+        layout.candidates.append(module)
+    return layout
+
+
+def _check_converts(source, layout: Layout, model_class) -> None:
+    if all(layout.skipped(name, None) for name in layout.candidates):
+        found = f" (its layers are {', '.join(layout.linear_kinds)})" if layout.linear_kinds else ""
+        raise CheckpointError(
+            f"{source.label}: transformers converts no Linear of {model_class.__name__}{found}, so a quantized checkpoint "
+            "of it would not load there",
+            "Pass --set modules=rules to quantize by names and shapes all the same, for a loader that can read it.",
+        )
+
+
+def tied_groups(ties: Mapping[str, str]) -> dict[str, set[str]]:
+    """Each tied parameter -> all that are one with it, itself included. Any of a group may be the one that is stored.
+
+    `ties` maps a parameter to the one that it is made the same as, as transformers' `all_tied_weights_keys` does.
+    """
+    groups: dict[str, set[str]] = {}
+    for name, other in ties.items():
+        joined = groups.get(name, {name}) | groups.get(other, {other})
+        groups |= dict.fromkeys(joined, joined)
+    return groups
+
+
+@contextmanager
+def modules_within(source) -> Iterator[None]:
+    """Stops the building of a model of many more modules than there are tensors for, which would go on until memory ends."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    tensors = len(source.tensors)
+    most, count = _MODULES_A_TENSOR * tensors + _MODULES_AT_LEAST, 0
+
+    def watch(module, name, submodule) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise CheckpointError(f"its numbers make more than {most:,} modules, and the checkpoint holds {tensors:,} tensors")
+
+    handle = register_module_module_registration_hook(watch)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an error says that is more than its kind; the kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    detail = lines[0] if len(lines) == 1 or not lines[0].endswith(":") else f"{lines[0]} {lines[1]}"
+    return f"{type(error).__name__}: {detail}" if isinstance(error, (KeyError, IndexError, AttributeError)) else detail

@@ -1,0 +1,62 @@
+"""A result file that is there whole or not at all."""
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from qcli.errors import QcliError
+
+
+def check_place(path: Path) -> None:
+    """Raises QcliError where no file can stand at `path`: its folder is missing, or it is a folder itself."""
+    if path.is_dir():
+        raise QcliError(f"{path} is a folder, not a file", "Name a file in it.")
+    if not path.parent.is_dir():
+        raise QcliError(f"{path} cannot be written: there is no folder {path.parent}", f"mkdir -p {path.parent}")
+
+
+def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
+    """The lines of a CSV file, UTF-8; None is an empty cell."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes `data` beside `path`, then puts it in its place: whoever looks finds what was there or the whole new file.
+
+    Raises QcliError where it cannot be written; what was there before stays.
+    """
+    check_place(path)
+    try:
+        write_file(path, data)
+    except OSError as error:
+        raise QcliError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file by a rename, synced, with the mode that the umask asks for. Nothing is left of a write that fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(path: Path) -> None:
+    """Brings renames inside `path` to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,83 @@
+"""A conversation as the model's chat template writes it. A template is code that comes with a model and may raise anything."""
+
+from qcli.errors import CheckpointError, first_line
+from qcli.generation.prompt import check_ids, check_text, tokenized
+
+_WORD = "marmalade"  # in no template, and left alone by those that trim or quote
+
+
+class Chat:
+    """The chat template of a tokenizer. `label` is what messages call the model.
+
+    `turn_end` is the id that closes an answer in the template's own conversations, None where none is to be seen. Raises
+    CheckpointError where there is no template, or none that writes a user's message down.
+    """
+
+    def __init__(self, tokenizer, label: str):
+        self.tokenizer, self.label = tokenizer, label
+        template = getattr(tokenizer, "chat_template", None)
+        if not template:
+            raise CheckpointError(f"{label} has no chat template", "Leave out --chat to continue the prompt as plain text.")
+        if isinstance(template, dict) and "default" not in template:
+            raise CheckpointError(
+                f"{label} has no default among its chat templates: {', '.join(sorted(map(str, template)))}",
+                "Leave out --chat to continue the prompt as plain text.",
+            )
+        self.in_parts = self._wants_parts()
+        self.turn_end = self._turn_end()
+
+    def ids(self, model, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, messages of {"role", "content"}, up to where the answer begins."""
+        for message in messages:
+            check_text(message["content"])
+        ids = tokenized(self.tokenizer, self._text(messages, self.in_parts), add_special_tokens=False)
+        if not ids:
+            raise CheckpointError(f"the chat template of {self.label} makes no text of the conversation")
+        check_ids(model, self.tokenizer, ids)
+        return ids
+
+    def _text(self, messages: list[dict[str, str]], in_parts: bool, answer_next: bool = True) -> str:
+        if in_parts:
+            messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=answer_next, tokenize=False)
+        except Exception as e:  # what Jinja raises, what the template does, and what its expressions stumble over
+            raise CheckpointError(
+                f"the chat template of {self.label} does not take the conversation: {first_line(e)}",
+                "Leave out --chat to continue the prompt as plain text.",
+            ) from e
+        if not isinstance(text, str):
+            raise CheckpointError(f"the chat template of {self.label} makes {type(text).__name__} of a conversation, not text")
+        return text
+
+    def _wants_parts(self) -> bool:
+        """Whether a message's content must be a list of parts: where the template loses or refuses it as text."""
+        messages, refusal = [{"role": "user", "content": _WORD}], None
+        for in_parts in (False, True):
+            try:
+                if _WORD in self._text(messages, in_parts).lower():
+                    return in_parts
+            except CheckpointError as e:
+                refusal = refusal or e
+        raise refusal or CheckpointError(
+            f"the chat template of {self.label} leaves the user's message out",
+            "Leave out --chat to continue the prompt as plain text.",
+        )
+
+    def _turn_end(self) -> int | None:
+        """The special token that follows an answer: where the conversation ends with it, else where the user goes on."""
+        answered = [{"role": "user", "content": "Yes?"}, {"role": "assistant", "content": _WORD}]
+        for more in ([], [{"role": "user", "content": "No."}]):
+            try:
+                text = self._text(answered + more, self.in_parts, answer_next=False)
+            except CheckpointError:  # some templates know no answers yet
+                return None
+            before, word, after = text.rpartition(_WORD)
+            if word and after.strip():
+                ids = tokenized(self.tokenizer, after.lstrip(), add_special_tokens=False)
+                return ids[0] if ids and ids[0] in self._special() else None
+        return None
+
+    def _special(self) -> set[int]:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return {i for i, token in added.items() if token.special} | set(self.tokenizer.all_special_ids)

@@ -1,0 +1,185 @@
+"""One step of decoding over tensors that never move, so that it can be captured once and replayed.
+
+A step reads its input where the last one wrote its output:
+
+  token     int64 [1, 1]       the id to read next; the step puts the one that it chose there
+  position  int64 []           where that id stands in the text; its keys and values go to the same place of the cache
+  history   int64 [1, length]  every id so far, then copies of the first: rules ask which ids occurred, not how often
+  cache     per layer keys and values [1, heads, span, head_dim], of which the mask leaves those of the text
+
+A text that outgrows the span gets one twice as long, and a new capture with it.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from qcli.loading import out_of_memory
+
+# Places of a cache to begin with, doubled until the prompt fits. Attention reads all of them at each step.
+SPAN = 256
+
+Step = Callable[[], None]
+# Takes a rehearsal, which leaves nothing behind, and the step; returns what runs the step. May run it itself.
+Capture = Callable[[Step, Step], Step]
+
+
+def cache_argument(model) -> str:
+    """The name under which a model takes its cache: "cache" from transformers 5.24 on, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+class Unsupported(Exception):
+    """This model, or what was asked of it, cannot be captured: no token has been made yet."""
+
+
+class _Places:
+    """What the layers of a cache have in common: how many places they have and where the next token goes."""
+
+    def __init__(self, device: torch.device):
+        self.span, self.prefilling = SPAN, False
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
+
+
+class _Layer(CacheLayerMixin):
+    """Keys and values of one layer, of the whole text whatever its window: which places count is the mask's affair.
+
+    A prefill attends to its own keys and values, as in transformers' own cache; they are only noted here.
+    """
+
+    is_compileable, is_sliding = True, False
+
+    def __init__(self, places: _Places):
+        super().__init__()
+        self.places = places
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys, self.values = self._of_span(key_states[:, :, :0]), self._of_span(value_states[:, :, :0])
+        self.is_initialized = True
+
+    def stretch(self) -> None:
+        """Makes room for the span of now."""
+        if self.is_initialized:
+            self.keys = self._of_span(self.keys)
+            self.values = self._of_span(self.values)
+
+    def _of_span(self, old: torch.Tensor) -> torch.Tensor:
+        batch, heads, count, head_dim = old.shape
+        new = old.new_zeros(batch, heads, self.places.span, head_dim)  # zeros, for a masked NaN would still be one
+        new[:, :, :count] = old
+        return new
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.places.prefilling:
+            count = key_states.shape[-2]
+            self.keys[:, :, :count].copy_(key_states)
+            self.values[:, :, :count].copy_(value_states)
+            return key_states, value_states
+        place = self.places.position.view(1)
+        self.keys.index_copy_(2, place, key_states)
+        self.values.index_copy_(2, place, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (query_length if self.places.prefilling else self.places.span), 0
+
+    def get_seq_length(self):
+        return 0 if self.places.prefilling else self.places.position
+
+    def get_max_length(self) -> int:
+        return self.places.span
+
+
+class Decoder:
+    """The step of `model`, its tensors and what replays it.
+
+    `rules` turn logits into scores as in transformers; the id is the best one, or where `sampled` drawn by the softmax of
+    the scores. `prompt_tokens` and `length` are those of the prompt and of the longest text. Raises Unsupported.
+    """
+
+    def __init__(self, model, prompt_tokens: int, length: int, rules, sampled: bool, capture: Capture):
+        self.length = -(-length // SPAN) * SPAN
+        self.model, self.rules, self.sampled, self.capture = model, rules, sampled, capture
+        self.places = _Places(model.device)
+        layers = len(DynamicCache(config=model.config).layers)
+        self.cache = Cache(layers=[_Layer(self.places) for _ in range(layers)])
+        self.cache_argument = cache_argument(model)
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        self.history = torch.zeros(1, self.length, dtype=torch.int64, device=model.device)
+        self.at = 0  # the position, as the host counts it
+        self.replay: Step | None = None
+        try:
+            self._capture(prompt_tokens)
+        except RuntimeError as e:
+            if out_of_memory.is_one(e):
+                raise
+            raise Unsupported from e
+
+    def prefill(self, ids: torch.Tensor, options: dict) -> None:
+        """Reads ids int64 [1, tokens] and chooses the first new one. `options` are further arguments of the model."""
+        count = ids.shape[1]
+        self.history.copy_(ids[:, :1].expand_as(self.history))
+        self.history[:, :count] = ids
+        positions = torch.arange(count, device=ids.device)[None]
+        self.places.prefilling = True
+        logits = self._logits(ids, positions, options)
+        self.places.prefilling = False
+        self.places.position.fill_(count)
+        self.at = count
+        self._choose(logits)
+
+    def advance(self) -> None:
+        """Launches a step."""
+        if self.at == self.places.span:
+            self._capture(self.at)
+        self.replay()
+        self.at += 1
+
+    def _capture(self, place: int) -> None:
+        """Captures a step that reaches `place` and beyond."""
+        while self.places.span <= place:
+            self.places.span *= 2
+        self.places.span = min(self.places.span, self.length)
+        for layer in self.cache.layers:
+            layer.stretch()
+        state = (self.token, self.places.position, self.history)
+        before = [tensor.clone() for tensor in state]
+
+        def restore():
+            for tensor, value in zip(state, before):
+                tensor.copy_(value)
+
+        def rehearse():
+            self._step()
+            restore()
+
+        devices = [self.token.device] if self.token.is_cuda else []
+        with torch.random.fork_rng(devices):  # a seed means the same text, captured or not
+            self.replay = self.capture(rehearse, self._step)
+        restore()
+
+    def _step(self) -> None:
+        logits = self._logits(self.token, self.places.position.view(1, 1), {})
+        self.places.position.add_(1)
+        self._choose(logits)
+
+    def _logits(self, ids: torch.Tensor, positions: torch.Tensor, options: dict) -> torch.Tensor:
+        """[1, vocabulary] of the last id."""
+        options = options | {self.cache_argument: self.cache}
+        output = self.model(input_ids=ids, position_ids=positions, use_cache=True, **options)
+        return output.logits[:, -1]
+
+    def _choose(self, logits: torch.Tensor) -> None:
+        scores = self.rules(self.history, logits.to(copy=True, dtype=torch.float32))
+        if self.sampled:
+            # torch.multinomial draws like this too, but may first ask the host whether the numbers are sound.
+            probabilities = scores.softmax(-1)
+            scores = probabilities / torch.empty_like(probabilities).exponential_()
+        token = scores.argmax(-1)
+        self.token.copy_(token.view(1, 1))
+        self.history.index_copy_(1, self.places.position.view(1), self.token)

@@ -1,0 +1,205 @@
+"""Loads a model through transformers' own from_pretrained, with a quantizer registered there that puts our modules in.
+
+Renames, fused experts, tied weights and buffers stay transformers' business. A checkpoint in bitsandbytes' format is loaded
+without bitsandbytes; an unquantized one can be quantized as it is read, one weight at a time, so that the full-precision
+model never exists in memory.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+import transformers
+
+from qcli import methods
+from qcli.checkpoint import dtypes
+from qcli.checkpoint.model_dtype import model_dtype
+from qcli.checkpoint.modules import Layout, model_layout, reason, transformers_class
+from qcli.checkpoint.source import Source
+from qcli.checkpoint.stored_tensor import state_dict
+from qcli.devices import Placement, place
+from qcli.errors import CheckpointError, QcliError, UsageError, one_of, together
+from qcli.loading import generation_config, out_of_memory
+from qcli.loading.room import check_room
+from qcli.loading.tokenizer import read_tokenizer
+from qcli.loading.transformers_quantizer import LoadingStopped, NoRoom, QcliConfig
+from qcli.nn.linear_8bit import Linear8bit
+from qcli.process import available_memory
+from qcli.stored import made_again, open_checkpoint, quantized_weights, read_stored
+
+
+def load(
+    model: str,
+    *,
+    bits: int | None = None,
+    method: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | dict | None = None,
+    max_memory: str | Mapping[int | str, int | str] | None = None,
+    int8_activations: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+):
+    """Returns (transformers model, tokenizer or None) of a folder or hub id; the model's own `.generate()` works.
+
+    A checkpoint quantized by qcli, or by transformers with bitsandbytes, is run as it is stored. `bits` (8 or 4) or `method`
+    quantizes an unquantized one as it is read. `dtype` is that of everything unquantized: auto keeps the config's.
+    `device_map` "auto" splits the model over GPUs and CPU memory by accelerate's rules, quantized on each; `max_memory` limits
+    it per GPU or "cpu": {0: "20GB", "cpu": 30 * 10**9}, or "0=20GB,cpu=30GB". Without `int8_activations` an LLM.int8() model
+    keeps its activations in 16 bits.
+
+    Raises UsageError, CheckpointError (missing, extra and misshaped tensors together), HubError, DeviceError.
+    """
+    return load_source(
+        open_checkpoint(model, revision, trust_remote_code),
+        bits=bits,
+        method=method,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        max_memory=max_memory,
+        int8_activations=int8_activations,
+    )
+
+
+def load_source(
+    source: Source,
+    *,
+    bits: int | None = None,
+    method: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | dict | None = None,
+    max_memory: str | Mapping[int | str, int | str] | None = None,
+    int8_activations: bool = True,
+):
+    """`load`, of a checkpoint that `open_checkpoint` has opened."""
+    one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
+    placement = place(device, device_map, max_memory)
+    model, trust_remote_code, stored = source.label, source.trusted, source.quantization
+    wanted = methods.method_name(bits, method) if bits is not None or method is not None else None
+    if stored and wanted:
+        raise CheckpointError(f"{model} is quantized already", "Leave out --bits and --method.")
+    _check_room(source, wanted, dtype, placement)
+    source.fetch_what_runs()
+    free = out_of_memory.free_memory(placement.gpus())
+    with quiet(), ExitStack() as opened:
+        built, config = transformers_class(source, trust_remote_code)
+        if built is None:
+            names = ", ".join(source.architectures) or source.config.get("model_type") or "none named"
+            raise CheckpointError(
+                f"{model}: transformers {transformers.__version__} does not know its architecture ({names})",
+                "Install a newer transformers; if the model brings its own code, read it and pass --trust-remote-code.",
+            )
+        layout = model_layout(source, built, config)
+        check_fits(source, layout)
+        options = {"dtype": dtypes.torch_dtype(model_dtype(source, dtype))}
+        if (rules := generation_config.for_loading(source, config)) is not None:
+            options["generation_config"] = rules
+        if stored:
+            config.quantization_config = read_stored(source, layout, stored, dtype)
+        elif wanted:
+            options["quantization_config"] = QcliConfig(method=wanted)
+        try:
+            loaded, info = built.from_pretrained(
+                None,
+                config=config,
+                state_dict=state_dict(source, opened),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **placement.arguments(),
+                **options,
+            )
+            if "disk" in (getattr(loaded, "hf_device_map", None) or {}).values():
+                raise NoRoom
+        except NoRoom:
+            raise out_of_memory.without_room(source, layout, wanted, dtype, placement.limits()) from None
+        except (LoadingStopped, Exception) as e:  # from_pretrained raises many kinds
+            split = device_map is not None
+            if split and "offload_folder" in str(e):  # transformers asks for one where layers would go to the disk
+                raise out_of_memory.without_room(source, layout, wanted, dtype, placement.limits()) from None
+            if isinstance(e, LoadingStopped) or out_of_memory.is_one(e):
+                raise out_of_memory.while_loading(source, layout, wanted, dtype, free, split) from e
+            if isinstance(e, QcliError):
+                raise
+            raise CheckpointError(f"{model}: transformers cannot load it: {reason(e)}", source.again()) from e
+        _check_complete(source, info)
+        loaded.config.name_or_path = str(source.config_folder)
+        tokenizer = read_tokenizer(source, trust_remote_code, config)
+    if not int8_activations:
+        _keep_activations(model, loaded)
+    return loaded.eval(), tokenizer
+
+
+def _check_room(source: Source, wanted: str | None, dtype: str, placement: Placement) -> None:
+    """Refuses, before weights are fetched or read, what a single device has no room for. Splits find their own room."""
+    if set(placement.device_map) != {""}:
+        return
+    gpus = placement.gpus()
+    if gpus:
+        check_room(source, wanted, dtype, out_of_memory.free_memory(gpus)[gpus[0]][0], "GPU memory")
+        return
+    # On a CPU unquantized weights stay in the mapped file, whose pages the system takes back as it needs.
+    mapped = wanted is None and not source.quantization and dtype == "auto"
+    free = available_memory()
+    if free is not None and not mapped:
+        check_room(source, wanted, dtype, free, "memory")
+
+
+def _keep_activations(label: str, loaded: torch.nn.Module) -> None:
+    modules = [module for module in loaded.modules() if isinstance(module, Linear8bit)]
+    if not modules:
+        raise UsageError(
+            f"--no-int8-activations: {label} is not in LLM.int8()", "Leave it out, or add --bits 8 to an unquantized model."
+        )
+    for module in modules:
+        module.activations_in_int8 = False
+
+
+def check_fits(source: Source, layout: Layout) -> None:
+    """Raises CheckpointError where tensors are missing or misshaped, by headers alone: what does not fit is never allocated."""
+    decoded = quantized_weights(source)
+    misshaped = [
+        f"{name} (stored {list(stored)}, the model has {list(expected)})"
+        for name, (stored, expected) in layout.misshaped.items()
+        if name not in decoded
+    ]
+    codes = {source.tensors[name][1].dtype for name in layout.linears if name not in decoded} - set(dtypes.FLOATS)
+    undecoded = [name for name in layout.linears if name not in decoded and source.tensors[name][1].dtype in codes]
+    strays = sorted(n for n in decoded if n in source.tensors and n not in layout.linears and n not in layout.unknown)
+    kinds = (
+        ("quantized, which are no linear modules in this transformers", strays),
+        ("missing", layout.missing),
+        ("misshaped", misshaped),
+        (f"stored as {' and '.join(sorted(codes))} without what would decode them", undecoded),
+    )
+    parts = [together(what, names) for what, names in kinds if names]
+    if parts:
+        raise CheckpointError(f"{source.label} does not fit its model: {'; '.join(parts)}", made_again(source))
+
+
+def _check_complete(source: Source, info: dict) -> None:
+    """What headers could not show. Raises CheckpointError."""
+    missing, misshaped = sorted(info["missing_keys"]), sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    parts = [together(what, names) for what, names in (("missing", missing), ("misshaped", misshaped)) if names]
+    if parts:
+        raise CheckpointError(f"{source.label} does not fit its model: {'; '.join(parts)}", source.again())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' bars and advice, and accelerate's, off while it loads."""
+    models, hooks = transformers.utils.logging, logging.getLogger("accelerate")
+    verbosity, level, bars = models.get_verbosity(), hooks.level, models.is_progress_bar_enabled()
+    models.set_verbosity_error()
+    hooks.setLevel(logging.ERROR)
+    models.disable_progress_bar()
+    try:
+        yield
+    finally:
+        models.set_verbosity(verbosity)
+        hooks.setLevel(level)
+        if bars:
+            models.enable_progress_bar()

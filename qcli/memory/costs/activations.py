@@ -1,0 +1,125 @@
+"""What a forward pass holds beyond weights and cache, at its peak.
+
+Layers reuse each other's memory, so the peak is the largest of a few moments: those of a layer (layer_moments.py), of a
+quantized product within it, and of the logits. What the allocator adds, and kernels' workspaces, are overhead.
+"""
+
+from dataclasses import dataclass
+
+from qcli.errors import UsageError
+from qcli.memory.costs.cache_parts import KV_BYTES, RUNTIMES
+from qcli.memory.costs.layer_moments import Pass, attends, expanded, has_feed_forward, is_gated, moments
+
+FOUR_BITS = ("nf4", "nf4-plain", "fp4")
+METHODS = ("bfloat16", "float16", "float32", "llm-int8", *FOUR_BITS)
+LOGITS = ("last", "all")
+_FEW_TOKENS = 8  # up to so many, a 4-bit weight is multiplied without being expanded
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes beyond weights and cache. `prefill` is the peak while a prompt is read and the largest of `moments`; `decode`
+    that while one token is made, and the largest of `decode_moments`. `binding` names the moment of `prefill`."""
+
+    prefill: int
+    decode: int
+    moments: dict[str, int]
+    decode_moments: dict[str, int]
+    binding: str
+    formula: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A quantized product: elements alive per token beside its output, and its sizes."""
+
+    name: str
+    alive: int
+    columns: int
+    rows: int
+
+
+def activations(
+    config,
+    tokens: int,
+    batch: int = 1,
+    context: int | None = None,
+    method: str = "bfloat16",
+    dtype: str | None = None,
+    runtime: str = "transformers",
+    logits: str = "last",
+    chunk: int = 8192,
+) -> Activations:
+    """The peak of `config`, a ModelConfig, over prompts of `tokens` in each of `batch` sequences, and of a step at `context`
+    (`tokens` by default).
+
+    `method` is one of METHODS; `dtype` that of the activations (the method's, else the model's). `logits` "all" is a
+    forward without generation, as for perplexity, where every token's logits are kept and copied to float32. Under vLLM a
+    pass takes at most `chunk` tokens over all sequences. Prompts are of one length: padding costs a mask. UsageError for an
+    unknown word.
+    """
+    for name, value, known in (("method", method, METHODS), ("runtime", runtime, RUNTIMES), ("logits", logits, LOGITS)):
+        if value not in known:
+            raise UsageError(f"{name} is {value!r}, expected one of {', '.join(known)}.")
+    itemsize = int(KV_BYTES.get(dtype or (method if method in KV_BYTES else config.dtype), 2))
+    context = tokens if context is None else context
+    if runtime == "vllm":
+        prompt = Pass(min(batch * tokens, chunk), min(tokens, chunk), 0, itemsize)
+        step = Pass(batch, 1, 0, itemsize)
+    else:
+        prompt = Pass(batch * tokens, tokens, batch * tokens**2, itemsize)
+        step = Pass(batch, 1, batch * context, itemsize)
+    found, formula = _of_pass(config, prompt, method)
+    found["logits"], sentence = _logits(config, prompt.total if logits == "all" else batch, itemsize, logits)
+    formula.append(sentence)
+    stepping, _ = _of_pass(config, step, method)
+    stepping["logits"], _ = _logits(config, batch, itemsize, "last")
+    if config.get("kv_lora_rank", default=None) is not None and runtime == "transformers":
+        elements = expanded(config)
+        stepping["attention"] += batch * context * elements * itemsize
+        formula.append(f"a step expands a layer's latents: {batch} x {context} tokens x {elements} elements x {itemsize} bytes")
+    binding = max(found, key=found.get)
+    return Activations(found[binding], max(stepping.values()), found, stepping, binding, tuple(formula))
+
+
+def _of_pass(config, through: Pass, method: str) -> tuple[dict[str, int], list[str]]:
+    found, formula = moments(config, through)
+    if method == "llm-int8" or method in FOUR_BITS:
+        for product in _linears(config):
+            found[product.name], why = _quantized(product, through, method)
+            formula.append(why)
+    return found, formula
+
+
+def _linears(config) -> list[_Linear]:
+    """The quantized products that can be the peak. Experts are fused parameters, which stay in 16 bit."""
+    h, f, made = config.hidden_size, config.intermediate_size, []
+    if attends(config):
+        a = config.heads * config.head_dim
+        made = [_Linear("query projection", 3 * h, h, a), _Linear("output projection", 3 * h + a, a, h)]
+    if not has_feed_forward(config) or all(config.is_moe_layer(i) for i in range(config.layers)):
+        return made
+    made.append(_Linear("up projection", 4 * h + (f if is_gated(config) else 0), h, f))
+    made.append(_Linear("down projection", 4 * h + f, f, h))
+    return made
+
+
+def _quantized(product: _Linear, through: Pass, method: str) -> tuple[int, str]:
+    rows, columns, total = product.rows, product.columns, through.total
+    shape = f"{product.name} [{rows}, {columns}]"
+    alive = total * (product.alive + rows) * through.itemsize
+    if method == "llm-int8":
+        # int8 input, its row absmax, and the product in int32 before it is scaled.
+        each = columns + 4 + 4 * rows
+        return (alive + total * each, f"{shape} in int8: {total} tokens x ({columns} + 4 + 4 x {rows} = {each}) bytes more")
+    if total <= _FEW_TOKENS:
+        return alive, f"{shape}: its 4-bit weight is multiplied as it is stored"
+    extra = rows * columns * through.itemsize + (rows * columns // 64 * 4 if method == "nf4" else 0)
+    return alive + extra, f"{shape}: its weight expanded, {extra} bytes"
+
+
+def _logits(config, kept: int, itemsize: int, logits: str) -> tuple[int, str]:
+    """A forward's logits and their copy in float32; in generation softmax makes another."""
+    v, copies = config.vocab_size, 4 if logits == "all" else 8
+    count = kept * (v * (itemsize + copies) + config.hidden_size * itemsize)
+    return count, f"logits: {kept} tokens x {v} x ({itemsize} + {copies} bytes in float32)"

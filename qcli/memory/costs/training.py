@@ -1,0 +1,101 @@
+"""What training low-rank adapters adds to the weights of a model: LoRA (arXiv:2106.09685) and QLoRA (arXiv:2305.14314).
+
+Adapters are float32, as PEFT makes them, with AdamW: 4 bytes each for weight and gradient, 8 for the moments. QLoRA's base is in
+4 bits; PEFT's prepare_model_for_kbit_training casts every other 16-bit parameter to float32, and so makes the residual stream
+float32. Activations are counted from what autograd keeps of one Llama layer, in bytes per token; h hidden_size, f the feed-
+forward's width, a heads x head_dim, g kv_heads x head_dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qcli.errors import UsageError
+from qcli.memory.costs.layer_moments import attends, has_feed_forward, is_gated
+
+KINDS = ("qlora", "lora")
+# Bytes per token for each (f, h, a, g): what the backward pass of one layer holds at its peak, and what one layer keeps for
+# it. A float32 stream, and a 16-bit one, whose adapters read float32 copies.
+_PEAK = {"qlora": (24, 16, 8, 8), "lora": (14, 40, 8, 4)}
+_KEPT = {"qlora": (16, 16, 8, 8), "lora": (10, 28, 8, 4)}
+_LAST = {"qlora": (8, 2, 0, 0), "lora": (0, 20, 0, 0)}  # beyond what is kept, without checkpoints
+_STREAM = {"qlora": 4, "lora": 2}
+# Bytes for each logit: itself, held by the training loop, in float32, its softmax, their gradients.
+_LOGITS = {"qlora": 16, "lora": 14}
+_ADAPTER_BYTES = {"adapters": 4, "gradients of adapters": 4, "AdamW's moments": 8}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Bytes beyond the model's weights, which `components` sum up to, and how many parameters are trained."""
+
+    components: dict[str, int]
+    total: int
+    adapter_parameters: int
+    formula: tuple[str, ...]
+
+
+def training(
+    config,
+    linears: Sequence[tuple[int, int]],
+    others: int,
+    tokens: int,
+    batch: int = 1,
+    rank: int = 16,
+    train: str = "qlora",
+    checkpointing: bool = True,
+    others_itemsize: int = 2,
+) -> Training:
+    """Adapters of `rank` on `linears`, the [out_features, in_features] of each nn.Linear but the head, over `batch` sequences
+    of `tokens`.
+
+    `others` counts the parameters that are not quantized, `others_itemsize` the bytes of each before training. Without
+    `checkpointing` every layer keeps all that its backward pass needs. UsageError for an unknown kind or a bad rank.
+    """
+    if train not in KINDS:
+        raise UsageError(f"train is {train!r}, expected one of {', '.join(KINDS)}.")
+    if rank < 1:
+        raise UsageError(f"rank is {rank}, expected at least 1.")
+    trained = rank * sum(rows + columns for rows, columns in linears)
+    components = {name: trained * size for name, size in _ADAPTER_BYTES.items()}
+    formula = [f"{rank} x (in + out) over {len(linears)} linear layers = {trained} parameters x (4 + 4 + 8) bytes"]
+    if train == "qlora":
+        components["float32 casts"] = others * (4 - others_itemsize)
+        formula.append(f"{others} parameters that are not quantized, {4 - others_itemsize} bytes more each")
+    passed = batch * tokens
+    activations, sentence = _activations(config, passed, train, checkpointing)
+    components |= activations
+    formula.append(sentence)
+    if train == "qlora":
+        expanded = 2 * max((rows * columns for rows, columns in linears), default=0)
+        components["one weight expanded"] = expanded
+        formula.append(f"one weight expanded: {expanded} bytes, for its gradient passes through the dequantized weight")
+    return Training(components, sum(components.values()), trained, tuple(formula))
+
+
+def _activations(config, passed: int, train: str, checkpointing: bool) -> tuple[dict[str, int], str]:
+    stream, layers, h = _STREAM[train], config.layers, config.hidden_size
+    logits = passed * (_LOGITS[train] * config.vocab_size + stream * h)
+    if checkpointing:
+        kept, layer = passed * layers * h * stream, passed * _weighted(config, _PEAK[train])
+        name, why = "checkpoints of activations", f"{layers} layers x {h} x {stream} bytes"
+    else:
+        each = _weighted(config, _KEPT[train])
+        kept, layer = passed * layers * each, passed * _weighted(config, _LAST[train])
+        name, why = "activations of all layers", f"{layers} layers x {each} bytes"
+    largest = max(logits, layer)
+    words = "the logits, their softmax and gradients" if logits >= layer else "one layer's backward pass"
+    sentence = f"{name}: {passed} tokens x {why}; then {words}: {largest} bytes"
+    return {name: kept, "logits or one layer": largest}, sentence
+
+
+def _weighted(config, factors: tuple[int, int, int, int]) -> int:
+    """Bytes per token of the layer that takes most."""
+    f = config.intermediate_size if has_feed_forward(config) else 0
+    if any(config.is_moe_layer(i) for i in range(config.layers)):
+        f = max(f * (not config.is_moe_layer(0)), config.experts_per_token * config.moe_intermediate_size)
+    if not is_gated(config):
+        f = f * 2 // 3  # two tensors of that width in place of three
+    a = g = 0
+    if attends(config):
+        a, g = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    return factors[0] * f + factors[1] * config.hidden_size + factors[2] * a + factors[3] * g

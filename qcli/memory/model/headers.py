@@ -1,0 +1,161 @@
+"""Parameters from a checkpoint's headers: any model, quantized or not.
+
+What is stored packed is counted by its stored bytes, companions (scales, zero points, absmax) included, and stands for
+as many elements as its format says. Left out is what transformers does not load or keeps once: buffers, tied heads, second
+copies of an embedding, and layers for multi-token prediction.
+"""
+
+import re
+from collections.abc import Mapping
+from math import prod
+
+from qcli.checkpoint.safetensors_file import TensorInfo
+from qcli.checkpoint.source import Source
+from qcli.errors import UsageError
+from qcli.memory.model.config import ModelConfig
+from qcli.memory.model.families import shapes_of
+from qcli.memory.model.tensor_rules import ONLY_STORED, Parameter, layer_of, parameter
+from qcli.sizes import format_bytes
+
+_PLAIN = ("F64", "F32", "F16", "BF16")
+_PACKED = ("qweight", "weight_packed")  # GPTQ and AWQ; compressed-tensors
+_COMPANIONS = {
+    "qzeros",
+    "scales",
+    "g_idx",
+    "SCB",
+    "weight_format",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_scale_2",
+    "weight_zero_point",
+    "weight_shape",
+    "weight_g_idx",
+    "weight_global_scale",
+    "input_scale",
+    "input_global_scale",
+}
+_BUFFER = re.compile(r"(?:inv_freq|masked_bias|position_ids|\.attn\.bias|\.attention\.bias)$")
+_PREDICTION = re.compile(r"(?:^|\.)mtp\w*\.")
+_QUANT_STATE = re.compile(r"\.quant_state\.bitsandbytes__(\w+)$")
+
+
+def parameters_of(source: Source, config: ModelConfig) -> list[Parameter]:
+    """The parameters of the checkpoint `source`, whose config.json is `config`. What was left out is told in `config.assumed`."""
+    groups: dict[str, list[TensorInfo]] = {}
+    for name, (_, info) in source.tensors.items():
+        groups.setdefault(_owner(name, source.tensors), []).append(info)
+    quantization = config.quantization if isinstance(config.quantization, dict) else {}
+    # bitsandbytes' 4-bit headers do not say shapes; the family may.
+    shapes = (shapes_of(config) if quantization else None) or {}
+    predicting = _prediction_layers(config)
+    found, ignored = [], 0
+    for name, infos in groups.items():
+        main = max(infos, key=lambda info: info.nbytes)
+        stored = sum(info.nbytes for info in infos if not ONLY_STORED.search(info.name))
+        if _is_buffer(name, main.shape):
+            continue
+        if layer_of(name) in predicting or _PREDICTION.search(name):
+            ignored += stored
+            continue
+        scheme = _scheme(main, infos, quantization)
+        shape = _logical_shape(main, infos, scheme, quantization, shapes.get(name, ()))
+        found.append(parameter(name, shape, config, scheme, stored))
+    if ignored:
+        config.assume(
+            f"{format_bytes(ignored)} of layers that predict further tokens are left out: transformers does not load them."
+        )
+    return _without_copies(found, config)
+
+
+def _owner(name: str, tensors: Mapping[str, object]) -> str:
+    """The parameter to which a stored tensor belongs: itself, or the weight whose codes, scales or absmax it holds."""
+    weight = name.partition(".weight.")[0] + ".weight"
+    if ".weight." in name and weight in tensors:
+        return weight
+    module, _, leaf = name.rpartition(".")
+    if leaf in _PACKED:
+        return f"{module}.weight"
+    if leaf in _COMPANIONS and any(f"{module}.{main}" in tensors for main in ("weight", *_PACKED)):
+        return f"{module}.weight"
+    for end in ("_blocks", "_scales"):  # MXFP4, as gpt-oss stores its experts
+        stem = name.removesuffix(end)
+        if stem != name and f"{stem}_blocks" in tensors:
+            return stem
+    return name
+
+
+def _is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether it is a table of old checkpoints (causal masks, rotary frequencies) that transformers computes itself."""
+    return bool(_BUFFER.search(name)) and (len(shape) == 4 or not name.endswith(".bias"))
+
+
+def _prediction_layers(config: ModelConfig) -> range:
+    """The numbers of layers that predict further tokens, where a checkpoint numbers them on, as DeepSeek-V3's does."""
+    extra = config.integer("num_nextn_predict_layers", default=0)
+    return range(config.layers, config.layers + extra) if extra else range(0)
+
+
+def _scheme(main: TensorInfo, infos: list[TensorInfo], quantization: Mapping) -> str | None:
+    for info in infos:
+        if match := _QUANT_STATE.search(info.name):
+            return match[1]
+        if info.name.endswith(".SCB"):
+            return "llm-int8"
+    if main.dtype in _PLAIN:
+        return None
+    leaf = main.name.rpartition(".")[2]
+    if leaf in _PACKED or leaf.endswith("_blocks"):
+        return str(quantization.get("quant_method", main.dtype))
+    return main.dtype
+
+
+def _logical_shape(
+    main: TensorInfo, infos: list[TensorInfo], scheme: str | None, quantization: Mapping, known: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The shape of what the stored tensor stands for. `known` is the family's word for it, if it has one."""
+    leaf, shape = main.name.rpartition(".")[2], main.shape
+    if scheme in ("nf4", "fp4"):
+        count = 2 * main.nbytes
+        return known if prod(known) in (count, count - 1) else (1, count)
+    if leaf.endswith("_blocks") and len(shape) > 2:
+        return (*shape[:-2], shape[-2] * shape[-1] * 2)
+    if len(shape) != 2:
+        return shape
+    rows, columns = shape
+    if leaf == "qweight":  # GPTQ packs along the rows of its transposed weight, AWQ along the columns
+        bits = _bits(quantization)
+        return (columns * 32 // bits, rows) if scheme == "awq" else (columns, rows * 32 // bits)
+    if leaf == "weight_packed" and main.dtype == "I32":
+        return (rows, columns * 32 // _bits(quantization))
+    # NVFP4, of compressed-tensors or ModelOpt: two codes a byte
+    pairs = main.dtype == "U8" and any(info.name.endswith(".weight_scale") for info in infos)
+    return (rows, columns * 2) if pairs else shape
+
+
+def _bits(quantization: Mapping) -> int:
+    """Bits a code of a checkpoint that packs codes into 32-bit words; 4 where the config does not say."""
+    groups = quantization.get("config_groups")
+    groups = groups.values() if isinstance(groups, dict) else ()
+    weights = [group.get("weights") for group in groups if isinstance(group, dict)]
+    given = next((w["num_bits"] for w in weights if isinstance(w, dict) and w.get("num_bits")), None)
+    bits = given or quantization.get("bits") or quantization.get("w_bit") or 4
+    if bits not in (2, 3, 4, 8):
+        raise UsageError(f"the quantization_config says {bits!r} bits, expected 2, 3, 4 or 8.")
+    return bits
+
+
+def _without_copies(found: list[Parameter], config: ModelConfig) -> list[Parameter]:
+    """Without tied heads and without the copies of a shared embedding that old checkpoints hold."""
+    embeddings = [p for p in found if p.kind == "embedding"]
+    shared = next((p for p in embeddings if p.name.endswith("shared.weight")), None)
+    tokens = shared or max(embeddings, key=lambda p: p.numel, default=None)
+    if tokens is None:
+        return found
+    heads = [p for p in found if p.kind == "head" and p.shape == tokens.shape]
+    copies = [p for p in embeddings if shared and p is not shared and p.shape == shared.shape]
+    if config.tied_embeddings:
+        copies += heads
+    elif not heads:
+        config.assume(f"No output head is stored in {config.label}'s checkpoint: it is counted as the embedding's.")
+    return [p for p in found if p not in copies]

@@ -1,0 +1,80 @@
+"""Bytes of the parameters of a quantized checkpoint of which there is only the config.json, by what its format stores."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+
+from qcli.checkpoint.dtypes import CODES, TensorSpec
+from qcli.errors import UsageError
+from qcli.formats.bitsandbytes import outputs_4bit, outputs_8bit
+from qcli.memory.model.config import ModelConfig
+from qcli.memory.model.tensor_rules import ONLY_STORED, Parameter
+
+_BLOCK_SIZE = 64  # of bitsandbytes
+_FP8_BLOCK = (128, 128)  # rows and columns that share a float32 scale: the default of transformers' FineGrainedFP8Config
+_MXFP4_GROUP, _MXFP4_BYTES = 32, 17  # elements, and their codes with the scale's one byte
+_SKIPPED = ("modules_to_not_convert", "llm_int8_skip_modules")
+
+
+def as_stored(parameters: Sequence[Parameter], config: ModelConfig) -> list[Parameter]:
+    """`parameters` with the scheme and the bytes that `config.quantization` gives each: bitsandbytes, fp8, mxfp4.
+
+    UsageError for another quant_method, whose bytes the headers of its checkpoint tell.
+    """
+    quantization = config.quantization
+    method = quantization.get("quant_method")
+    rule = {"bitsandbytes": _bitsandbytes, "fp8": _fp8, "mxfp4": _mxfp4}.get(method)
+    if rule is None:
+        raise UsageError(
+            f"{config.label} is of a model quantized by {method}, and the bytes of that do not follow from the config alone here",
+            "Give the folder or the hub id of the checkpoint in safetensors instead, or the config of the original model.",
+        )
+    skipped = [_pattern(name) for field in _SKIPPED for name in quantization.get(field) or ()]
+    found = []
+    for one in parameters:
+        kept = any(pattern.search(one.name) for pattern in skipped)
+        stored = None if kept else rule(one, quantization, config)
+        found.append(one if stored is None else replace(one, scheme=stored[0], stored=stored[1]))
+    return found
+
+
+def _pattern(module: str) -> re.Pattern[str]:
+    name = ".*".join(re.escape(part) for part in str(module).split("*"))
+    return re.compile(rf"(?:^|\.){name}(?:\.|$)")
+
+
+def _bitsandbytes(one: Parameter, quantization: Mapping, config: ModelConfig) -> tuple[str, int] | None:
+    if not one.quantizable:
+        return None
+    shape = (one.out_features, one.numel // one.out_features)
+    if quantization.get("load_in_8bit"):
+        return "llm-int8", _size(outputs_8bit("weight", shape))
+    kind = quantization.get("bnb_4bit_quant_type") or "fp4"
+    if kind not in ("nf4", "fp4"):
+        raise UsageError(f"bnb_4bit_quant_type in {config.label} is {kind!r}, expected nf4 or fp4.")
+    double = bool(quantization.get("bnb_4bit_use_double_quant"))
+    return kind, _size(outputs_4bit("weight", shape, kind, _BLOCK_SIZE, double, CODES["bfloat16"]))
+
+
+def _size(specs: Sequence[TensorSpec]) -> int:
+    return sum(spec.nbytes for spec in specs if not ONLY_STORED.search(spec.name))
+
+
+def _fp8(one: Parameter, quantization: Mapping, config: ModelConfig) -> tuple[str, int] | None:
+    """A byte each and a scale for each block, of linear layers and of experts."""
+    if not (one.quantizable or (one.kind == "experts" and len(one.shape) == 3)):
+        return None
+    block = quantization.get("weight_block_size", _FP8_BLOCK)
+    if not (isinstance(block, Sequence) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+        raise UsageError(f"weight_block_size in {config.label} is {block!r}, expected two whole numbers such as [128, 128].")
+    *experts, rows, columns = one.shape
+    scales = prod(experts) * -(-rows // block[0]) * -(-columns // block[1])
+    return "fp8", one.numel + 4 * scales
+
+
+def _mxfp4(one: Parameter, quantization: Mapping, config: ModelConfig) -> tuple[str, int] | None:
+    """Groups of 32 along the inputs of experts alone, as gpt-oss has them."""
+    if one.kind != "experts" or len(one.shape) != 3:
+        return None
+    return "mxfp4", -(-one.numel // _MXFP4_GROUP) * _MXFP4_BYTES

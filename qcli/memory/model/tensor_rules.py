@@ -1,0 +1,158 @@
+"""What a parameter's name and shape say of it: its kind, its layer, and what transformers 5 makes of it.
+
+One copy of the rules serves both sources of parameters, the shapes of `families` and the headers of a checkpoint.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+
+from qcli.memory.model.config import ModelConfig
+
+KINDS = ("embedding", "attention", "ffn", "experts", "router", "norm", "head", "other")
+
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+_PART = re.compile(r"(?:^|\.)(?:vision\w*|visual|vit|image\w*|audio\w*|multi_modal_projector|mm_projector|connector)(?:\.|$)")
+_NORM = re.compile(r"norm|(?:^|_)ln(?:_|\d|$)", re.IGNORECASE)
+_EXPERT = re.compile(r"(?:^|\.)experts(?:\.|$)")
+_ROUTERS = {"gate", "router", "shared_expert_gate"}
+_EMBEDDINGS = {
+    "embed_tokens",
+    "wte",
+    "wpe",
+    "shared",
+    "embed_in",
+    "embed_positions",
+    "word_embeddings",
+    "word_embedding",
+    "tok_embeddings",
+    "embeddings",
+    "embedding",
+    "position_embedding",
+    "position_embeddings",
+    "tokens_embed",
+    "positions_embed",
+    "embed_tokens_per_layer",
+    "token_type_embeddings",
+}
+_HEADS = {"lm_head", "embed_out", "output_layer", "output", "head", "score", "classifier"}
+_ATTENTION = re.compile(r"attn|attention|mamba|mixer|time_mix|temporal_block|qkv|[qkvo]_proj$|short_conv", re.IGNORECASE)
+_FFN = re.compile(r"mlp|ffn|feed_?forward|shared_expert|DenseReluDense|^fc|channel_mix|^(?:gate|up|down|gate_up)_proj$")
+_NOT_LINEAR = re.compile(r"conv|relative_attention_bias|position_bias|_embed\w*$|^embed|^probe$")
+# torch's MultiheadAttention reads its output projection's weight by hand, so it is of a Linear class of its own.
+_NO_PLAIN_LINEAR = re.compile(r"vision_tower\.(?:vision_model\.)?head\.attention\.out_proj$")
+
+# Tensors of a checkpoint that no memory holds: bitsandbytes' JSON beside a weight, and its mark of a layout.
+ONLY_STORED = re.compile(r"\.quant_state\.|weight_format$")
+
+# transformers' Conv1D: a linear layer whose weight is stored [in_features, out_features].
+_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+# Subclasses of nn.Linear, which transformers leaves alone: it compares types.
+_LINEAR_SUBCLASSES = {"falcon"}
+# `_keep_in_fp32_modules` of the models: float32 under float16, and never quantized whatever the dtype.
+_KEEP_FP32 = {"gpt_oss": re.compile("norm"), **dict.fromkeys(("t5", "mt5", "umt5"), re.compile("wo"))}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of the model that transformers builds.
+
+    shape       as the model holds it; [1 count] of a quantized weight whose shape is not known.
+    kind        one of KINDS.
+    layer       index of its block in its stack (T5 has two, whose names begin with encoder and decoder); None outside.
+    linear      the weight of a linear layer, whether or not it is quantized.
+    quantizable transformers 5 with bitsandbytes would convert it: not the head, not fused experts, not `keep_fp32`.
+    keep_fp32   stays float32 when the model is loaded in float16 (bfloat16 stays bfloat16).
+    transposed  stored [in_features, out_features].
+    scheme      how a checkpoint stores it where that is not plain 16 or 32 bit: "nf4", "llm-int8", "gptq", "F8_E4M3"...
+    stored      bytes as a checkpoint holds it, companions (absmax, scales, zero points) included, which stay in memory as they are;
+                None without a checkpoint.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    layer: int | None
+    quantizable: bool
+    keep_fp32: bool
+    linear: bool = False
+    transposed: bool = False
+    scheme: str | None = None
+    stored: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements; of a stored quantized weight, those it stands for."""
+        return prod(self.shape)
+
+    @property
+    def out_features(self) -> int:
+        """Rows of a linear layer's weight as [out_features, in_features]: as many scales has its int8 form."""
+        return self.shape[-1] if self.transposed else self.shape[0]
+
+
+def parameter(
+    name: str, shape: tuple[int, ...], config: ModelConfig, scheme: str | None = None, stored: int | None = None
+) -> Parameter:
+    """The Parameter that the rules make of a name and a shape in the model of `config`."""
+    cube = len(shape) == 3 and min(shape) > 1
+    kind, linear, keep_fp32 = _judge(_NUMBER.sub(".#", name), len(shape), cube, config.model_type)
+    return Parameter(
+        name=name,
+        shape=tuple(shape),
+        kind=kind,
+        layer=layer_of(name),
+        quantizable=linear and not keep_fp32 and config.model_type not in _LINEAR_SUBCLASSES,
+        keep_fp32=keep_fp32,
+        linear=linear,
+        transposed=linear and config.model_type in _CONV1D_MODELS,
+        scheme=scheme,
+        stored=stored,
+    )
+
+
+def layer_of(name: str) -> int | None:
+    """The index of the block to which a parameter belongs, see Parameter.layer."""
+    number = _NUMBER.search(name)
+    return int(number[0][1:]) if number and not _PART.search(name) else None
+
+
+@cache  # a model has a few dozen such names, however many layers and experts
+def _judge(name: str, dimensions: int, cube: bool, model_type: str) -> tuple[str, bool, bool]:
+    """kind, linear and keep_fp32 of a parameter whose name has # for its numbers; `cube`: three dimensions, none of them 1."""
+    kind = _kind(name, cube)
+    module, _, end = name.rpartition(".")
+    leaf = module.rpartition(".")[2]
+    linear = (
+        dimensions == 2
+        and end == "weight"
+        and kind in ("attention", "ffn", "router", "other")
+        and (kind != "router" or leaf == "shared_expert_gate")  # the other routers are no Linear but bare parameters
+        and not _NOT_LINEAR.search(leaf)
+        and leaf not in _EMBEDDINGS
+        and not _NO_PLAIN_LINEAR.search(module)
+    )
+    keeps = _KEEP_FP32.get(model_type)
+    return kind, linear, bool(keeps and keeps.search(name))
+
+
+def _kind(name: str, cube: bool) -> str:
+    """One of KINDS. Whatever mixes tokens is "attention": Mamba and DeltaNet too. Towers for images or sound are "other"."""
+    if _PART.search(name):
+        return "other"
+    parts = [part for part in name.split(".") if part != "#"]
+    leaf = parts[-2] if len(parts) > 1 and parts[-1] in ("weight", "bias") else parts[-1]
+    if _NORM.search(leaf):
+        return "norm"
+    if _EXPERT.search(name) or (cube and "conv" not in name):
+        return "experts"
+    if leaf in _ROUTERS or "router" in parts or parts[-1] == "e_score_correction_bias":
+        return "router"
+    if leaf in _EMBEDDINGS:
+        return "embedding"
+    if leaf in _HEADS and "#" not in name:
+        return "head"
+    if any(_ATTENTION.search(part) for part in parts):
+        return "attention"
+    return "ffn" if any(_FFN.search(part) for part in parts) else "other"

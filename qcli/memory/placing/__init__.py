@@ -1,0 +1,1 @@
+"""Where a model goes: GPUs, blocks, and whether it fits."""

@@ -1,0 +1,1 @@
+"""An estimate as people see it: bars, figure, JSON."""

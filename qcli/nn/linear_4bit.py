@@ -1,0 +1,80 @@
+"""Linear layers with 4-bit weights in blocks of the flattened weight: NF4 and FP4, in bitsandbytes' layout."""
+
+import torch
+from torch import nn
+
+from qcli.nn._fast_path import FastPath
+from qcli.nn.quantized_linear import QuantizedLinear
+from qcli.ops.dequantize_4bit import dequantize_4bit
+from qcli.ops.dequantize_absmax import dequantize_absmax
+from qcli.ops.linear_4bit import Prepared4bit, linear_4bit
+
+
+class Linear4bit(FastPath, QuantizedLinear):
+    """A 4-bit weight [out_features, in_features]: packed codes, absmax per block, or 8-bit absmax of double quantization.
+
+    `tensors` maps attribute names (weight, weight_absmax, weight_quant_map, weight_quant_state, and with double quantization
+    weight_nested_absmax, weight_nested_quant_map) to the tensors as stored; meta tensors will do until they are loaded.
+    """
+
+    _op, _prepare = staticmethod(linear_4bit), Prepared4bit
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        *,
+        tensors: dict[str, torch.Tensor],
+        quant_type: str,
+        block_size: int,
+        nested_offset: float | None,
+        compute_dtype: torch.dtype,
+        dtype: torch.dtype,
+    ):
+        super().__init__(in_features, out_features, bias, dtype)
+        self.quant_type, self.block_size, self.compute_dtype = quant_type, block_size, compute_dtype
+        self.nested_offset = nested_offset
+        self.weight_nested_absmax = None
+        for name, tensor in tensors.items():
+            if name == "weight":
+                self.weight = nn.Parameter(tensor, requires_grad=False)
+            else:
+                if name in self.__dict__:
+                    del self.__dict__[name]
+                self.register_buffer(name, tensor)
+
+    def extra_repr(self) -> str:
+        double = ", double_quant" if self.weight_nested_absmax is not None else ""
+        return f"{super().extra_repr()}, {self.quant_type}, block_size={self.block_size}{double}"
+
+    def _arguments(self) -> tuple:
+        return (
+            self._packed(),
+            self.weight_absmax,
+            self.weight_nested_absmax,
+            self.nested_offset or 0.0,
+            self.bias,
+            self.block_size,
+            self.quant_type,
+            self.out_features,
+            self.compute_dtype,
+        )
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out_features, in_features]."""
+        absmax = self.weight_absmax
+        if self.weight_nested_absmax is not None:
+            absmax = dequantize_absmax(absmax, self.weight_nested_absmax, self.nested_offset)
+        shape = [self.out_features, self.in_features]
+        return dequantize_4bit(self._packed(), absmax, self.block_size, self.quant_type, shape, dtype)
+
+    def _packed(self) -> torch.Tensor:
+        """The codes, two a byte, in whatever dtype they are stored."""
+        return self.weight if self.weight.dtype == torch.uint8 else self.weight.view(torch.uint8)
+
+    def stored_name(self, name: str) -> str:
+        """The name in a checkpoint of the attribute `name`."""
+        if name == "weight_quant_state":
+            return f"weight.quant_state.bitsandbytes__{self.quant_type}"
+        return name.replace("weight_", "weight.", 1)

@@ -1,0 +1,55 @@
+"""Linear layers with int8 weights, a scale for each output row: LLM.int8(), in bitsandbytes' layout."""
+
+import torch
+from torch import nn
+
+from qcli.nn._fast_path import FastPath
+from qcli.nn.quantized_linear import QuantizedLinear
+from qcli.ops.dequantize_int8 import dequantize_int8
+from qcli.ops.linear_int8 import PreparedInt8, linear_int8
+from qcli.ops.linear_w8a16 import linear_w8a16
+
+
+class Linear8bit(FastPath, QuantizedLinear):
+    """An LLM.int8() weight: int8 [out_features, in_features] and SCB float32 [out_features], its rows' absmax.
+
+    With `activations_in_int8` false the input is not rounded to int8 either (W8A16): nearer to the unquantized model.
+    """
+
+    activations_in_int8 = True
+    _op, _prepare = staticmethod(linear_int8), PreparedInt8
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        *,
+        tensors: dict[str, torch.Tensor],
+        threshold: float,
+        dtype: torch.dtype,
+    ):
+        super().__init__(in_features, out_features, bias, dtype)
+        self.threshold = threshold
+        for name, tensor in tensors.items():
+            if name == "weight":
+                self.weight = nn.Parameter(tensor, requires_grad=False)
+            else:
+                self.register_buffer(name, tensor)
+
+    def extra_repr(self) -> str:
+        kind = f"threshold={self.threshold}" if self.activations_in_int8 else "activations_in_int8=False"
+        return f"{super().extra_repr()}, {kind}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] to [..., out_features], in x's dtype."""
+        if self.activations_in_int8:
+            return super().forward(x)
+        return linear_w8a16(x, self.weight, self.SCB.view(-1), self.bias)
+
+    def _arguments(self) -> tuple:
+        return self.weight, self.SCB.view(-1), self.bias, self.threshold
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out_features, in_features]."""
+        return dequantize_int8(self.weight, self.SCB.view(-1), dtype)

@@ -1,0 +1,1 @@
+"""What the weights alone say of outliers, read tensor by tensor."""

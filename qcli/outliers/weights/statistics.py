@@ -1,0 +1,205 @@
+"""Statistics of one weight and of one norm gain, taken piece by piece from the bytes of a checkpoint."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from qcli import methods
+from qcli.checkpoint import dtypes
+from qcli.checkpoint.modules import Linear
+from qcli.checkpoint.safetensors_file import TensorInfo
+from qcli.checkpoint.source import PIECE_BYTES
+from qcli.methods._base import ErrorSums
+from qcli.outliers.statistics import ChannelStats
+from qcli.outliers.tensor_names import place
+from qcli.outliers.weights.largest import LargestWeights
+from qcli.quantization.plan import quantized_dtype
+
+METHODS = {"int8 row-wise": "llm-int8", "NF4+DQ": "nf4"}  # what SQNR is measured for
+GAIN_SIGMAS = 3.0  # BERT Busters (arXiv:2105.06990)
+COLUMN_SIGMAS = 4.0  # bitsandbytes' find_outlier_dims
+_IN_CACHE = 1 << 16  # elements whose float64 copy stays in a CPU's cache
+
+
+class LinearWeight:
+    """A linear weight, [out_features, in_features] in its logical order. After its last piece `finding` holds what
+    `inspect_weights` tells of it, and `errors` the error sums of each of METHODS.
+
+    Memory until then: a piece, and 8 bytes per 64 elements, at last 16. A weight stored transposed (Conv1D) is held whole.
+    """
+
+    finding: dict[str, object]
+    errors: dict[str, ErrorSums]
+
+    def __init__(self, file: str, info: TensorInfo, linear: Linear, dtype: str, *, quantized: bool, early_down: bool):
+        """`dtype` is the safetensors code of the model's dtype; `early_down` asks for single weights that stand out."""
+        self.file, self.info, self.linear = file, info, linear
+        self._dtype, self._quantized, self._early_down = dtype, quantized, early_down
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """(start, count) in bytes of the tensor: whole rows that are also whole blocks of 64."""
+        rows, columns = self.info.shape
+        row = columns * dtypes.ITEMSIZE[self.info.dtype]
+        grain = 64 // math.gcd(columns, 64)
+        step = max(PIECE_BYTES // (row * grain), 1) * grain * row
+        for start in range(0, rows * row, step):
+            yield start, min(step, rows * row - start)
+
+    def take(self, start: int, data: bytes) -> None:
+        """Counts the bytes from `start` on in; pieces come in their order."""
+        stored = torch.frombuffer(bytearray(data), dtype=dtypes.torch_dtype(self.info.dtype))
+        if not start:
+            self._begin()
+        last = start + len(data) == self.info.nbytes
+        if not self.linear.transposed:
+            self._add(stored.view(-1, self.linear.in_features))
+        else:
+            first = start // stored.itemsize
+            self._whole[first : first + stored.numel()] = stored
+            if last:
+                self._add_whole()
+        if last:
+            self._finish()
+
+    def _begin(self) -> None:
+        """Only at the first piece, for weights wait in great number."""
+        linear, info = self.linear, self.info
+        self._row = 0
+        self._stats = ChannelStats(linear.in_features)
+        # Filled in place: small tensors kept one by one would pin the heap between the pieces that come and go.
+        self._row_squares = torch.empty(linear.out_features, dtype=torch.float64)
+        self._largest = LargestWeights(linear.in_features) if self._early_down else None
+        self._streams = {}
+        for label, name in METHODS.items():
+            method = methods.make_method(name, {})
+            enters_as = quantized_dtype(info, method, self._dtype)
+            stream = method.stream(info.name, linear.out_features, linear.in_features, enters_as, torch.device("cpu"))
+            self._streams[label] = stream, dtypes.torch_dtype(enters_as)
+        if linear.transposed:
+            self._whole = torch.empty(info.numel, dtype=dtypes.torch_dtype(info.dtype))
+
+    def _add(self, rows: torch.Tensor) -> None:
+        for stream, dtype in self._streams.values():
+            stream.feed(rows.to(dtype).view(-1), self._row * self.linear.in_features)
+        if rows.dtype == torch.float64 or rows.dtype.itemsize == 1:  # float8: no sums are made in it
+            rows = rows.float()
+        self._stats.add(rows, torch.inf)
+        squares = self._row_squares[self._row : self._row + len(rows)]
+        few = max(_IN_CACHE // self.linear.in_features, 1)
+        for some, sums in zip(rows.split(few), squares.split(few)):
+            torch.sum(some.double().square_(), 1, out=sums)
+        if self._largest:
+            self._largest.add(rows, self._row)
+        self._row += len(rows)
+
+    def _add_whole(self) -> None:
+        logical = self._whole.view(self.linear.in_features, self.linear.out_features).t()
+        step = 64 * max(PIECE_BYTES // (64 * self.linear.in_features * self._whole.itemsize), 1)
+        for rows in logical.split(step):
+            self._add(rows.contiguous())
+        del self._whole
+
+    def _finish(self) -> None:
+        errors = self.errors = {label: stream.finish().errors for label, (stream, _) in self._streams.items()}
+        row_absmax, block_absmax = (self._streams[label][0].absmax for label in ("int8 row-wise", "NF4+DQ"))
+        moments = self._stats.pooled_moments()
+        rms, absmax = number(moments.rms), number(self._stats.absmax.max())
+        finite = not self._stats.nonfinite
+        row_rms = (self._row_squares / self.linear.in_features).sqrt()
+        crests = row_absmax.double()[row_rms > 0] / row_rms[row_rms > 0]
+        at = place(self.linear.module)
+        self.finding = {
+            "layer": at.layer,
+            "module": self.linear.module,
+            "tensor": self.info.name,
+            "kind": at.kind,
+            "out_features": self.linear.out_features,
+            "in_features": self.linear.in_features,
+            "dtype": dtypes.TORCH_NAMES[self.info.dtype],
+            "quantized": self._quantized,
+            "nonfinite": errors["int8 row-wise"].nonfinite,
+            "absmax": absmax if finite else None,
+            "rms": rms if finite else None,
+            "crest": absmax / rms if finite and rms else None,
+            "kurtosis": number(moments.kurtosis) if finite else None,
+            "row_spread": spread(row_absmax) if finite else None,
+            "row_crest": number(crests.max()) if finite and len(crests) else None,
+            "block_spread": spread(block_absmax) if finite else None,
+            "columns": self._columns() if finite else None,
+            "largest": self._largest.found(rms) if finite and self._largest else None,
+            "sqnr": {label: sqnr(sums) if finite else None for label, sums in errors.items()},
+        }
+        del self._streams, self._stats, self._row_squares, self._largest
+
+    def _columns(self) -> dict[str, object]:
+        """Columns whose standard deviation stands out among those of all columns."""
+        # Over n instead of n - 1 rows: a factor that all columns share.
+        return outliers(z_scores(self._stats.channel_moments().std, correction=1), COLUMN_SIGMAS)
+
+
+class NormGain:
+    """The gain of a norm: a 1-D tensor, read at once. Then `finding` holds what `inspect_weights` tells of it."""
+
+    finding: dict[str, object]
+
+    def __init__(self, file: str, info: TensorInfo, module: str):
+        self.file, self.info, self.module = file, info, module
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """The whole tensor: (start, count) in bytes."""
+        yield 0, self.info.nbytes
+
+    def take(self, start: int, data: bytes) -> None:
+        """Takes the whole tensor."""
+        gain = torch.frombuffer(bytearray(data), dtype=dtypes.torch_dtype(self.info.dtype)).double()
+        at, nonfinite = place(self.module), int((~gain.isfinite()).sum())
+        whole = not nonfinite
+        z = z_scores(gain, correction=0).abs() if whole else gain[:0]
+        self.finding = {
+            "layer": at.layer,
+            "module": self.module,
+            "tensor": self.info.name,
+            "kind": at.kind,
+            "channels": len(gain),
+            "dtype": dtypes.TORCH_NAMES[self.info.dtype],
+            "nonfinite": nonfinite,
+            "mean": number(gain.mean()) if whole else None,
+            "std": number(gain.std(correction=0)) if whole else None,
+            **outliers(z, GAIN_SIGMAS),
+        }
+
+
+def z_scores(x: torch.Tensor, correction: int) -> torch.Tensor:
+    """(x - mean) / standard deviation; zeros where x does not vary."""
+    std = x.std(correction=correction) if len(x) > correction else torch.zeros(())
+    # What rounding leaves of equal values is no deviation.
+    return (x - x.mean()) / std if std > 1e-12 * x.abs().max() else torch.zeros_like(x)
+
+
+def outliers(z: torch.Tensor, sigmas: float) -> dict[str, object]:
+    """The dims of z beyond `sigmas`: how many, which, greatest first, and the greatest z."""
+    beyond = (z > sigmas).nonzero().view(-1)
+    order = beyond[z[beyond].argsort(descending=True, stable=True)]
+    dims = [{"dim": int(dim), "z": float(z[dim])} for dim in order]
+    return {"beyond": len(beyond), "max_z": number(z.max()) if len(z) else None, "dims": dims}
+
+
+def spread(absmax: torch.Tensor) -> float | None:
+    """Greatest over median; None where the median is zero."""
+    middle = np.median(absmax.double().numpy())
+    return number(absmax.max().double() / middle) if middle > 0 else None
+
+
+def sqnr(errors: ErrorSums) -> float | None:
+    """10 log10(||w||^2 / ||w - stored||^2) in dB; None where nothing was lost or there is nothing to lose."""
+    if errors.squared_error <= 0 or errors.squared_norm <= 0:
+        return None
+    return 10 * math.log10(errors.squared_norm / errors.squared_error)
+
+
+def number(x: float | torch.Tensor) -> float | None:
+    """A scalar as JSON has it."""
+    value = float(x)
+    return value if math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""Writing: from a plan made of headers alone to a finished folder."""

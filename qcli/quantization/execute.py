@@ -1,0 +1,221 @@
+"""Carries a plan out: reads a chunk, quantizes it, writes it at its planned place; several at a time, memory bounded."""
+
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from qcli.checkpoint import dtypes
+from qcli.checkpoint.safetensors_file import read_columns, read_into
+from qcli.errors import NonFiniteError
+from qcli.files.foreign_json import read_object
+from qcli.methods._base import ErrorSums
+from qcli.quantization.pipeline import Pipeline
+from qcli.quantization.plan import CHUNK_BYTES, Plan, Unit, quantized_dtype
+from qcli.quantization.staging import Staging
+
+
+def execute(plan: Plan, staging: Staging, device: torch.device, advance: Callable[[int, str], None]) -> None:
+    """Runs every unit that the journal does not name. `advance` hears of source bytes as they are finished.
+
+    Chunks go through as many threads as torch has and one more, each reading, quantizing and writing its own: one computes
+    while another waits for the disk. Kernels run on one thread meanwhile.
+
+    Raises NonFiniteError at the first tensor with NaN or infinity, CheckpointError for what goes wrong on disk.
+    """
+    staging.open_shards()
+    telling = threading.Lock()
+
+    def tell(count: int, name: str) -> None:
+        with telling:
+            advance(count, name)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for file in plan.source.files:
+            units = [u for u in plan.units if u.file == file and u.index not in staging.done]
+            if units:
+                # The file is closed once no thread reads from it, whatever ends this.
+                with plan.source.open(file) as fd, Pipeline(threads + 1) as pipeline:
+                    for unit in units:
+                        for task in UnitWork(plan, staging, device, tell, fd, unit).tasks():
+                            pipeline.submit(task)
+                staging.sync()
+            plan.source.release(file)
+    finally:
+        torch.set_num_threads(threads)
+    staging.sync()
+
+
+class UnitWork:
+    """The tasks of one unit, for threads that run several at a time: a task a chunk. The last to end finishes the unit."""
+
+    _buffers = threading.local()
+
+    def __init__(
+        self, plan: Plan, staging: Staging, device: torch.device, advance: Callable[[int, str], None], fd: int, unit: Unit
+    ):
+        self.plan, self.staging, self.device = plan, staging, device
+        self.advance, self.fd, self.unit = advance, fd, unit
+        self.lock = threading.Lock()
+        self.nonfinite = self.overflowed = 0
+        self.places = {o.name: o.start for o in unit.outputs}
+        self.stream = None
+        if unit.linear:
+            self.enters_as = quantized_dtype(unit.info, plan.method, plan.dtype)
+            self.stream = plan.method.stream(
+                unit.info.name, unit.linear.out_features, unit.linear.in_features, self.enters_as, device
+            )
+
+    def tasks(self) -> Iterator[Callable[[], None]]:
+        """Every chunk once, in any order; one task with nothing in it for an empty tensor."""
+        count, step = (self._elements, self._grain()) if self.stream else (self._bytes, CHUNK_BYTES)
+        size = self.unit.info.numel if self.stream else self.unit.info.nbytes
+        starts = range(0, size, step) or [0]
+        self.left = len(starts)
+        for start in starts:
+            yield partial(self._task, count, start, min(step, size - start))
+
+    def _task(self, work: Callable[[int, int], None], start: int, count: int) -> None:
+        if count:
+            work(start, count)
+        with self.lock:
+            self.left -= 1
+            last = not self.left
+        if last:
+            self._finish()
+
+    def _grain(self) -> int:
+        """Elements of the weight in its logical order that are a chunk that the method can take."""
+        linear = self.unit.linear
+        grain = self.plan.method.granularity(linear.in_features)
+        if linear.transposed:
+            grain = math.lcm(grain, linear.in_features)
+        return max(CHUNK_BYTES // dtypes.ITEMSIZE[self.unit.info.dtype] // grain, 1) * grain
+
+    def _elements(self, first: int, count: int) -> None:
+        """Quantizes elements of the weight [out_features, in_features] from `first` on."""
+        info, linear = self.unit.info, self.unit.linear
+        dtype, itemsize = dtypes.torch_dtype(info.dtype), dtypes.ITEMSIZE[info.dtype]
+        view = self._buffer(count * itemsize)
+        if linear.transposed:
+            row, rows = first // linear.in_features, count // linear.in_features
+            read_columns(self.fd, info, row, row + rows, view)
+            chunk = torch.frombuffer(view, dtype=dtype).view(linear.in_features, rows).t().contiguous()
+        else:
+            read_into(self.fd, info.start + first * itemsize, view)
+            chunk = torch.frombuffer(view, dtype=dtype)
+        stored = chunk.to(self.device)
+        entering = stored.to(dtypes.torch_dtype(self.enters_as))
+        self._count(overflowed=_newly_nonfinite(stored, entering))
+        for output, offset, piece in self.stream.feed(entering, first):
+            self._write(output, offset, piece)
+        self._advance(len(view))
+
+    def _bytes(self, first: int, count: int) -> None:
+        """Carries over bytes of the tensor as stored, in another dtype where the plan says so."""
+        info, (output,) = self.unit.info, self.unit.outputs
+        view = self._buffer(count)
+        read_into(self.fd, info.start + first, view)
+        if output.dtype not in dtypes.FLOATS:
+            self.staging.write(output.file, output.start + first, view)
+        else:
+            stored = torch.frombuffer(view, dtype=dtypes.torch_dtype(info.dtype))
+            cast = stored.to(dtypes.torch_dtype(output.dtype))
+            self._count(nonfinite=_nonfinite(stored), overflowed=_newly_nonfinite(stored, cast))
+            self._write(output.name, first // stored.itemsize * cast.itemsize, cast)
+        self._advance(count)
+
+    def _buffer(self, size: int) -> memoryview:
+        """Memory of the thread's own, used again for its next chunk."""
+        if len(getattr(self._buffers, "bytes", b"")) < size:
+            self._buffers.bytes = bytearray(max(size, CHUNK_BYTES))
+        return memoryview(self._buffers.bytes)[:size]
+
+    def _count(self, nonfinite: int = 0, overflowed: int = 0) -> None:
+        if nonfinite or overflowed:
+            with self.lock:
+                self.nonfinite += nonfinite
+                self.overflowed += overflowed
+
+    def _write(self, output: str, offset: int, tensor: torch.Tensor) -> None:
+        self.staging.write(self.unit.outputs[0].file, self.places[output] + offset, _bytes(tensor))
+
+    def _advance(self, count: int) -> None:
+        self.advance(count, self.unit.info.name)
+
+    def _finish(self) -> None:
+        errors, unit = ErrorSums(nonfinite=self.nonfinite), self.unit
+        if self.overflowed and not self.plan.allow_nonfinite:
+            target = self.enters_as if self.stream else unit.outputs[0].dtype
+            raise NonFiniteError(
+                f"{unit.info.name}: {self.overflowed:,} values, stored {unit.info.dtype}, are too large for "
+                f"{dtypes.TORCH_NAMES[target]}",
+                "Choose --dtype bfloat16 or float32.",
+            )
+        if self.stream:
+            result = self.stream.finish()
+            errors = result.errors
+            for output, tensor in result.tensors.items():
+                self._write(output, 0, tensor)
+        if errors.nonfinite and not self.plan.allow_nonfinite:
+            raise NonFiniteError(
+                f"{unit.info.name} holds {errors.nonfinite:,} NaN or infinite values among {unit.info.numel:,}"
+                f" (stored {unit.info.dtype})",
+                f"{self._what_is_lost()} To go on all the same: --set allow_nonfinite=true. Finished work is kept.",
+            )
+        self.staging.finish_unit(unit.index, errors)
+
+    def _what_is_lost(self) -> str:
+        if not self.stream:
+            return "It is not quantized, and would be carried over with them."
+        if self.plan.method.bits == 8:
+            return "The int8 row that holds one is lost whole."
+        nested = "; with double quantization, the 256 blocks around it" if self.plan.method.double_quant else ""
+        return f"The 4-bit block that holds one is lost whole{nested}."
+
+
+def _nonfinite(x: torch.Tensor) -> int:
+    """Elements that are NaN or infinite. Where there are none, which is nearly always, least and greatest tell at once."""
+    if x.dtype.itemsize == 1:  # float8, for which torch has no such kernels
+        x = x.float()
+    if not x.numel() or all(bound.isfinite() for bound in torch.aminmax(x)):
+        return 0
+    return int((~torch.isfinite(x)).sum())
+
+
+def _newly_nonfinite(before: torch.Tensor, after: torch.Tensor) -> int:
+    if before.dtype == after.dtype or not _nonfinite(after):
+        return 0
+    return int((torch.isfinite(before.float()) & ~torch.isfinite(after)).sum())
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def verify(plan: Plan, folder) -> None:
+    """Reopens a written folder and compares it with the plan, header by header. Raises CheckpointError."""
+    from qcli.checkpoint.safetensors_file import read_header
+    from qcli.errors import CheckpointError
+
+    for shard in plan.shards:
+        path = folder / shard.name
+        found = read_header(path).tensors
+        expected = {o.name: o for u in plan.units for o in u.outputs if o.file == shard.name}
+        size = os.stat(path).st_size
+        same = found.keys() == expected.keys() and size == shard.size
+        for name in found if same else ():
+            a, b = found[name], expected[name]
+            same = same and (a.dtype, tuple(a.shape), a.start, a.end) == (b.dtype, b.shape, b.start, b.end)
+        if not same:
+            raise CheckpointError(f"{path} is not what was planned", "The disk or another program changed it: delete the folder.")
+    config = read_object(folder / "config.json", f"{folder}/config.json", "Delete the folder and run again.")
+    if config != json.loads(json.dumps(plan.config)):
+        raise CheckpointError(f"{folder}/config.json is not what was planned", "Delete the folder and run again.")

@@ -1,0 +1,214 @@
+"""The verb `quantize`: from a model's name to a finished folder, and the report of what it cost."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from qcli import methods
+from qcli.checkpoint import dtypes
+from qcli.checkpoint.model_dtype import model_dtype
+from qcli.devices import pick_device
+from qcli.errors import CheckpointError, PlanError, one_of, together
+from qcli.process import available_memory, peak_memory
+from qcli.quantization import plan as planning
+from qcli.quantization.plan import Plan
+from qcli.quantization.report import Report, sum_up
+from qcli.quantization.settings import Settings, split_settings
+from qcli.sizes import format_bytes, parse_size
+
+DISK_RESERVE = 50_000_000  # for the index, tokenizer files and the file system's own needs
+
+
+def quantize(model: str, output: str | Path | None = None, **options) -> Report:
+    """Quantizes `model` (a folder or a hub id) into a new folder and returns the report.
+
+    Options are those of `make_plan` and `run_plan`: bits, method, double_quant, block_size, threshold, skip, dtype, revision,
+    trust_remote_code, stream, settings; device, overwrite, push_to_hub.
+
+    Raises QcliError kinds: UsageError for options, PlanError for every problem that headers show, CheckpointError, HubError,
+    NonFiniteError. After any of them no folder stands under the final name, and the same call goes on where it stopped.
+    """
+    running = {name: options.pop(name) for name in ("device", "overwrite", "push_to_hub") if name in options}
+    plan = make_plan(model, output, overwrite=running.get("overwrite", False), **options)
+    return run_plan(plan, **running)
+
+
+def make_plan(
+    model: str,
+    output: str | Path | None = None,
+    *,
+    bits: int | None = None,
+    method: str | None = None,
+    double_quant: bool | None = None,
+    block_size: int | None = None,
+    threshold: float | None = None,
+    skip: Iterable[str] = (),
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    stream: bool = False,
+    overwrite: bool = False,
+    settings: Mapping[str, object] | None = None,
+) -> Plan:
+    """Decides from headers and config alone what a run would do. Its `problems` hold all that stands against it."""
+    name = methods.method_name(bits, method)
+    given = {"double_quant": double_quant, "block_size": block_size, "threshold": threshold}
+    chosen, rest = split_settings(name, settings or {})
+    chosen |= {option: value for option, value in given.items() if value is not None}
+    method_ = methods.make_method(name, chosen)
+    rest_ = Settings(**rest)
+    one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
+
+    from qcli.checkpoint.modules import find_linears
+    from qcli.checkpoint.source import open_source
+
+    source = open_source(model, revision, stream=stream, trust_remote_code=trust_remote_code)
+    if source.quantization:
+        kind = source.quantization.get("quant_method", "an unnamed method")
+        raise CheckpointError(
+            f"{source.label} is quantized already ({kind})", "Quantize the original 16- or 32-bit checkpoint instead."
+        )
+    if source.problems:
+        raise PlanError(source.label, source.problems, source.again())
+    layout = find_linears(source, trust_remote_code=trust_remote_code, rules=rest_.modules == "rules")
+    problems, notes = [], [*source.notes, *layout.notes, *source.carried.notes(source.place.size)]
+    code = model_dtype(source, dtype)
+    compute = rest_.compute_dtype
+    if compute == "auto":
+        compute = "bfloat16" if code == "F32" else dtypes.TORCH_NAMES[code]
+    quantized = planning.choose_modules(layout, list(skip), problems, notes)
+    if not quantized:
+        problems.append("no module is left to quantize")
+    if layout.missing:
+        problems.append(together("parameters that no tensor of the checkpoint provides", layout.missing))
+    if layout.expert_parameters:
+        size = format_bytes(layout.expert_parameters * dtypes.ITEMSIZE[code])
+        notes.append(
+            f"fused experts stay {dtypes.TORCH_NAMES[code]}: {layout.expert_parameters:,} parameters, {size}; "
+            "transformers 5 loads them in no other form from this format"
+        )
+    notes += _straddling_note([layout.linears[t] for t in quantized], method_)
+    skip_modules = planning.skip_list(layout, quantized, problems)
+    rows = planning.make_units(source, layout, method_, code, quantized, problems)
+    units, shards = planning.lay_out(rows, parse_size(rest_.max_shard_size))
+    final = Path(output) if output is not None else Path(f"{source.name}-{name}")
+    plan = Plan(
+        source=source,
+        method=method_,
+        layout=layout,
+        output=final,
+        dtype=code,
+        compute_dtype=compute,
+        skip_modules=skip_modules,
+        units=units,
+        shards=shards,
+        notes=notes,
+        problems=problems,
+        allow_nonfinite=rest_.allow_nonfinite,
+    )
+    _check_output(plan, overwrite)
+    available = available_memory()
+    if available is not None and plan.working_memory > available:
+        problems.append(f"the run needs {format_bytes(plan.working_memory)} of memory, and {format_bytes(available)} are free")
+    return plan
+
+
+def _straddling_note(linears: list, method) -> list[str]:
+    """A block that straddles rows is in the format, but not every reader of it copes."""
+    block_size = getattr(method, "block_size", 1)
+    wide = [x for x in linears if x.in_features % block_size]
+    if not wide:
+        return []
+    fitting = [
+        size for size in getattr(method, "BLOCK_SIZES", ()) if size < block_size and not any(x.in_features % size for x in linears)
+    ]
+    advice = f"; --block-size {max(fitting)} divides them all" if fitting else ""
+    example = min(wide, key=lambda x: x.module)
+    return [
+        f"{len(wide)} modules have rows that blocks of {block_size} do not divide (such as {example.module}, "
+        f"{example.in_features} wide): qcli runs them, but bitsandbytes on a CPU with AVX-512 fails or decodes them wrongly{advice}"
+    ]
+
+
+def _check_output(plan: Plan, overwrite: bool) -> None:
+    final = plan.output
+    if final.exists() and not overwrite:
+        plan.problems.append(f"{final} exists already; pass --overwrite to replace it, or choose another --output")
+    if final.exists() and not final.is_dir():
+        plan.problems.append(f"{final} is not a folder")
+    if not plan.source.is_hub and final.resolve() == Path(plan.source.label).resolve():
+        plan.problems.append(f"the output {final} is the model itself, and an input is never touched; choose another --output")
+    parent = next(p for p in [final.absolute().parent, *final.absolute().parents] if p.exists())
+    staged = sum(_allocated(final.with_name(final.name + ".partial") / s.name) for s in plan.shards)
+    carried = sum(plan.source.place.size(name) for name in plan.source.carried.files)
+    needed = plan.disk_bytes = plan.output_bytes + carried - staged + DISK_RESERVE + plan.source.download_bytes(parent)
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        plan.problems.append(
+            f"the run needs {format_bytes(needed)} of disk at {parent}, {format_bytes(free)} are free"
+            + ("; --stream keeps only one source shard at a time" if plan.source.is_hub and not plan.source.stream else "")
+        )
+
+
+def _allocated(path: Path) -> int:
+    return path.stat().st_blocks * 512 if path.exists() else 0
+
+
+def run_plan(
+    plan: Plan,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Report:
+    """Executes a plan without problems. `progress(total, done)` gives a context manager with advance(bytes, name).
+
+    Raises PlanError if the plan has problems; otherwise see `quantize`.
+    """
+    plan.check()
+    from contextlib import nullcontext
+
+    from qcli.quantization import other_files as folder
+    from qcli.quantization.execute import execute, verify
+    from qcli.quantization.staging import Staging
+
+    started = time.monotonic()
+    target = pick_device(device)
+    if push_to_hub:
+        from qcli.checkpoint import hub
+
+        hub.check_can_push(push_to_hub)
+    with Staging(plan, overwrite=overwrite) as staging:
+        plan.source.download_to(staging.downloads)
+        folder.carry_over(plan, staging)
+        done = sum(plan.units[i].info.nbytes for i in staging.done)
+        with progress(plan.source_bytes, done) if progress else nullcontext(_Silent()) as shown:
+            execute(plan, staging, target, shown.advance)
+        kinds, worst, nonfinite = sum_up(plan, staging.done)
+        warnings = folder.write_rest(plan, staging, kinds, nonfinite)
+        verify(plan, staging.folder)
+        staging.publish()
+    report = Report(
+        output=str(plan.output),
+        method=plan.method.name,
+        source_bytes=plan.source_bytes,
+        output_bytes=plan.output_bytes,
+        bits_per_weight=plan.bits_per_weight,
+        quantized_modules=len(plan.quantized),
+        kinds=kinds,
+        worst=worst,
+        nonfinite=nonfinite,
+        seconds=time.monotonic() - started,
+        peak_memory=peak_memory(),
+        warnings=warnings,
+    )
+    if push_to_hub:
+        report.url = hub.push(plan.output, push_to_hub)
+    return report
+
+
+class _Silent:
+    def advance(self, count: int, name: str) -> None:
+        """Nobody listens."""

@@ -1,0 +1,149 @@
+"""What a weight is stored as, as data, and the one table of names that every verb reads. No torch here.
+
+`quantize` makes a scheme, formats lay it out, `estimate-memory` counts it, `evaluate` and `inspect-outliers` simulate it, `info`
+and `generate` read it back. So a name means the same thing in each of them: `nf4` is NF4 with double quantization everywhere.
+Bytes and working memory follow from a scheme and are stated nowhere else.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from qcli.checkpoint.dtypes import TensorSpec
+from qcli.errors import UsageError
+
+NESTED_BLOCK_SIZE = 256  # absmax values that share a scale under double quantization (bitsandbytes)
+PAPER_THRESHOLD = 6.0  # LLM.int8() (arXiv:2208.07339, section 3.2)
+
+Share = Literal["flat", "group", "row", "tensor"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A weight w [out_features, in_features] stands as codebook[code] * scale, or as (code - zero_point) * scale.
+
+    name: what users type. method: the file in methods/ that makes it.
+    bits: of a code; 0 where nothing is quantized.
+    share: which elements have one scale. "flat": runs of `size` elements of the flattened weight. "group": runs of `size`
+    elements within a row. "row": an output row. "tensor": all.
+    codebook: "nf4" or "fp4", whose entry a code names; None where a code is itself an integer.
+    zero_point: whether an integer zero point stands beside each scale, and beside the activations' scales.
+    double_quant: whether the scales are 8-bit codes themselves, with a float32 scale for every 256.
+    activations: what shares a scale of the int8 activations, "token" or "tensor"; None where activations are not rounded.
+    threshold: columns with an activation of this magnitude or more are not rounded; 0 rounds all.
+    keeps_original: whether those columns multiply with the unquantized weight, kept beside the codes (the paper's form).
+    """
+
+    name: str
+    method: str
+    bits: int
+    share: Share = "tensor"
+    size: int = 0
+    codebook: str | None = None
+    zero_point: bool = False
+    double_quant: bool = False
+    activations: Literal["token", "tensor"] | None = None
+    threshold: float = 0.0
+    keeps_original: bool = False
+
+    def scales(self, out_features: int, in_features: int) -> int:
+        """How many scales a weight of this shape has."""
+        count = out_features * in_features
+        if self.share == "flat":
+            return -(-count // self.size)
+        if self.share == "group":
+            return out_features * -(-in_features // self.size)
+        return out_features if self.share == "row" else 1
+
+    def parts(self, out_features: int, in_features: int, dtype: str = "BF16") -> dict[str, TensorSpec]:
+        """What represents a weight before any format lays it out: role to tensor. `dtype` is the safetensors code of the
+        unquantized weight, which is the one part where nothing is quantized."""
+        if not self.bits:
+            return {"weight": TensorSpec("weight", dtype, (out_features, in_features))}
+        count, scales = out_features * in_features, self.scales(out_features, in_features)
+        packed = TensorSpec("codes", "U8", (-(-count * self.bits // 8),))
+        found = {"codes": TensorSpec("codes", "I8", (out_features, in_features)) if self.bits == 8 else packed}
+        found["scale"] = TensorSpec("scale", "U8" if self.double_quant else "F32", (scales,))
+        if self.double_quant:
+            found["nested_scale"] = TensorSpec("nested_scale", "F32", (-(-scales // NESTED_BLOCK_SIZE),))
+            found["nested_offset"] = TensorSpec("nested_offset", "F32", (1,))
+        if self.zero_point:
+            found["zero_point"] = TensorSpec("zero_point", "I32", (scales,))
+        return found
+
+    def stored_bytes(self, out_features: int, in_features: int, dtype: str = "BF16", outlier_columns: int = 0) -> int:
+        """Bytes of the parts. `outlier_columns` stand beside the codes in `dtype` where the scheme keeps the original."""
+        beside = TensorSpec("original", dtype, (out_features, outlier_columns if self.keeps_original else 0))
+        return beside.nbytes + sum(spec.nbytes for spec in self.parts(out_features, in_features, dtype).values())
+
+    def held_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes that an encoder of this scheme holds from the first chunk of a weight to the last.
+
+        A scale takes 8: the float32 itself, and two sums in 16 bits that say what its own rounding will cost, or its copy. Under
+        double quantization the float64 copies of which the mean is made come on top.
+        """
+        return (24 if self.share == "flat" else 8) * self.scales(out_features, in_features)
+
+
+UNQUANTIZED = Scheme("unquantized", "unquantized", 0)
+_PER_TENSOR = Scheme("int8-per-tensor", "int8", 8, "tensor", activations="tensor")
+_INT8 = Scheme("int8", "int8", 8, "row", activations="token")
+_LLM_INT8 = Scheme("llm-int8", "llm-int8", 8, "row", activations="token", threshold=PAPER_THRESHOLD)
+_NF4 = Scheme("nf4", "nf4", 4, "flat", 64, codebook="nf4", double_quant=True)
+_FP4 = replace(_NF4, name="fp4", method="fp4", codebook="fp4")
+
+# The one list of names, in the order in which tables show them. A method that is added is a row here.
+NAMED: Mapping[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        UNQUANTIZED,
+        # Table 1 of LLM.int8(): absmax with a scale for all of X and all of W; for each token and all of W; for each token and row.
+        _PER_TENSOR,
+        replace(_PER_TENSOR, name="int8-row-wise", activations="token"),
+        _INT8,
+        replace(_PER_TENSOR, name="zeropoint-per-tensor", method="zeropoint", zero_point=True),
+        replace(_INT8, name="zeropoint", method="zeropoint", zero_point=True),
+        replace(_LLM_INT8, name="llm-int8-paper", keeps_original=True),
+        _LLM_INT8,
+        replace(_NF4, name="nf4-plain", double_quant=False),
+        _NF4,
+        replace(_FP4, name="fp4-plain", double_quant=False),
+        _FP4,
+    )
+}
+BY_BITS: Mapping[int, str] = {4: "nf4", 8: "llm-int8"}
+
+
+def named(name: str) -> Scheme:
+    """The scheme of that name, whatever its case and punctuation. Raises UsageError."""
+    known = {_plain(each): scheme for each, scheme in NAMED.items()}
+    wanted = _plain(name)
+    if wanted in known:
+        return known[wanted]
+    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+    nearest = f"; nearest: {', '.join(known[each].name for each in near)}" if near else ""
+    raise UsageError(f"there is no method {name!r}{nearest}", f"Methods: {', '.join(NAMED)}.")
+
+
+def chosen(names: str | Iterable[str]) -> list[Scheme]:
+    """The schemes of a list, or of names with commas between them, in the table's order; "all" is all. The unquantized one is
+    always among them. Raises UsageError."""
+    names = names.split(",") if isinstance(names, str) else list(names)
+    every = any(_plain(name) == "all" for name in names)
+    wanted = {named(name).name for name in names if _plain(name) != "all"} | {UNQUANTIZED.name}
+    return [scheme for name, scheme in NAMED.items() if every or name in wanted]
+
+
+def by_bits(bits: int | None, method: str | None) -> Scheme:
+    """What `--bits` and `--method` ask for together: NF4 where neither was given. Raises UsageError where they disagree."""
+    if bits is not None and bits not in BY_BITS and method is None:
+        raise UsageError(f"bits is {bits}, expected 4 or 8", "Use --bits 4 for NF4, --bits 8 for LLM.int8().")
+    if method is None:
+        return NAMED[BY_BITS[bits or 4]]
+    return named(method)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())

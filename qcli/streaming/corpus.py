@@ -1,0 +1,221 @@
+"""The text that a model is measured on, cut into windows of tokens.
+
+Each document is tokenized once, without special tokens, and read in windows of `sequence_length` L tokens. A window begins
+with what the tokenizer puts before a text (BOS, mostly; nothing for some), which counts among the L. With a stride S below L,
+the first L - S tokens of every window but a document's first have been scored in the window before and only give context.
+The first token of a window is never scored, for nothing precedes it: so with BOS every token of the text is scored once;
+without it, where S = L, the first token of each window is not. Tokens that close a text (EOS) are left out.
+
+Bytes are those of UTF-8. A token stands for the bytes from the end of the token before it to its own end, by the offsets of
+the tokenizer; the last of a document also for what follows it. So the bytes of all tokens of a document add up to its size.
+A character that several tokens share counts with the first. A tokenizer without offsets (written in Python) has them spread
+evenly over a document's tokens.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from qcli.errors import UsageError
+
+DEFAULT_TOKENS = 16_384
+DEFAULT_SEQUENCE_LENGTH = 2048
+BUNDLED = "bundled text"
+_CHARACTERS = 8  # more than a token has on the average
+_SPARE = 256  # tokens
+
+
+@dataclass(frozen=True)
+class Window:
+    """One sequence as the model reads it: `ids[:context]` are not scored, and the others stand for `scored_bytes`."""
+
+    ids: tuple[int, ...]
+    context: int
+    scored_bytes: int
+
+    @property
+    def scored(self) -> int:
+        """Tokens whose probability counts."""
+        return len(self.ids) - self.context
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Windows of a text, and how they were cut. `prefix` is what each begins with, and no part of the text."""
+
+    name: str
+    windows: tuple[Window, ...]
+    sequence_length: int
+    stride: int
+    prefix: tuple[int, ...]
+    documents: int
+    tokens: int  # of the text, each counted once, scored or not
+
+    @property
+    def bos(self) -> bool:
+        """Whether windows begin with BOS, or what else the tokenizer puts before a text."""
+        return bool(self.prefix)
+
+    @property
+    def scored(self) -> int:
+        """Tokens whose probability counts."""
+        return sum(window.scored for window in self.windows)
+
+    @property
+    def scored_bytes(self) -> int:
+        """UTF-8 bytes of the text that the scored tokens stand for."""
+        return sum(window.scored_bytes for window in self.windows)
+
+
+def read_windows(
+    tokenizer,
+    text: str | Path | None = None,
+    *,
+    tokens: int | None = None,
+    default_tokens: int = DEFAULT_TOKENS,
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    model_limit: int | None = None,
+) -> Corpus:
+    """The first `tokens` tokens of a text, in windows.
+
+    `text` is the path of a file: of JSON lines with a document each as "text" where its name ends in .jsonl, else of one
+    document; None is the text that comes with qcli. `tokens` None takes what there is, up to `default_tokens`. The sequence
+    length is at most `model_limit` (None: no limit), and 2048 unless given; the stride is the sequence length unless given.
+
+    Raises UsageError for a file that cannot be read, a text with too little in it, and options out of range.
+    """
+    prefix = _prefix(tokenizer)
+    if model_limit is not None and model_limit <= 0:  # some configs say so for a model without one
+        model_limit = None
+    if sequence_length is None:
+        sequence_length = min(DEFAULT_SEQUENCE_LENGTH, model_limit or DEFAULT_SEQUENCE_LENGTH)
+    stride = sequence_length if stride is None else stride
+    _check_options(tokens, sequence_length, stride, model_limit, len(prefix))
+    name = BUNDLED if text is None else Path(text).name
+    limit = default_tokens if tokens is None else tokens
+    windows, documents, read, kept = [], 0, 0, 0
+    for document in _documents(text):
+        if read == limit:
+            break
+        ids, ends = _tokenize(tokenizer, document, limit - read)
+        cut = list(_cut(prefix, ids, ends, sequence_length, stride))
+        read += len(ids)
+        kept += sum(new for _, new in cut)
+        documents += bool(cut)
+        windows += [window for window, _ in cut]
+    if read < 2 or not windows:
+        raise UsageError(f"{name} holds {_count(read)}, too little to measure a model on", "Give a longer text.")
+    if tokens is not None and read < tokens:
+        raise UsageError(
+            f"{name} holds {_count(read)}, and --tokens asks for {tokens:,}", f"Ask for {read:,}, or give a longer text."
+        )
+    return Corpus(name, tuple(windows), sequence_length, stride, prefix, documents, kept)
+
+
+def _check_options(tokens: int | None, length: int, stride: int, model_limit: int | None, prefix: int) -> None:
+    if tokens is not None and tokens < 2:
+        raise UsageError(f"--tokens is {tokens:,}, expected 2 or more")
+    if model_limit and length > model_limit:
+        raise UsageError(
+            f"--sequence-length is {length:,}, the model's context holds {model_limit:,} tokens", f"Use {model_limit:,} or fewer."
+        )
+    least = max(prefix, 1) + 1
+    if length < least:
+        raise UsageError(f"--sequence-length is {length:,}, expected {least} or more")
+    if not 1 <= stride <= length:
+        raise UsageError(
+            f"--stride is {stride:,}, expected 1 to the sequence length, which is {length:,}",
+            "Leave it out for windows that do not overlap.",
+        )
+
+
+def _count(tokens: int) -> str:
+    return f"{tokens:,} token" + ("" if tokens == 1 else "s")
+
+
+def _documents(text: str | Path | None) -> Iterator[str]:
+    """The documents of a file, one after another."""
+    if text is None:
+        yield files("qcli").joinpath("data", "corpus.txt").read_bytes().decode()
+        return
+    path = Path(text)
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".jsonl":
+                yield from (_document(path, i, line) for i, line in enumerate(file, 1) if line.strip())
+            else:
+                yield file.read().decode("utf-8-sig")
+    except OSError as e:
+        raise UsageError(f"cannot read the text from {path}: {e.strerror}", "Check --text.") from e
+    except UnicodeDecodeError as e:
+        raise UsageError(f"{path} is not UTF-8: {e}", "Convert it first.") from None
+
+
+def _document(path: Path, number: int, line: bytes) -> str:
+    try:
+        value = json.loads(line)
+    except UnicodeDecodeError as e:
+        raise UsageError(f"{path}, line {number} is not UTF-8: {e}", "Convert it first.") from None
+    except ValueError as e:
+        raise UsageError(f"{path}, line {number} is not valid JSON: {e}", "Mend that line.") from None
+    text = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise UsageError(f'{path}, line {number} has no text, expected an object such as {{"text": "..."}}', "Mend that line.")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise UsageError(f"{path}, line {number}: the text has half a surrogate pair", "Mend that line.")
+    return text
+
+
+def _prefix(tokenizer) -> tuple[int, ...]:
+    """What the tokenizer puts before every text."""
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return tuple(whole[:start])
+    return ()
+
+
+def _encode_beginning(tokenizer, text: str, limit: int):
+    """(as much of a text's beginning as has `limit` tokens and some to spare, what the tokenizer makes of it): a large file takes
+    no longer than what is read of it. Those to spare are for the cut: next to it tokens may be others than in the whole text."""
+    size = _CHARACTERS * (limit + _SPARE)
+    while True:
+        part = text[:size]
+        found = tokenizer(part, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+        if len(part) == len(text) or len(found["input_ids"]) >= limit + _SPARE:
+            return part, found
+        size *= 2
+
+
+def _tokenize(tokenizer, text: str, limit: int) -> tuple[list[int], list[int]]:
+    """The first `limit` token ids of a document, and for each how many bytes of it have been read at its end."""
+    text, found = _encode_beginning(tokenizer, text, limit)
+    ids, size = found["input_ids"], len(text.encode())
+    if not tokenizer.is_fast:
+        return ids[:limit], [size * (i + 1) // len(ids) for i in range(min(len(ids), limit))]
+    ends, characters, read = [], 0, 0
+    for _, end in found["offset_mapping"][:limit]:
+        read += len(text[characters:end].encode())
+        characters = max(characters, end)
+        ends.append(read)
+    if ends and len(ids) <= limit:
+        ends[-1] = size
+    return ids[:limit], ends
+
+
+def _cut(prefix: tuple[int, ...], ids: list[int], ends: list[int], length: int, stride: int) -> Iterator[tuple[Window, int]]:
+    """The windows of one document, each with how many of its tokens no window before it held."""
+    done = 0
+    while done < len(ids):
+        old = min(done, max(length - stride - len(prefix), 0))
+        new = min(length - len(prefix) - old, len(ids) - done)
+        before = len(prefix) + old
+        context = max(before, 1)
+        first = done + context - before  # of the tokens that are scored
+        if first < done + new:
+            size = ends[done + new - 1] - (ends[first - 1] if first else 0)
+            yield Window((*prefix, *ids[done - old : done + new]), context, size), new
+        done += new

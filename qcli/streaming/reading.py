@@ -1,0 +1,137 @@
+"""Windows of text through a streamed model up to its head: of each token the last hidden state, and logits on demand."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qcli.nn.linear_8bit import Linear8bit
+from qcli.streaming.batches import BATCH_TOKENS, make_batches
+from qcli.streaming.corpus import Window
+from qcli.streaming.head import Head
+from qcli.streaming.run import Call, Observer, current_call, run_calls
+from qcli.streaming.skeleton import Skeleton
+from qcli.streaming.units import Unit
+
+Advance = Callable[[int, str], None]
+
+HIDDEN_BYTES = 2 << 30  # of hidden states that wait together; what has more is read in several goes
+
+
+def weight_bytes(unit: Unit) -> int:
+    """Bytes of a unit's weights in memory, by which progress is counted."""
+    return sum(p.numel() * p.element_size() for p in unit.module.parameters())
+
+
+def hidden_bytes(skeletons: Sequence[Skeleton], windows: Sequence[Window], variants: int = 1) -> int:
+    """Bytes of the hidden states that wait together when the models, each in so many variants, read the windows.
+
+    A token's waits twice: as what the model began with, which transformers keeps, and as what a block has made.
+    """
+    width = sum(2 * s.model.config.get_text_config(decoder=True).hidden_size * s.dtype.itemsize for s in skeletons)
+    return width * variants * sum(len(window.ids) for window in windows)
+
+
+def goes(skeletons: Sequence[Skeleton], windows: Sequence[Window], variants: int = 1) -> list[Sequence[Window]]:
+    """The windows in as few runs as HIDDEN_BYTES allows: every model's weights are read once for each of them."""
+    found: list[list[Window]] = []
+    room = 0
+    for window in windows:
+        size = hidden_bytes(skeletons, [window], variants)
+        if size > room or not found:
+            found.append([])
+            room = HIDDEN_BYTES
+        found[-1].append(window)
+        room -= size
+    return found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Scored tokens `ids` [tokens] of a window, which positions `first` onwards predict; `last` where the window ends with them."""
+
+    window: int
+    first: int
+    ids: torch.Tensor
+    last: bool
+
+
+class Reading:
+    """Windows that a model has read up to its head, in one or more variants of it. Of each token and variant it keeps the last
+    hidden state.
+
+    `observer` is told of each unit. `padded` puts windows of unlike length into one call, else only those of one length are
+    read together; `alone` gives each a call of its own, as a model in 8 bits has it always. `advance` hears of finished work,
+    which is `work` in all once the reading has been scored.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        windows: Sequence[Window],
+        advance: Advance,
+        *,
+        variants: Sequence[str] = ("",),
+        observer: Observer | None = None,
+        padded: bool = True,
+        alone: bool = False,
+    ):
+        self.skeleton, self.head, self.advance = skeleton, Head(skeleton), advance
+        self._broken: dict[tuple[str, str], torch.Tensor] = {}
+        # LLM.int8() takes the outlier columns of all tokens of a call, which must be those of one text.
+        alone = alone or any(isinstance(module, Linear8bit) for module in skeleton.model.modules())
+        batches = make_batches([window.ids for window in windows], 0 if padded else None, 1 if alone else BATCH_TOKENS)
+        calls = [Call(self.head.below(batch), variant, batch) for variant in variants for batch in batches]
+        handles = [unit.module.register_forward_hook(self._watch(unit)) for unit in skeleton.blocks]
+        counting = _Counting(observer or Observer(), advance)
+        try:
+            with self.head.stopping():
+                outputs = run_calls(skeleton, calls, counting)
+        finally:
+            for handle in handles:
+                handle.remove()
+        unentered = self.work(skeleton) - counting.counted
+        advance(unentered - weight_bytes(self.head.unit), "units that text does not enter")
+        self._places: dict[tuple[str, int], tuple[Any, int]] = {}
+        for call, output in zip(calls, outputs):
+            for row, window in enumerate(call.batch.windows):
+                self._places[call.variant, window] = output, row
+
+    @staticmethod
+    def work(skeleton: Skeleton) -> int:
+        """What `advance` is told of in all."""
+        return sum(weight_bytes(unit) for unit in skeleton.units if not unit.resident)
+
+    def _watch(self, unit: Unit) -> Callable:
+        def watch(module, args, output):
+            if (call := current_call()) is not None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                key = call.variant, unit.name
+                broken = ~torch.stack(hidden.aminmax()).isfinite().all()  # one pass: NaN is the extreme where there is any
+                self._broken[key] = self._broken.get(key, broken) | broken  # nothing waits for the device here
+
+        return watch
+
+    def logits(self, variant: str, pieces: Sequence[Piece]) -> torch.Tensor:
+        """[tokens, vocabulary] of pieces of windows, one after another. The head must be loaded."""
+        return self.head.logits([(*self._places[variant, p.window], p.first, p.first + len(p.ids)) for p in pieces])
+
+    def where_broken(self, variant: str) -> str:
+        """The first block with an output that is not finite, in words."""
+        names = [unit.name for unit in self.skeleton.blocks if bool(self._broken.get((variant, unit.name), False))]
+        return f"the first values that are not finite come out of {names[0]}" if names else "its blocks give finite ones"
+
+
+class _Counting(Observer):
+    """Passes on what it is told, and counts the weights that are done with."""
+
+    def __init__(self, observer: Observer, advance: Advance):
+        self.observer, self.advance, self.counted = observer, advance, 0
+        self.loaded, self.variant = observer.loaded, observer.variant
+
+    def passed(self, unit: Unit) -> None:
+        """Every call has passed `unit`."""
+        self.observer.passed(unit)
+        self.counted += weight_bytes(unit)
+        self.advance(weight_bytes(unit), unit.name)
