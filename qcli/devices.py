@@ -20,11 +20,16 @@ def pick_device(device: str):
 
 
 @dataclass(frozen=True)
-class Placement:
+class DeviceChoice:
     """Where the modules of a model go, as transformers' from_pretrained takes it; `max_memory` in bytes per GPU or "cpu"."""
 
     device_map: object
     max_memory: dict[int | str, int] | None = None
+
+    @property
+    def splits(self) -> bool:
+        """Whether a device map was asked for."""
+        return self.device_map == "auto" or set(self.device_map) != {""}
 
     def arguments(self) -> dict[str, object]:
         """For from_pretrained."""
@@ -50,24 +55,24 @@ class Placement:
         return given if len(names) < 2 else f"{given}, which must leave room for the largest layer that moves between them"
 
 
-def place(device: str, device_map: str | dict | None, max_memory: str | Mapping[int | str, int | str] | None) -> Placement:
-    """The placement for `--device`, `--device-map` (auto, or a dict of module to device) and `--max-memory`.
+def place(device: str, device_map: str | dict | None, max_memory: str | Mapping[int | str, int | str] | None) -> DeviceChoice:
+    """The choice for `--device`, `--device-map` (auto, or a dict of module to device) and `--max-memory`.
 
     Raises UsageError, DeviceError.
     """
     if device_map is None:
         if max_memory is not None:
             raise UsageError("--max-memory was given without --device-map", "Add --device-map auto.")
-        return Placement({"": pick_device(device)})
+        return DeviceChoice({"": pick_device(device)})
     if device != "auto":
         raise UsageError(f"--device {device} and --device-map were both given", "Leave out one of the two.")
     if isinstance(device_map, dict):
         if max_memory is not None:
             raise UsageError("max_memory was given with a device_map that leaves nothing to decide", "Leave out one.")
-        return Placement(device_map)
+        return DeviceChoice(device_map)
     if device_map != "auto":
         raise UsageError(f"--device-map is {device_map!r}, expected auto")
-    return Placement("auto", None if max_memory is None else parse_max_memory(max_memory))
+    return DeviceChoice("auto", None if max_memory is None else parse_max_memory(max_memory))
 
 
 def parse_max_memory(text: str | Mapping[int | str, int | str]) -> dict[int | str, int]:

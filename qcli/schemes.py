@@ -14,8 +14,12 @@ from typing import Literal
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.errors import UsageError
 
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of blocks of the flattened weight that kernels decode
 NESTED_BLOCK_SIZE = 256  # absmax values that share a scale under double quantization (bitsandbytes)
 PAPER_THRESHOLD = 6.0  # LLM.int8() (arXiv:2208.07339, section 3.2)
+
+CHUNK_BYTES = 1 << 20  # of source data at a time: what bounds the memory of quantizing a checkpoint
+CHUNKS_IN_WORK = 128  # measured: float32 copies of a chunk, and what the allocator keeps of those that were freed
 
 Share = Literal["flat", "group", "row", "tensor"]
 
@@ -113,6 +117,7 @@ NAMED: Mapping[str, Scheme] = {
         _FP4,
     )
 }
+QUANTIZED = tuple(name for name, scheme in NAMED.items() if scheme.bits)
 BY_BITS: Mapping[int, str] = {4: "nf4", 8: "llm-int8"}
 
 

@@ -63,6 +63,10 @@ class Layout:
         boundary = r"(?:(?<=\.)|(?=\.|$))"
         return any(re.match(rf"(?:{key}){boundary}", module) or module.endswith(key) for key in patterns)
 
+    def quantizable(self) -> list[Linear]:
+        """The linear modules that transformers converts where nothing else is asked for."""
+        return [linear for linear in self.linears.values() if not self.skipped(linear.module, None)]
+
     def stays_fp32(self, tensor: str, dtype: str) -> bool:
         """Whether transformers keeps the unquantized `tensor` in float32 when the model's dtype is `dtype`."""
         patterns = list(self.keep_fp32_strict) if dtype in ("F16", "BF16") else []

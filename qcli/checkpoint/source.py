@@ -84,6 +84,11 @@ class Source:
         check_config(config, f"{self.label}/config.json")
         return config
 
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Every tensor's header entry by its name."""
+        return {name: info for name, (_, info) in self.tensors.items()}
+
     def json(self, name: str) -> dict:
         """The object that the JSON file `name` holds, fetched if it is not here. Raises CheckpointError, HubError."""
         return read_object(self.place.local(name), f"{self.label}/{name}", self.again("Mend it, or fetch it again."))

@@ -26,7 +26,8 @@ def show(result: Evaluation) -> None:
         _show_comparison(result.rows[-1].against, result.rows[0].name)
     if result.simulated:
         console.out(
-            f"Methods simulated in {result.model}. bits/weight is of the linear layers; change, of perplexity against fp32; "
+            f"Methods simulated in {result.model}. bits/weight is of the linear layers; "
+            "change, of perplexity against the unquantized model; "
             "ordinary activations are those of columns without an outlier."
         )
     for sentence in [*result.protocol.sentences(), *result.notes]:

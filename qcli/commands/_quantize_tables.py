@@ -3,10 +3,10 @@
 import re
 import shlex
 
-from qcli import console
+from qcli import console, methods
 from qcli.checkpoint import dtypes
 from qcli.process import resident_memory
-from qcli.quantization.plan import Plan, Unit
+from qcli.quantization.plan import Plan, Work
 from qcli.quantization.report import Report
 from qcli.sizes import format_bytes, format_seconds
 
@@ -14,19 +14,19 @@ from qcli.sizes import format_bytes, format_seconds
 def show_plan(plan: Plan) -> None:
     """Prints what becomes what, file by file sizes, and what the run needs."""
     console.out(f"{plan.source.label} -> {plan.output}   {_method_text(plan)}")
-    console.out(f"modules chosen by {plan.layout.decided_by}; everything else {dtypes.TORCH_NAMES[plan.dtype]}\n")
+    console.out(f"modules chosen by {plan.decided_by}; everything else {dtypes.TORCH_NAMES[plan.dtype]}\n")
     rows = []
-    for units in _groups(plan.units):
-        first = units[0]
+    for group in _groups(plan.work):
+        first = group[0]
         shape = "x".join(map(str, first.info.shape)) or "scalar"
-        before, after = sum(u.info.nbytes for u in units), sum(u.output_bytes for u in units)
+        before, after = sum(w.info.nbytes for w in group), sum(w.output_bytes for w in group)
         rows.append(
             (
-                _group_name(units),
-                len(units),
+                _group_name(group),
+                len(group),
                 shape,
                 dtypes.TORCH_NAMES.get(first.info.dtype, first.info.dtype),
-                _becomes(plan, first),
+                first.becomes,
                 f"{before:,}",
                 f"{after:,}",
             )
@@ -63,11 +63,13 @@ def plan_summary(plan: Plan) -> dict[str, object]:
     return {
         "source": plan.source.label,
         "output": str(plan.output),
-        "method": plan.method.name,
-        "options": vars(plan.method),
+        "method": plan.method.scheme.method,
+        "options": methods.options_of(plan.method),
+        "recipe": plan.recipe.summary(),
+        "format": plan.format.name,
         "dtype": dtypes.TORCH_NAMES[plan.dtype],
         "compute_dtype": plan.compute_dtype,
-        "modules_decided_by": plan.layout.decided_by,
+        "modules_decided_by": plan.decided_by,
         "skip_modules": plan.skip_modules,
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "source_bytes": plan.source_bytes,
@@ -77,14 +79,14 @@ def plan_summary(plan: Plan) -> dict[str, object]:
         "carried_files": plan.source.carried.files,
         "tensors": [
             {
-                "name": u.info.name,
-                "shape": list(u.info.shape),
-                "from": u.info.dtype,
-                "to": _becomes(plan, u),
-                "bytes_before": u.info.nbytes,
-                "bytes_after": u.output_bytes,
+                "name": w.info.name,
+                "shape": list(w.info.shape),
+                "from": w.info.dtype,
+                "to": w.becomes,
+                "bytes_before": w.info.nbytes,
+                "bytes_after": w.output_bytes,
             }
-            for u in plan.units
+            for w in plan.work
         ],
         "notes": plan.notes,
         "problems": plan.problems,
@@ -94,9 +96,9 @@ def plan_summary(plan: Plan) -> dict[str, object]:
 def show_report(report: Report) -> None:
     """Prints measured errors, sizes, time and what to do next."""
     columns = ("weights", "relative error", "SQNR")
-    cells = [(k.name, f"{k.weights:,}", f"{k.relative_error:.3%}", k.sqnr_text) for k in report.kinds]
+    cells = [(k.name, f"{k.weights:,}", f"{k.errors.relative_error:.3%}", k.sqnr_text) for k in report.kinds]
     console.table("", ("module kind", *columns), cells)
-    cells = [(k.name, f"{k.weights:,}", f"{k.relative_error:.3%}", k.sqnr_text) for k in report.worst]
+    cells = [(k.name, f"{k.weights:,}", f"{k.errors.relative_error:.3%}", k.sqnr_text) for k in report.worst]
     console.table("", (f"worst {len(cells)} modules", *columns), cells)
     for name, count in report.nonfinite.items():
         console.out(f"carried {count:,} NaN or infinite values in {name}")
@@ -111,29 +113,25 @@ def show_report(report: Report) -> None:
 
 
 def _method_text(plan: Plan) -> str:
-    options = ", ".join(f"{name} {str(value).lower()}" for name, value in vars(plan.method).items())
-    return f"{plan.method.name} ({options}), computes in {plan.compute_dtype}"
+    options = ", ".join(f"{name} {str(value).lower()}" for name, value in methods.options_of(plan.method).items())
+    text = f"{plan.method.scheme.method} ({options})"
+    if plan.is_mixed:
+        text = ", ".join(f"{count} modules in {name}" for name, count in plan.schemes.items())
+    return f"{text}, computes in {plan.compute_dtype}"
 
 
-def _becomes(plan: Plan, unit: Unit) -> str:
-    if unit.linear:
-        return plan.method.name
-    code = unit.outputs[0].dtype
-    return dtypes.TORCH_NAMES.get(code, code)
-
-
-def _groups(units: list[Unit]) -> list[list[Unit]]:
-    """Units that differ only in layer numbers, in the order of their first."""
-    groups: dict[tuple, list[Unit]] = {}
-    for unit in units:
-        key = (re.sub(r"\d+", "#", unit.info.name), unit.info.shape, unit.info.dtype, unit.outputs[0].dtype, unit.linear is None)
-        groups.setdefault(key, []).append(unit)
+def _groups(works: list[Work]) -> list[list[Work]]:
+    """Work on tensors that differ only in layer numbers, in the order of their first."""
+    groups: dict[tuple, list[Work]] = {}
+    for work in works:
+        key = (re.sub(r"\d+", "#", work.info.name), work.info.shape, work.info.dtype, work.becomes)
+        groups.setdefault(key, []).append(work)
     return list(groups.values())
 
 
-def _group_name(units: list[Unit]) -> str:
+def _group_name(group: list[Work]) -> str:
     """model.layers.[0-31].mlp.up_proj.weight: each number that varies becomes the range it takes."""
-    split = [re.split(r"(\d+)", u.info.name) for u in units]
+    split = [re.split(r"(\d+)", work.info.name) for work in group]
     parts = list(split[0])
     for i in range(1, len(parts), 2):
         values = sorted({int(s[i]) for s in split})

@@ -56,8 +56,8 @@ def _show_kinds(kinds: list[dict]) -> None:
 
 
 def _show_worst(linears: list[dict]) -> None:
-    measured = [x for x in linears if x["quantized"] and x["sqnr"]["NF4+DQ"] is not None]
-    worst = sorted(measured, key=lambda x: (x["sqnr"]["NF4+DQ"], x["module"]))[:_WORST]
+    measured = [x for x in linears if x["quantized"] and x["sqnr"]["nf4"] is not None]
+    worst = sorted(measured, key=lambda x: (x["sqnr"]["nf4"], x["module"]))[:_WORST]
     rows = [
         (
             x["module"],

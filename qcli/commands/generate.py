@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from qcli import console
+from qcli.commands._settings import pairs
 from qcli.errors import CheckpointError, UsageError
 
 
@@ -30,7 +31,17 @@ def generate(
     bits: Annotated[
         int | None, typer.Option(help="Quantize an unquantized model while reading it: 4 or 8.", show_default=False)
     ] = None,
-    method: Annotated[str | None, typer.Option(help="nf4, fp4 or llm-int8, instead of --bits.", show_default=False)] = None,
+    method: Annotated[str | None, typer.Option(help="A method of `qcli quantize`, instead of --bits.", show_default=False)] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe in JSON, instead of --bits and --method.", show_default=False)
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Modules to leave as they are. Repeatable.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Options of the method, such as block_size=128.", show_default=False),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of all that is not quantized: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     device_map: Annotated[
@@ -52,28 +63,24 @@ def generate(
     """Continue a prompt with a quantized or an unquantized model."""
     text = _prompt(prompt, prompt_file, chat, json)
 
+    from qcli.devices import place
     from qcli.generation import decode
     from qcli.generation.can_generate import check_can_generate
     from qcli.generation.chat import Chat
     from qcli.generation.prompt import plain_ids
     from qcli.loading import generation_config
     from qcli.loading import load as models
-    from qcli.stored import open_checkpoint
+    from qcli.recipe import read_recipe
 
     sampling = decode.Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    source = open_checkpoint(model, revision, trust_remote_code)
+    asked = models.asked_recipe(recipe and read_recipe(recipe), bits, method, {}, skip or (), pairs(set_))
+    placement = place(device, device_map, max_memory)
+    source = models.open_checkpoint(model, revision, trust_remote_code)
     # Before a weight is read.
     check_can_generate(source.config, model, trust_remote_code)
     generation_config.check_source(source)
     loaded, tokenizer = models.load_source(
-        source,
-        bits=bits,
-        method=method,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        max_memory=max_memory,
-        int8_activations=not no_int8_activations,
+        source, asked, dtype=dtype, placement=placement, int8_activations=not no_int8_activations
     )
     if tokenizer is None:
         raise CheckpointError(f"{model} has no tokenizer", "Put its tokenizer files beside config.json.")

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from qcli import console
-from qcli.errors import Interrupted, UsageError
+from qcli.commands._settings import pairs
+from qcli.errors import Interrupted
 
 
 def quantize(
@@ -36,6 +37,9 @@ def quantize(
         Path | None,
         typer.Option(metavar="REPORT.json", help="Leave what `inspect-outliers --json` recommends to leave.", show_default=False),
     ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Which module gets what, as --dry-run --json prints it.", show_default=False)
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of all that is not quantized: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
@@ -62,6 +66,7 @@ def quantize(
     """Quantize a model into a folder that transformers, bitsandbytes, PEFT and vLLM load."""
     from qcli.commands import _quantize_tables as tables
     from qcli.quantization import quantize as quantization
+    from qcli.recipe import read_recipe
 
     skipped = list(skip or ())
     if skip_from is not None:
@@ -80,12 +85,13 @@ def quantize(
         block_size=block_size,
         threshold=threshold,
         skip=skipped,
+        recipe=read_recipe(recipe) if recipe else None,
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
         stream=stream,
         overwrite=overwrite,
-        settings=_settings(set_ or []),
+        settings=pairs(set_),
     )
     if dry_run:
         console.json(tables.plan_summary(plan)) if json else tables.show_plan(plan)
@@ -102,13 +108,3 @@ def quantize(
     for warning in report.warnings:
         console.warn(warning)
     console.json(report.summary()) if json else tables.show_report(report)
-
-
-def _settings(pairs: list[str]) -> dict[str, str]:
-    settings = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise UsageError(f"--set {pair!r} has no '='", "Write it as --set name=value.")
-        settings[name.strip()] = value.strip()
-    return settings

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from qcli import simulation
+from qcli import formats, schemes
 from qcli.checkpoint.modules import Linear
 from qcli.checkpoint.source import Source
 from qcli.errors import UsageError
@@ -14,14 +14,11 @@ from qcli.evaluation.score import Form, score_all
 from qcli.evaluation.speed import Speed, measure
 from qcli.evaluation.statistics import comparison, perplexity
 from qcli.evaluation.tokens import TokenScores
-from qcli.formats.bitsandbytes import TORCH_NAMES
-from qcli.simulation import Simulation
+from qcli.formats import Weight
+from qcli.schemes import Scheme
 from qcli.streaming.corpus import Corpus, Window, read_windows
 from qcli.streaming.reading import Advance, Reading, goes
 from qcli.streaming.skeleton import Skeleton
-
-# Methods that qcli also runs, by the name that qcli.loading.load.load knows; the others are only simulated.
-_RUN = {"fp32": None, "LLM.int8()": "llm-int8", "NF4+DQ": "nf4"}
 
 
 def evaluate(
@@ -43,7 +40,7 @@ def evaluate(
     """Measures `model`, a folder or hub id, quantized or not, on `text`, cut by qcli.streaming.corpus.read_windows.
 
     `against` names a base to compare it with, token by token; both read what the tokenizer of `model` makes of the text.
-    `methods`, "all" or names of qcli.simulation, compares simulated methods with the unquantized model. `speed` also loads
+    `methods`, "all" or names of qcli.schemes, compares simulated methods with the unquantized model. `speed` also loads
     whole models and times them. `dtype` auto is each checkpoint's own, and float32 with `methods`, so that what a method costs
     is not mixed with the rounding of sums. Blocks are streamed: memory holds one block (with `methods`, a rounded copy too)
     and the hidden states of as many tokens, for each model or method, as HIDDEN_BYTES holds; more are read in several goes.
@@ -54,7 +51,7 @@ def evaluate(
     """
     if against is not None and methods is not None:
         raise UsageError("--against and --methods were both given", "Leave out one: --methods compares with MODEL itself.")
-    chosen = simulation.chosen(methods) if methods is not None else []
+    chosen = schemes.chosen(methods) if methods is not None else []
     running = {"device": device, "trust_remote_code": trust_remote_code}
     computing = "float32" if chosen and dtype == "auto" else dtype
     skeleton = Skeleton(model, dtype=computing, revision=revision, **running)
@@ -136,9 +133,9 @@ def _measured(skeletons: Sequence[Skeleton], corpus: Corpus, advance: Advance) -
     return rows
 
 
-def _simulated(skeleton: Skeleton, methods: Sequence[Simulation], corpus: Corpus, advance: Advance) -> list[Row]:
+def _simulated(skeleton: Skeleton, wanted: Sequence[Scheme], corpus: Corpus, advance: Advance) -> list[Row]:
     """The unquantized model, and every method compared with it."""
-    names = [method.name for method in methods]
+    names = [scheme.name for scheme in wanted]
 
     def run(observer: Methods, advance: Advance, alone: bool) -> list[TokenScores]:
         def read(windows: Sequence[Window], before: int) -> tuple[Form, list[Form]]:
@@ -149,20 +146,20 @@ def _simulated(skeleton: Skeleton, methods: Sequence[Simulation], corpus: Corpus
 
         return score_all(goes([skeleton], corpus.windows, len(names)), read)
 
-    observer = Methods(skeleton, methods)
+    observer = Methods(skeleton, wanted)
     try:
         of_base, *others = run(observer, advance, alone=observer.of_experts)
     except SequencesMixed:
-        observer = Methods(skeleton, methods)
+        observer = Methods(skeleton, wanted)
         of_base, *others = run(observer, lambda count, name: None, alone=True)  # the work has been told of, in part
     whole = sum(info.nbytes for _, info in skeleton.source.tensors.values())
     rest = whole - _linear_bytes(skeleton.source, observer.linears)
     count = sum(x.out_features * x.in_features for x in observer.linears)
     rows = []
-    for method, scored in zip(methods, [of_base, *others]):
-        rounding = observer.roundings[method.name]
-        size = sum(_stored_bytes(method, x, skeleton.source, rounding) for x in observer.linears)
-        row = _row(method.name, scored, of_base, corpus, rest + size, 8 * size / count)
+    for scheme, scored in zip(wanted, [of_base, *others]):
+        rounding = observer.roundings[scheme.name]
+        size = sum(_stored_bytes(scheme, x, skeleton.source, rounding) for x in observer.linears)
+        row = _row(scheme.name, scored, of_base, corpus, rest + size, 8 * size / count)
         row.weight_sqnr, row.activation_sqnr = rounding.weights.sqnr, rounding.activations.sqnr
         row.ordinary_activation_sqnr = rounding.ordinary.sqnr
         rows.append(row)
@@ -176,21 +173,17 @@ def _row(name: str, scored: TokenScores, base: TokenScores | None, corpus: Corpu
     return Row(name, perplexity(scored.loss, corpus.scored_bytes), size, bits, compared)
 
 
-def _stored_bytes(method: Simulation, linear: Linear, source: Source, rounding: Rounding) -> int:
+def _stored_bytes(scheme: Scheme, linear: Linear, source: Source, rounding: Rounding) -> int:
     dtype = source.tensors[linear.tensor][1].dtype
-    shape = linear.out_features, linear.in_features
-    return method.stored_bytes(shape, dtype if dtype in TORCH_NAMES else "F32", rounding.outlier_columns(linear.module))
+    outlier_columns = rounding.outlier_columns(linear.module)
+    return formats.stored_bytes(scheme, Weight(linear.tensor, linear.out_features, linear.in_features, dtype), outlier_columns)
 
 
 def _linear_bytes(source: Source, linears: Sequence[Linear]) -> int:
     """Bytes of these weights in the checkpoint, with their scales and tables."""
     owners = {linear.tensor for linear in linears}
-    size = 0
-    for name, (_, info) in source.tensors.items():
-        module, _, last = name.rpartition(".")
-        weight = f"{module}.weight" if last in ("SCB", "weight_format") else f"{name.partition('.weight.')[0]}.weight"
-        size += info.nbytes if name in owners or weight in owners else 0
-    return size
+    companions = {name: weight for each in formats.all_formats() for name, weight in each.companions(source.tensors).items()}
+    return sum(info.nbytes for name, (_, info) in source.tensors.items() if companions.get(name, name) in owners)
 
 
 def _time(
@@ -204,9 +197,11 @@ def _time(
 
     if result.simulated:
         for row in result.rows:
-            if row.name in _RUN:
-                row.speed = timed(model, method=_RUN[row.name], revision=revision)
-        result.notes.append("speed is that of the methods that qcli runs, each loaded whole; fp32 stands for no quantization")
+            if row.name == schemes.UNQUANTIZED.name:
+                row.speed = timed(model, revision=revision)
+            elif row.name in formats.written():
+                row.speed = timed(model, method=row.name, revision=revision)
+        result.notes.append("speed is that of the methods that qcli runs, each loaded whole")
     else:
         result.rows[-1].speed = timed(model, revision=revision)
         if against is not None:

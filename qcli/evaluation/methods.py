@@ -10,8 +10,10 @@ from math import prod
 
 import torch
 
+from qcli import methods as quantizers
 from qcli.checkpoint.modules import Linear
-from qcli.simulation import Prepared, Simulation
+from qcli.methods.simulate import Simulated, simulate
+from qcli.schemes import Scheme
 from qcli.streaming.run import Observer, current_call, same_tensor
 from qcli.streaming.skeleton import Skeleton
 from qcli.streaming.units import Unit
@@ -54,16 +56,16 @@ class Rounded:
     sums: tuple[torch.Tensor, torch.Tensor] | None
 
     @classmethod
-    def of(cls, x: torch.Tensor, prepared: Prepared) -> "Rounded":
-        """Rounds x [sequences, tokens, columns] as the layer does that `prepared` belongs to."""
-        values, kept = prepared.activations(x)
+    def of(cls, x: torch.Tensor, simulated: Simulated) -> "Rounded":
+        """Rounds x [sequences, tokens, columns] as the layer does that `simulated` belongs to."""
+        values, kept = simulated.activations(x)
         wide = x.float()
         if values is x or values is wide:
-            return cls(values, kept, prepared.keeps_columns, None)
+            return cls(values, kept, simulated.keeps_columns, None)
         squares = torch.stack((_squares(wide, -2), _squares(wide - values, -2)))
         least, greatest = wide.amin(-2), wide.amax(-2)
         ordinary = (greatest < OUTLIER) & (least > -OUTLIER)
-        return cls(values, kept, prepared.keeps_columns, (squares.sum((1, 2)), squares.masked_fill(~ordinary, 0.0).sum((1, 2))))
+        return cls(values, kept, simulated.keeps_columns, (squares.sum((1, 2)), squares.masked_fill(~ordinary, 0.0).sum((1, 2))))
 
 
 @dataclass
@@ -101,8 +103,8 @@ class Methods(Observer):
     Calls may read several windows of one length. Raises SequencesMixed where a layer does not see them one after another.
     """
 
-    def __init__(self, skeleton: Skeleton, methods: Sequence[Simulation]):
-        self.model, self.methods = skeleton.model, {method.name: method for method in methods}
+    def __init__(self, skeleton: Skeleton, methods: Sequence[Scheme]):
+        self.model, self.methods = skeleton.model, {scheme.name: quantizers.make(scheme) for scheme in methods}
         self.linears = quantizable(skeleton)
         self.roundings = {name: Rounding() for name in self.methods}
         # Whether some are experts, which get a share of the tokens: each window is then to be read in a call of its own.
@@ -129,22 +131,22 @@ class Methods(Observer):
     def _forward(self, module: torch.nn.Module, linear: Linear, name: str):
         rounding = self.roundings[name]
         weight = module.weight.t().contiguous() if linear.transposed else module.weight
-        prepared: Prepared = self.methods[name].weight(weight)
-        if prepared.weight is not weight:
+        simulated = simulate(self.methods[name], weight)
+        if simulated.weight is not weight:
             wide = weight.float()
-            rounding.weights.add(torch.stack((_squares(wide, 1).sum(), _squares(wide - prepared.weight, 1).sum())))
+            rounding.weights.add(torch.stack((_squares(wide, 1).sum(), _squares(wide - simulated.weight, 1).sum())))
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            rounded = self._rounded(linear.module.rpartition(".")[0], x, prepared)
+            rounded = self._rounded(linear.module.rpartition(".")[0], x, simulated)
             rounding.note(linear.module, rounded)
-            y = prepared.product(rounded.values, rounded.kept, x.dtype, module.bias)
+            y = simulated.product(rounded.values, rounded.kept, x.dtype, module.bias)
             return y.view(*x.shape[:-1], y.shape[-1])
 
         return forward
 
-    def _rounded(self, parent: str, x: torch.Tensor, prepared: Prepared) -> Rounded:
+    def _rounded(self, parent: str, x: torch.Tensor, simulated: Simulated) -> Rounded:
         if self._last is None or self._last[0] != parent or not same_tensor(self._last[1], x):
-            self._last = parent, x, Rounded.of(_sequences(x), prepared)
+            self._last = parent, x, Rounded.of(_sequences(x), simulated)
         return self._last[2]
 
 
@@ -164,5 +166,4 @@ def _sequences(x: torch.Tensor) -> torch.Tensor:
 
 def quantizable(skeleton: Skeleton) -> list[Linear]:
     """The linear layers that `qcli quantize` would quantize."""
-    layout = skeleton.layout
-    return [linear for linear in layout.linears.values() if not layout.skipped(linear.module, None)]
+    return skeleton.layout.quantizable()

@@ -1,1 +1,191 @@
-"""On-disk formats. One format is one file here; a format names tensors, a method fills them."""
+"""On-disk formats. One format is one file here, both ways: what it cannot hold, its tensors, its config, and reading them back.
+
+A format is torch-free to import, since `estimate-memory` asks it for sizes. Methods give parts by role; formats give names and
+bytes. Nothing else in qcli knows the name of a stored tensor beside a weight.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol
+
+from qcli.checkpoint.dtypes import TensorSpec
+from qcli.checkpoint.modules import Layout, Linear
+from qcli.errors import UsageError
+from qcli.schemes import NAMED, QUANTIZED, Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from qcli.checkpoint.safetensors_file import TensorInfo
+    from qcli.checkpoint.source import Source
+
+# The widest-read first: what holds a recipe where nothing else was asked for.
+NAMES = ("bitsandbytes",)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight to be stored: its tensor's name, its shape, and the safetensors code of the dtype that it is quantized from."""
+
+    name: str
+    out_features: int
+    in_features: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A quantized weight as a checkpoint holds it, or is about to. `tensors` maps attributes of a module (qcli/nn) to dtype code
+    and shape. `nested_offset` is the one part that is no tensor of its own in bitsandbytes' format. `compute_dtype` is the torch
+    name of the dtype in which the checkpoint asks to compute; None leaves it to the model."""
+
+    format: str
+    scheme: Scheme
+    out_features: int
+    in_features: int
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    nested_offset: float | None = None
+    compute_dtype: str | None = None
+
+
+@dataclass
+class Choice:
+    """What a recipe has chosen of a model: each quantized module's scheme, by its name in transformers; the model's modules."""
+
+    schemes: Mapping[str, Scheme]
+    layout: Layout
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Format(Protocol):
+    """One on-disk format."""
+
+    name: str
+    """What `--format` takes and the model card says; `quant_method` of config.json."""
+    loaded_by: str
+    """Who loads it, as a sentence goes on after "a folder that"."""
+
+    def refuses(self, scheme: Scheme) -> str | None:
+        """Why it cannot hold `scheme`, as a sentence; None where it can."""
+        ...
+
+    def refuses_shape(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
+        """Why it cannot hold a weight of this shape in a scheme that it can hold; None where it can."""
+        ...
+
+    def tensors(self, weight: Weight, scheme: Scheme) -> list[TensorSpec]:
+        """Every tensor that is stored for `weight`, before there is any data."""
+        ...
+
+    def pack(
+        self, weight: Weight, scheme: Scheme, parts: "Mapping[str, torch.Tensor]", start: int
+    ) -> "Iterator[tuple[str, int, torch.Tensor]]":
+        """(tensor, byte offset in it, data) of the parts of a chunk that begins at element `start`, or of the last parts."""
+        ...
+
+    def config(self, choice: Choice, compute_dtype: str) -> dict[str, object]:
+        """The `quantization_config` of config.json. What it cannot express goes to the choice's problems, what some reader
+        will not like to its notes. `compute_dtype` is a torch name."""
+        ...
+
+    def owns(self, config: Mapping[str, object]) -> bool:
+        """Whether a `quantization_config` is of this format."""
+        ...
+
+    def check(self, config: Mapping[str, object], label: str) -> None:
+        """Checks the fields of a `quantization_config` that is of this format. Raises CheckpointError."""
+        ...
+
+    def companions(self, tensors: Mapping[str, object]) -> dict[str, str]:
+        """Stored tensor beside a weight (scales, tables) to that weight's name, by names alone."""
+        ...
+
+    def scheme_of(self, weight: str, tensors: "Mapping[str, TensorInfo]") -> Scheme | None:
+        """The scheme in which `weight` is stored, as far as headers tell; None where it is not quantized in this format."""
+        ...
+
+    def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
+        """How many weights the stored tensor of codes stands for, as far as headers tell."""
+        ...
+
+    def in_memory(self, spec: TensorSpec) -> bool:
+        """Whether a loaded model holds the tensor."""
+        ...
+
+    def read(self, source: "Source", linears: Sequence[Linear], config: Mapping[str, object]) -> dict[str, Stored]:
+        """Module to what is stored of it. Every field that changes what bytes mean is checked. Raises CheckpointError."""
+        ...
+
+    def attribute(self, name: str) -> str:
+        """The attribute of a module for a stored tensor's name relative to the module."""
+        ...
+
+    def renamings(self) -> list[tuple[str, str]]:
+        """(pattern, replacement) that make `attribute` of the ends of full names, for transformers to read by."""
+        ...
+
+
+@cache
+def get(name: str) -> Format:
+    """The format of that name. Raises UsageError."""
+    if name not in NAMES:
+        raise UsageError(f"there is no format {name!r}", f"Formats: {', '.join(NAMES)}.")
+    found: Format = import_module(f"qcli.formats.{name.replace('-', '_')}").FORMAT
+    return found
+
+
+def all_formats() -> list[Format]:
+    """Every format, the widest-read first."""
+    return [get(name) for name in NAMES]
+
+
+def holding(schemes: Sequence[Scheme], wanted: str | None = None) -> Format:
+    """The format `wanted`, or the first that holds all `schemes`. Raises UsageError with the reason where none does."""
+    reasons = []
+    for each in [get(wanted)] if wanted else all_formats():
+        reason = next((reason for scheme in schemes if (reason := each.refuses(scheme))), None)
+        if reason is None:
+            return each
+        reasons.append(reason)
+    raise UsageError("; ".join(dict.fromkeys(reasons)), "qcli evaluate --methods measures what no format holds.")
+
+
+def written() -> list[str]:
+    """The names of the schemes that `qcli quantize` can write: those that some format holds."""
+    return [name for name in QUANTIZED if any(each.refuses(NAMED[name]) is None for each in all_formats())]
+
+
+def of_config(config: Mapping[str, object]) -> Format | None:
+    """The format that a `quantization_config` is of; None for one that qcli does not read."""
+    return next((each for each in all_formats() if each.owns(config)), None)
+
+
+def stored_bytes(scheme: Scheme, weight: Weight, outlier_columns: int = 0) -> int:
+    """Bytes that `weight` takes on disk under `scheme`. `outlier_columns` stand beside it where the scheme keeps the original."""
+    if scheme.keeps_original or not scheme.bits:
+        return scheme.stored_bytes(weight.out_features, weight.in_features, weight.dtype, outlier_columns)
+    stored, _ = stored_tensors(scheme, weight)
+    return sum(spec.nbytes for spec in stored)
+
+
+def quantized_weights(tensors: "Mapping[str, TensorInfo]", candidates: Sequence[Format]) -> dict[str, Scheme]:
+    """The weights that are stored in one of `candidates`, with their schemes, by headers alone."""
+    found = {}
+    for each in candidates:
+        for weight in dict.fromkeys(each.companions(tensors).values()):
+            if scheme := each.scheme_of(weight, tensors):
+                found[weight] = scheme
+    return found
+
+
+def stored_tensors(scheme: Scheme, weight: Weight) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """What is stored for `weight` under `scheme`, and what of it a loaded model holds. Without a format these are the parts."""
+    for each in all_formats():
+        if scheme.bits and each.refuses(scheme) is None:
+            specs = each.tensors(weight, scheme)
+            return specs, [spec for spec in specs if each.in_memory(spec)]
+    specs = list(scheme.parts(weight.out_features, weight.in_features, weight.dtype).values())
+    return specs, specs

@@ -7,84 +7,299 @@
   P.nested_absmax, P.nested_quant_map  F32 [ceil(blocks/256)], F32 [256]   with double quantization only
   P.quant_state.bitsandbytes__TYPE     U8  [length]            UTF-8 JSON
 8-bit: P I8 [out_features, in_features], SCB F32 [out_features] (row absmax), weight_format U8 [] = 0 ("row").
+
+When a checkpoint is read, the headers decide which module is quantized and how. The config only says how to compute. Every stored
+field that changes what bytes mean is compared with what qcli's kernels do with them.
 """
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING
 
-from qcli.checkpoint.dtypes import TensorSpec
+from qcli.checkpoint import dtypes
+from qcli.checkpoint.dtypes import TORCH_NAMES, TensorSpec
+from qcli.checkpoint.modules import Linear
+from qcli.files.foreign_json import FLAG, NUMBER, TEXT, Required, at_least, check, list_of, one_of, parse_object, whole
+from qcli.formats import Choice, Format, Stored, Weight
+from qcli.formats._selection import fused_notes, skip_list
+from qcli.schemes import BLOCK_SIZES, NAMED, NESTED_BLOCK_SIZE, PAPER_THRESHOLD, Scheme
 
-NESTED_BLOCK_SIZE = 256
-TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# JSON ends at its closing brace, so blanks after it are free: they hold a place for the longest float there is, and the
-# length of the blob is known before the offset is.
+if TYPE_CHECKING:
+    import torch
+
+    from qcli.checkpoint.safetensors_file import TensorInfo
+    from qcli.checkpoint.source import Source
+
+# JSON ends at its closing brace, so blanks after it are free. They hold a place for the longest float there is, so that the length
+# of the blob is known before the offset is.
 _LONGEST_FLOAT = len("-2.2250738585072014e-308")
+_STATE = ".quant_state.bitsandbytes__"
+_PARTS_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")  # companions of a weight, after the dot
+_CODEBOOKS = ("nf4", "fp4")
+_ROW_FORMAT = 0  # of weight_format: rows as they are; others interleave them for kernels that are no longer made
+_CONFIG = {
+    "quant_method": TEXT,
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"), FLAG),
+    "bnb_4bit_compute_dtype": one_of(*dtypes.MODEL_DTYPES, *(f"torch.{name}" for name in dtypes.MODEL_DTYPES)),
+    "bnb_4bit_quant_storage": TEXT,
+    "bnb_4bit_quant_type": one_of(*_CODEBOOKS),
+    "bnb_4bit_use_double_quant": FLAG,
+    "llm_int8_threshold": at_least(0),
+    "llm_int8_skip_modules": list_of(TEXT),
+    "llm_int8_has_fp16_weight": FLAG,
+}
+_QUANT_STATE = {
+    "quant_type": Required(one_of(*_CODEBOOKS)),
+    "blocksize": Required(whole(1, 1 << 20)),
+    "dtype": Required(one_of(*dtypes.MODEL_DTYPES)),
+    "shape": Required(list_of(whole(1), 2)),
+    "nested_blocksize": one_of(NESTED_BLOCK_SIZE),
+    "nested_dtype": one_of("float32"),
+    "nested_offset": NUMBER,
+}
 
 
-def quant_state(quant_type: str, block_size: int, dtype: str, shape: tuple[int, int], nested_offset: float | None) -> bytes:
-    """The quant_state JSON of one weight; `dtype` is the safetensors code of what was quantized."""
-    state = {"quant_type": quant_type, "blocksize": block_size, "dtype": TORCH_NAMES[dtype], "shape": list(shape)}
-    if nested_offset is None:
+class Bitsandbytes:
+    """See the module and qcli.formats.Format."""
+
+    name = "bitsandbytes"
+    loaded_by = "transformers, bitsandbytes, PEFT and vLLM load"
+
+    def refuses(self, scheme: Scheme) -> str | None:
+        is_4bit = scheme.share == "flat" and scheme.codebook in _CODEBOOKS
+        is_8bit = scheme.share == "row" and scheme.bits == 8 and scheme.threshold and not scheme.keeps_original
+        is_8bit_whole = scheme.method == "llm-int8" and not scheme.keeps_original
+        return None if is_4bit or is_8bit or is_8bit_whole else f"bitsandbytes holds nf4, fp4 and llm-int8, not {scheme.name}"
+
+    def refuses_shape(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
+        return None
+
+    def tensors(self, weight: Weight, scheme: Scheme) -> list[TensorSpec]:
+        name, module = weight.name, weight.name.removesuffix("weight")
+        if scheme.bits == 8:
+            return [
+                TensorSpec(name, "I8", (weight.out_features, weight.in_features)),
+                TensorSpec(f"{module}SCB", "F32", (weight.out_features,)),
+                TensorSpec(f"{module}weight_format", "U8", ()),
+            ]
+        blocks = scheme.scales(weight.out_features, weight.in_features)
+        state = _quant_state(weight, scheme, 0.0)
+        specs = [
+            TensorSpec(name, "U8", (-(-weight.out_features * weight.in_features // 2), 1)),
+            TensorSpec(f"{name}.absmax", "U8" if scheme.double_quant else "F32", (blocks,)),
+            TensorSpec(f"{name}.quant_map", "F32", (16,)),
+            TensorSpec(f"{name}{_STATE}{scheme.codebook}", "U8", (len(state),)),
+        ]
+        if scheme.double_quant:
+            specs.append(TensorSpec(f"{name}.nested_absmax", "F32", (-(-blocks // NESTED_BLOCK_SIZE),)))
+            specs.append(TensorSpec(f"{name}.nested_quant_map", "F32", (256,)))
+        return specs
+
+    def pack(
+        self, weight: Weight, scheme: Scheme, parts: "Mapping[str, torch.Tensor]", start: int
+    ) -> "Iterator[tuple[str, int, torch.Tensor]]":
+        import torch
+
+        from qcli.codebooks import CODEBOOKS, DYNAMIC_MAP
+
+        name, module = weight.name, weight.name.removesuffix("weight")
+        if "codes" in parts:
+            yield name, start * scheme.bits // 8, parts["codes"]
+        if "scale" not in parts:
+            return
+        if scheme.bits == 8:
+            yield f"{module}SCB", 0, parts["scale"]
+            yield f"{module}weight_format", 0, torch.tensor(_ROW_FORMAT, dtype=torch.uint8)
+            return
+        offset = float(parts["nested_offset"]) if scheme.double_quant else None
+        state = bytearray(_quant_state(weight, scheme, offset))
+        yield f"{name}.absmax", 0, parts["scale"]
+        yield f"{name}.quant_map", 0, torch.from_numpy(CODEBOOKS[scheme.codebook].copy())
+        yield f"{name}{_STATE}{scheme.codebook}", 0, torch.frombuffer(state, dtype=torch.uint8)
+        if scheme.double_quant:
+            yield f"{name}.nested_absmax", 0, parts["nested_scale"]
+            yield f"{name}.nested_quant_map", 0, torch.from_numpy(DYNAMIC_MAP.copy())
+
+    def config(self, choice: Choice, compute_dtype: str) -> dict[str, object]:
+        """With the fields that transformers writes. For 8 bits the 4-bit fields hold transformers' defaults."""
+        schemes = list(dict.fromkeys(choice.schemes.values()))
+        first = schemes[0] if schemes else NAMED["nf4"]
+        for other in schemes[1:]:
+            if other.bits != first.bits or other.threshold != first.threshold:
+                choice.problems.append(
+                    f"bitsandbytes' format has one number of bits and one threshold for all modules, and the recipe asks for "
+                    f"{first.name} and {other.name}"
+                )
+        skip = skip_list(choice)
+        choice.notes += fused_notes(choice)
+        choice.notes += _straddling_notes(choice)
+        is_4bit = first.bits == 4
+        return {
+            "_load_in_4bit": is_4bit,
+            "_load_in_8bit": not is_4bit,
+            "bnb_4bit_compute_dtype": compute_dtype,
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": first.codebook or "fp4",
+            "bnb_4bit_use_double_quant": first.double_quant,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_skip_modules": skip,
+            # A JSON float: transformers refuses an integer.
+            "llm_int8_threshold": PAPER_THRESHOLD if is_4bit else float(first.threshold),
+            "load_in_4bit": is_4bit,
+            "load_in_8bit": not is_4bit,
+            "quant_method": self.name,
+        }
+
+    def owns(self, config: Mapping[str, object]) -> bool:
+        return config.get("quant_method", self.name) == self.name
+
+    def companions(self, tensors: Mapping[str, object]) -> dict[str, str]:
+        owners = {}
+        for name in tensors:
+            weight = name.partition(".weight.")[0] + ".weight"
+            if ".weight." in name and weight in tensors:
+                owners[name] = weight
+            base, _, last = name.rpartition(".")
+            if last in ("SCB", "weight_format") and f"{base}.weight" in tensors:
+                owners[name] = f"{base}.weight"
+        return owners
+
+    def scheme_of(self, weight: str, tensors: "Mapping[str, TensorInfo]") -> Scheme | None:
+        if f"{weight.removesuffix('weight')}SCB" in tensors:
+            return NAMED["llm-int8"]
+        for codebook in _CODEBOOKS:
+            if f"{weight}{_STATE}{codebook}" in tensors:
+                return NAMED[codebook if f"{weight}.nested_absmax" in tensors else f"{codebook}-plain"]
+        return None
+
+    def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
+        return info.nbytes * 8 // scheme.bits
+
+    def in_memory(self, spec: TensorSpec) -> bool:
+        return _STATE not in spec.name and not spec.name.endswith("weight_format")
+
+    def check(self, config: Mapping[str, object], label: str) -> None:
+        check(config, _CONFIG, label, "Mend the file, or fetch it again.")
+
+    def read(self, source: "Source", linears: Sequence[Linear], config: Mapping[str, object]) -> dict[str, Stored]:
+        from qcli.formats._reading import read_each
+
+        return read_each(source, linears, partial(self._read, config))
+
+    def attribute(self, name: str) -> str:
+        if _STATE.lstrip(".") in name:
+            return "weight_quant_state"
+        return name.replace("weight.", "weight_", 1)
+
+    def renamings(self) -> list[tuple[str, str]]:
+        parts = [(f"weight.{part}$", f"weight_{part}") for part in _PARTS_4BIT]
+        return parts + [(f"weight{_STATE}{codebook}$", "weight_quant_state") for codebook in _CODEBOOKS]
+
+    def _read(self, config: Mapping[str, object], source: "Source", linear: Linear) -> Stored | None:
+        if f"{linear.tensor.removesuffix('weight')}SCB" in source.tensors:
+            return _read_8bit(self.name, config, source, linear)
+        codebook = next((each for each in _CODEBOOKS if f"{linear.tensor}{_STATE}{each}" in source.tensors), None)
+        return None if codebook is None else _read_4bit(self.name, config, source, linear, codebook)
+
+
+def _quant_state(weight: Weight, scheme: Scheme, nested_offset: float | None) -> bytes:
+    """The quant_state JSON of one weight."""
+    shape = [weight.out_features, weight.in_features]
+    state = {"quant_type": scheme.codebook, "blocksize": scheme.size, "dtype": TORCH_NAMES[weight.dtype], "shape": shape}
+    if not scheme.double_quant:
         return json.dumps(state).encode()
     state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": nested_offset}
     text = json.dumps(state)
     return text.ljust(len(text) - len(json.dumps(nested_offset)) + _LONGEST_FLOAT).encode()
 
 
-def outputs_4bit(
-    weight: str, shape: tuple[int, int], quant_type: str, block_size: int, double_quant: bool, dtype: str
-) -> list[TensorSpec]:
-    """Every tensor that is stored for a 4-bit `weight` of `shape`."""
-    count = shape[0] * shape[1]
-    blocks = -(-count // block_size)
-    state = quant_state(quant_type, block_size, dtype, shape, 0.0 if double_quant else None)
-    specs = [
-        TensorSpec(weight, "U8", (-(-count // 2), 1)),
-        TensorSpec(f"{weight}.absmax", "U8" if double_quant else "F32", (blocks,)),
-        TensorSpec(f"{weight}.quant_map", "F32", (16,)),
-        TensorSpec(f"{weight}.quant_state.bitsandbytes__{quant_type}", "U8", (len(state),)),
-    ]
-    if double_quant:
-        specs.append(TensorSpec(f"{weight}.nested_absmax", "F32", (-(-blocks // NESTED_BLOCK_SIZE),)))
-        specs.append(TensorSpec(f"{weight}.nested_quant_map", "F32", (256,)))
-    return specs
+def _straddling_notes(choice: Choice) -> Iterator[str]:
+    """The format allows blocks that cross a row. Some readers fail on them."""
+    shapes = {x.module: x for x in choice.layout.linears.values() if x.module in choice.schemes}
+    sizes = {m: scheme.size for m, scheme in choice.schemes.items() if scheme.share == "flat"}
+    wide = [shapes[m] for m, size in sizes.items() if shapes[m].in_features % size]
+    if not wide:
+        return
+    block_size = max(sizes.values())
+    every = [shapes[m] for m in sizes]
+    fitting = [size for size in BLOCK_SIZES if size < block_size and not any(x.in_features % size for x in every)]
+    advice = f"; --block-size {max(fitting)} divides them all" if fitting else ""
+    example = min(wide, key=lambda x: x.module)
+    yield (
+        f"{len(wide)} modules have rows that blocks of {block_size} do not divide (such as {example.module}, "
+        f"{example.in_features} wide): qcli runs them, but bitsandbytes on a CPU with AVX-512 fails or decodes them wrongly{advice}"
+    )
 
 
-def outputs_8bit(weight: str, shape: tuple[int, int]) -> list[TensorSpec]:
-    """Every tensor that is stored for an int8 `weight` of `shape`."""
-    module = weight.removesuffix("weight")
-    return [
-        TensorSpec(weight, "I8", shape),
-        TensorSpec(f"{module}SCB", "F32", (shape[0],)),
-        TensorSpec(f"{module}weight_format", "U8", ()),
-    ]
+def _read_8bit(name: str, config: Mapping[str, object], source: "Source", linear: Linear) -> Stored:
+    from qcli.formats._reading import Problem, expect, present, read_bytes
+
+    base = linear.tensor.removesuffix("weight")
+    names = {"weight": linear.tensor, "SCB": f"{base}SCB", "weight_format": f"{base}weight_format"}
+    expect(source, linear.tensor, ("I8",), (linear.out_features, linear.in_features))
+    expect(source, names["SCB"], ("F32",), (linear.out_features,))
+    if names["weight_format"] in source.tensors:
+        data = read_bytes(source, names["weight_format"])
+        if any(data) or len(data) > 8:
+            raise Problem(f"{names['weight_format']} is {list(data[:8])}, and only {_ROW_FORMAT}, plain rows, is read")
+    threshold = config.get("llm_int8_threshold")
+    scheme = replace(NAMED["llm-int8"], threshold=PAPER_THRESHOLD if threshold is None else float(threshold))
+    return Stored(name, scheme, linear.out_features, linear.in_features, present(source, names))
 
 
-def quantization_config(
-    *,
-    bits: int,
-    skip_modules: list[str] | None,
-    compute_dtype: str,
-    quant_type: str = "fp4",
-    double_quant: bool = False,
-    threshold: float = 6.0,
-) -> dict[str, object]:
-    """The `quantization_config` of config.json, with the fields that transformers writes.
+def _read_4bit(name: str, config: Mapping[str, object], source: "Source", linear: Linear, codebook: str) -> Stored:
+    from qcli.formats._reading import Problem, made_again, present, read_bytes
 
-    `compute_dtype` is a torch name. The threshold must be a JSON float: transformers refuses an integer. For 8 bits the
-    4-bit fields hold transformers' defaults.
-    """
-    return {
-        "_load_in_4bit": bits == 4,
-        "_load_in_8bit": bits == 8,
-        "bnb_4bit_compute_dtype": compute_dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": quant_type,
-        "bnb_4bit_use_double_quant": double_quant,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skip_modules,
-        "llm_int8_threshold": float(threshold),
-        "load_in_4bit": bits == 4,
-        "load_in_8bit": bits == 8,
-        "quant_method": "bitsandbytes",
-    }
+    tensor, state_name = linear.tensor, f"{linear.tensor}{_STATE}{codebook}"
+    label = f"{source.label}: {state_name}"
+    state = parse_object(read_bytes(source, state_name), label, made_again(source))
+    check(state, _QUANT_STATE, label, made_again(source))
+    nested = state.get("nested_offset") is not None
+    lacking = [f"{tensor}.{p}" for p in (_PARTS_4BIT if nested else _PARTS_4BIT[:2]) if f"{tensor}.{p}" not in source.tensors]
+    if lacking:
+        raise Problem(f"{tensor} lacks {', '.join(lacking)}")
+    if state["quant_type"] != codebook:
+        raise Problem(f"{state_name} says quant_type {state['quant_type']}")
+    expected = [linear.out_features, linear.in_features]
+    if state["shape"] != expected:
+        raise Problem(f"{state_name} says shape {state['shape']}, the model expects {expected}")
+    if not nested and f"{tensor}.nested_absmax" in source.tensors:
+        raise Problem(f"{state_name} has no nested_offset, and {tensor}.nested_absmax is there")
+    scheme = replace(NAMED[codebook if nested else f"{codebook}-plain"], size=state["blocksize"])
+    _check_4bit(source, tensor, scheme, prod(expected))
+    names = {"weight": tensor, "weight_quant_state": state_name, **{f"weight_{p}": f"{tensor}.{p}" for p in _PARTS_4BIT}}
+    compute = str(config.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
+    return Stored(
+        name, scheme, linear.out_features, linear.in_features, present(source, names), state.get("nested_offset"), compute
+    )
+
+
+def _check_4bit(source: "Source", tensor: str, scheme: Scheme, count: int) -> None:
+    """Sizes, and the tables: kernels decode by their own, so the stored ones must be the same."""
+    import numpy as np
+
+    from qcli.codebooks import CODEBOOKS, DYNAMIC_MAP
+    from qcli.formats._reading import Problem, expect, read_bytes
+
+    info = source.tensors[tensor][1]
+    # bnb_4bit_quant_storage may call the bytes another dtype, so that they can be sharded beside 16-bit weights.
+    if info.nbytes != -(-count // 2) or info.dtype not in ("U8", "I8", *dtypes.FLOATS):
+        raise Problem(f"{tensor} holds {info.nbytes:,} bytes of {info.dtype}, expected {-(-count // 2):,} for {count:,} codes")
+    blocks = -(-count // scheme.size)
+    tables = {f"{tensor}.quant_map": (CODEBOOKS[scheme.codebook], scheme.codebook)}
+    expect(source, f"{tensor}.absmax", ("U8",) if scheme.double_quant else ("F32",), (blocks,))
+    if scheme.double_quant:
+        expect(source, f"{tensor}.nested_absmax", ("F32",), (-(-blocks // NESTED_BLOCK_SIZE),))
+        tables[f"{tensor}.nested_quant_map"] = (DYNAMIC_MAP, "double quantization")
+    for name, (table, what) in tables.items():
+        expect(source, name, ("F32",), table.shape)
+        stored = np.frombuffer(read_bytes(source, name), dtype="<f4")
+        if not np.allclose(stored, table, rtol=1e-4, atol=1e-7):  # to the rounding of whoever wrote it
+            raise Problem(f"{name} is not the table of {what}, by which qcli decodes")
+
+
+FORMAT: Format = Bitsandbytes()

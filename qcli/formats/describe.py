@@ -1,11 +1,14 @@
 """What a checkpoint holds, from headers and config alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from qcli import formats
 from qcli.checkpoint.dtypes import TORCH_NAMES
+from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import Source
-
-_4BIT_MARK = ".quant_state.bitsandbytes__"
+from qcli.formats import Format
+from qcli.schemes import Scheme
 
 
 @dataclass
@@ -45,15 +48,17 @@ class Description:
 def describe(source: Source) -> Description:
     """The description of an opened source."""
     parts: dict[tuple[str, str], Part] = {}
-    companions = _companions(source.tensors)
-    for name, (_, info) in source.tensors.items():
+    companions = {name: weight for each in formats.all_formats() for name, weight in each.companions(source.tensors).items()}
+    infos = source.infos
+    for name, info in infos.items():
         owner = companions.get(name, name)
-        scheme = _scheme(source, owner)
-        part = parts.setdefault((module_kind(owner), scheme), Part(module_kind(owner), scheme))
+        format, scheme = _scheme(owner, infos)
+        word = scheme.name if scheme else TORCH_NAMES.get(infos[owner].dtype, infos[owner].dtype)
+        part = parts.setdefault((module_kind(owner), word), Part(module_kind(owner), word))
         part.bytes += info.nbytes
         if name == owner:
             part.tensors += 1
-            part.parameters += 2 * info.nbytes if scheme in ("nf4", "fp4") else info.numel  # two codes a byte
+            part.parameters += format.parameters_in(info, scheme) if format and scheme else info.numel
     return Description(
         name=source.label,
         architecture=", ".join(source.architectures) or "not stated",
@@ -76,24 +81,8 @@ def module_kind(tensor: str) -> str:
     return parts[-2] if len(parts) > 1 and parts[-1] in ("weight", "bias") else parts[-1]
 
 
-def _companions(tensors) -> dict[str, str]:
-    """Companion tensor -> the weight that it belongs to."""
-    owners = {}
-    for name in tensors:
-        weight = name.partition(".weight.")[0] + ".weight"
-        if ".weight." in name and weight in tensors:
-            owners[name] = weight
-        base, _, last = name.rpartition(".")
-        if last in ("SCB", "weight_format") and f"{base}.weight" in tensors:
-            owners[name] = f"{base}.weight"
-    return owners
-
-
-def _scheme(source: Source, weight: str) -> str:
-    for quant_type in ("nf4", "fp4"):
-        if f"{weight}{_4BIT_MARK}{quant_type}" in source.tensors:
-            return quant_type
-    if f"{weight.removesuffix('weight')}SCB" in source.tensors:
-        return "llm-int8"
-    code = source.tensors[weight][1].dtype
-    return TORCH_NAMES.get(code, code)
+def _scheme(weight: str, infos: Mapping[str, TensorInfo]) -> tuple[Format | None, Scheme | None]:
+    for each in formats.all_formats():
+        if scheme := each.scheme_of(weight, infos):
+            return each, scheme
+    return None, None

@@ -198,7 +198,7 @@ class Decoding:
             with torch.inference_mode(), quiet(), self._in_force(limit, len(prompt_ids)):
                 self._decode(ids, heard)
         except (*out_of_memory.KINDS, *_FAILURES) as e:
-            if out_of_memory.is_one(e):
+            if out_of_memory.is_out_of_memory(e):
                 raise out_of_memory.while_generating(self.model, len(prompt_ids), limit, free) from e
             if isinstance(e, (QcliError, MemoryError)) or e is heard.refused:
                 raise

@@ -23,8 +23,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from qcli.generation.step import Capture, Decoder, Step, Unsupported
-from qcli.nn.linear_4bit import Linear4bit
-from qcli.nn.linear_8bit import Linear8bit
+from qcli.nn.quantized_linear import QuantizedLinear
 
 # What a step can be made of: nothing that looks at the length of the text or runs on the host.
 _RULES = {MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper}
@@ -40,7 +39,7 @@ def capture_for(model) -> Capture | None:
     device = model.device
     if device.type != "cuda" or any(tensor.device != device for tensor in tensors):
         return None
-    if not any(isinstance(module, (Linear4bit, Linear8bit)) for module in model.modules()):
+    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
         return _cuda_capture(device, torch.cuda.Stream(device))
     from qcli.runtime import cuda
 

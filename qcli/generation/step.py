@@ -116,7 +116,7 @@ class Decoder:
         try:
             self._capture(prompt_tokens)
         except RuntimeError as e:
-            if out_of_memory.is_one(e):
+            if out_of_memory.is_out_of_memory(e):
                 raise
             raise Unsupported from e
 

@@ -6,27 +6,53 @@ model never exists in memory.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
 import transformers
 
-from qcli import methods
+from qcli import formats
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.model_dtype import model_dtype
 from qcli.checkpoint.modules import Layout, model_layout, reason, transformers_class
-from qcli.checkpoint.source import Source
+from qcli.checkpoint.source import Source, open_source
 from qcli.checkpoint.stored_tensor import state_dict
-from qcli.devices import Placement, place
-from qcli.errors import CheckpointError, QcliError, UsageError, one_of, together
+from qcli.devices import DeviceChoice, place
+from qcli.errors import CheckpointError, QcliError, QcliWarning, UsageError, one_of, together
+from qcli.files.foreign_json import shown
+from qcli.formats._reading import made_again
 from qcli.loading import generation_config, out_of_memory
 from qcli.loading.room import check_room
 from qcli.loading.tokenizer import read_tokenizer
 from qcli.loading.transformers_quantizer import LoadingStopped, NoRoom, QcliConfig
-from qcli.nn.linear_8bit import Linear8bit
+from qcli.methods.choosing import methods_of, recipe_in_force
+from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.process import available_memory
-from qcli.stored import made_again, open_checkpoint, quantized_weights, read_stored
+from qcli.recipe import Recipe
+
+
+def open_checkpoint(model: str, revision: str | None, trust_remote_code: bool) -> Source:
+    """The checkpoint of a folder or hub id, whole as far as headers show, and unquantized or in a format that qcli runs.
+
+    Warns of what is odd about it. Raises CheckpointError, HubError.
+    """
+    source = open_source(model, revision, trust_remote_code=trust_remote_code)
+    if source.problems:
+        raise CheckpointError(f"{model}: {source.problems[0]}", source.again())
+    for note in source.notes:
+        warnings.warn(f"{model}: {note}", QcliWarning, stacklevel=2)
+    if source.quantization:
+        format = formats.of_config(source.quantization)
+        if format is None:
+            raise CheckpointError(
+                f"{model} is quantized by {shown(source.quantization.get('quant_method'))}, which qcli does not run; it runs "
+                f"{' and '.join(formats.NAMES)}",
+                "Load it with transformers.",
+            )
+        format.check(source.quantization, f"{model}/config.json: quantization_config")
+    return source
 
 
 def load(
@@ -34,6 +60,12 @@ def load(
     *,
     bits: int | None = None,
     method: str | None = None,
+    double_quant: bool | None = None,
+    block_size: int | None = None,
+    threshold: float | None = None,
+    skip: Iterable[str] = (),
+    recipe: Recipe | None = None,
+    settings: Mapping[str, object] | None = None,
     dtype: str = "auto",
     device: str = "auto",
     device_map: str | dict | None = None,
@@ -44,42 +76,46 @@ def load(
 ):
     """Returns (transformers model, tokenizer or None) of a folder or hub id; the model's own `.generate()` works.
 
-    A checkpoint quantized by qcli, or by transformers with bitsandbytes, is run as it is stored. `bits` (8 or 4) or `method`
-    quantizes an unquantized one as it is read. `dtype` is that of everything unquantized: auto keeps the config's.
-    `device_map` "auto" splits the model over GPUs and CPU memory by accelerate's rules, quantized on each; `max_memory` limits
-    it per GPU or "cpu": {0: "20GB", "cpu": 30 * 10**9}, or "0=20GB,cpu=30GB". Without `int8_activations` an LLM.int8() model
-    keeps its activations in 16 bits.
+    A checkpoint quantized by qcli, or by transformers with bitsandbytes, is run as it is stored. `bits` (8 or 4), `method` or
+    `recipe` quantizes an unquantized one as it is read, with the options that `quantize` takes. `dtype` is that of everything
+    unquantized: auto keeps the config's. `device_map` "auto" splits the model over GPUs and CPU memory by accelerate's rules,
+    quantized on each; `max_memory` limits it per GPU or "cpu": {0: "20GB", "cpu": 30 * 10**9}, or "0=20GB,cpu=30GB". Without
+    `int8_activations` an LLM.int8() model keeps its activations in 16 bits.
 
     Raises UsageError, CheckpointError (missing, extra and misshaped tensors together), HubError, DeviceError.
     """
-    return load_source(
-        open_checkpoint(model, revision, trust_remote_code),
-        bits=bits,
-        method=method,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        max_memory=max_memory,
-        int8_activations=int8_activations,
-    )
+    options = {"double_quant": double_quant, "block_size": block_size, "threshold": threshold}
+    asked = asked_recipe(recipe, bits, method, options, skip, settings or {})
+    placement = place(device, device_map, max_memory)
+    source = open_checkpoint(model, revision, trust_remote_code)
+    return load_source(source, asked, dtype=dtype, placement=placement, int8_activations=int8_activations)
 
 
-def load_source(
-    source: Source,
-    *,
-    bits: int | None = None,
-    method: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    device_map: str | dict | None = None,
-    max_memory: str | Mapping[int | str, int | str] | None = None,
-    int8_activations: bool = True,
-):
+def asked_recipe(
+    recipe: Recipe | None,
+    bits: int | None,
+    method: str | None,
+    options: Mapping[str, object],
+    skip: Iterable[str],
+    settings: Mapping[str, object],
+) -> Recipe | None:
+    """The recipe that a model is to be quantized by while it is read; None where nothing asks for one. Raises UsageError."""
+    skip = list(skip)
+    if bits is None and method is None and recipe is None:
+        given = [name for name, value in options.items() if value is not None] + ["skip"] * bool(skip) + ["set"] * bool(settings)
+        if given:
+            raise UsageError(f"--{given[0].replace('_', '-')} was given without --bits, --method or --recipe", "Add one of them.")
+        return None
+    found, _ = recipe_in_force(recipe, bits, method, options, skip, None, settings)
+    formats.holding([each.scheme for each in methods_of(found)], found.format)  # raises for what no format holds
+    return found
+
+
+def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement: DeviceChoice, int8_activations: bool):
     """`load`, of a checkpoint that `open_checkpoint` has opened."""
     one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
-    placement = place(device, device_map, max_memory)
     model, trust_remote_code, stored = source.label, source.trusted, source.quantization
-    wanted = methods.method_name(bits, method) if bits is not None or method is not None else None
+    wanted = methods_of(recipe)[0].scheme.name if recipe else None
     if stored and wanted:
         raise CheckpointError(f"{model} is quantized already", "Leave out --bits and --method.")
     _check_room(source, wanted, dtype, placement)
@@ -95,13 +131,15 @@ def load_source(
             )
         layout = model_layout(source, built, config)
         check_fits(source, layout)
+        if recipe and (unmatched := recipe.unmatched([*(x.module for x in layout.linears.values()), *layout.default_skip])):
+            raise UsageError(f"{unmatched[0]!r} matches no module of {model}", "Give a full name, or a glob such as '*.down_proj'.")
         options = {"dtype": dtypes.torch_dtype(model_dtype(source, dtype))}
         if (rules := generation_config.for_loading(source, config)) is not None:
             options["generation_config"] = rules
         if stored:
-            config.quantization_config = read_stored(source, layout, stored, dtype)
-        elif wanted:
-            options["quantization_config"] = QcliConfig(method=wanted)
+            config.quantization_config = vars(stored_config(source, layout, dtype))
+        elif recipe:
+            options["quantization_config"] = QcliConfig(recipe=recipe)
         try:
             loaded, info = built.from_pretrained(
                 None,
@@ -115,13 +153,12 @@ def load_source(
             if "disk" in (getattr(loaded, "hf_device_map", None) or {}).values():
                 raise NoRoom
         except NoRoom:
-            raise out_of_memory.without_room(source, layout, wanted, dtype, placement.limits()) from None
+            raise out_of_memory.without_room(source, wanted, dtype, placement.limits()) from None
         except (LoadingStopped, Exception) as e:  # from_pretrained raises many kinds
-            split = device_map is not None
-            if split and "offload_folder" in str(e):  # transformers asks for one where layers would go to the disk
-                raise out_of_memory.without_room(source, layout, wanted, dtype, placement.limits()) from None
-            if isinstance(e, LoadingStopped) or out_of_memory.is_one(e):
-                raise out_of_memory.while_loading(source, layout, wanted, dtype, free, split) from e
+            if placement.splits and "offload_folder" in str(e):  # transformers asks for one where layers would go to the disk
+                raise out_of_memory.without_room(source, wanted, dtype, placement.limits()) from None
+            if isinstance(e, LoadingStopped) or out_of_memory.is_out_of_memory(e):
+                raise out_of_memory.while_loading(source, wanted, dtype, free, placement.splits) from e
             if isinstance(e, QcliError):
                 raise
             raise CheckpointError(f"{model}: transformers cannot load it: {reason(e)}", source.again()) from e
@@ -133,7 +170,15 @@ def load_source(
     return loaded.eval(), tokenizer
 
 
-def _check_room(source: Source, wanted: str | None, dtype: str, placement: Placement) -> None:
+def stored_config(source: Source, layout: Layout, dtype: str) -> QcliConfig:
+    """What our quantizer must know of a quantized checkpoint: what is stored of each module. `dtype` is "auto" or what to compute
+    in. Raises CheckpointError."""
+    format = formats.of_config(source.quantization)
+    modules = format.read(source, list(layout.linears.values()), source.quantization)
+    return QcliConfig(modules=modules, compute_dtype=None if dtype == "auto" else dtype)
+
+
+def _check_room(source: Source, wanted: str | None, dtype: str, placement: DeviceChoice) -> None:
     """Refuses, before weights are fetched or read, what a single device has no room for. Splits find their own room."""
     if set(placement.device_map) != {""}:
         return
@@ -149,7 +194,7 @@ def _check_room(source: Source, wanted: str | None, dtype: str, placement: Place
 
 
 def _keep_activations(label: str, loaded: torch.nn.Module) -> None:
-    modules = [module for module in loaded.modules() if isinstance(module, Linear8bit)]
+    modules = [m for m in loaded.modules() if isinstance(m, QuantizedLinear) and m.activations_in_int8]
     if not modules:
         raise UsageError(
             f"--no-int8-activations: {label} is not in LLM.int8()", "Leave it out, or add --bits 8 to an unquantized model."
@@ -160,7 +205,8 @@ def _keep_activations(label: str, loaded: torch.nn.Module) -> None:
 
 def check_fits(source: Source, layout: Layout) -> None:
     """Raises CheckpointError where tensors are missing or misshaped, by headers alone: what does not fit is never allocated."""
-    decoded = quantized_weights(source)
+    format = formats.of_config(source.quantization) if source.quantization else None
+    decoded = formats.quantized_weights(source.infos, [format] if format else formats.all_formats())
     misshaped = [
         f"{name} (stored {list(stored)}, the model has {list(expected)})"
         for name, (stored, expected) in layout.misshaped.items()

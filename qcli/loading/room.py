@@ -1,45 +1,53 @@
-"""Whether a model that is about to be loaded has room: the estimate, before a byte of it is read."""
+"""Whether a model that is about to be loaded has room: the estimate of qcli/memory, before a byte of it is read."""
 
 from qcli.checkpoint.source import Source
 from qcli.errors import CheckpointError, DeviceError, UsageError
 from qcli.memory.components import STORED, Costs, Setting
 from qcli.memory.model.config import ModelConfig
+from qcli.memory.model.headers import parameters_of
 from qcli.memory.model.opening import Model
-from qcli.memory.model.parameters import parameters_of
+from qcli.schemes import BY_BITS, NAMED
 from qcli.sizes import format_bytes
 
 CONTEXT = 512  # tokens of cache and activations that have to find room too
 
 
-def check_room(source: Source, method: str | None, dtype: str, free: int, place: str) -> None:
-    """Raises DeviceError where `source`, quantized by `method` while it is read (None: as it is stored), needs more than the
-    `free` bytes of `place` at the least, and says which option would fit. `dtype` is that of what is not quantized, or auto.
-
-    A model that the estimate does not know, or cannot make out, is let through: it is for the loader to judge.
-    """
+def costs_of(source: Source, method: str | None, dtype: str) -> Costs | None:
+    """What `source` takes, quantized by the scheme named `method` while it is read (None: as it is stored), the rest in `dtype` or
+    "auto". None where the estimate does not know the model or cannot make it out: it is for the loader to judge."""
     try:
         config = ModelConfig(source.config, f"{source.label}/config.json")
-        model = Model(source.label, config, parameters_of(source, config), "safetensors headers")
         half = config.dtype if dtype == "auto" else dtype
-        stored = STORED if config.quantization else half
-        setting = Setting(
-            context=min(CONTEXT, config.max_context or CONTEXT),
-            batch=1,
-            dtype=half,
-            kv_dtype=None,
-            runtime="transformers",
-            train=None,
-            rank=1,
-        )
-        needed = _least(model, method or stored, setting)
-        if needed <= free:
-            return
-        fitting = []
-        if not config.quantization:
-            smaller = {"llm-int8": "--bits 8", "nf4": "--bits 4"}
-            fitting = [option for name, option in smaller.items() if name != method and _least(model, name, setting) <= free]
+        model = Model(source.label, config, parameters_of(source, config), "safetensors headers")
+        return Costs(model, method or (STORED if config.quantization else half), half)
     except (CheckpointError, UsageError, ArithmeticError, LookupError, TypeError, ValueError):
+        return None
+
+
+def weight_bytes(source: Source, method: str | None, dtype: str) -> int:
+    """Bytes of the weights in memory; as they lie in the files where the estimate cannot make the model out."""
+    costs = costs_of(source, method, dtype)
+    return costs.weights.total if costs else sum(info.nbytes for _, info in source.tensors.values())
+
+
+def fewer_bits(source: Source, method: str | None) -> dict[int, str]:
+    """Bits and scheme names with fewer bits than `source` has under `method`, the most bits first; none for a quantized source."""
+    current = NAMED[method].bits if method else 16
+    return {} if source.quantization else {bits: BY_BITS[bits] for bits in sorted(BY_BITS, reverse=True) if bits < current}
+
+
+def check_room(source: Source, method: str | None, dtype: str, free: int, place: str) -> None:
+    """Raises DeviceError where `source`, quantized by `method` while it is read, needs more than the `free` bytes of `place` at the
+    least, and says which option would fit. `dtype` is that of what is not quantized, or auto."""
+    costs = costs_of(source, method, dtype)
+    needed = _least(costs)
+    if costs is None or needed is None or needed <= free:
         return
+    fitting = []
+    for bits, name in fewer_bits(source, method).items():
+        smaller = _least(costs_of(source, name, dtype))
+        if smaller is not None and smaller <= free:
+            fitting.append(f"--bits {bits}")
     ways = [*fitting, *(["--device-map auto"] if place != "memory" else [])]
     raise DeviceError(
         f"{source.label} needs {format_bytes(needed)} of {place} at the least, and {format_bytes(free)} are free",
@@ -49,7 +57,14 @@ def check_room(source: Source, method: str | None, dtype: str, free: int, place:
     )
 
 
-def _least(model: Model, method: str, setting: Setting) -> int:
+def _least(costs: Costs | None) -> int | None:
     """Bytes of weights, cache and activations, without what the process takes beside them."""
-    needs = Costs(model, method, setting.dtype).needs(setting, [])
+    if costs is None:
+        return None
+    context = min(CONTEXT, costs.model.config.max_context or CONTEXT)
+    setting = Setting(context=context, batch=1, dtype=costs.dtype, kv_dtype=None, runtime="transformers", train=None, rank=1)
+    try:
+        needs = costs.needs(setting, [])
+    except (CheckpointError, UsageError, ArithmeticError, LookupError, TypeError, ValueError):
+        return None
     return needs.weights + needs.state + needs.activations

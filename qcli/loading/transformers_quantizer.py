@@ -1,4 +1,11 @@
-"""The quantizer that qcli registers with transformers: it puts our modules in place of linear ones before weights load."""
+"""The quantizer that qcli registers with transformers: it puts our modules in place of linear ones before weights load.
+
+Control comes here from inside `from_pretrained`: to `_process_model_before_weight_loading` once the model
+stands on the meta device, and to `_Quantize.convert` for each weight that is quantized as it is read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
 
 import torch
 from torch import nn
@@ -7,15 +14,17 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qcli import methods
+from qcli import formats
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.modules import Layout
+from qcli.formats import Stored, Weight
 from qcli.loading import out_of_memory
-from qcli.nn.linear_4bit import Linear4bit
-from qcli.nn.linear_8bit import Linear8bit
+from qcli.methods.choosing import made, methods_of
+from qcli.nn import module_for
+from qcli.nn.quantized_linear import QuantizedLinear
+from qcli.recipe import Recipe
 
 NAME = "qcli"
-PARTS_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")  # companions of a weight, after the dot
 
 
 class NoRoom(Exception):
@@ -28,79 +37,54 @@ class LoadingStopped(BaseException):
 
 @register_quantization_config(NAME)
 class QcliConfig(QuantizationConfigMixin):
-    """Either `modules`, the stored scheme of each quantized module by name, or `method`, to quantize with while reading."""
+    """Either `modules`, what is stored of each quantized module by its name, or `recipe`, to quantize by while reading.
 
-    def __init__(self, modules=None, compute_dtype: str = "auto", threshold: float = 6.0, method: str | None = None, **_):
+    `compute_dtype` is a torch name, or None for what is stored.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, Stored] | None = None, recipe: Recipe | None = None, compute_dtype: str | None = None, **_
+    ):
         self.quant_method = NAME
-        self.modules, self.compute_dtype, self.threshold, self.method = modules, compute_dtype, threshold, method
+        self.modules, self.recipe, self.compute_dtype = modules, recipe, compute_dtype
+
+    def to_dict(self) -> dict:
+        """As JSON values, for messages of transformers."""
+        modules = {name: asdict(stored) for name, stored in (self.modules or {}).items()}
+        recipe = self.recipe.summary() if self.recipe else None
+        return {"quant_method": NAME, "modules": modules, "recipe": recipe, "compute_dtype": self.compute_dtype}
 
 
 @register_quantizer(NAME)
 class QcliQuantizer(HfQuantizer):
-    """Puts Linear4bit and Linear8bit in place of linear modules before transformers loads the weights."""
+    """Puts modules of qcli.nn in place of linear ones before transformers loads the weights."""
 
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model, **kwargs):
+        config = self.quantization_config
         if self.pre_quantized:
-            for name, spec in self.quantization_config.modules.items():
-                model.set_submodule(name, self._stored_module(model.get_submodule(name), spec))
+            for name, stored in config.modules.items():
+                old = model.get_submodule(name)
+                named = config.compute_dtype or stored.compute_dtype
+                compute = getattr(torch, named) if named else model.dtype
+                model.set_submodule(name, _module(old, stored, _meta(stored), compute))
             return model
         skip = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         layout = Layout("", default_skip=skip)
+        format = formats.holding([each.scheme for each in methods_of(config.recipe)], config.recipe.format)
         for name, module in list(model.named_modules()):
             is_linear = type(module) is nn.Linear or isinstance(module, Conv1D)
-            if is_linear and not layout.skipped(name, None):
-                model.set_submodule(name, self._new_module(module, model.dtype))
+            choice = config.recipe.choice(name)
+            if is_linear and not choice.keeps and not layout.skipped(name, None):
+                model.set_submodule(name, _unfilled(module, made(choice), format, model.dtype))
         return model
-
-    def _stored_module(self, old: nn.Module, spec: dict) -> nn.Module:
-        tensors = {
-            name: torch.empty(shape, dtype=dtypes.torch_dtype(code), device="meta")
-            for name, (code, shape) in spec["tensors"].items()
-        }
-        with torch.device("meta"):
-            return self._module(old, spec, tensors, getattr(torch, self.quantization_config.compute_dtype))
-
-    def _new_module(self, old: nn.Module, dtype: torch.dtype) -> nn.Module:
-        method = methods.make_method(self.quantization_config.method, {})
-        out_features, in_features = old.weight.shape[::-1] if isinstance(old, Conv1D) else old.weight.shape
-        code = dtypes.CODES[str(dtype).removeprefix("torch.")]
-        tensors = {
-            _attribute(spec.name): torch.empty(spec.shape, dtype=dtypes.torch_dtype(spec.dtype), device="meta")
-            for spec in method.outputs("weight", out_features, in_features, code)
-        }
-        spec = {"bits": method.bits, "in_features": in_features, "out_features": out_features}
-        if method.bits == 4:
-            spec |= {"quant_type": method.name, "block_size": method.block_size, "nested_offset": None}
-        compute = torch.bfloat16 if dtype == torch.float32 else dtype
-        # transformers 5.17 casts what it reads to the dtype it finds here, and only then quantizes.
-        tensors["weight"] = torch.empty(tensors["weight"].shape, dtype=dtype, device="meta")
-        with torch.device("meta"):
-            module = self._module(old, spec, tensors, compute)
-        module.quantize_with = (method, code, isinstance(old, Conv1D))
-        return module
-
-    def _module(self, old: nn.Module, spec: dict, tensors: dict, compute_dtype: torch.dtype) -> nn.Module:
-        common = (spec["in_features"], spec["out_features"], getattr(old, "bias", None) is not None)
-        if spec["bits"] == 8:
-            return Linear8bit(*common, tensors=tensors, threshold=self.quantization_config.threshold, dtype=old.weight.dtype)
-        return Linear4bit(
-            *common,
-            tensors=tensors,
-            quant_type=spec["quant_type"],
-            block_size=spec["block_size"],
-            nested_offset=spec["nested_offset"],
-            compute_dtype=compute_dtype,
-            dtype=old.weight.dtype,
-        )
 
     def get_weight_conversions(self):
         if not self.pre_quantized:
             return []
-        renamings = [WeightRenaming(f"weight.{part}$", f"weight_{part}") for part in PARTS_4BIT]
-        states = [f"weight.quant_state.bitsandbytes__{name}$" for name in ("nf4", "fp4")]
-        return renamings + [WeightRenaming(state, "weight_quant_state") for state in states]
+        used = {stored.format for stored in self.quantization_config.modules.values()}
+        return [WeightRenaming(old, new) for name in sorted(used) for old, new in formats.get(name).renamings()]
 
     def validate_environment(self, *_, device_map=None, **__):
         """Called with what was asked for, and again once each module has its device."""
@@ -127,13 +111,6 @@ class QcliQuantizer(HfQuantizer):
         return False
 
 
-def _attribute(stored_name: str) -> str:
-    """The attribute of our modules for a stored name: weight.absmax -> weight_absmax."""
-    if ".quant_state." in stored_name:
-        return "weight_quant_state"
-    return stored_name.replace("weight.", "weight_", 1)
-
-
 class _Quantize(ConversionOps):
     """Quantizes one weight between the file and the module."""
 
@@ -141,9 +118,37 @@ class _Quantize(ConversionOps):
         try:
             return _quantized(input_dict, model)
         except out_of_memory.KINDS as e:
-            if not out_of_memory.is_one(e):
+            if not out_of_memory.is_out_of_memory(e):
                 raise
             raise LoadingStopped from e
+
+
+def _meta(stored: Stored) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.empty(shape, dtype=dtypes.torch_dtype(code), device="meta") for name, (code, shape) in stored.tensors.items()
+    }
+
+
+def _module(old: nn.Module, stored: Stored, tensors: dict[str, torch.Tensor], compute_dtype: torch.dtype) -> QuantizedLinear:
+    bias = getattr(old, "bias", None) is not None
+    with torch.device("meta"):
+        return module_for(stored, tensors, bias=bias, dtype=old.weight.dtype, compute_dtype=compute_dtype)
+
+
+def _unfilled(old: nn.Module, method, format: formats.Format, dtype: torch.dtype) -> QuantizedLinear:
+    """The module for `old` quantized by `method`, whose weight is quantized once it is read."""
+    out_features, in_features = old.weight.shape[::-1] if isinstance(old, Conv1D) else old.weight.shape
+    weight = Weight("weight", out_features, in_features, dtypes.CODES[str(dtype).removeprefix("torch.")])
+    specs = format.tensors(weight, method.scheme)
+    tensors = {format.attribute(spec.name): (spec.dtype, spec.shape) for spec in specs}
+    stored = Stored(format.name, method.scheme, out_features, in_features, tensors)
+    empty = _meta(stored)
+    codes = format.attribute(specs[0].name)
+    # transformers 5.17 casts what it reads to the dtype it finds here, and only then quantizes.
+    empty[codes] = torch.empty(empty[codes].shape, dtype=dtype, device="meta")
+    module = _module(old, stored, empty, torch.bfloat16 if dtype == torch.float32 else dtype)
+    module.quantize_with = (method, format, weight, isinstance(old, Conv1D))
+    return module
 
 
 def _quantized(input_dict: dict, model) -> dict[str, torch.Tensor]:
@@ -152,26 +157,27 @@ def _quantized(input_dict: dict, model) -> dict[str, torch.Tensor]:
     value = value[0] if isinstance(value, list) else value
     path = name.rpartition(".")[0]
     module = model.get_submodule(path)
-    method, code, transposed = module.quantize_with
+    method, format, weight, transposed = module.quantize_with
     if transposed:
         value = value.t().contiguous()
-    stream = method.stream("weight", module.out_features, module.in_features, code, value.device)
-    weight = _fed(stream, value, method.granularity(module.in_features), module.weight.shape)
-    tensors = {"weight": weight} | stream.finish().tensors
-    if method.bits == 4:
-        module.nested_offset = stream.nested_offset
-    return {f"{path}.{_attribute(key)}": tensor.to(value.device) for key, tensor in tensors.items()}
+    specs = {spec.name: spec for spec in format.tensors(weight, method.scheme)}
+    # Filled in place at once: never twice in memory.
+    made = {name: torch.empty(spec.nbytes, dtype=torch.uint8, device=value.device) for name, spec in specs.items()}
+    encoder = method.encoder(module.out_features, module.in_features, value.device)
+    step = max((1 << 21) // encoder.grain, 1) * encoder.grain
 
+    def pack(parts: dict[str, torch.Tensor], start: int) -> None:
+        for target, offset, piece in format.pack(weight, method.scheme, parts, start):
+            raw = piece.contiguous().reshape(-1).view(torch.uint8)
+            made[target][offset : offset + raw.numel()] = raw.to(value.device)
 
-def _fed(stream, value: torch.Tensor, grain: int, shape: torch.Size) -> torch.Tensor:
-    """What the stream makes of `value`, in place at once: never twice in memory."""
-    flat = value.reshape(-1)
-    step = max((1 << 21) // grain, 1) * grain
-    made, filled = None, 0
-    for i, chunk in enumerate(flat.split(step)):
-        for _, _, piece in stream.feed(chunk, i * step):
-            if made is None:
-                made = torch.empty(shape, dtype=piece.dtype, device=piece.device)
-            made.view(-1)[filled : filled + piece.numel()] = piece.reshape(-1)
-            filled += piece.numel()
-    return made
+    for i, chunk in enumerate(value.reshape(-1).split(step)):
+        pack(encoder.feed(chunk, i * step), i * step)
+    parts, _ = encoder.finish()
+    pack(parts, 0)
+    if "nested_offset" in parts:
+        module.nested_offset = float(parts["nested_offset"])
+    return {
+        f"{path}.{format.attribute(target)}": raw.view(dtypes.torch_dtype(specs[target].dtype)).view(specs[target].shape)
+        for target, raw in made.items()
+    }

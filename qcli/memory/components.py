@@ -13,6 +13,7 @@ from qcli.memory.placing.blocks import blocks_of
 from qcli.memory.placing.hardware import Gpu
 from qcli.memory.placing.split import STACK_PREFIX
 from qcli.memory.placing.verdict import Needs
+from qcli.schemes import QUANTIZED
 from qcli.sizes import format_bytes
 
 STORED = "stored"  # the method of a checkpoint that is quantized already
@@ -138,4 +139,4 @@ class Costs:
 def _stored_method(model: Model, dtype: str) -> str:
     """The method whose products a stored checkpoint makes; those that are not bitsandbytes' are taken for 16-bit ones."""
     schemes = {parameter.scheme for parameter in model.parameters}
-    return next((method for method in ("nf4", "fp4", "llm-int8") if method in schemes), dtype)
+    return next((method for method in QUANTIZED if method in schemes), dtype)

@@ -12,12 +12,13 @@ from qcli.memory.placing import verdict
 from qcli.memory.placing.hardware import Gpu, gpus
 from qcli.memory.placing.split import device_map_auto
 from qcli.memory.placing.verdict import FITS, Needs, Placement
+from qcli.schemes import BY_BITS, NAMED, UNQUANTIZED, named
 from qcli.sizes import format_bytes
 
 DEFAULT_CONTEXT = 8192
 MOST_BATCH = 1 << 20  # sequences at a time, where memory sets no limit
 MOST_CONTEXT = 1 << 24  # tokens, for models that set no limit themselves
-_BY_BITS = {"32": "float32", "8": "llm-int8", "4": "nf4"}
+_BY_BITS = {"32": "float32", **{str(bits): name for bits, name in BY_BITS.items()}}
 RUNTIMES = ("transformers", "vllm")
 TRAINING = ("qlora", "lora")
 
@@ -184,10 +185,13 @@ def _methods(model: Model, bits: Sequence[str], train: str | None) -> list[str]:
         return ["float32"] * (model.config.dtype == "float32") + [half, "llm-int8", "nf4"]
     found = []
     for text in bits:
-        method = _BY_BITS.get(text.strip(), half if text.strip() == "16" else text.strip().lower())
-        if method not in METHODS or method == STORED:
+        word = text.strip().lower()
+        method = _BY_BITS.get(word, half if word == "16" else word)
+        if method.isdecimal():
             raise UsageError(f"--bits is {text!r}, expected 32, 16, 8, 4 or one of {', '.join(METHODS[:-1])}")
-        found.append(method)
+        found.append(method if method in ITEMSIZE else named(method).name)
+        if found[-1] == UNQUANTIZED.name:
+            found[-1] = half
     if train and any((method in ITEMSIZE) == (train == "qlora") for method in found):
         raise _wrong_training(train, f"--bits {', '.join(bits)} was given")
     return list(dict.fromkeys(found))
@@ -262,7 +266,7 @@ def _smaller(costs: Costs, row: MethodEstimate, setting: Setting, devices: list[
         needs = Costs(costs.model, "nf4", setting.dtype).needs(replace(setting, train="qlora"), devices)
         return ["--train qlora"] if verdict.fits(needs, devices) else []
     found = []
-    for method in (*(name for name in counted if name in ITEMSIZE), "llm-int8", "nf4"):
+    for method in (*(name for name in counted if name in ITEMSIZE), *sorted(BY_BITS.values(), key=lambda name: -NAMED[name].bits)):
         needs = counted.get(method) or Costs(costs.model, method, setting.dtype).needs(setting, devices)
         if needs.most < row.needs.most and verdict.fits(needs, devices):
             found.append(f"--bits {method}")

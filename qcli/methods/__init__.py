@@ -1,46 +1,65 @@
-"""Quantization methods. One method is one file here, found by its name; `_blockwise.py` and `_base.py` are shared parts."""
+"""Quantization methods. One method is one file here; its name in qcli/schemes.py is that of the file.
 
-import difflib
-from dataclasses import fields
+`make` gives the method of a scheme, with options over those of the scheme.
+"""
+
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from importlib import import_module
-from pathlib import Path
+from typing import TYPE_CHECKING
 
+from qcli.checkpoint.dtypes import FLOAT8
 from qcli.errors import UsageError
+from qcli.schemes import Scheme
 
-DEFAULT_BY_BITS = {4: "nf4", 8: "llm-int8"}
-
-
-def names() -> list[str]:
-    """The methods there are, by looking at this folder."""
-    return sorted(p.stem.replace("_", "-") for p in Path(__file__).parent.glob("[a-z]*.py"))
+if TYPE_CHECKING:
+    from qcli.methods._method import Method
 
 
-def method_name(bits: int | None, method: str | None) -> str:
-    """The method that `--bits` and `--method` ask for together. Raises UsageError where they disagree."""
-    if bits is not None and bits not in DEFAULT_BY_BITS:
-        raise UsageError(f"bits is {bits}, expected 4 or 8", "Use --bits 4 for NF4, --bits 8 for LLM.int8().")
-    if method is None:
-        return DEFAULT_BY_BITS[bits or 4]
-    if method not in names():
-        near = difflib.get_close_matches(method, names(), n=2, cutoff=0.4) or names()
-        raise UsageError(f"there is no method {method!r}; nearest: {', '.join(near)}", f"Methods: {', '.join(names())}.")
-    if bits is not None and method_class(method).bits != bits:
-        raise UsageError(
-            f"--method {method} stores {method_class(method).bits} bits, and --bits {bits} was given", "Leave out one of the two."
-        )
-    return method
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}  # what an option's type is in a message
 
 
-def method_class(name: str) -> type:
+def method_class(name: str) -> "type[Method]":
     """The dataclass of the method `name`."""
-    return import_module(f"qcli.methods.{name.replace('-', '_')}").METHOD
+    found: type[Method] = import_module(f"qcli.methods.{name.replace('-', '_')}").METHOD
+    return found
 
 
-def make_method(name: str, options: dict[str, object]):
-    """The method `name` with `options`, checked against its dataclass. Raises UsageError."""
-    chosen = method_class(name)
-    known = [f.name for f in fields(chosen)]
+def option_types(scheme: Scheme) -> dict[str, type]:
+    """The options that the method of `scheme` takes, with their types. A method that comes in fixed forms has none."""
+    cls = method_class(scheme.method)
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls) if field.name != "form"}  # type: ignore[arg-type]
+
+
+def make(scheme: Scheme, options: Mapping[str, object] | None = None) -> "Method":
+    """The method that makes `scheme`, with `options` over its own. Raises UsageError."""
+    known = option_types(scheme)
+    options = options or {}
     for option in options:
         if option not in known:
-            raise UsageError(f"{name} has no option {option!r}", f"Options of {name}: {', '.join(known) if known else 'none'}.")
-    return chosen(**options)
+            raise UsageError(
+                f"{scheme.name} has no option {option!r}", f"Options of {scheme.name}: {', '.join(known) if known else 'none'}."
+            )
+        if type(options[option]) is not known[option] and not (known[option] is float and type(options[option]) is int):
+            raise UsageError(f"{option} of {scheme.name} is {options[option]!r}, expected {WORDS[known[option]]}")
+    own = method_class(scheme.method).of(scheme)
+    if not options:
+        return own
+    return type(own)(**(asdict(own) | dict(options)))  # type: ignore[call-overload,no-any-return]
+
+
+def options_of(method: "Method") -> dict[str, object]:
+    """A method's options by name, as they stand in reports."""
+    return {name: value for name, value in vars(method).items() if name != "form"}
+
+
+def entering_dtype(method: "Method", stored: str, dtype: str) -> str:
+    """The dtype code in which a weight stored as `stored` enters `method`: the model's `dtype`, or what is stored where that loses
+    nothing."""
+    if method.casts_to_model_dtype:
+        return dtype
+    if stored in FLOAT8:
+        return "BF16"
+    return "F32" if stored == "F64" else stored

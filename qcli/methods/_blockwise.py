@@ -1,26 +1,26 @@
 """Blockwise 4-bit quantization (QLoRA, arXiv:2305.14314, sections 2-3), shared by nf4 and fp4.
 
-The weight [out_features, in_features] is taken as one flat row of blocks; each block of `block_size` elements stores its
-absmax and one 4-bit code per element, the nearest entry of a 16-entry codebook times absmax. Double quantization stores
-the absmax values themselves in 8 bits, in groups of 256, around their mean (`nested_offset`).
+The weight [out_features, in_features] is taken as one flat row of blocks. Each block of `block_size` elements has its absmax and
+one 4-bit code for each element: the nearest entry of a 16-entry codebook times absmax. Double quantization stores the absmax
+values themselves in 8 bits, in groups of 256, around their mean (`nested_offset`).
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 
-from qcli import codebooks
-from qcli.checkpoint.dtypes import TensorSpec
 from qcli.errors import UsageError
-from qcli.formats import bitsandbytes as bnb_format
-from qcli.methods._base import Result, add_up
+from qcli.methods._method import Parts
+from qcli.methods.errors import ErrorSums, add_up
+from qcli.ops.dequantize_4bit import dequantize_4bit
 from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.error_4bit import error_4bit
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
+from qcli.schemes import BLOCK_SIZES, NAMED, NESTED_BLOCK_SIZE, Scheme
 
-_NESTED_PIECE = 1 << 14  # blocks at a time, for the cache; a multiple of bitsandbytes' 256
+_NESTED_PIECE = 64 * NESTED_BLOCK_SIZE  # absmax values at a time, few enough for the cache
 
 
 @dataclass(frozen=True)
@@ -30,95 +30,82 @@ class Blockwise4bit:
     block_size: int = 64
     double_quant: bool = True
 
-    name: ClassVar[str]
-    bits: ClassVar[int] = 4
-    BLOCK_SIZES: ClassVar[tuple[int, ...]] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-    casts_to_model_dtype: ClassVar[bool] = True  # quantizes the weight as transformers would hold it
+    codebook: ClassVar[str]
+    casts_to_model_dtype: ClassVar[bool] = True
 
-    def __post_init__(self):
-        if self.block_size not in self.BLOCK_SIZES:
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
             raise UsageError(
-                f"block size is {self.block_size}, expected one of {', '.join(map(str, self.BLOCK_SIZES))}",
+                f"block size is {self.block_size}, expected one of {', '.join(map(str, BLOCK_SIZES))}",
                 "64 is what transformers and bitsandbytes use.",
             )
 
-    def outputs(self, weight: str, out_features: int, in_features: int, dtype: str) -> list[TensorSpec]:
-        """What is stored for the tensor `weight` of safetensors dtype code `dtype`."""
-        return bnb_format.outputs_4bit(weight, (out_features, in_features), self.name, self.block_size, self.double_quant, dtype)
+    @property
+    def scheme(self) -> Scheme:
+        """What a weight is stored as with these options."""
+        named = NAMED[self.codebook if self.double_quant else f"{self.codebook}-plain"]
+        return replace(named, size=self.block_size)
 
-    def quantization_config(self, skip_modules: list[str] | None, compute_dtype: str) -> dict[str, object]:
-        """The `quantization_config` of config.json."""
-        return bnb_format.quantization_config(
-            bits=4, skip_modules=skip_modules, compute_dtype=compute_dtype, quant_type=self.name, double_quant=self.double_quant
-        )
+    @classmethod
+    def of(cls, scheme: Scheme) -> Self:
+        """The method with the options that make `scheme`."""
+        return cls(scheme.size, scheme.double_quant)
 
-    def granularity(self, in_features: int) -> int:
-        """Elements that a chunk must be a multiple of: no block may straddle two chunks."""
-        return self.block_size
+    def encoder(self, out_features: int, in_features: int, device: torch.device) -> "_Encoder":
+        """Takes one weight of this shape."""
+        return _Encoder(self.scheme, out_features * in_features, device)
 
-    def working_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes that a stream holds until it is finished: per block absmax, two sums, and the float64 of its mean."""
-        return 24 * -(-out_features * in_features // self.block_size)
-
-    def stream(self, weight: str, out_features: int, in_features: int, dtype: str, device: torch.device) -> "_Stream":
-        """Takes the weight chunk by chunk, in any order."""
-        return _Stream(self, weight, (out_features, in_features), dtype, device)
+    def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
+        """The weight float32 [out_features, in_features] that all parts together stand for."""
+        absmax = parts["scale"]
+        if "nested_scale" in parts:
+            absmax = dequantize_absmax(absmax, parts["nested_scale"], float(parts["nested_offset"]))
+        return dequantize_4bit(parts["codes"], absmax, self.block_size, self.codebook, [out_features, in_features], torch.float32)
 
 
-class _Stream:
-    def __init__(self, method: Blockwise4bit, weight: str, shape: tuple[int, int], dtype: str, device: torch.device):
-        self.method, self.weight, self.shape, self.dtype = method, weight, shape, dtype
-        self.code = torch.from_numpy(codebooks.CODEBOOKS[method.name].copy()).to(device)
+class _Encoder:
+    """See qcli.methods._method.Encoder. `absmax` float32 [blocks] is whole once every chunk was fed."""
+
+    def __init__(self, scheme: Scheme, count: int, device: torch.device):
+        self.codebook, self.grain = scheme.codebook or "", scheme.size
+        self.double_quant = scheme.double_quant
         # Filled in place: small tensors kept one by one would pin the heap between the large ones that come and go.
-        blocks = -(-shape[0] * shape[1] // method.block_size)
+        blocks = -(-count // scheme.size)
         self.absmax = torch.empty(blocks, device=device)
-        sums = blocks if method.double_quant else 0
-        # The stored absmax is known only at the end: what its change will add to the error follows from two sums a block.
+        sums = blocks if scheme.double_quant else 0
+        # The stored absmax is known only at the end. What its change will add to the error follows from two sums for each block.
         # bfloat16 is enough for a term of second order, and a huge tensor has many blocks.
         self.slope = torch.empty(sums, dtype=torch.bfloat16, device=device)
         self.curve = torch.empty(sums, dtype=torch.bfloat16, device=device)
         self.sums: dict[int, list[float]] = {}
-        self.nested_offset: float | None = None
 
-    def feed(self, chunk: torch.Tensor, start: int) -> list[tuple[str, int, torch.Tensor]]:
-        """Quantizes a chunk of whole blocks, flat or in rows, that begins at element `start` of the weight. Returns
-        (name, byte offset, tensor) pieces of the outputs. Threads may feed different chunks at the same time."""
-        block_size, name = self.method.block_size, self.method.name
-        packed, absmax = quantize_4bit(chunk, block_size, name)
-        sums, slope, curve = error_4bit(chunk, packed, absmax, block_size, name)
+    def feed(self, chunk: torch.Tensor, start: int) -> Parts:
+        packed, absmax = quantize_4bit(chunk, self.grain, self.codebook)
+        sums, slope, curve = error_4bit(chunk, packed, absmax, self.grain, self.codebook)
         self.sums[start] = sums.tolist()
-        place = slice(start // block_size, start // block_size + absmax.numel())
+        place = slice(start // self.grain, start // self.grain + absmax.numel())
         self.absmax[place] = absmax
-        if self.method.double_quant:
+        if self.double_quant:
             self.slope[place], self.curve[place] = slope, curve
-        return [(self.weight, start // 2, packed)]
+        return {"codes": packed}
 
-    def finish(self) -> Result:
-        """The rest of the tensors, once every row was fed."""
-        absmax, method, self.errors = self.absmax, self.method, add_up(self.sums)
-        tensors = {f"{self.weight}.quant_map": self.code}
-        if method.double_quant:
-            self.nested_offset = mean_absmax(absmax)
-            tensors |= self._nest(absmax, self.nested_offset)
-        else:
-            tensors[f"{self.weight}.absmax"] = absmax
-        state = bnb_format.quant_state(method.name, method.block_size, self.dtype, self.shape, self.nested_offset)
-        blob = torch.frombuffer(bytearray(state), dtype=torch.uint8)
-        tensors[f"{self.weight}.quant_state.bitsandbytes__{method.name}"] = blob
-        return Result(tensors, self.errors)
-
-    def _nest(self, absmax: torch.Tensor, offset: float) -> dict[str, torch.Tensor]:
+    def finish(self) -> tuple[Parts, ErrorSums]:
+        errors = add_up(self.sums)
+        if not self.double_quant:
+            return {"scale": self.absmax}, errors
+        offset = mean_absmax(self.absmax)
         codes, nested_absmax = [], []
         slopes, curves = self.slope.split(_NESTED_PIECE), self.curve.split(_NESTED_PIECE)
-        for piece, slope, curve in zip(absmax.split(_NESTED_PIECE), slopes, curves):
+        for piece, slope, curve in zip(self.absmax.split(_NESTED_PIECE), slopes, curves):
             code, nested = quantize_absmax(piece, offset)
             change = (dequantize_absmax(code, nested, offset) - piece).double()
             added = change * (change * curve.double() - 2 * slope.double())
-            self.errors.squared_error += float(torch.nan_to_num(added, nan=0.0, posinf=0.0, neginf=0.0).sum())
+            errors.squared_error += float(torch.nan_to_num(added, nan=0.0, posinf=0.0, neginf=0.0).sum())
             codes.append(code)
             nested_absmax.append(nested)
-        return {
-            f"{self.weight}.absmax": torch.cat(codes),
-            f"{self.weight}.nested_absmax": torch.cat(nested_absmax),
-            f"{self.weight}.nested_quant_map": torch.from_numpy(codebooks.DYNAMIC_MAP.copy()),
+        parts = {
+            "scale": torch.cat(codes),
+            "nested_scale": torch.cat(nested_absmax),
+            "nested_offset": torch.tensor(offset, dtype=torch.float64),
         }
+        return parts, errors

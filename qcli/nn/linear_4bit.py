@@ -1,8 +1,10 @@
 """Linear layers with 4-bit weights in blocks of the flattened weight: NF4 and FP4, in bitsandbytes' layout."""
 
-import torch
-from torch import nn
+from typing import Self
 
+import torch
+
+from qcli.formats import Stored
 from qcli.nn._fast_path import FastPath
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.ops.dequantize_4bit import dequantize_4bit
@@ -32,17 +34,30 @@ class Linear4bit(FastPath, QuantizedLinear):
         compute_dtype: torch.dtype,
         dtype: torch.dtype,
     ):
-        super().__init__(in_features, out_features, bias, dtype)
+        super().__init__(in_features, out_features, bias, {"weight_nested_absmax": None} | tensors, dtype)
         self.quant_type, self.block_size, self.compute_dtype = quant_type, block_size, compute_dtype
         self.nested_offset = nested_offset
-        self.weight_nested_absmax = None
-        for name, tensor in tensors.items():
-            if name == "weight":
-                self.weight = nn.Parameter(tensor, requires_grad=False)
-            else:
-                if name in self.__dict__:
-                    del self.__dict__[name]
-                self.register_buffer(name, tensor)
+
+    @classmethod
+    def serves(cls, stored: Stored) -> bool:
+        return stored.scheme.share == "flat" and stored.scheme.bits == 4
+
+    @classmethod
+    def of(
+        cls, stored: Stored, tensors: dict[str, torch.Tensor], *, bias: bool, dtype: torch.dtype, compute_dtype: torch.dtype
+    ) -> Self:
+        scheme = stored.scheme
+        return cls(
+            stored.in_features,
+            stored.out_features,
+            bias,
+            tensors=tensors,
+            quant_type=scheme.codebook,
+            block_size=scheme.size,
+            nested_offset=stored.nested_offset,
+            compute_dtype=compute_dtype,
+            dtype=dtype,
+        )
 
     def extra_repr(self) -> str:
         double = ", double_quant" if self.weight_nested_absmax is not None else ""
@@ -73,8 +88,5 @@ class Linear4bit(FastPath, QuantizedLinear):
         """The codes, two a byte, in whatever dtype they are stored."""
         return self.weight if self.weight.dtype == torch.uint8 else self.weight.view(torch.uint8)
 
-    def stored_name(self, name: str) -> str:
-        """The name in a checkpoint of the attribute `name`."""
-        if name == "weight_quant_state":
-            return f"weight.quant_state.bitsandbytes__{self.quant_type}"
-        return name.replace("weight_", "weight.", 1)
+
+MODULE = Linear4bit

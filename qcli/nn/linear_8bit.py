@@ -1,8 +1,10 @@
 """Linear layers with int8 weights, a scale for each output row: LLM.int8(), in bitsandbytes' layout."""
 
-import torch
-from torch import nn
+from typing import Self
 
+import torch
+
+from qcli.formats import Stored
 from qcli.nn._fast_path import FastPath
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.ops.dequantize_int8 import dequantize_int8
@@ -16,6 +18,7 @@ class Linear8bit(FastPath, QuantizedLinear):
     With `activations_in_int8` false the input is not rounded to int8 either (W8A16): nearer to the unquantized model.
     """
 
+    one_text_a_call = True  # the outlier columns of all tokens of a call are taken together
     activations_in_int8 = True
     _op, _prepare = staticmethod(linear_int8), PreparedInt8
 
@@ -29,13 +32,19 @@ class Linear8bit(FastPath, QuantizedLinear):
         threshold: float,
         dtype: torch.dtype,
     ):
-        super().__init__(in_features, out_features, bias, dtype)
+        super().__init__(in_features, out_features, bias, tensors, dtype)
         self.threshold = threshold
-        for name, tensor in tensors.items():
-            if name == "weight":
-                self.weight = nn.Parameter(tensor, requires_grad=False)
-            else:
-                self.register_buffer(name, tensor)
+
+    @classmethod
+    def serves(cls, stored: Stored) -> bool:
+        return stored.scheme.share == "row" and stored.scheme.bits == 8 and stored.scheme.activations == "token"
+
+    @classmethod
+    def of(
+        cls, stored: Stored, tensors: dict[str, torch.Tensor], *, bias: bool, dtype: torch.dtype, compute_dtype: torch.dtype
+    ) -> Self:
+        threshold = stored.scheme.threshold
+        return cls(stored.in_features, stored.out_features, bias, tensors=tensors, threshold=threshold, dtype=dtype)
 
     def extra_repr(self) -> str:
         kind = f"threshold={self.threshold}" if self.activations_in_int8 else "activations_in_int8=False"
@@ -53,3 +62,6 @@ class Linear8bit(FastPath, QuantizedLinear):
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out_features, in_features]."""
         return dequantize_int8(self.weight, self.SCB.view(-1), dtype)
+
+
+MODULE = Linear8bit

@@ -1,11 +1,15 @@
 """What every module with a quantized weight has: one public base class, which is asked questions.
 
 Parameters and buffers of a module carry the names of the stored tensors, with the dots after `weight` turned into underscores
-(`weight.absmax` is `weight_absmax`), since a module's own names may hold none. `stored()` gives the names of the file back.
+(`weight.absmax` is `weight_absmax`), since a module's own names may hold none. A format's `attribute` says which is which.
 """
+
+from typing import Self
 
 import torch
 from torch import nn
+
+from qcli.formats import Stored
 
 
 class QuantizedLinear(nn.Module):
@@ -13,11 +17,30 @@ class QuantizedLinear(nn.Module):
 
     one_text_a_call = False
     """Whether the tokens of a call share a choice, such as outlier columns, so that texts must not be mixed in a call."""
+    activations_in_int8 = False
+    """Whether inputs are rounded to int8. Setting it to False on a module that does keeps them in 16 bits."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
+    def __init__(self, in_features: int, out_features: int, bias: bool, tensors: dict[str, torch.Tensor], dtype: torch.dtype):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        for name, tensor in tensors.items():
+            if name == "weight":
+                self.weight = nn.Parameter(tensor, requires_grad=False)
+            else:
+                self.register_buffer(name, tensor)
+
+    @classmethod
+    def serves(cls, stored: Stored) -> bool:
+        """Whether this kind of module runs what is stored so."""
+        raise NotImplementedError
+
+    @classmethod
+    def of(
+        cls, stored: Stored, tensors: dict[str, torch.Tensor], *, bias: bool, dtype: torch.dtype, compute_dtype: torch.dtype
+    ) -> Self:
+        """The module for `stored`. See qcli.nn.module_for."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -25,11 +48,3 @@ class QuantizedLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out_features, in_features] in `dtype`."""
         raise NotImplementedError
-
-    def stored(self) -> dict[str, torch.Tensor]:
-        """The tensors by their names in a checkpoint, relative to the module."""
-        return {self.stored_name(name): tensor for name, tensor in self.state_dict().items()}
-
-    def stored_name(self, name: str) -> str:
-        """The name in a checkpoint of the attribute `name`."""
-        return name

@@ -4,22 +4,18 @@ The global SQNR hides the damage: outliers carry most of the power and are round
 what reaches the outputs through the other channels alone.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from qcli.methods._method import Method
+from qcli.methods.errors import decibels
+from qcli.methods.simulate import simulate
 from qcli.outliers.statistics import is_outlier
 
-METHODS = {  # the name in tables -> the simulation
-    "int8 per-tensor": "int8 per-tensor",
-    "int8 row-wise": "int8 row-wise",
-    "int8 vector-wise": "int8 vector-wise",
-    "LLM.int8()": "LLM.int8()",
-    "NF4": "NF4+DQ",
-}
+METHODS = ("int8-per-tensor", "int8-row-wise", "int8", "llm-int8", "nf4")  # of qcli.schemes, whose damage is measured
 SAMPLE_TOKENS = 512  # at whose outputs rounding is measured; windows are taken until they hold so many
 
 
@@ -35,16 +31,12 @@ class Damage:
     @property
     def output(self) -> float | None:
         """10 log10(||Y||^2 / ||Y - Y^||^2) in dB; None where nothing was lost or there is nothing."""
-        return _db(self.signal, self.error)
+        return decibels(self.signal, self.error)
 
     @property
     def ordinary(self) -> float | None:
         """The same of the part that comes through ordinary channels."""
-        return _db(self.ordinary_signal, self.ordinary_error)
-
-
-def _db(signal: float, error: float) -> float | None:
-    return 10 * math.log10(signal / error) if signal > 0 and error > 0 else None
+        return decibels(self.ordinary_signal, self.ordinary_error)
 
 
 class SampleOf:
@@ -63,7 +55,7 @@ class SampleOf:
         shares = [is_outlier(x, threshold).any(0).double().mean().item() for x in self._sequences.values()]
         return sum(shares) / len(shares)
 
-    def damage(self, modules: Mapping[str, nn.Module], simulations: Mapping, threshold: float) -> dict[str, Damage] | None:
+    def damage(self, modules: Mapping[str, nn.Module], methods: Mapping[str, Method], threshold: float) -> dict[str, Damage] | None:
         """Each method's damage over all `modules`, by the method's name in tables; None where none of them has a weight
         [out_features, in_features], as fused experts have not. Weights must be loaded.
 
@@ -72,7 +64,7 @@ class SampleOf:
         weights = [weight for module in modules.values() if (weight := weight_of(module)) is not None]
         if not weights:
             return None
-        found = {name: Damage() for name in simulations}
+        found = {name: Damage() for name in methods}
         sequences = [x.float() for _, x in sorted(self._sequences.items())]
         outliers = [is_outlier(x, threshold).any(0) for x in sequences]
         step = -(-sum(len(x) - self.prefix for x in sequences) // SAMPLE_TOKENS)
@@ -80,12 +72,12 @@ class SampleOf:
             wide = weight.float()
             whole = [_parts(x[self.prefix :: step], wide, o) for x, o in zip(sequences, outliers)]
             del wide  # a layer of a large model has hundreds of megabytes
-            for name, simulation in simulations.items():
-                prepared = simulation.weight(weight)
+            for name, method in methods.items():
+                simulated = simulate(method, weight)
                 for x, outlier, parts in zip(sequences, outliers, whole):
-                    rounded, kept = prepared.activations(x)
-                    _note(found[name], parts, _parts(rounded[self.prefix :: step], prepared.weight_for(kept), outlier))
-                del prepared
+                    rounded, kept = simulated.activations(x)
+                    _note(found[name], parts, _parts(rounded[self.prefix :: step], simulated.weight_for(kept), outlier))
+                del simulated
         return found
 
 

@@ -15,11 +15,11 @@ _KINDS = {
     "other": "#7d868e",
 }
 _METHODS = {
-    "int8 per-tensor": ("#8a5a36", "x"),
-    "int8 row-wise": ("#c8781a", "^"),
-    "int8 vector-wise": ("#b83a4b", "s"),
-    "LLM.int8()": ("#1b6db3", "o"),
-    "NF4": ("#2b8257", "D"),
+    "int8-per-tensor": ("#8a5a36", "x"),
+    "int8-row-wise": ("#c8781a", "^"),
+    "int8": ("#b83a4b", "s"),
+    "llm-int8": ("#1b6db3", "o"),
+    "nf4": ("#2b8257", "D"),
 }
 _BELOW = ("#f3f4f5", "#b4bdc5")  # the threshold
 _ABOVE = ("#f0b27a", "#b3361f", "#3d0b1f")
@@ -106,7 +106,7 @@ def _noise(panel, report: dict) -> None:
     for method, (colour, symbol) in _METHODS.items():
         values = _worst(report, kind, lambda site: (site["sqnr"] or {}).get(method, {}).get("ordinary"), min)  # noqa: B023
         if any(value is not None for value in values):
-            band = {"linewidth": 6, "alpha": 0.6} if method == "int8 row-wise" else {}  # vector-wise often lies on it
+            band = {"linewidth": 6, "alpha": 0.6} if method == "int8-row-wise" else {}  # vector-wise often lies on it
             panel.plot(layers, _gaps(values), color=colour, label=method, **_marker(layers, symbol) | band)
     _layers(panel, report)
     panel.set(title=f"SQNR through ordinary channels, {kind}", ylabel="SQNR at the output (dB)")

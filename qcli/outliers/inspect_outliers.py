@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qcli import methods
 from qcli.errors import UsageError
 from qcli.evaluation.score import Form, score
 from qcli.evaluation.statistics import perplexity
@@ -21,7 +22,7 @@ from qcli.outliers.measure import LayerMeasure, Meter
 from qcli.outliers.recommend import Recommendation, recommend
 from qcli.outliers.sites import HIDDEN
 from qcli.process import available_memory
-from qcli.simulation import SIMULATIONS
+from qcli.schemes import NAMED, Scheme
 from qcli.sizes import format_bytes
 from qcli.streaming.corpus import Corpus, read_windows
 from qcli.streaming.reading import Reading, hidden_bytes, weight_bytes
@@ -121,13 +122,12 @@ def _meter(skeleton: Skeleton, corpus: Corpus, threshold: float) -> Meter:
             sample.append(i)
             taken += len(window.ids)
     quantized = skeleton.quantizer is not None
-    simulations = {} if quantized else {name: _with_threshold(of, threshold) for name, of in METHODS.items()}
-    return Meter(skeleton, threshold, len(corpus.prefix), frozenset(sample), simulations)
+    wanted = {} if quantized else {name: methods.make(_with_threshold(NAMED[name], threshold)) for name in METHODS}
+    return Meter(skeleton, threshold, len(corpus.prefix), frozenset(sample), wanted)
 
 
-def _with_threshold(name: str, threshold: float):
-    simulation = SIMULATIONS[name]
-    return replace(simulation, threshold=threshold) if hasattr(simulation, "threshold") else simulation
+def _with_threshold(scheme: Scheme, threshold: float) -> Scheme:
+    return replace(scheme, threshold=threshold) if scheme.threshold else scheme
 
 
 def _report(skeleton: Skeleton, corpus: Corpus, meter: Meter, features: list[Feature], found: Recommendation | None) -> dict:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from qcli.errors import NonFiniteError
+from qcli.methods._method import Method
 from qcli.outliers import spikes
 from qcli.outliers.damage import Damage, SampleOf
 from qcli.outliers.sites import FFN_OUTPUT, HIDDEN, RESIDUAL, Site, SiteFinder
@@ -71,9 +72,9 @@ class Meter(Observer):
     and `union` says of each batch's positions in which dimension a hidden state of any layer was an outlier.
     """
 
-    def __init__(self, skeleton: Skeleton, threshold: float, prefix: int, sample: frozenset[int], simulations: dict):
+    def __init__(self, skeleton: Skeleton, threshold: float, prefix: int, sample: frozenset[int], methods: dict[str, Method]):
         self.skeleton, self.threshold, self.prefix = skeleton, threshold, prefix
-        self.sample, self.simulations = sample, simulations
+        self.sample, self.methods = sample, methods
         self.layers: list[LayerMeasure] = []
         self.union: dict[tuple[int, ...], torch.Tensor] = {}
         self.hidden_size = skeleton.model.config.get_text_config(decoder=True).hidden_size
@@ -129,8 +130,8 @@ class Meter(Observer):
         if measure.histograms is not None:
             measure.histograms.keep(measure.dims[:DIMS_KEPT])
         sample = self._samples.get(id(site))
-        if sample is not None and self.simulations:
-            measure.damage = sample.damage(site.modules, self.simulations, self.threshold)
+        if sample is not None and self.methods:
+            measure.damage = sample.damage(site.modules, self.methods, self.threshold)
             measure.columns_kept = sample.columns_kept(self.threshold)
 
     def _seen(self, site: Site, module: nn.Module, x: torch.Tensor, first: bool) -> None:
@@ -159,7 +160,7 @@ class Meter(Observer):
                 row = batch.windows.index(0)
                 measure.surface = x[row, : min(SURFACE_TOKENS, int(batch.mask[row].sum()))].float().cpu()
         taken = [row for row, window in enumerate(batch.windows) if window in self.sample]
-        if taken and self.simulations:
+        if taken and self.methods:
             sample = self._samples.setdefault(id(site), SampleOf(self.prefix))
             for row in taken:
                 sample.add(batch.windows[row], x[row, : int(batch.mask[row].sum())])

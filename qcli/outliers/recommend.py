@@ -44,8 +44,8 @@ def recommend(
     if not measured:
         return None
     sites = [site for _, site in measured]
-    plain = _median(sites, "int8 vector-wise")
-    nf4 = _median(sites, "NF4")
+    plain = _median(sites, "int8")
+    nf4 = _median(sites, "nf4")
     share = sum(site.columns_kept * len(site.site.modules) for site in sites) / sum(len(s.site.modules) for s in sites)
     why = [_about_features(features), _about_rounding(sites, plain)]
     if share <= MOST_COLUMNS:
@@ -117,8 +117,8 @@ def _about_features(features: Sequence[Feature]) -> str:
 def _about_rounding(sites: Sequence[SiteMeasure], plain: float | None) -> str:
     if plain is None:
         return ""
-    worst = min(sites, key=lambda s: _ordinary(s.damage["int8 vector-wise"]))
-    lowest = _ordinary(worst.damage["int8 vector-wise"])
+    worst = min(sites, key=lambda s: _ordinary(s.damage["int8"]))
+    lowest = _ordinary(worst.damage["int8"])
     verdict = "too little" if plain < GOOD else "enough"
     place = f"; least at {worst.site.kind}s, {lowest:.1f} dB" if lowest < plain - 3 else ""
     return (

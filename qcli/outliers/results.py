@@ -29,7 +29,7 @@ def describe_model(skeleton, layers: int) -> dict[str, object]:
     stored = source.quantization or {}
     kind = None
     if stored:
-        kind = "LLM.int8()" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type", "bitsandbytes")
+        kind = "llm-int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type", "bitsandbytes")
     return {
         "name": source.label.rstrip("/") if source.is_hub else source.name,
         "architecture": type(model).__name__,

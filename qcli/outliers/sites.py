@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qcli.nn.linear_4bit import Linear4bit
-from qcli.nn.linear_8bit import Linear8bit
+from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.streaming.run import current_call, same_tensor
 
 ATTENTION_INPUT, ATTENTION_OUTPUT = "attention input", "attention output"
@@ -40,7 +39,7 @@ def linear_modules(block: nn.Module) -> dict[str, nn.Module]:
     """The linear modules of a block by path, and with them fused experts, whose input is that of a linear layer."""
     found = {}
     for path, module in block.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D, Linear4bit, Linear8bit)) or (path and _is_fused(module)):
+        if isinstance(module, (nn.Linear, Conv1D, QuantizedLinear)) or (path and _is_fused(module)):
             found[path] = module
     return found
 

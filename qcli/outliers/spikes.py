@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qcli.nn.linear_4bit import Linear4bit
-from qcli.nn.linear_8bit import Linear8bit
+from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.outliers.sites import linear_modules
 from qcli.streaming.run import current_call
 
@@ -98,6 +97,6 @@ class SpikeFinder:
 
 def _rows(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     """Rows of a linear layer's weight, float32 [rows, in_features]."""
-    if isinstance(module, (Linear4bit, Linear8bit)):
+    if isinstance(module, QuantizedLinear):
         return module.dequantize(torch.float32)[rows]
     return (module.weight[rows] if isinstance(module, nn.Linear) else module.weight[:, rows].t()).float()

@@ -13,10 +13,13 @@ from qcli.checkpoint import dtypes
 from qcli.checkpoint.safetensors_file import read_columns, read_into
 from qcli.errors import NonFiniteError
 from qcli.files.foreign_json import read_object
-from qcli.methods._base import ErrorSums
+from qcli.methods._method import Encoder, Parts
+from qcli.methods.errors import ErrorSums
+from qcli.quantization.outputs import weight_of
 from qcli.quantization.pipeline import Pipeline
-from qcli.quantization.plan import CHUNK_BYTES, Plan, Unit, quantized_dtype
+from qcli.quantization.plan import Plan, Work
 from qcli.quantization.staging import Staging
+from qcli.schemes import CHUNK_BYTES
 
 
 def execute(plan: Plan, staging: Staging, device: torch.device, advance: Callable[[int, str], None]) -> None:
@@ -38,12 +41,12 @@ def execute(plan: Plan, staging: Staging, device: torch.device, advance: Callabl
     torch.set_num_threads(1)
     try:
         for file in plan.source.files:
-            units = [u for u in plan.units if u.file == file and u.index not in staging.done]
-            if units:
+            work = [w for w in plan.work if w.file == file and w.index not in staging.done]
+            if work:
                 # The file is closed once no thread reads from it, whatever ends this.
                 with plan.source.open(file) as fd, Pipeline(threads + 1) as pipeline:
-                    for unit in units:
-                        for task in UnitWork(plan, staging, device, tell, fd, unit).tasks():
+                    for each in work:
+                        for task in _Tasks(plan, staging, device, tell, fd, each).tasks():
                             pipeline.submit(task)
                 staging.sync()
             plan.source.release(file)
@@ -52,30 +55,29 @@ def execute(plan: Plan, staging: Staging, device: torch.device, advance: Callabl
     staging.sync()
 
 
-class UnitWork:
-    """The tasks of one unit, for threads that run several at a time: a task a chunk. The last to end finishes the unit."""
+class _Tasks:
+    """The tasks of one piece of work, a chunk each, for threads that run several at a time. The last to end finishes the work."""
 
     _buffers = threading.local()
 
     def __init__(
-        self, plan: Plan, staging: Staging, device: torch.device, advance: Callable[[int, str], None], fd: int, unit: Unit
+        self, plan: Plan, staging: Staging, device: torch.device, advance: Callable[[int, str], None], fd: int, work: Work
     ):
         self.plan, self.staging, self.device = plan, staging, device
-        self.advance, self.fd, self.unit = advance, fd, unit
+        self.advance, self.fd, self.work = advance, fd, work
         self.lock = threading.Lock()
         self.nonfinite = self.overflowed = 0
-        self.places = {o.name: o.start for o in unit.outputs}
-        self.stream = None
-        if unit.linear:
-            self.enters_as = quantized_dtype(unit.info, plan.method, plan.dtype)
-            self.stream = plan.method.stream(
-                unit.info.name, unit.linear.out_features, unit.linear.in_features, self.enters_as, device
-            )
+        self.places = {o.name: o.start for o in work.outputs}
+        self.encoder: Encoder | None = None
+        if work.linear and work.method:
+            self.scheme = work.method.scheme
+            self.weight = weight_of(work.info, work.linear, work.method, plan.dtype)
+            self.encoder = work.method.encoder(work.linear.out_features, work.linear.in_features, device)
 
     def tasks(self) -> Iterator[Callable[[], None]]:
         """Every chunk once, in any order; one task with nothing in it for an empty tensor."""
-        count, step = (self._elements, self._grain()) if self.stream else (self._bytes, CHUNK_BYTES)
-        size = self.unit.info.numel if self.stream else self.unit.info.nbytes
+        count, step = (self._elements, self._grain()) if self.encoder else (self._bytes, CHUNK_BYTES)
+        size = self.work.info.numel if self.encoder else self.work.info.nbytes
         starts = range(0, size, step) or [0]
         self.left = len(starts)
         for start in starts:
@@ -92,15 +94,15 @@ class UnitWork:
 
     def _grain(self) -> int:
         """Elements of the weight in its logical order that are a chunk that the method can take."""
-        linear = self.unit.linear
-        grain = self.plan.method.granularity(linear.in_features)
+        linear = self.work.linear
+        grain = self.encoder.grain
         if linear.transposed:
             grain = math.lcm(grain, linear.in_features)
-        return max(CHUNK_BYTES // dtypes.ITEMSIZE[self.unit.info.dtype] // grain, 1) * grain
+        return max(CHUNK_BYTES // dtypes.ITEMSIZE[self.work.info.dtype] // grain, 1) * grain
 
     def _elements(self, first: int, count: int) -> None:
         """Quantizes elements of the weight [out_features, in_features] from `first` on."""
-        info, linear = self.unit.info, self.unit.linear
+        info, linear = self.work.info, self.work.linear
         dtype, itemsize = dtypes.torch_dtype(info.dtype), dtypes.ITEMSIZE[info.dtype]
         view = self._buffer(count * itemsize)
         if linear.transposed:
@@ -111,15 +113,14 @@ class UnitWork:
             read_into(self.fd, info.start + first * itemsize, view)
             chunk = torch.frombuffer(view, dtype=dtype)
         stored = chunk.to(self.device)
-        entering = stored.to(dtypes.torch_dtype(self.enters_as))
+        entering = stored.to(dtypes.torch_dtype(self.weight.dtype))
         self._count(overflowed=_newly_nonfinite(stored, entering))
-        for output, offset, piece in self.stream.feed(entering, first):
-            self._write(output, offset, piece)
+        self._pack(self.encoder.feed(entering, first), first)
         self._advance(len(view))
 
     def _bytes(self, first: int, count: int) -> None:
         """Carries over bytes of the tensor as stored, in another dtype where the plan says so."""
-        info, (output,) = self.unit.info, self.unit.outputs
+        info, (output,) = self.work.info, self.work.outputs
         view = self._buffer(count)
         read_into(self.fd, info.start + first, view)
         if output.dtype not in dtypes.FLOATS:
@@ -143,41 +144,43 @@ class UnitWork:
                 self.nonfinite += nonfinite
                 self.overflowed += overflowed
 
+    def _pack(self, parts: Parts, first: int) -> None:
+        for output, offset, tensor in self.plan.format.pack(self.weight, self.scheme, parts, first):
+            self._write(output, offset, tensor)
+
     def _write(self, output: str, offset: int, tensor: torch.Tensor) -> None:
-        self.staging.write(self.unit.outputs[0].file, self.places[output] + offset, _bytes(tensor))
+        self.staging.write(self.work.outputs[0].file, self.places[output] + offset, _bytes(tensor))
 
     def _advance(self, count: int) -> None:
-        self.advance(count, self.unit.info.name)
+        self.advance(count, self.work.info.name)
 
     def _finish(self) -> None:
-        errors, unit = ErrorSums(nonfinite=self.nonfinite), self.unit
+        errors, work = ErrorSums(nonfinite=self.nonfinite), self.work
         if self.overflowed and not self.plan.allow_nonfinite:
-            target = self.enters_as if self.stream else unit.outputs[0].dtype
+            target = self.weight.dtype if self.encoder else work.outputs[0].dtype
             raise NonFiniteError(
-                f"{unit.info.name}: {self.overflowed:,} values, stored {unit.info.dtype}, are too large for "
+                f"{work.info.name}: {self.overflowed:,} values, stored {work.info.dtype}, are too large for "
                 f"{dtypes.TORCH_NAMES[target]}",
                 "Choose --dtype bfloat16 or float32.",
             )
-        if self.stream:
-            result = self.stream.finish()
-            errors = result.errors
-            for output, tensor in result.tensors.items():
-                self._write(output, 0, tensor)
+        if self.encoder:
+            parts, errors = self.encoder.finish()
+            self._pack(parts, 0)
         if errors.nonfinite and not self.plan.allow_nonfinite:
             raise NonFiniteError(
-                f"{unit.info.name} holds {errors.nonfinite:,} NaN or infinite values among {unit.info.numel:,}"
-                f" (stored {unit.info.dtype})",
+                f"{work.info.name} holds {errors.nonfinite:,} NaN or infinite values among {work.info.numel:,}"
+                f" (stored {work.info.dtype})",
                 f"{self._what_is_lost()} To go on all the same: --set allow_nonfinite=true. Finished work is kept.",
             )
-        self.staging.finish_unit(unit.index, errors)
+        self.staging.finish_work(work.index, errors)
 
     def _what_is_lost(self) -> str:
-        if not self.stream:
+        if not self.encoder:
             return "It is not quantized, and would be carried over with them."
-        if self.plan.method.bits == 8:
-            return "The int8 row that holds one is lost whole."
-        nested = "; with double quantization, the 256 blocks around it" if self.plan.method.double_quant else ""
-        return f"The 4-bit block that holds one is lost whole{nested}."
+        scheme = self.scheme
+        nested = "; with double quantization, the 256 blocks around it" if scheme.double_quant else ""
+        shares = {"row": f"int{scheme.bits} row", "flat": f"{scheme.bits}-bit block", "group": f"{scheme.bits}-bit group"}
+        return f"The {shares.get(scheme.share, 'tensor')} that holds one is lost whole{nested}."
 
 
 def _nonfinite(x: torch.Tensor) -> int:
@@ -208,7 +211,7 @@ def verify(plan: Plan, folder) -> None:
     for shard in plan.shards:
         path = folder / shard.name
         found = read_header(path).tensors
-        expected = {o.name: o for u in plan.units for o in u.outputs if o.file == shard.name}
+        expected = {o.name: o for w in plan.work for o in w.outputs if o.file == shard.name}
         size = os.stat(path).st_size
         same = found.keys() == expected.keys() and size == shard.size
         for name in found if same else ():

@@ -2,6 +2,7 @@
 
 import json
 
+from qcli import methods
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.carried import has_tokenizer
 from qcli.checkpoint.config_json import live_auto_map
@@ -60,25 +61,25 @@ def _json(value: object) -> bytes:
 
 def model_card(plan: Plan, kinds: list[ModuleError]) -> str:
     """README.md of the output: base model, method, options, sizes and measured error."""
-    source, method = plan.source, plan.method
-    front = ["---", "library_name: transformers", "tags:", "- qcli", "- bitsandbytes", f"- {method.name}"]
+    source, name = plan.source, plan.method.scheme.method
+    front = ["---", "library_name: transformers", "tags:", "- qcli", f"- {plan.format.name}", f"- {name}"]
     if source.is_hub:
         front += [f"base_model: {source.label}", "base_model_relation: quantized"]
-    options = ", ".join(f"{k} {json.dumps(v)}" for k, v in vars(method).items())
+    options = ", ".join(f"{k} {json.dumps(v)}" for k, v in methods.options_of(plan.method).items())
     revision = f" at revision `{source.revision}`" if source.revision else ""
     lines = [
         *front,
         "---",
         "",
-        f"# {source.name}, {method.name}",
+        f"# {source.name}, {name}",
         "",
         f"`{source.label if source.is_hub else source.name}`{revision}, quantized with qcli. transformers loads it with "
-        "bitsandbytes installed; `qcli generate` runs it without.",
+        f"{plan.format.name} installed; `qcli generate` runs it without.",
         "",
         "| | |",
         "|---|---|",
-        f"| method | {method.name} ({options}) |",
-        f"| quantized modules | {len(plan.quantized)}, chosen by {plan.layout.decided_by} |",
+        f"| method | {name} ({options}) |",
+        f"| quantized modules | {len(plan.quantized)}, chosen by {plan.decided_by} |",
         f"| other tensors | {dtypes.TORCH_NAMES[plan.dtype]}; computes in {plan.compute_dtype} |",
         f"| weights before | {format_bytes(plan.source_bytes)} |",
         f"| weights after | {format_bytes(plan.output_bytes)}, {plan.bits_per_weight:.3f} bits per weight |",
@@ -89,5 +90,5 @@ def model_card(plan: Plan, kinds: list[ModuleError]) -> str:
         "|---|---:|---:|---:|",
     ]
     for kind in kinds:
-        lines.append(f"| {kind.name} | {kind.weights:,} | {kind.relative_error:.3%} | {kind.sqnr_text} |")
+        lines.append(f"| {kind.name} | {kind.weights:,} | {kind.errors.relative_error:.3%} | {kind.sqnr_text} |")
     return "\n".join(lines) + "\n"

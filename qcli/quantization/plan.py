@@ -1,26 +1,27 @@
 """The plan of a quantization: what is read, what is written and where, decided from headers before any weight is read.
 
-A plan is data. Every problem that headers can show is in `Plan.problems`, together; a plan with none can be executed.
+A plan is data: it goes to JSON and back. Every problem that headers can show is in `Plan.problems`, together. A plan without any
+can be executed.
 """
 
-import fnmatch
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from qcli import __version__
+from qcli import __version__, formats, methods
 from qcli.checkpoint import config_json, dtypes
-from qcli.checkpoint.dtypes import TensorSpec
-from qcli.checkpoint.modules import Layout, Linear
-from qcli.checkpoint.safetensors_file import TensorInfo, build_header
-from qcli.errors import PlanError, together
-
-# Fused projections of vLLM, which looks a skip list up by its own names.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-CHUNK_BYTES = 1 << 20  # of source data at a time: what bounds the memory of a run
-_CHUNKS_IN_WORK = 128  # measured: float32 copies of a chunk, and what the allocator keeps of those that were freed
+from qcli.checkpoint.modules import Linear
+from qcli.checkpoint.safetensors_file import TensorInfo
+from qcli.checkpoint.source import Source, open_source
+from qcli.errors import CheckpointError, PlanError
+from qcli.formats import Format
+from qcli.methods._method import Method
+from qcli.methods.choosing import made, methods_of
+from qcli.recipe import Choice, Recipe, recipe_of
+from qcli.schemes import CHUNK_BYTES, CHUNKS_IN_WORK
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,27 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One source tensor and everything that is made of it. `linear` is None for what is carried over."""
+class Work:
+    """One source tensor in `file` and everything that is made of it. `linear` and `method` are None for what is carried over."""
 
     index: int
     info: TensorInfo
     file: str
     linear: Linear | None
+    method: Method | None
     outputs: tuple[Output, ...]
 
     @property
     def output_bytes(self) -> int:
         return sum(o.end - o.start for o in self.outputs)
+
+    @property
+    def becomes(self) -> str:
+        """The name of the scheme, or the dtype, in which the tensor is stored."""
+        if self.method is not None:
+            return self.method.scheme.name
+        code = self.outputs[0].dtype
+        return dtypes.TORCH_NAMES.get(code, code)
 
 
 @dataclass(frozen=True)
@@ -63,14 +73,15 @@ class Shard:
 class Plan:
     """See the module. Sizes are bytes."""
 
-    source: object
-    method: object
-    layout: Layout
+    source: Source
+    recipe: Recipe
+    format: Format
+    decided_by: str  # what said which modules are linear
     output: Path
     dtype: str  # safetensors code of the model's dtype in the output
     compute_dtype: str  # torch name
-    skip_modules: list[str] | None
-    units: list[Unit] = field(default_factory=list)
+    quantization_config: dict[str, object]
+    work: list[Work] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -83,8 +94,18 @@ class Plan:
             raise PlanError(self.source.label, self.problems)
 
     @cached_property
+    def method(self) -> Method:
+        """The method of the recipe's default, or where that keeps modules as they are, of its first rule that does not."""
+        return methods_of(self.recipe)[0]
+
+    @cached_property
+    def schemes(self) -> Counter[str]:
+        """How many modules each scheme has, by its name."""
+        return Counter(w.method.scheme.name for w in self.quantized if w.method)
+
+    @cached_property
     def source_bytes(self) -> int:
-        return sum(u.info.nbytes for u in self.units)
+        return sum(w.info.nbytes for w in self.work)
 
     @cached_property
     def output_bytes(self) -> int:
@@ -92,30 +113,30 @@ class Plan:
 
     @cached_property
     def parameters(self) -> int:
-        return sum(u.info.numel for u in self.units)
+        return sum(w.info.numel for w in self.work)
 
     @cached_property
-    def quantized(self) -> list[Unit]:
-        return [u for u in self.units if u.linear]
+    def quantized(self) -> list[Work]:
+        return [w for w in self.work if w.linear]
 
     @property
     def bits_per_weight(self) -> float:
         """Bits that the output spends on each parameter, everything counted."""
-        return 8 * sum(u.output_bytes for u in self.units) / max(self.parameters, 1)
+        return 8 * sum(w.output_bytes for w in self.work) / max(self.parameters, 1)
 
     @property
     def quantized_bits_per_weight(self) -> float:
         """Bits per parameter of the quantized modules alone."""
-        count = sum(u.info.numel for u in self.quantized)
-        return 8 * sum(u.output_bytes for u in self.quantized) / max(count, 1)
+        count = sum(w.info.numel for w in self.quantized)
+        return 8 * sum(w.output_bytes for w in self.quantized) / max(count, 1)
 
     @property
     def working_memory(self) -> int:
-        """Bytes that the run needs beyond the interpreter and its libraries, an upper estimate: chunks in work, and the
-        largest tensor's absmax values, which are kept until its last row."""
-        sizes = (self.method.working_bytes(u.linear.out_features, u.linear.in_features) for u in self.quantized)
-        chunk = min(CHUNK_BYTES, max((u.info.nbytes for u in self.units), default=0))
-        return max(sizes, default=0) + _CHUNKS_IN_WORK * chunk
+        """Bytes that the run needs beyond the interpreter and its libraries, an upper estimate: chunks in work, and what the
+        largest tensor's encoder holds until its last row."""
+        held = (w.method.scheme.held_bytes(w.linear.out_features, w.linear.in_features) for w in self.work if w.method and w.linear)
+        chunk = min(CHUNK_BYTES, max((w.info.nbytes for w in self.work), default=0))
+        return max(held, default=0) + CHUNKS_IN_WORK * chunk
 
     @cached_property
     def config(self) -> dict[str, object]:
@@ -134,7 +155,7 @@ class Plan:
                     del part["auto_map"]
         if not config.get("dtype") and not config.get("torch_dtype"):
             config["dtype"] = name
-        config["quantization_config"] = self.method.quantization_config(self.skip_modules, self.compute_dtype)
+        config["quantization_config"] = self.quantization_config
         return config
 
     @cached_property
@@ -143,23 +164,38 @@ class Plan:
         headers = hashlib.sha256()
         for shard in self.shards:
             headers.update(shard.name.encode() + shard.header)
-        return {
+        found = {
             "qcli": __version__,
             "source": self.source.fingerprint,
-            "method": self.method.name,
-            "options": asdict(self.method),
+            "method": self.method.scheme.method,
+            "options": methods.options_of(self.method),
             "dtype": dtypes.TORCH_NAMES[self.dtype],
             "compute_dtype": self.compute_dtype,
             "skip_modules": self.skip_modules,
             "output headers": headers.hexdigest(),
         }
+        if self.is_mixed:
+            found["recipe"] = self.recipe.summary()
+        if self.format.name != formats.NAMES[0]:
+            found["format"] = self.format.name
+        return found
+
+    @property
+    def skip_modules(self) -> list[str] | None:
+        """The modules that the config lists as not quantized."""
+        return next(self.quantization_config[key] for key in ("llm_int8_skip_modules", "ignore") if key in self.quantization_config)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether not all quantized modules have the same method with the same options."""
+        return len({w.method for w in self.quantized}) > 1
 
     @cached_property
     def index(self) -> bytes | None:
         """model.safetensors.index.json, or None for a single file."""
         if len(self.shards) == 1:
             return None
-        outputs = [o for u in self.units for o in u.outputs]
+        outputs = [o for w in self.work for o in w.outputs]
         total = sum(o.end - o.start for o in outputs)
         index = {
             "metadata": {"total_parameters": self.parameters, "total_size": total},
@@ -167,128 +203,87 @@ class Plan:
         }
         return (json.dumps(index, indent=2) + "\n").encode()
 
-
-def make_units(source, layout: Layout, method, dtype: str, quantized: set[str], problems: list[str]) -> list:
-    """(source file, TensorInfo, Linear or None, output specs) of every tensor, in the order of the source's files."""
-    rows = []
-    misshaped, of_no_use = [], {}
-    order = {file: i for i, file in enumerate(source.files)}
-    tensors = sorted(source.tensors.values(), key=lambda place: (order[place[0]], place[1].start))
-    for file, info in tensors:
-        linear = layout.linears.get(info.name) if info.name in quantized else None
-        if linear:
-            expected = (linear.out_features, linear.in_features)
-            expected = expected[::-1] if linear.transposed else expected
-            if info.shape != expected:
-                misshaped.append(f"{info.name} ({list(info.shape)}, the model expects {list(expected)})")
-                continue
-            if info.dtype not in dtypes.FLOATS:
-                of_no_use.setdefault(info.dtype, []).append(info.name)
-                continue
-            specs = method.outputs(info.name, linear.out_features, linear.in_features, quantized_dtype(info, method, dtype))
-        else:
-            if info.name in layout.misshaped:
-                stored, expected = layout.misshaped[info.name]
-                misshaped.append(f"{info.name} ({list(stored)}, the model expects {list(expected)})")
-                continue
-            target = info.dtype
-            if info.dtype in dtypes.FLOATS:
-                target = "F32" if layout.stays_fp32(info.name, dtype) else dtype
-            specs = [TensorSpec(info.name, target, info.shape)]
-        rows.append((file, info, linear, specs))
-    if misshaped:
-        problems.append(together("tensors whose shape is not the model's", misshaped))
-    for code, names in of_no_use.items():
-        floats = ", ".join(dtypes.FLOATS)
-        problems.append(together(f"weights to quantize that are stored as {code}, expected one of {floats}", names))
-    return rows
-
-
-def quantized_dtype(info: TensorInfo, method, dtype: str) -> str:
-    """The dtype in which a weight enters its method: the model's, or what is stored where that loses nothing."""
-    if method.casts_to_model_dtype:
-        return dtype
-    if info.dtype in dtypes.FLOAT8:
-        return "BF16"
-    return "F32" if info.dtype == "F64" else info.dtype
+    def to_json(self) -> dict[str, object]:
+        """All of it as JSON values, from which `from_json` makes the same plan on any machine that reaches the source."""
+        work = [
+            {
+                "tensor": w.info.name,
+                "file": w.file,
+                "linear": None if w.linear is None else asdict(w.linear),
+                "choice": None if w.method is None else _choice_of(w.method).summary(),
+                "outputs": [asdict(o) for o in w.outputs],
+            }
+            for w in self.work
+        ]
+        source = self.source
+        return {
+            "qcli": __version__,
+            "source": {
+                "label": source.label,
+                "revision": source.revision,
+                "stream": source.stream,
+                "trust_remote_code": source.trusted,
+                "fingerprint": source.fingerprint,
+            },
+            "recipe": self.recipe.summary(),
+            "format": self.format.name,
+            "decided_by": self.decided_by,
+            "output": str(self.output),
+            "dtype": self.dtype,
+            "compute_dtype": self.compute_dtype,
+            "quantization_config": self.quantization_config,
+            "work": work,
+            "shards": [{"name": s.name, "header": s.header.decode("latin-1"), "size": s.size} for s in self.shards],
+            "notes": self.notes,
+            "problems": self.problems,
+            "allow_nonfinite": self.allow_nonfinite,
+            "disk_bytes": self.disk_bytes,
+        }
 
 
-def lay_out(rows: list, max_shard_size: int) -> tuple[list[Unit], list[Shard]]:
-    """Places every output. A weight and its companions share a shard; within a shard wider elements come first, so that
-    every tensor is aligned to its element."""
-    groups, size = [[]], 0
-    for row in rows:
-        nbytes = sum(spec.nbytes for spec in row[3])
-        if groups[-1] and size + nbytes > max_shard_size:
-            groups.append([])
-            size = 0
-        groups[-1].append(row)
-        size += nbytes
-    units, shards = [], []
-    for number, group in enumerate(groups, 1):
-        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
-        specs = [spec for row in group for spec in row[3]]
-        specs.sort(key=lambda spec: -dtypes.ITEMSIZE.get(spec.dtype, 1))  # stable: source order within a width
-        header, starts = build_header([(s.name, s.dtype, s.shape) for s in specs], {"format": "pt"})
-        for file, info, linear, row_specs in group:
-            outputs = tuple(
-                Output(s.name, s.dtype, tuple(s.shape), name, starts[s.name], starts[s.name] + s.nbytes) for s in row_specs
+def from_json(value: dict, source: Source | None = None) -> Plan:
+    """The plan that `Plan.to_json` wrote, its source opened again unless it is given.
+
+    Raises CheckpointError where another qcli wrote it or the source is no longer what was planned for; HubError.
+    """
+    stated = value["source"]
+    if value["qcli"] != __version__:
+        raise CheckpointError(f"the plan is of qcli {value['qcli']}, and this is qcli {__version__}", "Plan with this version.")
+    source = source or open_source(
+        stated["label"], stated["revision"], stream=stated["stream"], trust_remote_code=stated["trust_remote_code"]
+    )
+    if source.fingerprint != stated["fingerprint"]:
+        raise CheckpointError(f"{source.label} has changed since it was planned for", "Plan again.")
+    work = []
+    for index, w in enumerate(value["work"]):
+        choice = w["choice"]
+        work.append(
+            Work(
+                index,
+                source.tensors[w["tensor"]][1],
+                w["file"],
+                None if w["linear"] is None else Linear(**w["linear"]),
+                None if choice is None else made(Choice(choice["method"], tuple(choice.get("options", {}).items()))),
+                tuple(Output(**(o | {"shape": tuple(o["shape"])})) for o in w["outputs"]),
             )
-            units.append(Unit(len(units), info, file, linear, outputs))
-        shards.append(Shard(name, header, len(header) + sum(s.nbytes for s in specs)))
-    return units, shards
+        )
+    return Plan(
+        source=source,
+        recipe=recipe_of(value["recipe"], "the plan's recipe"),
+        format=formats.get(value["format"]),
+        decided_by=value["decided_by"],
+        output=Path(value["output"]),
+        dtype=value["dtype"],
+        compute_dtype=value["compute_dtype"],
+        quantization_config=value["quantization_config"],
+        work=work,
+        shards=[Shard(s["name"], s["header"].encode("latin-1"), s["size"]) for s in value["shards"]],
+        notes=list(value["notes"]),
+        problems=list(value["problems"]),
+        allow_nonfinite=value["allow_nonfinite"],
+        disk_bytes=value["disk_bytes"],
+    )
 
 
-def choose_modules(layout: Layout, patterns: list[str], problems: list[str], notes: list[str]) -> set[str]:
-    """Names of the weight tensors to quantize: every linear but what transformers leaves alone and what `patterns` match.
-
-    A pattern is a glob over full module names (or over a parent's full name). One that matches nothing is a problem.
-    """
-    linears = layout.linears.values()
-    skipped = set()
-    for pattern in patterns:
-        hits = {x.module for x in linears if _matches(x.module, pattern)}
-        skipped |= hits
-        others = layout.default_skip + layout.always_skip
-        if not hits and not any(_matches(module, pattern) for module in others):
-            ends = sorted({x.module.rsplit(".", 1)[-1] for x in linears})
-            near = f"*.{pattern}" if pattern in ends else f"*.{ends[0]}" if ends else "*"
-            problems.append(f"--skip {pattern!r} matches no module; a full name or a glob such as {near!r} is expected")
-    chosen = [x for x in linears if x.module not in skipped and not layout.skipped(x.module, None)]
-    for fused, parts in FUSED.items():
-        for parent in sorted({m.rpartition(".")[0] for m in skipped if m.rpartition(".")[2] in parts}):
-            left = [x.module for x in chosen if x.module in {f"{parent}.{part}" for part in parts}]
-            if left:
-                notes.append(
-                    f"{parent}: {', '.join(m.rpartition('.')[2] for m in left)} quantized beside skipped members of {fused}:"
-                    " vLLM, which fuses them, will not load this"
-                )
-    return {x.tensor for x in chosen}
-
-
-def _matches(module: str, pattern: str) -> bool:
-    parts = module.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))
-
-
-def skip_list(layout: Layout, quantized: set[str], problems: list[str]) -> list[str] | None:
-    """`llm_int8_skip_modules`: None where transformers' own default says the same, else full dotted names.
-
-    Every name that is not quantized is listed, by its name in transformers and in the checkpoint (transformers 4 may know
-    the latter), and by the fused name that vLLM looks up.
-    """
-    chosen = {layout.linears[name].module for name in quantized}
-    others = [m for m in layout.candidates if m not in chosen]
-    if not layout.explicit_skip and all(layout.skipped(m, None) for m in others):
-        return None
-    names = set(others) | set(layout.default_skip)
-    names |= {x.tensor.removesuffix(".weight") for x in layout.linears.values() if x.module in names}
-    for fused, parts in FUSED.items():
-        for parent in {m.rpartition(".")[0] for m in others}:
-            if all(f"{parent}.{part}" in others for part in parts):
-                names.add(f"{parent}.{fused}")
-    listed = sorted(names)
-    for module in layout.candidates:
-        if layout.skipped(module, listed) != (module not in chosen):
-            problems.append(f"{module}: no skip list makes transformers leave exactly this selection alone; skip its parent")
-    return listed
+def _choice_of(method: Method) -> Choice:
+    return Choice(method.scheme.name, tuple(methods.options_of(method).items()))

@@ -5,16 +5,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from qcli import methods
+from qcli import formats
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.model_dtype import model_dtype
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, PlanError, one_of, together
+from qcli.methods.choosing import methods_of, recipe_in_force
 from qcli.process import available_memory, peak_memory
-from qcli.quantization import plan as planning
+from qcli.quantization import outputs
 from qcli.quantization.plan import Plan
 from qcli.quantization.report import Report, sum_up
-from qcli.quantization.settings import Settings, split_settings
+from qcli.quantization.settings import SETTINGS, run_settings
+from qcli.recipe import Recipe
 from qcli.sizes import format_bytes, parse_size
 
 DISK_RESERVE = 50_000_000  # for the index, tokenizer files and the file system's own needs
@@ -23,8 +25,8 @@ DISK_RESERVE = 50_000_000  # for the index, tokenizer files and the file system'
 def quantize(model: str, output: str | Path | None = None, **options) -> Report:
     """Quantizes `model` (a folder or a hub id) into a new folder and returns the report.
 
-    Options are those of `make_plan` and `run_plan`: bits, method, double_quant, block_size, threshold, skip, dtype, revision,
-    trust_remote_code, stream, settings; device, overwrite, push_to_hub.
+    Options are those of `make_plan` and `run_plan`: bits, method, double_quant, block_size, threshold, skip, recipe,
+    format, dtype, revision, trust_remote_code, stream, settings; device, overwrite, push_to_hub.
 
     Raises QcliError kinds: UsageError for options, PlanError for every problem that headers show, CheckpointError, HubError,
     NonFiniteError. After any of them no folder stands under the final name, and the same call goes on where it stopped.
@@ -44,6 +46,8 @@ def make_plan(
     block_size: int | None = None,
     threshold: float | None = None,
     skip: Iterable[str] = (),
+    recipe: Recipe | None = None,
+    format: str | None = None,
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -52,13 +56,11 @@ def make_plan(
     settings: Mapping[str, object] | None = None,
 ) -> Plan:
     """Decides from headers and config alone what a run would do. Its `problems` hold all that stands against it."""
-    name = methods.method_name(bits, method)
-    given = {"double_quant": double_quant, "block_size": block_size, "threshold": threshold}
-    chosen, rest = split_settings(name, settings or {})
-    chosen |= {option: value for option, value in given.items() if value is not None}
-    method_ = methods.make_method(name, chosen)
-    rest_ = Settings(**rest)
+    options = {"double_quant": double_quant, "block_size": block_size, "threshold": threshold}
+    recipe, rest = recipe_in_force(recipe, bits, method, options, skip, format, settings or {}, SETTINGS)
+    run = run_settings(rest)
     one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
+    format_ = formats.holding([each.scheme for each in methods_of(recipe)], recipe.format)
 
     from qcli.checkpoint.modules import find_linears
     from qcli.checkpoint.source import open_source
@@ -71,14 +73,15 @@ def make_plan(
         )
     if source.problems:
         raise PlanError(source.label, source.problems, source.again())
-    layout = find_linears(source, trust_remote_code=trust_remote_code, rules=rest_.modules == "rules")
-    problems, notes = [], [*source.notes, *layout.notes, *source.carried.notes(source.place.size)]
+    layout = find_linears(source, trust_remote_code=trust_remote_code, rules=run.modules == "rules")
+    problems: list[str] = []
+    notes = [*source.notes, *layout.notes, *source.carried.notes(source.place.size)]
     code = model_dtype(source, dtype)
-    compute = rest_.compute_dtype
+    compute = run.compute_dtype
     if compute == "auto":
         compute = "bfloat16" if code == "F32" else dtypes.TORCH_NAMES[code]
-    quantized = planning.choose_modules(layout, list(skip), problems, notes)
-    if not quantized:
+    chosen = outputs.choose(layout, recipe, problems)
+    if not chosen:
         problems.append("no module is left to quantize")
     if layout.missing:
         problems.append(together("parameters that no tensor of the checkpoint provides", layout.missing))
@@ -88,47 +91,31 @@ def make_plan(
             f"fused experts stay {dtypes.TORCH_NAMES[code]}: {layout.expert_parameters:,} parameters, {size}; "
             "transformers 5 loads them in no other form from this format"
         )
-    notes += _straddling_note([layout.linears[t] for t in quantized], method_)
-    skip_modules = planning.skip_list(layout, quantized, problems)
-    rows = planning.make_units(source, layout, method_, code, quantized, problems)
-    units, shards = planning.lay_out(rows, parse_size(rest_.max_shard_size))
-    final = Path(output) if output is not None else Path(f"{source.name}-{name}")
+    schemes = {layout.linears[tensor].module: each.scheme for tensor, each in chosen.items()}
+    choice = formats.Choice(schemes, layout, problems, notes)
+    config = format_.config(choice, compute)
+    planned = outputs.plan_tensors(source, layout, chosen, format_, code, problems)
+    work, shards = outputs.place_outputs(planned, parse_size(run.max_shard_size))
     plan = Plan(
         source=source,
-        method=method_,
-        layout=layout,
-        output=final,
+        recipe=recipe,
+        format=format_,
+        decided_by=layout.decided_by,
+        output=Path(output) if output is not None else Path(f"{source.name}-{methods_of(recipe)[0].scheme.name}"),
         dtype=code,
         compute_dtype=compute,
-        skip_modules=skip_modules,
-        units=units,
+        quantization_config=config,
+        work=work,
         shards=shards,
         notes=notes,
         problems=problems,
-        allow_nonfinite=rest_.allow_nonfinite,
+        allow_nonfinite=run.allow_nonfinite,
     )
     _check_output(plan, overwrite)
     available = available_memory()
     if available is not None and plan.working_memory > available:
         problems.append(f"the run needs {format_bytes(plan.working_memory)} of memory, and {format_bytes(available)} are free")
     return plan
-
-
-def _straddling_note(linears: list, method) -> list[str]:
-    """A block that straddles rows is in the format, but not every reader of it copes."""
-    block_size = getattr(method, "block_size", 1)
-    wide = [x for x in linears if x.in_features % block_size]
-    if not wide:
-        return []
-    fitting = [
-        size for size in getattr(method, "BLOCK_SIZES", ()) if size < block_size and not any(x.in_features % size for x in linears)
-    ]
-    advice = f"; --block-size {max(fitting)} divides them all" if fitting else ""
-    example = min(wide, key=lambda x: x.module)
-    return [
-        f"{len(wide)} modules have rows that blocks of {block_size} do not divide (such as {example.module}, "
-        f"{example.in_features} wide): qcli runs them, but bitsandbytes on a CPU with AVX-512 fails or decodes them wrongly{advice}"
-    ]
 
 
 def _check_output(plan: Plan, overwrite: bool) -> None:
@@ -170,7 +157,7 @@ def run_plan(
     plan.check()
     from contextlib import nullcontext
 
-    from qcli.quantization import other_files as folder
+    from qcli.quantization import other_files
     from qcli.quantization.execute import execute, verify
     from qcli.quantization.staging import Staging
 
@@ -182,17 +169,17 @@ def run_plan(
         hub.check_can_push(push_to_hub)
     with Staging(plan, overwrite=overwrite) as staging:
         plan.source.download_to(staging.downloads)
-        folder.carry_over(plan, staging)
-        done = sum(plan.units[i].info.nbytes for i in staging.done)
+        other_files.carry_over(plan, staging)
+        done = sum(plan.work[i].info.nbytes for i in staging.done)
         with progress(plan.source_bytes, done) if progress else nullcontext(_Silent()) as shown:
             execute(plan, staging, target, shown.advance)
         kinds, worst, nonfinite = sum_up(plan, staging.done)
-        warnings = folder.write_rest(plan, staging, kinds, nonfinite)
+        warnings = other_files.write_rest(plan, staging, kinds, nonfinite)
         verify(plan, staging.folder)
         staging.publish()
     report = Report(
         output=str(plan.output),
-        method=plan.method.name,
+        method=plan.method.scheme.method,
         source_bytes=plan.source_bytes,
         output_bytes=plan.output_bytes,
         bits_per_weight=plan.bits_per_weight,

@@ -1,13 +1,12 @@
 """What a quantization cost: error of what was stored, sizes, time, memory."""
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
-from qcli import __version__
+from qcli import __version__, methods
 from qcli.checkpoint import dtypes
-from qcli.methods._base import ErrorSums
+from qcli.methods.errors import ErrorSums
 from qcli.quantization.plan import Plan
 
 
@@ -17,33 +16,20 @@ class ModuleError:
 
     name: str
     weights: int  # elements
-    squared_error: float
-    squared_norm: float
-
-    @property
-    def relative_error(self) -> float:
-        """||w - stored|| / ||w||."""
-        return math.sqrt(max(self.squared_error, 0) / self.squared_norm) if self.squared_norm > 0 else 0.0
-
-    @property
-    def sqnr(self) -> float | None:
-        """10 log10(||w||^2 / ||w - stored||^2) in dB; None where nothing was lost."""
-        if self.squared_error <= 0 or self.squared_norm <= 0:
-            return None
-        return 10 * math.log10(self.squared_norm / self.squared_error)
+    errors: ErrorSums
 
     @property
     def sqnr_text(self) -> str:
         """For a table."""
-        return "exact" if self.sqnr is None else f"{self.sqnr:.1f} dB"
+        return "exact" if self.errors.sqnr is None else f"{self.errors.sqnr:.1f} dB"
 
     def summary(self) -> dict[str, object]:
         """For JSON: rounded to what the measurement supports."""
         return {
             "name": self.name,
             "weights": self.weights,
-            "relative_error": float(f"{self.relative_error:.4g}"),
-            "sqnr_db": None if self.sqnr is None else round(self.sqnr, 2),
+            "relative_error": float(f"{self.errors.relative_error:.4g}"),
+            "sqnr_db": None if self.errors.sqnr is None else round(self.errors.sqnr, 2),
         }
 
 
@@ -77,18 +63,16 @@ class Report:
 
 def sum_up(plan: Plan, done: Mapping[int, ErrorSums]) -> tuple[list[ModuleError], list[ModuleError], dict[str, int]]:
     """Errors per module kind, the five modules with the largest relative error, and tensors with non-finite values."""
-    modules = [
-        ModuleError(u.linear.module, u.info.numel, done[u.index].squared_error, done[u.index].squared_norm) for u in plan.quantized
-    ]
+    modules = [ModuleError(w.linear.module, w.info.numel, replace(done[w.index], nonfinite=0)) for w in plan.quantized if w.linear]
     kinds: dict[str, ModuleError] = {}
     for module in modules:
         name = module.name.rsplit(".", 1)[-1]
-        kind = kinds.setdefault(name, ModuleError(name, 0, 0.0, 0.0))
+        kind = kinds.setdefault(name, ModuleError(name, 0, ErrorSums()))
         kind.weights += module.weights
-        kind.squared_error += module.squared_error
-        kind.squared_norm += module.squared_norm
-    worst = sorted(modules, key=lambda m: (-m.relative_error, m.name))[:5]
-    nonfinite = {plan.units[i].info.name: errors.nonfinite for i, errors in sorted(done.items()) if errors.nonfinite}
+        kind.errors.squared_error += module.errors.squared_error
+        kind.errors.squared_norm += module.errors.squared_norm
+    worst = sorted(modules, key=lambda m: (-m.errors.relative_error, m.name))[:5]
+    nonfinite = {plan.work[i].info.name: errors.nonfinite for i, errors in sorted(done.items()) if errors.nonfinite}
     return list(kinds.values()), worst, nonfinite
 
 
@@ -101,11 +85,11 @@ def provenance(plan: Plan, kinds: list[ModuleError], nonfinite: dict[str, int]) 
             "revision": plan.source.revision,
             "fingerprint": plan.source.fingerprint,
         },
-        "method": plan.method.name,
-        "options": asdict(plan.method),
+        "method": plan.method.scheme.method,
+        "options": methods.options_of(plan.method),
         "dtype": dtypes.TORCH_NAMES[plan.dtype],
         "compute_dtype": plan.compute_dtype,
-        "modules_decided_by": plan.layout.decided_by,
+        "modules_decided_by": plan.decided_by,
         "quantized_modules": len(plan.quantized),
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "measured_error": [e.summary() for e in kinds],

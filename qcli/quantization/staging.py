@@ -17,7 +17,7 @@ from pathlib import Path
 from qcli.errors import CheckpointError, PlanError
 from qcli.files.foreign_json import Kind, Required, check, is_number, parse_object, read_object, whole
 from qcli.files.whole import sync_folder, write_file
-from qcli.methods._base import ErrorSums
+from qcli.methods.errors import ErrorSums
 from qcli.quantization.plan import Plan
 from qcli.sizes import format_bytes
 
@@ -134,8 +134,8 @@ class Staging:
             label = f"{path}, line {number}"
             entry = parse_object(line, label, _ANEW)
             check(entry, _ENTRY, label, _ANEW)
-            if entry["unit"] >= len(self.plan.units):
-                raise CheckpointError(f"{label}: unit is {entry['unit']}, of {len(self.plan.units)}", _ANEW)
+            if entry["unit"] >= len(self.plan.work):
+                raise CheckpointError(f"{label}: unit is {entry['unit']}, of {len(self.plan.work)}", _ANEW)
             self.done[entry["unit"]] = ErrorSums(entry["squared_error"], entry["squared_norm"], entry["nonfinite"])
         if len(whole) != len(data):
             os.truncate(path, len(whole))
@@ -169,8 +169,8 @@ class Staging:
         if self._unsynced >= SYNC_BYTES:
             self.sync(lambda: self._unsynced >= SYNC_BYTES)
 
-    def finish_unit(self, index: int, errors: ErrorSums) -> None:
-        """Notes that every output of unit `index` is written."""
+    def finish_work(self, index: int, errors: ErrorSums) -> None:
+        """Notes that every output of the work `index` is written."""
         with self._noting:
             self._waiting.append((index, errors))
         if self._is_due():

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qcli.nn.linear_8bit import Linear8bit
+from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.streaming.batches import BATCH_TOKENS, make_batches
 from qcli.streaming.corpus import Window
 from qcli.streaming.head import Head
@@ -79,8 +79,7 @@ class Reading:
     ):
         self.skeleton, self.head, self.advance = skeleton, Head(skeleton), advance
         self._broken: dict[tuple[str, str], torch.Tensor] = {}
-        # LLM.int8() takes the outlier columns of all tokens of a call, which must be those of one text.
-        alone = alone or any(isinstance(module, Linear8bit) for module in skeleton.model.modules())
+        alone = alone or any(m.one_text_a_call for m in skeleton.model.modules() if isinstance(m, QuantizedLinear))
         batches = make_batches([window.ids for window in windows], 0 if padded else None, 1 if alone else BATCH_TOKENS)
         calls = [Call(self.head.below(batch), variant, batch) for variant in variants for batch in batches]
         handles = [unit.module.register_forward_hook(self._watch(unit)) for unit in skeleton.blocks]

@@ -24,11 +24,10 @@ from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.stored_tensor import StoredTensor, pread
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, UsageError, one_of
-from qcli.loading.load import check_fits, quiet
+from qcli.loading.load import check_fits, open_checkpoint, quiet, stored_config
 from qcli.loading.tokenizer import read_tokenizer
-from qcli.loading.transformers_quantizer import QcliConfig, QcliQuantizer
+from qcli.loading.transformers_quantizer import QcliQuantizer
 from qcli.runtime.heap import give_back
-from qcli.stored import open_checkpoint, read_stored
 from qcli.streaming.units import Unit, find_units
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -108,8 +107,7 @@ class Skeleton:
             ) from e
         self.quantizer = None
         if stored:
-            spec = read_stored(source, self.layout, stored, dtype)
-            self.quantizer = QcliQuantizer(QcliConfig(**spec), pre_quantized=True)
+            self.quantizer = QcliQuantizer(stored_config(source, self.layout, dtype), pre_quantized=True)
             self.quantizer.preprocess_model(model=self.model, dtype=self.dtype)
         self._config = LoadStateDictConfig(
             dtype=self.dtype,

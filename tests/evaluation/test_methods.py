@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from qcli.simulation import SIMULATIONS, chosen
 
 from qcli.evaluation.methods import Methods, Rounded, Rounding
-from qcli.simulation import SIMULATIONS, chosen
 from qcli.streaming.skeleton import Skeleton
 from tests.conftest import ROOT
 

@@ -4,11 +4,11 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
+from qcli.simulation import SIMULATIONS, chosen, simulation
 
 from qcli.errors import UsageError
 from qcli.ops.linear_int8 import linear_int8
 from qcli.ops.quantize_int8 import quantize_int8
-from qcli.simulation import SIMULATIONS, chosen, simulation
 from tests.conftest import ROOT
 
 THRESHOLD = 6.0

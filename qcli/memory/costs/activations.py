@@ -6,12 +6,13 @@ quantized product within it, and of the logits. What the allocator adds, and ker
 
 from dataclasses import dataclass
 
+from qcli.checkpoint.dtypes import MODEL_DTYPES
 from qcli.errors import UsageError
 from qcli.memory.costs.cache_parts import KV_BYTES, RUNTIMES
 from qcli.memory.costs.layer_moments import Pass, attends, expanded, has_feed_forward, is_gated, moments
+from qcli.schemes import NAMED, QUANTIZED, Scheme
 
-FOUR_BITS = ("nf4", "nf4-plain", "fp4")
-METHODS = ("bfloat16", "float16", "float32", "llm-int8", *FOUR_BITS)
+METHODS = (*MODEL_DTYPES, *QUANTIZED)
 LOGITS = ("last", "all")
 _FEW_TOKENS = 8  # up to so many, a 4-bit weight is multiplied without being expanded
 
@@ -84,9 +85,9 @@ def activations(
 
 def _of_pass(config, through: Pass, method: str) -> tuple[dict[str, int], list[str]]:
     found, formula = moments(config, through)
-    if method == "llm-int8" or method in FOUR_BITS:
+    if method in QUANTIZED:
         for product in _linears(config):
-            found[product.name], why = _quantized(product, through, method)
+            found[product.name], why = _quantized(product, through, NAMED[method])
             formula.append(why)
     return found, formula
 
@@ -104,17 +105,17 @@ def _linears(config) -> list[_Linear]:
     return made
 
 
-def _quantized(product: _Linear, through: Pass, method: str) -> tuple[int, str]:
+def _quantized(product: _Linear, through: Pass, scheme: Scheme) -> tuple[int, str]:
     rows, columns, total = product.rows, product.columns, through.total
     shape = f"{product.name} [{rows}, {columns}]"
     alive = total * (product.alive + rows) * through.itemsize
-    if method == "llm-int8":
+    if scheme.activations:
         # int8 input, its row absmax, and the product in int32 before it is scaled.
         each = columns + 4 + 4 * rows
         return (alive + total * each, f"{shape} in int8: {total} tokens x ({columns} + 4 + 4 x {rows} = {each}) bytes more")
     if total <= _FEW_TOKENS:
-        return alive, f"{shape}: its 4-bit weight is multiplied as it is stored"
-    extra = rows * columns * through.itemsize + (rows * columns // 64 * 4 if method == "nf4" else 0)
+        return alive, f"{shape}: its {scheme.bits}-bit weight is multiplied as it is stored"
+    extra = rows * columns * through.itemsize + (4 * scheme.scales(rows, columns) if scheme.double_quant else 0)
     return alive + extra, f"{shape}: its weight expanded, {extra} bytes"
 
 

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcli.errors import QcliError, UsageError
+from qcli.formats import written
 from qcli.memory.costs.weights import ITEMSIZE, weights
 from qcli.memory.model.opening import Model
-from qcli.memory.model.tensor_rules import Parameter
+from qcli.schemes import CHUNK_BYTES, CHUNKS_IN_WORK, NAMED
 
-# The working memory of qcli.quantization.plan: chunks in work on several threads, with the float32 copies made of each.
-_CHUNK_BYTES, _CHUNKS_IN_WORK = 1 << 20, 128
-_BLOCK_SIZE, _PER_BLOCK, _PER_ROW = 64, 24, 8  # bytes that are kept of a weight until its last row is there
 _SAMPLE = 32 << 20  # bytes read and written to measure a rate
 
 
@@ -45,13 +43,13 @@ def quantizing(model: Model, folder: Path) -> list[Quantizing]:
     linears = [parameter for parameter in model.parameters if parameter.quantizable]
     read, write = _rates(model.files, folder)
     found = []
-    for method in ("llm-int8", "nf4", "fp4"):
+    for method in written():
         stored = weights(model.parameters, method, dtype).stored
-        kept = max((_kept(method, linear) for linear in linears), default=0)
+        held = (NAMED[method].held_bytes(linear.out_features, linear.numel // linear.out_features) for linear in linears)
         found.append(
             Quantizing(
                 method=method,
-                memory=kept + _CHUNKS_IN_WORK * _CHUNK_BYTES,
+                memory=max(held, default=0) + CHUNKS_IN_WORK * CHUNK_BYTES,
                 disk=stored,
                 download=0 if model.files else source,
                 read_rate=read,
@@ -60,12 +58,6 @@ def quantizing(model: Model, folder: Path) -> list[Quantizing]:
             )
         )
     return found
-
-
-def _kept(method: str, linear: Parameter) -> int:
-    if method == "llm-int8":
-        return _PER_ROW * linear.out_features
-    return _PER_BLOCK * -(-linear.numel // _BLOCK_SIZE)
 
 
 def _rates(files: list[Path], folder: Path) -> tuple[float, float]:

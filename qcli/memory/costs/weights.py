@@ -1,10 +1,7 @@
 """Bytes of a model's weights under each method: as they lie in memory, as they are stored, and as CUDA allocates them.
 
-Formulas, for a linear weight of n elements in blocks of 64 (QLoRA, arXiv:2305.14314, section 3):
-  4 bit plain    ceil(n/2) codes, 4 ceil(n/64) absmax, 64 codebook
-  double quant   ceil(n/2) codes, ceil(n/64) absmax, 4 ceil(ceil(n/64)/256) their own absmax, 64 + 1024 codebooks, 4 offset
-  LLM.int8()     n codes, 4 a row for the row's absmax (arXiv:2208.07339)
-Everything else keeps the model's dtype.
+A quantized linear weight takes what its format (qcli/formats/) stores of its scheme (qcli/schemes.py), or the scheme's own parts
+where no format holds it. Everything else keeps the model's dtype.
 """
 
 import functools
@@ -13,30 +10,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from qcli.checkpoint.dtypes import CODES
+from qcli.checkpoint import dtypes
 from qcli.errors import UsageError
-from qcli.formats.bitsandbytes import outputs_4bit, outputs_8bit
-from qcli.memory.model.tensor_rules import ONLY_STORED, Parameter
+from qcli.formats import Weight, stored_tensors
+from qcli.memory.model.tensor_rules import Parameter
+from qcli.schemes import NAMED, NESTED_BLOCK_SIZE, QUANTIZED
 from qcli.sizes import format_bytes
 
-ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
-METHODS = (*ITEMSIZE, "llm-int8", "nf4", "nf4-plain", "fp4", "stored")
-# method -> codebook, double quantization
-_QUANT_TYPES = {"nf4": ("nf4", True), "nf4-plain": ("nf4", False), "fp4": ("fp4", True)}
-_BLOCK_SIZE = 64
+ITEMSIZE = {name: dtypes.ITEMSIZE[dtypes.CODES[name]] for name in dtypes.MODEL_DTYPES}
+METHODS = (*ITEMSIZE, *QUANTIZED, "stored")
 _OFFSET = 4  # float32, by which double quantization shifts absmax; stored inside of the quant_state
 _CUDA_GRANULE = 512  # bytes, to which torch's CUDA allocator rounds
 # Names of the experts that transformers makes one tensor of.
 _EXPERT = re.compile(r"experts\.\d+\.")
 _FUSED = re.compile(r"(experts\.)(?:gate_proj|up_proj|gate_up_proj|w1|w3)(?=\.|$)")
-_DOUBLE = "half a byte each, 1 byte a block of 64, 4 bytes every 256 blocks and 1,092 bytes a tensor"
-_RULES = {
-    "llm-int8": "1 byte each and 4 bytes a row",
-    "nf4": _DOUBLE,
-    "fp4": _DOUBLE,
-    "nf4-plain": "half a byte each, 4 bytes a block of 64 and 64 bytes a tensor",
-    "stored": "as the checkpoint holds them",
-}
 
 
 @dataclass(frozen=True)
@@ -97,7 +84,7 @@ def _tensors(parameter: Parameter, method: str, dtype: str, every_linear: bool) 
     """The term that counts `parameter`, bytes of each of its tensors in memory, and bytes in a checkpoint."""
     if method == "stored" and parameter.scheme is not None:
         return "stored", [parameter.stored], parameter.stored
-    quantizes = method == "llm-int8" or method in _QUANT_TYPES
+    quantizes = method in QUANTIZED
     if not (quantizes and parameter.numel and (parameter.quantizable or (every_linear and parameter.linear))):
         keeps = parameter.keep_fp32 and dtype == "float16" and not (every_linear and quantizes)
         kept = "float32" if keeps else dtype
@@ -110,15 +97,30 @@ def _tensors(parameter: Parameter, method: str, dtype: str, every_linear: bool) 
 @functools.cache
 def _quantized(method: str, shape: tuple[int, int], dtype: str) -> tuple[list[int], int]:
     """Bytes in memory of each tensor of a quantized weight of `shape`, and its bytes in a checkpoint."""
-    if method == "llm-int8":
-        specs, extra = outputs_8bit("weight", shape), []
-    else:
-        quant_type, double = _QUANT_TYPES[method]
-        specs = outputs_4bit("weight", shape, quant_type, _BLOCK_SIZE, double, CODES[dtype])
-        extra = [_OFFSET] if double else []
-    sizes = {spec.name: spec.nbytes for spec in specs}
-    resident = [size for name, size in sizes.items() if not ONLY_STORED.search(name)]
-    return resident + extra, sum(sizes.values())
+    scheme = NAMED[method]
+    stored, resident = stored_tensors(scheme, Weight("weight", *shape, dtypes.CODES[dtype]))
+    extra = [_OFFSET] if scheme.double_quant else []
+    return [spec.nbytes for spec in resident] + extra, sum(spec.nbytes for spec in stored)
+
+
+def _rule(name: str) -> str:
+    """What a weight takes under a method, in words."""
+    if name == "stored":
+        return "as the checkpoint holds them"
+    if name in ITEMSIZE:
+        return f"{ITEMSIZE[name]} bytes each"
+    scheme = NAMED[name]
+    each = "half a byte" if scheme.bits == 4 else f"{scheme.bits / 8:g} byte{'s' if scheme.bits > 8 else ''}"
+    shared = {"flat": f"a block of {scheme.size}", "group": f"a group of {scheme.size}", "row": "a row", "tensor": "a tensor"}
+    scale = "1 byte" if scheme.double_quant else "4 bytes"
+    if scheme.zero_point:
+        scale += " and a zero point"
+    nested = f" and 4 bytes every {NESTED_BLOCK_SIZE} blocks" if scheme.double_quant else ""
+    tables = 4 * (2**scheme.bits + 256 * scheme.double_quant + scheme.double_quant) if scheme.codebook else 0
+    table = f" and {tables:,} bytes a tensor" if tables else ""
+    if nested:
+        return f"{each} each, {scale} {shared[scheme.share]},{nested.removeprefix(' and')}{table}"
+    return f"{each} each{',' if table else ' and'} {scale} {shared[scheme.share]}{table}"
 
 
 @dataclass
@@ -135,5 +137,4 @@ class _Term:
         self.kinds[parameter.kind] = None
 
     def sentence(self, name: str) -> str:
-        rule = _RULES.get(name) or f"{ITEMSIZE[name]} bytes each"
-        return f"{', '.join(self.kinds)}: {self.count:,} parameters in {name}, {rule}: {format_bytes(self.size)}"
+        return f"{', '.join(self.kinds)}: {self.count:,} parameters in {name}, {_rule(name)}: {format_bytes(self.size)}"

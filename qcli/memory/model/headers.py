@@ -9,12 +9,14 @@ import re
 from collections.abc import Mapping
 from math import prod
 
+from qcli import formats
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import Source
 from qcli.errors import UsageError
 from qcli.memory.model.config import ModelConfig
 from qcli.memory.model.families import shapes_of
-from qcli.memory.model.tensor_rules import ONLY_STORED, Parameter, layer_of, parameter
+from qcli.memory.model.tensor_rules import Parameter, layer_of, parameter
+from qcli.schemes import NAMED
 from qcli.sizes import format_bytes
 
 _PLAIN = ("F64", "F32", "F16", "BF16")
@@ -23,8 +25,6 @@ _COMPANIONS = {
     "qzeros",
     "scales",
     "g_idx",
-    "SCB",
-    "weight_format",
     "weight_scale",
     "weight_scale_inv",
     "weight_scale_2",
@@ -37,22 +37,22 @@ _COMPANIONS = {
 }
 _BUFFER = re.compile(r"(?:inv_freq|masked_bias|position_ids|\.attn\.bias|\.attention\.bias)$")
 _PREDICTION = re.compile(r"(?:^|\.)mtp\w*\.")
-_QUANT_STATE = re.compile(r"\.quant_state\.bitsandbytes__(\w+)$")
 
 
 def parameters_of(source: Source, config: ModelConfig) -> list[Parameter]:
     """The parameters of the checkpoint `source`, whose config.json is `config`. What was left out is told in `config.assumed`."""
     groups: dict[str, list[TensorInfo]] = {}
+    known = {name: weight for each in formats.all_formats() for name, weight in each.companions(source.tensors).items()}
     for name, (_, info) in source.tensors.items():
-        groups.setdefault(_owner(name, source.tensors), []).append(info)
+        groups.setdefault(known.get(name) or _owner(name, source.tensors), []).append(info)
     quantization = config.quantization if isinstance(config.quantization, dict) else {}
     # bitsandbytes' 4-bit headers do not say shapes; the family may.
     shapes = (shapes_of(config) if quantization else None) or {}
     predicting = _prediction_layers(config)
     found, ignored = [], 0
     for name, infos in groups.items():
-        main = max(infos, key=lambda info: info.nbytes)
-        stored = sum(info.nbytes for info in infos if not ONLY_STORED.search(info.name))
+        main = next((info for info in infos if info.name == name), None) or max(infos, key=lambda info: info.nbytes)
+        stored = sum(info.nbytes for info in infos if all(each.in_memory(info) for each in formats.all_formats()))
         if _is_buffer(name, main.shape):
             continue
         if layer_of(name) in predicting or _PREDICTION.search(name):
@@ -69,10 +69,8 @@ def parameters_of(source: Source, config: ModelConfig) -> list[Parameter]:
 
 
 def _owner(name: str, tensors: Mapping[str, object]) -> str:
-    """The parameter to which a stored tensor belongs: itself, or the weight whose codes, scales or absmax it holds."""
-    weight = name.partition(".weight.")[0] + ".weight"
-    if ".weight." in name and weight in tensors:
-        return weight
+    """The parameter to which a stored tensor belongs in formats that qcli does not read: itself, or the weight whose codes or
+    scales it holds."""
     module, _, leaf = name.rpartition(".")
     if leaf in _PACKED:
         return f"{module}.weight"
@@ -97,11 +95,10 @@ def _prediction_layers(config: ModelConfig) -> range:
 
 
 def _scheme(main: TensorInfo, infos: list[TensorInfo], quantization: Mapping) -> str | None:
-    for info in infos:
-        if match := _QUANT_STATE.search(info.name):
-            return match[1]
-        if info.name.endswith(".SCB"):
-            return "llm-int8"
+    by_name = {info.name: info for info in infos}
+    for each in formats.all_formats():
+        if found := each.scheme_of(main.name, by_name):
+            return found.name
     if main.dtype in _PLAIN:
         return None
     leaf = main.name.rpartition(".")[2]
@@ -115,7 +112,7 @@ def _logical_shape(
 ) -> tuple[int, ...]:
     """The shape of what the stored tensor stands for. `known` is the family's word for it, if it has one."""
     leaf, shape = main.name.rpartition(".")[2], main.shape
-    if scheme in ("nf4", "fp4"):
+    if scheme in NAMED and NAMED[scheme].share == "flat":
         count = 2 * main.nbytes
         return known if prod(known) in (count, count - 1) else (1, count)
     if leaf.endswith("_blocks") and len(shape) > 2:

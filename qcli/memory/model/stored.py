@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
-from qcli.checkpoint.dtypes import CODES, TensorSpec
 from qcli.errors import UsageError
-from qcli.formats.bitsandbytes import outputs_4bit, outputs_8bit
+from qcli.formats import Weight, stored_tensors
 from qcli.memory.model.config import ModelConfig
-from qcli.memory.model.tensor_rules import ONLY_STORED, Parameter
+from qcli.memory.model.tensor_rules import Parameter
+from qcli.schemes import NAMED
 
-_BLOCK_SIZE = 64  # of bitsandbytes
 _FP8_BLOCK = (128, 128)  # rows and columns that share a float32 scale: the default of transformers' FineGrainedFP8Config
 _MXFP4_GROUP, _MXFP4_BYTES = 32, 17  # elements, and their codes with the scale's one byte
 _SKIPPED = ("modules_to_not_convert", "llm_int8_skip_modules")
@@ -47,18 +46,15 @@ def _pattern(module: str) -> re.Pattern[str]:
 def _bitsandbytes(one: Parameter, quantization: Mapping, config: ModelConfig) -> tuple[str, int] | None:
     if not one.quantizable:
         return None
-    shape = (one.out_features, one.numel // one.out_features)
+    name = quantization.get("bnb_4bit_quant_type") or "fp4"
     if quantization.get("load_in_8bit"):
-        return "llm-int8", _size(outputs_8bit("weight", shape))
-    kind = quantization.get("bnb_4bit_quant_type") or "fp4"
-    if kind not in ("nf4", "fp4"):
-        raise UsageError(f"bnb_4bit_quant_type in {config.label} is {kind!r}, expected nf4 or fp4.")
-    double = bool(quantization.get("bnb_4bit_use_double_quant"))
-    return kind, _size(outputs_4bit("weight", shape, kind, _BLOCK_SIZE, double, CODES["bfloat16"]))
-
-
-def _size(specs: Sequence[TensorSpec]) -> int:
-    return sum(spec.nbytes for spec in specs if not ONLY_STORED.search(spec.name))
+        name = "llm-int8"
+    elif name not in ("nf4", "fp4"):
+        raise UsageError(f"bnb_4bit_quant_type in {config.label} is {name!r}, expected nf4 or fp4.")
+    elif not quantization.get("bnb_4bit_use_double_quant"):
+        name += "-plain"
+    _, resident = stored_tensors(NAMED[name], Weight("weight", one.out_features, one.numel // one.out_features, "BF16"))
+    return name, sum(spec.nbytes for spec in resident)
 
 
 def _fp8(one: Parameter, quantization: Mapping, config: ModelConfig) -> tuple[str, int] | None:

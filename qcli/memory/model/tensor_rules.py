@@ -43,9 +43,6 @@ _NOT_LINEAR = re.compile(r"conv|relative_attention_bias|position_bias|_embed\w*$
 # torch's MultiheadAttention reads its output projection's weight by hand, so it is of a Linear class of its own.
 _NO_PLAIN_LINEAR = re.compile(r"vision_tower\.(?:vision_model\.)?head\.attention\.out_proj$")
 
-# Tensors of a checkpoint that no memory holds: bitsandbytes' JSON beside a weight, and its mark of a layout.
-ONLY_STORED = re.compile(r"\.quant_state\.|weight_format$")
-
 # transformers' Conv1D: a linear layer whose weight is stored [in_features, out_features].
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 # Subclasses of nn.Linear, which transformers leaves alone: it compares types.

@@ -3,8 +3,8 @@
 from qcli.memory.costs.weights import ITEMSIZE, weights
 from qcli.memory.model.opening import Model
 from qcli.memory.placing.split import STACK_PREFIX, Block
+from qcli.schemes import NAMED, QUANTIZED
 
-_COUNTED_BITS = {"llm-int8": 8, "nf4": 4, "nf4-plain": 4, "fp4": 4}  # of a quantized weight, scales aside
 _EMBEDDING, _ENCODER, _STACK, _HEAD = range(4)
 _NAMES = ("embedding", "encoder layer {}", f"{STACK_PREFIX}{{}}", "head")
 
@@ -39,10 +39,11 @@ def _place(parameter) -> tuple[int, int]:
 
 
 def _is_quantized(parameter, method: str) -> bool:
-    return parameter.scheme is not None if method == "stored" else parameter.quantizable and method in _COUNTED_BITS
+    return parameter.scheme is not None if method == "stored" else parameter.quantizable and method in QUANTIZED
 
 
 def _counted(parameter, method: str, dtype: str) -> int:
     if _is_quantized(parameter, method):
-        return parameter.stored if method == "stored" else parameter.numel * _COUNTED_BITS[method] // 8
+        # Scales aside, as transformers counts.
+        return parameter.stored if method == "stored" else parameter.numel * NAMED[method].bits // 8
     return parameter.numel * ITEMSIZE[method if method in ITEMSIZE else dtype]

@@ -2,11 +2,11 @@
 
 // Row-wise is drawn as a band: vector-wise, which differs in the weights' scales alone, often lies on it.
 const METHODS = [
-  ["int8 per-tensor", "brown", "x"],
-  ["int8 row-wise", "orange", "triangle-up"],
-  ["int8 vector-wise", "red", "square"],
-  ["LLM.int8()", "blue", "circle"],
-  ["NF4", "green", "diamond"],
+  ["int8-per-tensor", "brown", "x"],
+  ["int8-row-wise", "orange", "triangle-up"],
+  ["int8", "red", "square"],
+  ["llm-int8", "blue", "circle"],
+  ["nf4", "green", "diamond"],
 ];
 const KINDS = [
   ["attention input", "blue"],
@@ -98,7 +98,7 @@ function noise(report) {
       traces: METHODS.filter(([name]) => measured.some((site) => site.sqnr[name])).map(([name, paint, symbol]) => {
         const values = worst(report, kind, (site) => site.sqnr?.[name]?.[part], Math.min);
         const texts = layers.map((layer, i) => `layer ${layer}, ${name}<br>${fixed(values[i])} dB`);
-        const wide = name === "int8 row-wise" ? { line: { width: 6, color: colour(paint) }, opacity: 0.6 } : {};
+        const wide = name === "int8-row-wise" ? { line: { width: 6, color: colour(paint) }, opacity: 0.6 } : {};
         return lines(name, layers, values, texts, colour(paint), { marker: { symbol, size: 7 }, ...wide });
       }),
       layout: layout(380, { xaxis: layerAxis(layers), yaxis: axis("SQNR at the output (dB)") }),

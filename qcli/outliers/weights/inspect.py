@@ -7,19 +7,21 @@ of that is kept. (`.bin` shards are fetched whole: only such a file itself tells
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 
-from qcli import __version__, methods
+from qcli import __version__, formats
 from qcli.checkpoint import config_json, dtypes
 from qcli.checkpoint.model_dtype import model_dtype
-from qcli.checkpoint.modules import Layout, find_linears
+from qcli.checkpoint.modules import Layout, Linear, find_linears
+from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import Source, open_source, read_pieces
-from qcli.errors import CheckpointError
+from qcli.errors import CheckpointError, together
+from qcli.formats import Weight
 from qcli.formats.describe import Description, describe
 from qcli.outliers.tensor_names import gain_of, is_down_projection, layer_counts, place
 from qcli.outliers.weights import summary
 from qcli.outliers.weights.statistics import LinearWeight, NormGain
-from qcli.quantization import plan as planning
+from qcli.schemes import NAMED, Scheme
 
-_SIZES = {"int8": ("llm-int8", {}), "NF4": ("nf4", {"double_quant": False}), "NF4+DQ": ("nf4", {"double_quant": True})}
+_SIZES = ("llm-int8", "nf4-plain", "nf4")  # of qcli.schemes
 
 
 def inspect_weights(
@@ -103,11 +105,19 @@ def _norm_gains(source: Source) -> list[NormGain]:
 
 
 def _linear_weights(source: Source, layout: Layout, notes: list[str]) -> list[LinearWeight]:
-    dtype, method = model_dtype(source, "auto"), methods.make_method("llm-int8", {})
-    chosen = planning.choose_modules(layout, [], [], [])
-    # Also says which of them do not fit the model, and leaves those out.
-    rows = planning.make_units(source, layout, method, dtype, set(layout.linears), notes)
-    found = [(file, info, linear) for file, info, linear, _ in rows if linear and info.numel]
+    dtype = model_dtype(source, "auto")
+    chosen = {linear.tensor for linear in layout.quantizable()}
+    found, of_no_use = [], {}
+    for name, linear in layout.linears.items():
+        file, info = source.tensors[name]
+        expected = (linear.in_features, linear.out_features) if linear.transposed else (linear.out_features, linear.in_features)
+        if info.shape != expected:
+            notes.append(f"{name} is {list(info.shape)}, the model expects {list(expected)}: not inspected")
+        elif info.dtype not in dtypes.FLOATS:
+            of_no_use.setdefault(info.dtype, []).append(name)
+        elif info.numel:
+            found.append((file, info, linear))
+    notes += [together(f"weights stored as {code} were not inspected", names) for code, names in of_no_use.items()]
     layers = layer_counts(linear.module for _, _, linear in found)
 
     def early(module: str) -> bool:
@@ -160,12 +170,21 @@ def _sizes(source: Source, told: Description, layout: Layout | None) -> list[dic
     """Bytes of all tensors: as stored, and by each method with the modules that `qcli quantize` would choose."""
     sizes = {"as stored": told.bytes}
     if layout is not None:
-        quantized = planning.choose_modules(layout, [], [], [])
-        for label, (name, options) in _SIZES.items():
-            method = methods.make_method(name, options)
-            rows = planning.make_units(source, layout, method, model_dtype(source, "auto"), quantized, [])
-            units, _ = planning.lay_out(rows, max_shard_size=told.bytes)
-            sizes[label] = sum(unit.output_bytes for unit in units)
+        dtype = model_dtype(source, "auto")
+        quantizable = {linear.tensor: linear for linear in layout.quantizable()}
+        for name in _SIZES:
+            sizes[name] = sum(
+                _written(info, quantizable.get(info.name), NAMED[name], layout, dtype) for info in source.infos.values()
+            )
     return [
         {"method": label, "bytes": count, "bits_per_weight": 8 * count / max(told.parameters, 1)} for label, count in sizes.items()
     ]
+
+
+def _written(info: TensorInfo, linear: Linear | None, scheme: Scheme, layout: Layout, dtype: str) -> int:
+    """Bytes of a tensor as `qcli quantize` would write it, the model's dtype being `dtype`."""
+    if linear is not None:
+        return formats.stored_bytes(scheme, Weight(info.name, linear.out_features, linear.in_features, dtype))
+    if info.dtype in dtypes.FLOATS:
+        return info.numel * dtypes.ITEMSIZE["F32" if layout.stays_fp32(info.name, dtype) else dtype]
+    return info.nbytes

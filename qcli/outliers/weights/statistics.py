@@ -11,13 +11,13 @@ from qcli.checkpoint import dtypes
 from qcli.checkpoint.modules import Linear
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import PIECE_BYTES
-from qcli.methods._base import ErrorSums
+from qcli.methods.errors import ErrorSums
 from qcli.outliers.statistics import ChannelStats
 from qcli.outliers.tensor_names import place
 from qcli.outliers.weights.largest import LargestWeights
-from qcli.quantization.plan import quantized_dtype
+from qcli.schemes import NAMED
 
-METHODS = {"int8 row-wise": "llm-int8", "NF4+DQ": "nf4"}  # what SQNR is measured for
+METHODS = ("llm-int8", "nf4")  # of qcli.schemes, whose SQNR is measured
 GAIN_SIGMAS = 3.0  # BERT Busters (arXiv:2105.06990)
 COLUMN_SIGMAS = 4.0  # bitsandbytes' find_outlier_dims
 _IN_CACHE = 1 << 16  # elements whose float64 copy stays in a CPU's cache
@@ -71,18 +71,18 @@ class LinearWeight:
         # Filled in place: small tensors kept one by one would pin the heap between the pieces that come and go.
         self._row_squares = torch.empty(linear.out_features, dtype=torch.float64)
         self._largest = LargestWeights(linear.in_features) if self._early_down else None
-        self._streams = {}
-        for label, name in METHODS.items():
-            method = methods.make_method(name, {})
-            enters_as = quantized_dtype(info, method, self._dtype)
-            stream = method.stream(info.name, linear.out_features, linear.in_features, enters_as, torch.device("cpu"))
-            self._streams[label] = stream, dtypes.torch_dtype(enters_as)
+        self._encoders = {}
+        for name in METHODS:
+            method = methods.make(NAMED[name])
+            enters_as = methods.entering_dtype(method, info.dtype, self._dtype)
+            encoder = method.encoder(linear.out_features, linear.in_features, torch.device("cpu"))
+            self._encoders[name] = encoder, dtypes.torch_dtype(enters_as)
         if linear.transposed:
             self._whole = torch.empty(info.numel, dtype=dtypes.torch_dtype(info.dtype))
 
     def _add(self, rows: torch.Tensor) -> None:
-        for stream, dtype in self._streams.values():
-            stream.feed(rows.to(dtype).view(-1), self._row * self.linear.in_features)
+        for encoder, dtype in self._encoders.values():
+            encoder.feed(rows.to(dtype).view(-1), self._row * self.linear.in_features)
         if rows.dtype == torch.float64 or rows.dtype.itemsize == 1:  # float8: no sums are made in it
             rows = rows.float()
         self._stats.add(rows, torch.inf)
@@ -102,8 +102,8 @@ class LinearWeight:
         del self._whole
 
     def _finish(self) -> None:
-        errors = self.errors = {label: stream.finish().errors for label, (stream, _) in self._streams.items()}
-        row_absmax, block_absmax = (self._streams[label][0].absmax for label in ("int8 row-wise", "NF4+DQ"))
+        errors = self.errors = {name: encoder.finish()[1] for name, (encoder, _) in self._encoders.items()}
+        row_absmax, block_absmax = (self._encoders[name][0].absmax for name in METHODS)
         moments = self._stats.pooled_moments()
         rms, absmax = number(moments.rms), number(self._stats.absmax.max())
         finite = not self._stats.nonfinite
@@ -119,7 +119,7 @@ class LinearWeight:
             "in_features": self.linear.in_features,
             "dtype": dtypes.TORCH_NAMES[self.info.dtype],
             "quantized": self._quantized,
-            "nonfinite": errors["int8 row-wise"].nonfinite,
+            "nonfinite": errors["llm-int8"].nonfinite,
             "absmax": absmax if finite else None,
             "rms": rms if finite else None,
             "crest": absmax / rms if finite and rms else None,
@@ -129,9 +129,9 @@ class LinearWeight:
             "block_spread": spread(block_absmax) if finite else None,
             "columns": self._columns() if finite else None,
             "largest": self._largest.found(rms) if finite and self._largest else None,
-            "sqnr": {label: sqnr(sums) if finite else None for label, sums in errors.items()},
+            "sqnr": {name: sums.sqnr if finite else None for name, sums in errors.items()},
         }
-        del self._streams, self._stats, self._row_squares, self._largest
+        del self._encoders, self._stats, self._row_squares, self._largest
 
     def _columns(self) -> dict[str, object]:
         """Columns whose standard deviation stands out among those of all columns."""
@@ -190,13 +190,6 @@ def spread(absmax: torch.Tensor) -> float | None:
     """Greatest over median; None where the median is zero."""
     middle = np.median(absmax.double().numpy())
     return number(absmax.max().double() / middle) if middle > 0 else None
-
-
-def sqnr(errors: ErrorSums) -> float | None:
-    """10 log10(||w||^2 / ||w - stored||^2) in dB; None where nothing was lost or there is nothing to lose."""
-    if errors.squared_error <= 0 or errors.squared_norm <= 0:
-        return None
-    return 10 * math.log10(errors.squared_norm / errors.squared_error)
 
 
 def number(x: float | torch.Tensor) -> float | None:

@@ -3,8 +3,8 @@
 from collections import Counter
 from statistics import median
 
-from qcli.methods._base import ErrorSums
-from qcli.outliers.weights.statistics import METHODS, LinearWeight, sqnr
+from qcli.methods.errors import ErrorSums
+from qcli.outliers.weights.statistics import METHODS, LinearWeight
 
 MOST = 0.5  # share of the norms beyond which a dimension is a candidate for an outlier feature
 _LISTED_OF_ALL = 64  # dims at most
@@ -27,8 +27,8 @@ _COLUMNS = (
     "row_spread",
     "row_crest",
     "block_spread",
-    "sqnr_int8_row_wise_db",
-    "sqnr_nf4_dq_db",
+    "sqnr_llm_int8_db",
+    "sqnr_nf4_db",
     "mean",
     "std",
     "max_z",
@@ -53,7 +53,7 @@ def _kind(kind: str, group: list[LinearWeight]) -> dict[str, object]:
 
     def together(label: str) -> float | None:
         sums = [w.errors[label] for w in group if not w.finding["nonfinite"]]
-        return sqnr(ErrorSums(sum(s.squared_error for s in sums), sum(s.squared_norm for s in sums)))
+        return ErrorSums(sum(s.squared_error for s in sums), sum(s.squared_norm for s in sums)).sqnr
 
     dims = Counter(d["dim"] for f in whole for d in f["columns"]["dims"])
     return {
@@ -137,8 +137,8 @@ def rows(report: dict) -> tuple[tuple[str, ...], list[list[object]]]:
                 "rows": found["out_features"],
                 "columns": found["in_features"],
                 "max_z": columns["max_z"],
-                "sqnr_int8_row_wise_db": found["sqnr"]["int8 row-wise"],
-                "sqnr_nf4_dq_db": found["sqnr"]["NF4+DQ"],
+                "sqnr_llm_int8_db": found["sqnr"]["llm-int8"],
+                "sqnr_nf4_db": found["sqnr"]["nf4"],
                 "dims_beyond": columns["beyond"],
                 "dims": columns["dims"],
             }

@@ -1,0 +1,39 @@
+"""Absmax int8 (arXiv:2208.07339, section 2): q = round(x * 127 / absmax), which stands for q * absmax / 127.
+
+Shared by `int8` and `llm-int8`, which store the same weight. Rounding is that of qcli.ops.quantize_int8.
+"""
+
+import torch
+
+from qcli.methods._method import Parts
+from qcli.methods.errors import ErrorSums, add_up
+from qcli.ops.dequantize_int8 import dequantize_int8
+from qcli.ops.error_int8 import error_int8
+from qcli.ops.quantize_int8 import quantize_int8
+
+
+class RowEncoder:
+    """One float32 scale for each row. See qcli.methods._method.Encoder. `absmax` float32 [rows] is whole at the end."""
+
+    def __init__(self, rows: int, columns: int, device: torch.device):
+        self.grain = columns
+        self.absmax = torch.empty(rows, device=device)
+        self.sums: dict[int, list[float]] = {}
+
+    def feed(self, chunk: torch.Tensor, start: int) -> Parts:
+        chunk = chunk.view(-1, self.grain)
+        codes, absmax, _ = quantize_int8(chunk, 0.0)
+        self.sums[start] = error_int8(chunk, codes, absmax).tolist()
+        row = start // self.grain
+        self.absmax[row : row + absmax.numel()] = absmax
+        return {"codes": codes}
+
+    def finish(self) -> tuple[Parts, ErrorSums]:
+        return {"scale": self.absmax}, add_up(self.sums)
+
+
+def decode_rows(parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
+    """The weight float32 [out_features, in_features] of codes with as many scales as rows, or with one."""
+    scale = parts["scale"]
+    codes = parts["codes"].view(len(scale), -1)
+    return dequantize_int8(codes, scale, torch.float32).view(out_features, in_features)

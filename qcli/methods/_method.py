@@ -1,0 +1,85 @@
+"""The protocols of quantization: what a method is, and what it needs of the texts that pass a model.
+
+A method is a frozen dataclass whose fields are its options. It names a scheme (qcli/schemes.py) and makes an encoder for each
+weight. The encoder turns chunks into parts by role: `codes`, `scale`, `zero_point`, `nested_scale`, `nested_offset`. A format
+(qcli/formats/) gives the parts names and bytes. So no method knows a format, and no format knows how codes were found.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Protocol
+
+import torch
+
+from qcli.methods.errors import ErrorSums
+from qcli.schemes import Scheme
+
+Parts = dict[str, torch.Tensor]
+"""Role to tensor. `codes` of 4 bits in flat blocks are uint8, two a byte, the first in the high nibble; other codes are int8, one
+an element, [rows, in_features]. `scale` and `nested_scale` are float32, `zero_point` is an integer, `nested_offset` float64 []."""
+
+
+class Encoder(Protocol):
+    """One weight [out_features, in_features] on its way into codes, chunk by chunk."""
+
+    grain: int
+    """Elements that a chunk must be a multiple of, unless it is the last."""
+
+    def feed(self, chunk: torch.Tensor, start: int) -> Parts:
+        """The parts of a chunk, flat or in rows, that begins at element `start` of the weight taken row by row. Several threads
+        may feed different chunks at the same time, in any order. What is not known before the end is left out."""
+        ...
+
+    def finish(self) -> tuple[Parts, ErrorSums]:
+        """The parts that are known only once every chunk was fed, and what quantizing cost."""
+        ...
+
+
+class Method(Protocol):
+    """A way to quantize a weight. A frozen dataclass; its fields are its options, checked when it is made."""
+
+    casts_to_model_dtype: ClassVar[bool]
+    """Whether weights enter in the model's dtype, as transformers would hold them; else as they are stored."""
+
+    @property
+    def scheme(self) -> Scheme:
+        """What a weight is stored as with these options."""
+        ...
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> "Method":
+        """The method with the options that make `scheme`."""
+        ...
+
+    def encoder(self, out_features: int, in_features: int, device: torch.device) -> Encoder:
+        """Takes one weight of this shape."""
+        ...
+
+    def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
+        """The weight float32 [out_features, in_features] that all parts together stand for."""
+        ...
+
+
+class Statistic(Protocol):
+    """What a pass of texts through the model leaves at the input of a linear layer. Sums, so that texts divide over workers."""
+
+    def add(self, x: torch.Tensor) -> None:
+        """Counts activations x [tokens, in_features] in."""
+        ...
+
+    def merge(self, other: "Statistic") -> None:
+        """Counts in what `other` has counted. Merged in a fixed order, the same sums come out to the bit."""
+        ...
+
+
+class Transform(Protocol):
+    """What is moved between weights before any of them is rounded (AWQ, arXiv:2306.00978; SmoothQuant, arXiv:2211.10438).
+
+    Diagonal by design: each factor multiplies a row or a column, so that a chunk is transformed as it is read, and a transformed
+    model streams like any other.
+    """
+
+    needs: ClassVar[type[Statistic]]
+
+    def factors(self, statistic: Statistic, weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, torch.Tensor]]:
+        """Tensor name to (dimension, factors float32 along it), for weights that share an input and for what makes that input."""
+        ...

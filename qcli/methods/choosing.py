@@ -1,0 +1,88 @@
+"""From the options of a command to a recipe, and from a recipe to methods, whether on disk or while loading."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from qcli import methods
+from qcli.errors import UsageError
+from qcli.methods._method import Method
+from qcli.recipe import KEEP, Choice, Recipe
+from qcli.schemes import by_bits, named
+
+
+def made(choice: Choice) -> Method:
+    """The method of a recipe's choice, with its options. Raises UsageError."""
+    return methods.make(named(choice.method), dict(choice.options))
+
+
+def methods_of(recipe: Recipe) -> list[Method]:
+    """The methods of a recipe, that of its default first. Raises UsageError where it keeps every module as it is."""
+    found = [made(choice) for choice in (recipe.default, *(choice for _, choice in recipe.rules)) if not choice.keeps]
+    if not found:
+        raise UsageError("the recipe keeps every module as it is", "Give its default or one of its rules a method.")
+    return found
+
+
+def recipe_in_force(
+    recipe: Recipe | None,
+    bits: int | None,
+    method: str | None,
+    options: Mapping[str, object],
+    skip: Iterable[str] = (),
+    format: str | None = None,
+    settings: Mapping[str, object] | None = None,
+    others: Mapping[str, type] | None = None,
+) -> tuple[Recipe, dict[str, object]]:
+    """What the options of a command ask for together, and those of `settings` that are no method's.
+
+    `options` are the method's by name, None where not given; `settings` are name=value pairs, whose text is converted; `others` are
+    names, with types, that may stand among them beside the method's. Raises UsageError.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    kept = tuple((glob, Choice(KEEP)) for glob in skip)
+    if recipe is not None:
+        twice = next((name for name, value in {"bits": bits, "method": method, **given}.items() if value is not None), None)
+        if twice:
+            raise UsageError(f"--recipe and --{twice.replace('_', '-')} were both given", "Leave out one, or put it in the recipe.")
+        _, rest = _split("a recipe", {}, settings or {}, others or {})
+        return replace(recipe, rules=(*kept, *recipe.rules), format=format or recipe.format), rest
+    scheme = by_bits(bits, method)
+    own, rest = _split(scheme.name, methods.option_types(scheme), settings or {}, others or {})
+    own |= given
+    if bits is not None and bits != scheme.bits:
+        if "bits" not in methods.option_types(scheme):
+            raise UsageError(
+                f"--method {method} stores {scheme.bits} bits, and --bits {bits} was given", "Leave out one of the two."
+            )
+        own["bits"] = bits
+    methods.make(scheme, own)  # raises here what is wrong with an option
+    return Recipe(Choice(scheme.name, tuple(own.items())), kept, format), rest
+
+
+def _split(
+    what: str, of_method: Mapping[str, type], settings: Mapping[str, object], others: Mapping[str, type]
+) -> tuple[dict[str, object], dict[str, object]]:
+    """Sorts name=value settings into the method's options and the others. Raises UsageError."""
+    own: dict[str, object] = {}
+    rest: dict[str, object] = {}
+    every = {**of_method, **others}
+    for name, value in settings.items():
+        if name not in every:
+            near = difflib.get_close_matches(name, every, n=2, cutoff=0.4) or list(every)
+            raise UsageError(f"{what} has no setting {name!r}; nearest: {', '.join(near)}", f"Settings: {', '.join(every)}.")
+        (own if name in of_method else rest)[name] = _convert(name, value, every[name])
+    return own, rest
+
+
+def _convert(name: str, value: object, kind: type) -> object:
+    if not isinstance(value, str) or kind is str:
+        return value
+    if kind is bool:
+        if value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        raise UsageError(f"{name} is {value!r}, expected true or false")
+    try:
+        return kind(value)
+    except ValueError:
+        raise UsageError(f"{name} is {value!r}, expected {methods.WORDS[kind]}") from None

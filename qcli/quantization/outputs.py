@@ -1,0 +1,122 @@
+"""From a recipe to outputs: which modules are quantized, what is stored of every tensor, and where in which file it lies."""
+
+from dataclasses import dataclass
+
+from qcli.checkpoint import dtypes
+from qcli.checkpoint.dtypes import TensorSpec
+from qcli.checkpoint.modules import Layout, Linear
+from qcli.checkpoint.safetensors_file import TensorInfo, build_header
+from qcli.checkpoint.source import Source
+from qcli.errors import together
+from qcli.formats import Format, Weight
+from qcli.methods import entering_dtype
+from qcli.methods._method import Method
+from qcli.methods.choosing import made
+from qcli.quantization.plan import Output, Shard, Work
+from qcli.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A source tensor and what will be stored of it, not yet anywhere. `linear` and `method` as in Work."""
+
+    file: str
+    info: TensorInfo
+    linear: Linear | None
+    method: Method | None
+    specs: tuple[TensorSpec, ...]
+
+
+def choose(layout: Layout, recipe: Recipe, problems: list[str]) -> dict[str, Method]:
+    """The method of every weight tensor that `recipe` quantizes, by the tensor's name: linear modules but for what transformers
+    leaves alone. A glob that matches nothing is a problem."""
+    others = layout.default_skip + layout.always_skip
+    modules = [linear.module for linear in layout.linears.values()]
+    for glob in recipe.unmatched([*modules, *others]):
+        ends = sorted({module.rsplit(".", 1)[-1] for module in modules})
+        near = f"*.{glob}" if glob in ends else f"*.{ends[0]}" if ends else "*"
+        problems.append(f"{glob!r} matches no module; a full name or a glob such as {near!r} is expected")
+    chosen, known = {}, {}
+    for linear in layout.linears.values():
+        choice = recipe.choice(linear.module)
+        if not choice.keeps and not layout.skipped(linear.module, None):
+            if choice not in known:
+                known[choice] = made(choice)
+            chosen[linear.tensor] = known[choice]
+    return chosen
+
+
+def plan_tensors(
+    source: Source, layout: Layout, chosen: dict[str, Method], format: Format, dtype: str, problems: list[str]
+) -> list[Planned]:
+    """What is stored of every tensor, in the order of the source's files. `dtype` is the code of what is not quantized."""
+    found, misshaped, of_no_use, refused = [], [], {}, {}
+    order = {file: i for i, file in enumerate(source.files)}
+    tensors = sorted(source.tensors.values(), key=lambda place: (order[place[0]], place[1].start))
+    for file, info in tensors:
+        method = chosen.get(info.name)
+        linear = layout.linears[info.name] if method else None
+        if linear and method:
+            expected = (linear.out_features, linear.in_features)
+            expected = expected[::-1] if linear.transposed else expected
+            if info.shape != expected:
+                misshaped.append(f"{info.name} ({list(info.shape)}, the model expects {list(expected)})")
+                continue
+            if info.dtype not in dtypes.FLOATS:
+                of_no_use.setdefault(info.dtype, []).append(info.name)
+                continue
+            weight = weight_of(info, linear, method, dtype)
+            reason = format.refuses_shape(method.scheme, weight.out_features, weight.in_features)
+            if reason:
+                refused.setdefault(reason, []).append(linear.module)
+                continue
+            specs = format.tensors(weight, method.scheme)
+        else:
+            if info.name in layout.misshaped:
+                stored, expected = layout.misshaped[info.name]
+                misshaped.append(f"{info.name} ({list(stored)}, the model expects {list(expected)})")
+                continue
+            target = info.dtype
+            if info.dtype in dtypes.FLOATS:
+                target = "F32" if layout.stays_fp32(info.name, dtype) else dtype
+            specs = [TensorSpec(info.name, target, tuple(info.shape))]
+        found.append(Planned(file, info, linear, method, tuple(specs)))
+    if misshaped:
+        problems.append(together("tensors whose shape is not the model's", misshaped))
+    for code, names in of_no_use.items():
+        floats = ", ".join(dtypes.FLOATS)
+        problems.append(together(f"weights to quantize that are stored as {code}, expected one of {floats}", names))
+    for reason, modules in refused.items():
+        problems.append(together(f"modules: {reason}", modules))
+    return found
+
+
+def weight_of(info: TensorInfo, linear: Linear, method: Method, dtype: str) -> Weight:
+    """A source tensor as its format is asked about it. `dtype` is the code of the model's dtype."""
+    return Weight(info.name, linear.out_features, linear.in_features, entering_dtype(method, info.dtype, dtype))
+
+
+def place_outputs(planned: list[Planned], max_shard_size: int) -> tuple[list[Work], list[Shard]]:
+    """Places every output. A weight and its companions share a shard. Within a shard wider elements come first, so that every
+    tensor is aligned to its element."""
+    groups: list[list[Planned]] = [[]]
+    size = 0
+    for each in planned:
+        nbytes = sum(spec.nbytes for spec in each.specs)
+        if groups[-1] and size + nbytes > max_shard_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(each)
+        size += nbytes
+    work: list[Work] = []
+    shards = []
+    for number, group in enumerate(groups, 1):
+        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
+        specs = [spec for each in group for spec in each.specs]
+        specs.sort(key=lambda spec: -dtypes.ITEMSIZE.get(spec.dtype, 1))  # stable: source order within a width
+        header, starts = build_header([(s.name, s.dtype, s.shape) for s in specs], {"format": "pt"})
+        for each in group:
+            outputs = tuple(Output(s.name, s.dtype, s.shape, name, starts[s.name], starts[s.name] + s.nbytes) for s in each.specs)
+            work.append(Work(len(work), each.info, each.file, each.linear, each.method, outputs))
+        shards.append(Shard(name, header, len(header) + sum(s.nbytes for s in specs)))
+    return work, shards
