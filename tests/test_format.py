@@ -286,7 +286,7 @@ def test_measured_error_equals_the_error_of_what_was_stored(tmp_path):
         assert {k.name for k in report.kinds} == squares.keys()
         for kind in report.kinds:
             error, norm = squares[kind.name]
-            assert kind.relative_error == pytest.approx((error / norm) ** 0.5, rel=2e-4)
+            assert kind.errors.relative_error == pytest.approx((error / norm) ** 0.5, rel=2e-4)
 
 
 def test_bin_checkpoints(tmp_path):

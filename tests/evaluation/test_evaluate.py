@@ -133,38 +133,38 @@ def test_against_a_base_is_torchs_divergence(stories, whole, tmp_path):
 @pytest.fixture(scope="module")
 def costs(stories):
     """The demo model's row of each of these methods, by name."""
-    names = ["int8 vector-wise", "LLM.int8() paper", "LLM.int8()", "NF4+DQ"]
+    names = ["int8", "llm-int8-paper", "llm-int8", "nf4"]
     result = qcli.evaluate(str(DEMO), methods=names, text=stories, device="cpu")
-    assert [row.name for row in result.rows] == ["fp32", *names] and result.simulated
+    assert [row.name for row in result.rows] == ["unquantized", *names] and result.simulated
     return {row.name: row for row in result.rows}
 
 
 def test_vector_wise_int8_is_visibly_worse(costs):
-    change = costs["int8 vector-wise"].against.perplexity_ratio
+    change = costs["int8"].against.perplexity_ratio
     assert change.value - 1 > 0.02 and change.value - 1 > 4 * change.error
 
 
 def test_the_papers_form_is_within_the_paired_error(costs):
-    change = costs["LLM.int8() paper"].against.loss_change
+    change = costs["llm-int8-paper"].against.loss_change
     assert abs(change.value) <= 2 * change.error < 1e-3
 
 
 def test_as_stored_is_in_between(costs):
-    paper, stored, plain = (costs[n].against for n in ("LLM.int8() paper", "LLM.int8()", "int8 vector-wise"))
+    paper, stored, plain = (costs[n].against for n in ("llm-int8-paper", "llm-int8", "int8"))
     assert 3 * paper.divergence.mean.value < stored.divergence.mean.value < plain.divergence.mean.value / 100
     assert stored.perplexity_ratio.value - 1 < (plain.perplexity_ratio.value - 1) / 3
     assert paper.same_top.value > stored.same_top.value > plain.same_top.value
 
 
 def test_the_outliers_hide_what_int8_does_to_the_other_columns(costs):
-    plain, stored = costs["int8 vector-wise"], costs["LLM.int8()"]
+    plain, stored = costs["int8"], costs["llm-int8"]
     assert plain.activation_sqnr > plain.ordinary_activation_sqnr + 10
     assert stored.ordinary_activation_sqnr > plain.ordinary_activation_sqnr + 15
-    assert plain.weight_sqnr == stored.weight_sqnr > costs["NF4+DQ"].weight_sqnr + 15
-    assert costs["NF4+DQ"].activation_sqnr is None and costs["fp32"].weight_sqnr is None
+    assert plain.weight_sqnr == stored.weight_sqnr > costs["nf4"].weight_sqnr + 15
+    assert costs["nf4"].activation_sqnr is None and costs["unquantized"].weight_sqnr is None
 
 
-@pytest.mark.parametrize("name, method", [("LLM.int8()", "llm-int8"), ("NF4+DQ", "nf4")])
+@pytest.mark.parametrize("name, method", [("llm-int8", "llm-int8"), ("nf4", "nf4")])
 def test_a_simulated_method_is_what_qcli_runs(costs, whole, tmp_path, name, method):
     qcli.quantize(str(DEMO), tmp_path / method, method=method, device="cpu")
     model, _ = qcli.load(str(tmp_path / method), dtype="float32", device="cpu")
@@ -174,12 +174,12 @@ def test_a_simulated_method_is_what_qcli_runs(costs, whole, tmp_path, name, meth
 
 
 def test_sizes_of_methods_are_those_of_files(costs, tmp_path):
-    for name, method in (("LLM.int8()", "llm-int8"), ("NF4+DQ", "nf4")):
+    for name, method in (("llm-int8", "llm-int8"), ("nf4", "nf4")):
         qcli.quantize(str(DEMO), tmp_path / method, method=method, device="cpu")
         [row] = qcli.evaluate(str(tmp_path / method), tokens=40, device="cpu").rows
         assert row.bytes == costs[name].bytes and row.bits_per_weight == pytest.approx(costs[name].bits_per_weight)
-    kept = costs["LLM.int8() paper"].bytes - costs["LLM.int8()"].bytes
-    assert 0 < kept < costs["fp32"].bytes and costs["fp32"].bits_per_weight == 16
+    kept = costs["llm-int8-paper"].bytes - costs["llm-int8"].bytes
+    assert 0 < kept < costs["unquantized"].bytes and costs["unquantized"].bits_per_weight == 16
 
 
 def test_transposed_layers_and_their_biases(tmp_path, long_text):
@@ -254,12 +254,12 @@ def test_heads_of_unlike_sizes_are_not_compared(tmp_path, long_text):
 def test_speed_and_memory_of_what_runs(long_text):
     result = qcli.evaluate(str(DEMO), methods="nf4+dq,llm.int8,fp4", text=long_text, tokens=60, speed=True, device="cpu")
     speeds = {row.name: row.speed for row in result.rows}
-    assert speeds["FP4"] is None
-    assert speeds["NF4+DQ"].weights < speeds["LLM.int8()"].weights < speeds["fp32"].weights
-    for name in ("fp32", "LLM.int8()", "NF4+DQ"):
+    assert speeds["fp4-plain"] is None
+    assert speeds["nf4"].weights < speeds["llm-int8"].weights < speeds["unquantized"].weights
+    for name in ("unquantized", "llm-int8", "nf4"):
         assert speeds[name].prefill > 0 and speeds[name].decode > 0 and speeds[name].prompt_tokens == 61
         assert speeds[name].peak_memory > speeds[name].weights
-    assert np.isclose(speeds["fp32"].weights, 2 * 1_369_728, rtol=0.01)
+    assert np.isclose(speeds["unquantized"].weights, 2 * 1_369_728, rtol=0.01)
 
 
 @pytest.mark.parametrize("options", [{"methods": "LLM.int8(),NF4"}, {"against": str(DEMO)}])

@@ -127,7 +127,7 @@ def test_the_bytes_are_those_that_quantize_plans_and_a_loaded_model_has(name, tm
     assert weights(found, "bfloat16").total == sum(p.numel() * p.element_size() for p in made.parameters())
     for method in ("nf4", "llm-int8"):
         plan = make_plan(str(tmp_path / "model"), tmp_path / "out", method=method)
-        assert weights(found, method).stored == sum(unit.output_bytes for unit in plan.units)
+        assert weights(found, method).stored == sum(work.output_bytes for work in plan.work)
     model, _ = qcli.load(str(tmp_path / "model"), bits=8, device="cpu")
     held = {t.data_ptr(): t.numel() * t.element_size() for n, t in model.state_dict().items() if "format" not in n}
     assert weights(found, "llm-int8").total == sum(held.values())

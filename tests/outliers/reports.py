@@ -151,11 +151,11 @@ def _site(dice, kind, depth, outliers, optional):
     vectorwise = (24 if outliers else 37) + 2 * dice.random()
     ordinary = vectorwise - (9 - 3 * depth if outliers else 0)
     sqnr = {
-        "int8 per-tensor": {"output": vectorwise - 5, "ordinary": ordinary - 5},
-        "int8 row-wise": {"output": vectorwise - 1, "ordinary": ordinary - 1},
-        "int8 vector-wise": {"output": vectorwise, "ordinary": ordinary},
-        "LLM.int8()": {"output": 38.1, "ordinary": 37.2},
-        "NF4": {"output": 20.7, "ordinary": 20.6},
+        "int8-per-tensor": {"output": vectorwise - 5, "ordinary": ordinary - 5},
+        "int8-row-wise": {"output": vectorwise - 1, "ordinary": ordinary - 1},
+        "int8": {"output": vectorwise, "ordinary": ordinary},
+        "llm-int8": {"output": 38.1, "ordinary": 37.2},
+        "nf4": {"output": 20.7, "ordinary": 20.6},
     }
     return {
         "kind": kind,

@@ -46,7 +46,7 @@ def test_the_four_panels(tmp_path):
     assert {"Absmax of the attention input; coloured from 6", "Kurtosis of each site"} <= set(shown)
     assert {"SQNR through ordinary channels, attention input", "Values at or above 6 in magnitude"} <= set(shown)
     assert {"attention input", "attention output", "ffn input", "ffn output", "Gaussian"} <= set(shown)
-    assert {"int8 per-tensor", "int8 row-wise", "int8 vector-wise", "LLM.int8()", "NF4"} <= set(shown)
+    assert {"int8-per-tensor", "int8-row-wise", "int8", "llm-int8", "nf4"} <= set(shown)
     assert shown.count("52") == 2  # a row of the heatmap and of the quartiles
 
 

@@ -173,7 +173,7 @@ def test_sqnr_is_that_of_a_float64_simulation(folder, report, activations):
     site = sites(report)[1, "ffn input"]
     x = activations["model.layers.1.mlp.gate_proj"]
     sequences = x.split(LENGTH)[:16]  # 512 tokens
-    total = {name: [[], [], [], []] for name in ("int8 per-tensor", "int8 vector-wise", "LLM.int8()")}
+    total = {name: [[], [], [], []] for name in ("int8-per-tensor", "int8", "llm-int8")}
     for linear in (model.model.layers[1].mlp.gate_proj, model.model.layers[1].mlp.up_proj):
         w = linear.weight.double()
         rows = int8(w, w.abs().amax(1, keepdim=True))
@@ -182,9 +182,9 @@ def test_sqnr_is_that_of_a_float64_simulation(folder, report, activations):
             kept = torch.where(s.abs() >= 6, 0, s)
             decomposed = torch.where(outlier, s, int8(kept, kept.abs().amax(1, keepdim=True)))
             forms = {
-                "int8 per-tensor": (int8(s, s.abs().max()), int8(w, w.abs().max())),
-                "int8 vector-wise": (int8(s, s.abs().amax(1, keepdim=True)), rows),
-                "LLM.int8()": (decomposed, rows),
+                "int8-per-tensor": (int8(s, s.abs().max()), int8(w, w.abs().max())),
+                "int8": (int8(s, s.abs().amax(1, keepdim=True)), rows),
+                "llm-int8": (decomposed, rows),
             }
             for name, (a, b) in forms.items():
                 ordinary = s[:, ~outlier] @ w[:, ~outlier].t(), a[:, ~outlier] @ b[:, ~outlier].t()
@@ -198,7 +198,7 @@ def test_sqnr_is_that_of_a_float64_simulation(folder, report, activations):
 
 def test_the_global_figure_hides_what_the_ordinary_one_shows(report):
     found = sites(report)[0, "attention input"]["sqnr"]
-    assert found["LLM.int8()"]["ordinary"] - found["int8 vector-wise"]["ordinary"] > 6
+    assert found["llm-int8"]["ordinary"] - found["int8"]["ordinary"] > 6
 
 
 def close(a, b, path=""):

@@ -89,9 +89,9 @@ def test_figures_equal_float64_arithmetic(name, dtype, tmp_path):
         assert [found["out_features"], found["in_features"]] == list(weight.shape)
         figures, int8 = oracle(weight)
         assert {key: found[key] for key in figures} == pytest.approx(figures, rel=1e-9), found["module"]
-        assert found["sqnr"]["int8 row-wise"] == pytest.approx(int8, abs=0.02)
+        assert found["sqnr"]["int8-row-wise"] == pytest.approx(int8, abs=0.02)
         # bitsandbytes decodes to the weight's own dtype, which rounds.
-        assert found["sqnr"]["NF4+DQ"] == pytest.approx(nf4_sqnr(weight), abs=0.02)
+        assert found["sqnr"]["nf4"] == pytest.approx(nf4_sqnr(weight), abs=0.02)
         assert found["columns"]["beyond"] == len(find_outlier_dims(weight.float()))
         deviations = weight.double().std(0)
         z = float((deviations.max() - deviations.mean()) / deviations.std())
@@ -110,7 +110,7 @@ def test_every_architecture(name, tmp_path):
     report = inspect_weights(str(tmp_path))
     json.dumps(report, allow_nan=False)
     assert sum(x["quantized"] for x in report["linears"]) == ARCHITECTURES[name][2]
-    assert report["norms"] and all(x["sqnr"]["NF4+DQ"] > 15 for x in report["linears"])
+    assert report["norms"] and all(x["sqnr"]["nf4"] > 15 for x in report["linears"])
     down = [x["module"] for x in report["linears"] if x["largest"] is not None]
     fused = name == "mixtral"  # whose experts are no linear modules
     assert len(down) == (0 if fused else 4 if name == "t5" else 2)
@@ -241,9 +241,9 @@ def test_a_bin_checkpoint_gives_the_same(llama, tmp_path):
 
 def test_sizes_are_those_of_the_plan(llama, tmp_path):
     sizes = {s["method"]: s["bytes"] for s in inspect_weights(str(llama))["sizes"]}
-    for label, options in (("int8", {"bits": 8}), ("NF4", {"bits": 4, "double_quant": False}), ("NF4+DQ", {"bits": 4})):
+    for label, options in (("int8", {"bits": 8}), ("nf4", {"bits": 4, "double_quant": False}), ("nf4", {"bits": 4})):
         plan = make_plan(str(llama), tmp_path / "out", **options)
-        assert sizes[label] == sum(unit.output_bytes for unit in plan.units)
+        assert sizes[label] == sum(work.output_bytes for work in plan.work)
     assert sizes["as stored"] == sum(t.nbytes for t in tensors(llama).values())
 
 
@@ -255,7 +255,7 @@ def test_values_that_are_not_finite_are_named(llama, tmp_path):
     report = inspect_weights(str(replant(llama, tmp_path / "spoiled", spoil)))
     json.dumps(report, allow_nan=False)
     found = linear(report, DOWN.format(0))
-    assert found["nonfinite"] == 2 and found["absmax"] is None and found["sqnr"] == {"int8 row-wise": None, "NF4+DQ": None}
+    assert found["nonfinite"] == 2 and found["absmax"] is None and found["sqnr"] == {"int8-row-wise": None, "nf4": None}
     assert f"{DOWN.format(0)} holds 2 NaN or infinite values" in report["notes"][0]
     assert "model.norm.weight holds 1 NaN" in report["notes"][1]
     kind = next(k for k in report["kinds"] if k["kind"] == "mlp.down_proj")

@@ -4,15 +4,22 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
-from qcli.simulation import SIMULATIONS, chosen, simulation
 
+from qcli import formats
 from qcli.errors import UsageError
+from qcli.methods import make
+from qcli.methods.simulate import simulate
 from qcli.ops.linear_int8 import linear_int8
 from qcli.ops.quantize_int8 import quantize_int8
+from qcli.schemes import NAMED, chosen, named
 from tests.conftest import ROOT
 
 THRESHOLD = 6.0
-INT8 = [name for name in SIMULATIONS if "int8" in name.lower()]
+INT8 = [name for name, scheme in NAMED.items() if scheme.bits == 8]
+
+
+def simulated(name, weight):
+    return simulate(make(NAMED[name]), weight)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +53,9 @@ def zeropoint(x, axis):
 def expected(name, x, weight, bias):
     """y of one sequence in float64."""
     x, weight = x.double().numpy(), weight.double().numpy()
-    if name == "fp32":
+    if name == "unquantized":
         y = x @ weight.T
-    elif "LLM" in name:
+    elif "llm" in name:
         outlier = np.abs(x) >= THRESHOLD
         columns = outlier.any(0)
         scale = 127 / np.where(outlier, 0, np.abs(x)).max(1, keepdims=True)
@@ -58,46 +65,46 @@ def expected(name, x, weight, bias):
         y += x[:, columns] @ (weight if name.endswith("paper") else rounded)[:, columns].T
     else:
         rounding = zeropoint if "zeropoint" in name else absmax
-        per_token, per_row = "row-wise" in name or "vector-wise" in name, "vector-wise" in name
+        per_token, per_row = not name.endswith("per-tensor"), name in ("int8", "zeropoint")
         y = rounding(x, 1 if per_token else None) @ rounding(weight, 1 if per_row else None).T
     return torch.from_numpy(y + bias.double().numpy())
 
 
-@pytest.mark.parametrize("name", ["fp32", *INT8])
+@pytest.mark.parametrize("name", ["unquantized", *INT8])
 def test_equals_the_formulas_in_float64(name, layer):
     x, weight, bias = layer
-    y = SIMULATIONS[name].weight(weight).linear(x, bias)
+    y = simulated(name, weight).linear(x, bias)
     for i, j in np.ndindex(2, 2):
         torch.testing.assert_close(y[i, j].double(), expected(name, x[i, j], weight, bias), rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", SIMULATIONS)
+@pytest.mark.parametrize("name", NAMED)
 def test_each_sequence_is_alone(name, layer):
     """Nothing of a sequence reaches another, whatever stands beside it."""
     x, weight, bias = layer
-    prepared = SIMULATIONS[name].weight(weight)
+    prepared = simulated(name, weight)
     together = prepared.linear(x, bias)
     for i, j in np.ndindex(2, 2):
         assert torch.equal(together[i, j], prepared.linear(x[i, j], bias))
         assert torch.equal(together[i, j], prepared.linear(x[i : i + 1, j], bias)[0])
 
 
-@pytest.mark.parametrize("name", SIMULATIONS)
+@pytest.mark.parametrize("name", NAMED)
 def test_activations_and_weight_make_the_product(name, layer):
     x, weight = layer[0], layer[1].bfloat16()
-    prepared = SIMULATIONS[name].weight(weight)
+    prepared = simulated(name, weight)
     for dtype in (torch.float32, torch.bfloat16):
         sequence = x[0, 0].to(dtype)
         rounded, kept = prepared.activations(sequence)
         assert rounded.dtype == torch.float32 and kept.shape == (128,)
-        assert kept.nonzero().view(-1).tolist() == ([5] if "LLM" in name else [])
+        assert kept.nonzero().view(-1).tolist() == ([5] if "llm" in name else [])
         used = prepared.weight_for(kept, dtype)
         y = prepared.linear(sequence)
         assert y.dtype == dtype
         torch.testing.assert_close(
             y, (rounded.double() @ used.double().t()).to(dtype), rtol=1.6e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-6
         )
-        if "LLM" in name:
+        if "llm" in name:
             columns = weight if name.endswith("paper") else prepared.weight.to(dtype)
             assert torch.equal(used[:, 5], columns[:, 5].float()) and torch.equal(rounded[:, 5], sequence[:, 5].float())
 
@@ -106,8 +113,8 @@ def test_activations_and_weight_make_the_product(name, layer):
 def test_as_stored_is_what_qcli_runs(dtype, layer):
     x, weight, bias = layer
     q, scale, _ = quantize_int8(weight, 0.0)
-    y = SIMULATIONS["LLM.int8()"].weight(weight).linear(x.to(dtype), bias)
-    plain = SIMULATIONS["int8 vector-wise"].weight(weight).linear(x.to(dtype), bias)
+    y = simulated("llm-int8", weight).linear(x.to(dtype), bias)
+    plain = simulated("int8", weight).linear(x.to(dtype), bias)
     step = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     for i, j in np.ndindex(2, 2):
         run = linear_int8(x[i, j].to(dtype), q, scale, bias, THRESHOLD)
@@ -121,7 +128,7 @@ def test_vector_wise_is_bitsandbytes(layer):
     x, weight = layer[0][0, 0].half(), layer[1].half()
     (q_x, absmax_x, _), (q_w, absmax_w, _) = bnb.int8_vectorwise_quant(x), bnb.int8_vectorwise_quant(weight)
     product = (q_x.double() @ q_w.double().t()) * absmax_x.double()[:, None] * absmax_w.double() / 127**2
-    y = SIMULATIONS["int8 vector-wise"].weight(weight).linear(x.float())
+    y = simulated("int8", weight).linear(x.float())
     torch.testing.assert_close(y.double(), product, rtol=1e-5, atol=2e-6)
 
 
@@ -132,11 +139,8 @@ def test_decomposition_is_bitsandbytes(layer):
     assert columns.tolist() == [5]
     product = (q_x.double() @ q_w.double().t()) * absmax_x.double()[:, None] * absmax_w.double() / 127**2
     kept = x[:, columns].double()
-    for name, source in (
-        ("LLM.int8() paper", weight.double()),
-        ("LLM.int8()", bnb.int8_vectorwise_dequant(q_w, absmax_w).double()),
-    ):
-        y = SIMULATIONS[name].weight(weight).linear(x.float())
+    for name, source in (("llm-int8-paper", weight.double()), ("llm-int8", bnb.int8_vectorwise_dequant(q_w, absmax_w).double())):
+        y = simulated(name, weight).linear(x.float())
         torch.testing.assert_close(y.double(), product + kept @ source[:, columns].t(), rtol=1e-5, atol=2e-6)
 
 
@@ -144,40 +148,39 @@ def test_nf4_is_bitsandbytes(layer):
     x, weight, bias = layer
     packed, state = bnb.quantize_4bit(weight.float(), blocksize=64, quant_type="nf4", compress_statistics=False)
     theirs = bnb.dequantize_4bit(packed, state)
-    prepared = SIMULATIONS["NF4"].weight(weight)
+    prepared = simulated("nf4-plain", weight)
     assert torch.equal(prepared.weight, theirs)
     torch.testing.assert_close(prepared.linear(x, bias), torch.nn.functional.linear(x, theirs, bias), rtol=1e-5, atol=2e-6)
     for_bfloat16 = prepared.weight_for(torch.zeros(128, dtype=torch.bool), torch.bfloat16)
     assert torch.equal(for_bfloat16, theirs.bfloat16().float())
 
 
-@pytest.mark.parametrize("name, quant_type, nested", [("NF4+DQ", "nf4", True), ("FP4", "fp4", False)])
+@pytest.mark.parametrize("name, quant_type, nested", [("nf4", "nf4", True), ("fp4-plain", "fp4", False)])
 def test_other_4_bit_forms_are_near_bitsandbytes(name, quant_type, nested, layer):
     """Its CPU takes other codes in some ties, and a coarser table for the scales."""
     weight = layer[1].float()
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=quant_type, compress_statistics=nested)
-    theirs, ours = bnb.dequantize_4bit(packed, state), SIMULATIONS[name].weight(weight).weight
+    theirs, ours = bnb.dequantize_4bit(packed, state), simulated(name, weight).weight
     differing = (ours - theirs).abs() > 1e-6
     assert differing.float().mean() < (0.01 if not nested else 0.1)
     assert (ours - theirs).norm() < 0.01 * weight.norm()
-    plain = SIMULATIONS["NF4"].weight(weight).weight
+    plain = simulated("nf4-plain", weight).weight
     assert nested == (0 < (ours - plain).norm() < 0.05 * weight.norm())
 
 
 def test_the_weight_counts_in_its_stored_dtype(layer):
     """The same values in float32 give the same, as values of bfloat16 are exact in it."""
     weight = layer[1].bfloat16()
-    for method in SIMULATIONS.values():
-        assert torch.equal(method.weight(weight).weight, method.weight(weight.float()).weight)
+    for name in NAMED:
+        assert torch.equal(simulated(name, weight).weight, simulated(name, weight.float()).weight)
 
 
-@pytest.mark.parametrize("name", SIMULATIONS)
+@pytest.mark.parametrize("name", NAMED)
 def test_zeros_stay_zeros_and_nothing_crashes(name, layer):
     x, weight, bias = layer
-    method = SIMULATIONS[name]
-    prepared = method.weight(weight)
+    prepared = simulated(name, weight)
     assert not prepared.linear(torch.zeros(3, 128)).any()
-    assert not method.weight(torch.zeros(48, 128)).linear(x).any()
+    assert not simulated(name, torch.zeros(48, 128)).linear(x).any()
     assert prepared.linear(torch.empty(0, 128), bias).shape == (0, 48)
     assert prepared.linear(torch.randn(128)).shape == (48,)
     torch.testing.assert_close(prepared.linear(torch.full((2, 128), 1e-42)), torch.zeros(2, 48))
@@ -188,13 +191,13 @@ def test_zeros_stay_zeros_and_nothing_crashes(name, layer):
         assert y.shape == (2, 48) and (value == 3e38 or not y[1].isfinite().all())
         broken = weight.clone()
         broken[4, 3] = value
-        assert method.weight(broken).linear(x).shape == (2, 2, 40, 48)
+        assert simulated(name, broken).linear(x).shape == (2, 2, 40, 48)
 
 
 def test_equal_values_have_no_range():
     constant = torch.full((3, 64), -2.75)
-    for name in ("int8 zeropoint", "int8 zeropoint vector-wise"):
-        prepared = SIMULATIONS[name].weight(constant)
+    for name in ("zeropoint-per-tensor", "zeropoint"):
+        prepared = simulated(name, constant)
         assert torch.equal(prepared.weight, constant) and torch.equal(prepared.activations(constant)[0], constant)
 
 
@@ -203,30 +206,31 @@ def test_zeropoint_uses_the_range_that_absmax_leaves_idle():
     x = torch.rand(64, 64, generator=torch.Generator().manual_seed(0))
 
     def error(name):
-        return (SIMULATIONS[name].weight(x).weight - x).square().sum()
+        return (simulated(name, x).weight - x).square().sum()
 
-    assert 3.8 < error("int8 per-tensor") / error("int8 zeropoint") < 4.2
+    assert 3.8 < error("int8-per-tensor") / error("zeropoint-per-tensor") < 4.2
 
 
 @pytest.mark.parametrize(
     "name, bits",
     [
-        ("fp32", 16),
-        ("int8 per-tensor", 8 + 32 / 2**24),
-        ("int8 row-wise", 8 + 32 / 2**24),
-        ("int8 vector-wise", 8 + 32 / 4096),
-        ("int8 zeropoint", 8 + 64 / 2**24),
-        ("int8 zeropoint vector-wise", 8 + 64 / 4096),
-        ("LLM.int8()", 8 + 32 / 4096),
-        ("LLM.int8() paper", 8 + 32 / 4096 + 7 * 16 / 4096),
-        ("NF4", 4 + 32 / 64),
-        ("NF4+DQ", 4 + 8 / 64 + 32 / 64 / 256),
-        ("FP4", 4 + 32 / 64),
+        ("unquantized", 16),
+        ("int8-per-tensor", 8 + 32 / 2**24),
+        ("int8-row-wise", 8 + 32 / 2**24),
+        ("int8", 8 + 32 / 4096),
+        ("zeropoint-per-tensor", 8 + 64 / 2**24),
+        ("zeropoint", 8 + 64 / 4096),
+        ("llm-int8", 8 + 32 / 4096),
+        ("llm-int8-paper", 8 + 32 / 4096 + 7 * 16 / 4096),
+        ("nf4-plain", 4 + 32 / 64),
+        ("nf4", 4 + 8 / 64 + 32 / 64 / 256),
+        ("fp4-plain", 4 + 32 / 64),
     ],
 )
 def test_bits_per_weight(name, bits):
     """Up to tables of the format, some hundred bytes a weight. The paper's form holds seven 16-bit columns besides."""
-    found = SIMULATIONS[name].bits_per_weight((4096, 4096), outlier_columns=7)
+    weight = formats.Weight("weight", 4096, 4096, "BF16")
+    found = 8 * formats.stored_bytes(NAMED[name], weight, outlier_columns=7) / 4096**2
     assert bits <= found < bits + 0.001
 
 
@@ -236,38 +240,39 @@ def test_bytes_are_those_on_disk(tmp_path):
     import qcli
 
     for method, name, options in (
-        ("nf4", "NF4", {"double_quant": False}),
-        ("nf4", "NF4+DQ", {}),
-        ("fp4", "FP4", {"double_quant": False}),
-        ("llm-int8", "LLM.int8()", {}),
+        ("nf4", "nf4-plain", {"double_quant": False}),
+        ("nf4", "nf4", {}),
+        ("fp4", "fp4-plain", {"double_quant": False}),
+        ("llm-int8", "llm-int8", {}),
     ):
         folder = tmp_path / name
         qcli.quantize(str(ROOT / "examples/demo-model"), folder, method=method, device="cpu", **options)
         with safe_open(folder / "model.safetensors", "pt") as file:
             module = "model.layers.2.mlp.down_proj."
             stored = [file.get_tensor(key) for key in file.keys() if key.startswith(module)]
-        assert SIMULATIONS[name].stored_bytes((128, 384)) == sum(t.numel() * t.element_size() for t in stored)
+        counted = formats.stored_bytes(NAMED[name], formats.Weight("weight", 128, 384, "BF16"))
+        assert counted == sum(t.numel() * t.element_size() for t in stored)
 
 
 def test_names_are_forgiving():
     for spelling, name in (
-        ("nf4-dq", "NF4+DQ"),
-        ("llm.int8", "LLM.int8()"),
-        ("LLM-int8-paper", "LLM.int8() paper"),
-        ("vector-wise", "int8 vector-wise"),
-        ("INT8 Zeropoint Vector_wise", "int8 zeropoint vector-wise"),
-        (" FP32 ", "fp32"),
+        ("NF4", "nf4"),
+        ("nf4_plain", "nf4-plain"),
+        ("LLM.int8()", "llm-int8"),
+        ("LLM-int8-paper", "llm-int8-paper"),
+        ("INT8 per_tensor", "int8-per-tensor"),
+        (" Unquantized ", "unquantized"),
     ):
-        assert simulation(spelling).name == name
-    with pytest.raises(UsageError, match="no method 'nf5'; nearest: NF4"):
-        simulation("nf5")
+        assert named(spelling).name == name
+    with pytest.raises(UsageError, match="no method 'nf5'; nearest: nf4"):
+        named("nf5")
     with pytest.raises(UsageError, match="no method 'quux'$"):
-        simulation("quux")
+        named("quux")
 
 
 def test_lists_are_in_the_order_of_the_table():
-    assert [m.name for m in chosen("all")] == list(SIMULATIONS) and list(SIMULATIONS)[0] == "fp32"
-    assert [m.name for m in chosen("nf4, vector-wise,NF4")] == ["fp32", "int8 vector-wise", "NF4"]
-    assert [m.name for m in chosen(["FP4", "fp32"])] == ["fp32", "FP4"]
+    assert [m.name for m in chosen("all")] == list(NAMED) and list(NAMED)[0] == "unquantized"
+    assert [m.name for m in chosen("nf4, int8,NF4")] == ["unquantized", "int8", "nf4"]
+    assert [m.name for m in chosen(["fp4", "unquantized"])] == ["unquantized", "fp4"]
     with pytest.raises(UsageError):
-        chosen("nf4,,fp4")
+        chosen("nf4,,int8")
