@@ -69,12 +69,13 @@ class Scheme:
         count, scales = out_features * in_features, self.scales(out_features, in_features)
         packed = TensorSpec("codes", "U8", (-(-count * self.bits // 8),))
         found = {"codes": TensorSpec("codes", "I8", (out_features, in_features)) if self.bits == 8 else packed}
-        found["scale"] = TensorSpec("scale", "U8" if self.double_quant else "F32", (scales,))
+        of_scale = "U8" if self.double_quant else dtype if self.share == "group" else "F32"
+        found["scale"] = TensorSpec("scale", of_scale, (scales,))
         if self.double_quant:
             found["nested_scale"] = TensorSpec("nested_scale", "F32", (-(-scales // NESTED_BLOCK_SIZE),))
             found["nested_offset"] = TensorSpec("nested_offset", "F32", (1,))
         if self.zero_point:
-            found["zero_point"] = TensorSpec("zero_point", "I32", (scales,))
+            found["zero_point"] = TensorSpec("zero_point", "I8" if self.share == "group" else "I32", (scales,))
         return found
 
     def stored_bytes(self, out_features: int, in_features: int, dtype: str = "BF16", outlier_columns: int = 0) -> int:
@@ -115,6 +116,7 @@ NAMED: Mapping[str, Scheme] = {
         _NF4,
         replace(_FP4, name="fp4-plain", double_quant=False),
         _FP4,
+        Scheme("rtn", "rtn", 4, "group", 128),
     )
 }
 QUANTIZED = tuple(name for name, scheme in NAMED.items() if scheme.bits)

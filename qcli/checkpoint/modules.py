@@ -7,7 +7,7 @@ name and shape, which the plan shows as such.
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -147,8 +147,9 @@ def _own_class(auto_map: Mapping[str, str], architecture: str | None) -> str | N
     return next(iter([*named, *(auto_map[kind] for kind in kinds if kind in auto_map)]), None)
 
 
-def model_layout(source, model_class, config) -> Layout:
-    """The layout of the transformers model of this class and config. Raises CheckpointError where it cannot be built."""
+def model_layout(source, model_class, config, weight_name: Callable[[str], str] = str) -> Layout:
+    """The layout of the transformers model of this class and config. `weight_name` gives the weight for which a stored tensor of
+    another name stands. Raises CheckpointError where the model cannot be built."""
     import torch
     from torch import nn
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -178,9 +179,10 @@ def model_layout(source, model_class, config) -> Layout:
     prefix = model.base_model_prefix
     merged = set()  # parameters that transformers makes out of several tensors
     for name in source.tensors:
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if renamed not in state and name in state:
-            renamed, pattern = name, None
+        weight = weight_name(name)
+        renamed, pattern = rename_source_key(weight, renamings, converters, prefix, state)
+        if renamed not in state and weight in state:
+            renamed, pattern = weight, None
         layout.modules[name] = renamed
         if pattern is not None:
             converter = next(c for c in converters if pattern in c.source_patterns)

@@ -29,6 +29,7 @@ def quantize(
     threshold: Annotated[
         float | None, typer.Option(help="8-bit: magnitude of an outlier activation. Default 6.0.", show_default=False)
     ] = None,
+    group_size: Annotated[int | None, typer.Option(help="rtn: weights per scale. Default 128.", show_default=False)] = None,
     skip: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Modules to leave as they are, by full name. Repeatable.", show_default=False),
@@ -84,6 +85,7 @@ def quantize(
         double_quant=double_quant,
         block_size=block_size,
         threshold=threshold,
+        group_size=group_size,
         skip=skipped,
         recipe=read_recipe(recipe) if recipe else None,
         dtype=dtype,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qcli.checkpoint.source import Source
 
 # The widest-read first: what holds a recipe where nothing else was asked for.
-NAMES = ("bitsandbytes",)
+NAMES = ("bitsandbytes", "compressed-tensors")
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,12 @@ class Weight:
 
 @dataclass(frozen=True)
 class Stored:
-    """A quantized weight as a checkpoint holds it, or is about to. `tensors` maps attributes of a module (qcli/nn) to dtype code
-    and shape. `nested_offset` is the one part that is no tensor of its own in bitsandbytes' format. `compute_dtype` is the torch
-    name of the dtype in which the checkpoint asks to compute; None leaves it to the model."""
+    """A quantized weight as a checkpoint holds it, or is about to.
+
+    `tensors` maps attributes of a module (qcli/nn), of which `weight` has the codes, to dtype code and shape. `nested_offset` is the
+    one part that is no tensor of its own in bitsandbytes' format. `compute_dtype` is the torch name of the dtype in which the
+    checkpoint asks to compute; None leaves it to the model.
+    """
 
     format: str
     scheme: Scheme
@@ -99,12 +102,16 @@ class Format(Protocol):
         """Checks the fields of a `quantization_config` that is of this format. Raises CheckpointError."""
         ...
 
-    def companions(self, tensors: Mapping[str, object]) -> dict[str, str]:
-        """Stored tensor beside a weight (scales, tables) to that weight's name, by names alone."""
+    def weight_name(self, tensor: str) -> str:
+        """The weight that the stored tensor `tensor` stands for, if it holds the codes of one; else `tensor`."""
         ...
 
-    def scheme_of(self, weight: str, tensors: "Mapping[str, TensorInfo]") -> Scheme | None:
-        """The scheme in which `weight` is stored, as far as headers tell; None where it is not quantized in this format."""
+    def companions(self, tensors: Mapping[str, object]) -> dict[str, str]:
+        """Stored tensor beside a weight's codes (scales, tables) to the tensor of the codes, by names alone."""
+        ...
+
+    def scheme_of(self, codes: str, tensors: "Mapping[str, TensorInfo]") -> Scheme | None:
+        """The scheme in which the tensor `codes` is stored, as far as headers tell; None where it is not of this format."""
         ...
 
     def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
@@ -172,7 +179,7 @@ def stored_bytes(scheme: Scheme, weight: Weight, outlier_columns: int = 0) -> in
 
 
 def quantized_weights(tensors: "Mapping[str, TensorInfo]", candidates: Sequence[Format]) -> dict[str, Scheme]:
-    """The weights that are stored in one of `candidates`, with their schemes, by headers alone."""
+    """The tensors of codes in one of `candidates`, with their schemes, by headers alone."""
     found = {}
     for each in candidates:
         for weight in dict.fromkeys(each.companions(tensors).values()):

@@ -157,6 +157,9 @@ class Bitsandbytes:
     def owns(self, config: Mapping[str, object]) -> bool:
         return config.get("quant_method", self.name) == self.name
 
+    def weight_name(self, tensor: str) -> str:
+        return tensor
+
     def companions(self, tensors: Mapping[str, object]) -> dict[str, str]:
         owners = {}
         for name in tensors:
@@ -168,12 +171,12 @@ class Bitsandbytes:
                 owners[name] = f"{base}.weight"
         return owners
 
-    def scheme_of(self, weight: str, tensors: "Mapping[str, TensorInfo]") -> Scheme | None:
-        if f"{weight.removesuffix('weight')}SCB" in tensors:
+    def scheme_of(self, codes: str, tensors: "Mapping[str, TensorInfo]") -> Scheme | None:
+        if f"{codes.removesuffix('weight')}SCB" in tensors:
             return NAMED["llm-int8"]
         for codebook in _CODEBOOKS:
-            if f"{weight}{_STATE}{codebook}" in tensors:
-                return NAMED[codebook if f"{weight}.nested_absmax" in tensors else f"{codebook}-plain"]
+            if f"{codes}{_STATE}{codebook}" in tensors:
+                return NAMED[codebook if f"{codes}.nested_absmax" in tensors else f"{codebook}-plain"]
         return None
 
     def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:

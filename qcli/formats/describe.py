@@ -54,7 +54,8 @@ def describe(source: Source) -> Description:
         owner = companions.get(name, name)
         format, scheme = _scheme(owner, infos)
         word = scheme.name if scheme else TORCH_NAMES.get(infos[owner].dtype, infos[owner].dtype)
-        part = parts.setdefault((module_kind(owner), word), Part(module_kind(owner), word))
+        kind = module_kind(format.weight_name(owner) if format else owner)
+        part = parts.setdefault((kind, word), Part(kind, word))
         part.bytes += info.nbytes
         if name == owner:
             part.tensors += 1

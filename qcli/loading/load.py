@@ -63,6 +63,7 @@ def load(
     double_quant: bool | None = None,
     block_size: int | None = None,
     threshold: float | None = None,
+    group_size: int | None = None,
     skip: Iterable[str] = (),
     recipe: Recipe | None = None,
     settings: Mapping[str, object] | None = None,
@@ -84,7 +85,7 @@ def load(
 
     Raises UsageError, CheckpointError (missing, extra and misshaped tensors together), HubError, DeviceError.
     """
-    options = {"double_quant": double_quant, "block_size": block_size, "threshold": threshold}
+    options = {"double_quant": double_quant, "block_size": block_size, "threshold": threshold, "group_size": group_size}
     asked = asked_recipe(recipe, bits, method, options, skip, settings or {})
     placement = place(device, device_map, max_memory)
     source = open_checkpoint(model, revision, trust_remote_code)
@@ -129,7 +130,7 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
                 f"{model}: transformers {transformers.__version__} does not know its architecture ({names})",
                 "Install a newer transformers; if the model brings its own code, read it and pass --trust-remote-code.",
             )
-        layout = model_layout(source, built, config)
+        layout = stored_layout(source, built, config)
         check_fits(source, layout)
         if recipe and (unmatched := recipe.unmatched([*(x.module for x in layout.linears.values()), *layout.default_skip])):
             raise UsageError(f"{unmatched[0]!r} matches no module of {model}", "Give a full name, or a glob such as '*.down_proj'.")
@@ -168,6 +169,12 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
     if not int8_activations:
         _keep_activations(model, loaded)
     return loaded.eval(), tokenizer
+
+
+def stored_layout(source: Source, built: type, config) -> Layout:
+    """`model_layout` of a checkpoint that may be quantized, whose codes some formats store under other names than the weights'."""
+    format = formats.of_config(source.quantization) if source.quantization else None
+    return model_layout(source, built, config, format.weight_name if format else str)
 
 
 def stored_config(source: Source, layout: Layout, dtype: str) -> QcliConfig:

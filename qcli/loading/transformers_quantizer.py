@@ -143,9 +143,8 @@ def _unfilled(old: nn.Module, method, format: formats.Format, dtype: torch.dtype
     tensors = {format.attribute(spec.name): (spec.dtype, spec.shape) for spec in specs}
     stored = Stored(format.name, method.scheme, out_features, in_features, tensors)
     empty = _meta(stored)
-    codes = format.attribute(specs[0].name)
     # transformers 5.17 casts what it reads to the dtype it finds here, and only then quantizes.
-    empty[codes] = torch.empty(empty[codes].shape, dtype=dtype, device="meta")
+    empty["weight"] = torch.empty(empty["weight"].shape, dtype=dtype, device="meta")
     module = _module(old, stored, empty, torch.bfloat16 if dtype == torch.float32 else dtype)
     module.quantize_with = (method, format, weight, isinstance(old, Conv1D))
     return module

@@ -15,7 +15,8 @@ from qcli.schemes import Scheme
 
 Parts = dict[str, torch.Tensor]
 """Role to tensor. `codes` of 4 bits in flat blocks are uint8, two a byte, the first in the high nibble; other codes are int8, one
-an element, [rows, in_features]. `scale` and `nested_scale` are float32, `zero_point` is an integer, `nested_offset` float64 []."""
+an element, [rows, in_features]. `scale` is float32, in groups the dtype of the weight, and 8-bit codes under double
+quantization; `nested_scale` is float32, `zero_point` an integer, `nested_offset` float64 []."""
 
 
 class Encoder(Protocol):

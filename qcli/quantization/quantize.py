@@ -45,6 +45,7 @@ def make_plan(
     double_quant: bool | None = None,
     block_size: int | None = None,
     threshold: float | None = None,
+    group_size: int | None = None,
     skip: Iterable[str] = (),
     recipe: Recipe | None = None,
     format: str | None = None,
@@ -56,7 +57,7 @@ def make_plan(
     settings: Mapping[str, object] | None = None,
 ) -> Plan:
     """Decides from headers and config alone what a run would do. Its `problems` hold all that stands against it."""
-    options = {"double_quant": double_quant, "block_size": block_size, "threshold": threshold}
+    options = {"double_quant": double_quant, "block_size": block_size, "threshold": threshold, "group_size": group_size}
     recipe, rest = recipe_in_force(recipe, bits, method, options, skip, format, settings or {}, SETTINGS)
     run = run_settings(rest)
     one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))

@@ -19,12 +19,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.model_dtype import model_dtype
-from qcli.checkpoint.modules import Layout, find_linears, model_layout, modules_within, reason, tied_groups, transformers_class
+from qcli.checkpoint.modules import Layout, find_linears, modules_within, reason, tied_groups, transformers_class
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.stored_tensor import StoredTensor, pread
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, UsageError, one_of
-from qcli.loading.load import check_fits, open_checkpoint, quiet, stored_config
+from qcli.loading.load import check_fits, open_checkpoint, quiet, stored_config, stored_layout
 from qcli.loading.tokenizer import read_tokenizer
 from qcli.loading.transformers_quantizer import QcliQuantizer
 from qcli.runtime.heap import give_back
@@ -76,11 +76,11 @@ class Skeleton:
     @cached_property
     def layout(self) -> Layout:
         """Which modules are linear: as transformers quantizes them, or by names and shapes where it quantizes none."""
+        if self.source.quantization:
+            return self._stored_layout
         try:
             return find_linears(self.source, trust_remote_code=self._trust_remote_code)
         except CheckpointError:
-            if self.source.quantization:
-                raise
             return find_linears(self.source, rules=True)
 
     def _build(self, dtype: str, attention: str | None, trust_remote_code: bool) -> None:
@@ -94,7 +94,8 @@ class Skeleton:
                 f"{source.label} is a {name}, expected a causal language model, which predicts the next token",
                 "Give a model such as a Llama, Qwen, Gemma or GPT, in a form that transformers knows.",
             )
-        check_fits(source, model_layout(source, built, config))
+        self._stored_layout = stored_layout(source, built, config)
+        check_fits(source, self._stored_layout)
         stored = source.quantization
         options = {} if attention is None else {"attn_implementation": attention}
         try:
@@ -107,7 +108,7 @@ class Skeleton:
             ) from e
         self.quantizer = None
         if stored:
-            self.quantizer = QcliQuantizer(stored_config(source, self.layout, dtype), pre_quantized=True)
+            self.quantizer = QcliQuantizer(stored_config(source, self._stored_layout, dtype), pre_quantized=True)
             self.quantizer.preprocess_model(model=self.model, dtype=self.dtype)
         self._config = LoadStateDictConfig(
             dtype=self.dtype,

@@ -44,7 +44,7 @@ def parameters_of(source: Source, config: ModelConfig) -> list[Parameter]:
     groups: dict[str, list[TensorInfo]] = {}
     known = {name: weight for each in formats.all_formats() for name, weight in each.companions(source.tensors).items()}
     for name, (_, info) in source.tensors.items():
-        groups.setdefault(known.get(name) or _owner(name, source.tensors), []).append(info)
+        groups.setdefault(_owner(known.get(name, name), source.tensors), []).append(info)
     quantization = config.quantization if isinstance(config.quantization, dict) else {}
     # bitsandbytes' 4-bit headers do not say shapes; the family may.
     shapes = (shapes_of(config) if quantization else None) or {}
