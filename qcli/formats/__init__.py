@@ -39,8 +39,8 @@ class Weight:
 class Stored:
     """A quantized weight as a checkpoint holds it, or is about to.
 
-    `tensors` maps attributes of a module (qcli/nn), of which `weight` has the codes, to dtype code and shape. `nested_offset` is the
-    one part that is no tensor of its own in bitsandbytes' format. `compute_dtype` is the torch name of the dtype in which the
+    `tensors` maps attributes of a module (qcli/nn), of which `weight` has the codes, to dtype code and shape. `nested_offset` is
+    the one part that is no tensor of its own in bitsandbytes' format. `compute_dtype` is the torch name of the dtype in which the
     checkpoint asks to compute; None leaves it to the model.
     """
 
