@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import qcli
+from qcli import formats
 from qcli.generation import decode
 from qcli.nn.linear_4bit import Linear4bit
 from qcli.nn.linear_8bit import Linear8bit
@@ -133,9 +134,11 @@ def test_modules_give_the_stored_form_back(demo):
         stored = load_file(demo / name / "model.safetensors")
         model, _ = qcli.load(str(demo / name), device="cpu")
         path = "model.layers.0.mlp.down_proj"
-        mine = model.get_submodule(path).stored()
-        assert {f"{path}.{n}" for n in mine} == {n for n in stored if n.startswith(path)}
-        assert all(torch.equal(tensor, stored[f"{path}.{n}"]) for n, tensor in mine.items())
+        mine = model.get_submodule(path).state_dict()
+        theirs = {n.removeprefix(f"{path}."): tensor for n, tensor in stored.items() if n.startswith(f"{path}.")}
+        attribute = formats.get("bitsandbytes").attribute
+        assert mine.keys() == {attribute(n) for n in theirs}
+        assert all(torch.equal(mine[attribute(n)], tensor) for n, tensor in theirs.items())
 
 
 def test_a_checkpoint_of_transformers_and_bitsandbytes(tmp_path):

@@ -21,7 +21,7 @@ from qcli.checkpoint.source import Source, open_source
 from qcli.checkpoint.stored_tensor import state_dict
 from qcli.devices import DeviceChoice, place
 from qcli.errors import CheckpointError, QcliError, QcliWarning, UsageError, one_of, together
-from qcli.files.foreign_json import shown
+from qcli.files.foreign_json import TEXT, check
 from qcli.formats._reading import made_again
 from qcli.loading import generation_config, out_of_memory
 from qcli.loading.room import check_room
@@ -44,14 +44,16 @@ def open_checkpoint(model: str, revision: str | None, trust_remote_code: bool) -
     for note in source.notes:
         warnings.warn(f"{model}: {note}", QcliWarning, stacklevel=2)
     if source.quantization:
+        label = f"{model}/config.json: quantization_config"
+        check(source.quantization, {"quant_method": TEXT}, label, "Mend the file, or fetch it again.")
         format = formats.of_config(source.quantization)
         if format is None:
             raise CheckpointError(
-                f"{model} is quantized by {shown(source.quantization.get('quant_method'))}, which qcli does not run; it runs "
+                f"{model} is quantized by {source.quantization['quant_method']}, which qcli does not run; it runs "
                 f"{' and '.join(formats.NAMES)}",
                 "Load it with transformers.",
             )
-        format.check(source.quantization, f"{model}/config.json: quantization_config")
+        format.check(source.quantization, label)
     return source
 
 

@@ -5,6 +5,7 @@ was measured at 7% of a step on a CPU. So the module keeps its CPU kernel's view
 that the view was made from, and calls the kernel itself. Whatever may replace a tensor drops the view.
 """
 
+from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -16,6 +17,8 @@ from qcli.runtime import cpu
 class FastPath(nn.Module):
     """For a module with `in_features`, whose `_op(x, *_arguments())` is its output and `_prepare` makes the kernel's view."""
 
+    _op: Callable[..., torch.Tensor]
+    _prepare: type
     _prepared = None  # (addresses of the tensors, the CPU kernel's view of them)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -33,6 +36,10 @@ class FastPath(nn.Module):
             if kept[1].addresses <= set(addresses) and "_hf_hook" not in self.__dict__:
                 self.__dict__["_prepared"] = kept
         return kept[1](x)
+
+    def _arguments(self) -> tuple:
+        """What the op takes beside x, in its order."""
+        raise NotImplementedError
 
     def __setattr__(self, name: str, value: object) -> None:
         self.__dict__.pop("_prepared", None)
