@@ -38,6 +38,7 @@ gpu-first:
 check: $(VENV)/checked
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Builds the CPU kernels in place, for work on them in a checkout, and where nvcc is on PATH those for CUDA.
 kernels:

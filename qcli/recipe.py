@@ -8,19 +8,20 @@
      "format": "bitsandbytes"}
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from qcli.errors import CheckpointError, UsageError
 from qcli.files.foreign_json import OBJECT, TEXT, Kind, Required, check, read_object, shown
 from qcli.schemes import named
 
 KEEP = "keep"  # the method of a module that stays as it is
-_CHOICE = {"method": Required(TEXT), "options": OBJECT}
+_CHOICE: Mapping[str, Kind | Required] = {"method": Required(TEXT), "options": OBJECT}
 _LIST = Kind("a list", lambda value: isinstance(value, list))
-_RECIPE = {"default": Required(OBJECT), "rules": _LIST, "format": TEXT}
+_RECIPE: Mapping[str, Kind | Required] = {"default": Required(OBJECT), "rules": _LIST, "format": TEXT}
 _HINT = "See docs/recipes.md for what a recipe holds."
 
 
@@ -81,7 +82,7 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(e.message, e.hint) from e
 
 
-def recipe_of(value: dict, label: str) -> Recipe:
+def recipe_of(value: dict[str, Any], label: str) -> Recipe:
     """The recipe that a JSON object states. `label` names it in messages. Raises CheckpointError, UsageError."""
     _check(value, _RECIPE, label)
     rules = []
@@ -93,13 +94,13 @@ def recipe_of(value: dict, label: str) -> Recipe:
     return Recipe(_choice(value["default"], f"{label}: default"), tuple(rules), value.get("format"))
 
 
-def _choice(value: dict, label: str) -> Choice:
+def _choice(value: dict[str, Any], label: str) -> Choice:
     _check(value, _CHOICE, label)
     name = value["method"] if value["method"] == KEEP else named(value["method"]).name
     return Choice(name, tuple((value.get("options") or {}).items()))
 
 
-def _check(value: dict, known: dict, label: str) -> None:
+def _check(value: dict[str, Any], known: Mapping[str, Kind | Required], label: str) -> None:
     check(value, known, label, _HINT)
     others = [key for key in value if key not in known]
     if others:

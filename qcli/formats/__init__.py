@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.modules import Layout, Linear
@@ -89,7 +89,7 @@ class Format(Protocol):
         """(tensor, byte offset in it, data) of the parts of a chunk that begins at element `start`, or of the last parts."""
         ...
 
-    def config(self, choice: Choice, compute_dtype: str) -> dict[str, object]:
+    def config(self, choice: Choice, compute_dtype: str) -> dict[str, Any]:
         """The `quantization_config` of config.json. What it cannot express goes to the choice's problems, what some reader
         will not like to its notes. `compute_dtype` is a torch name."""
         ...
@@ -98,7 +98,7 @@ class Format(Protocol):
         """Whether a `quantization_config` is of this format."""
         ...
 
-    def check(self, config: Mapping[str, object], label: str) -> None:
+    def check(self, config: Mapping[str, Any], label: str) -> None:
         """Checks the fields of a `quantization_config` that is of this format. Raises CheckpointError."""
         ...
 
@@ -110,8 +110,9 @@ class Format(Protocol):
         """Stored tensor beside a weight's codes (scales, tables) to the tensor of the codes, by names alone."""
         ...
 
-    def scheme_of(self, codes: str, tensors: "Mapping[str, TensorInfo]") -> Scheme | None:
-        """The scheme in which the tensor `codes` is stored, as far as headers tell; None where it is not of this format."""
+    def scheme_of(self, codes: str, tensors: "Mapping[str, TensorInfo]", config: Mapping[str, Any] | None) -> Scheme | None:
+        """The scheme in which the tensor `codes` is stored, as far as headers and the unchecked `quantization_config` show; None
+        where it is not of this format."""
         ...
 
     def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
@@ -122,7 +123,7 @@ class Format(Protocol):
         """Whether a loaded model holds the tensor."""
         ...
 
-    def read(self, source: "Source", linears: Sequence[Linear], config: Mapping[str, object]) -> dict[str, Stored]:
+    def read(self, source: "Source", linears: Sequence[Linear], config: Mapping[str, Any]) -> dict[str, Stored]:
         """Module to what is stored of it. Every field that changes what bytes mean is checked. Raises CheckpointError."""
         ...
 
@@ -178,12 +179,13 @@ def stored_bytes(scheme: Scheme, weight: Weight, outlier_columns: int = 0) -> in
     return sum(spec.nbytes for spec in stored)
 
 
-def quantized_weights(tensors: "Mapping[str, TensorInfo]", candidates: Sequence[Format]) -> dict[str, Scheme]:
-    """The tensors of codes in one of `candidates`, with their schemes, by headers alone."""
-    found = {}
-    for each in candidates:
+def quantized_weights(source: "Source") -> dict[str, Scheme]:
+    """The tensors of codes in `source`, with their schemes, by its config and headers alone."""
+    config, tensors, found = source.quantization, source.infos, {}
+    stated = of_config(config) if config else None
+    for each in [stated] if stated else all_formats():
         for weight in dict.fromkeys(each.companions(tensors).values()):
-            if scheme := each.scheme_of(weight, tensors):
+            if scheme := each.scheme_of(weight, tensors, config):
                 found[weight] = scheme
     return found
 

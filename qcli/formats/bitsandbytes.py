@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.dtypes import TORCH_NAMES, TensorSpec
 from qcli.checkpoint.modules import Linear
-from qcli.files.foreign_json import FLAG, NUMBER, TEXT, Required, at_least, check, list_of, one_of, parse_object, whole
+from qcli.files.foreign_json import FLAG, NUMBER, TEXT, Kind, Required, at_least, check, list_of, one_of, parse_object, whole
 from qcli.formats import Choice, Format, Stored, Weight
 from qcli.formats._selection import fused_notes, skip_list
 from qcli.schemes import BLOCK_SIZES, NAMED, NESTED_BLOCK_SIZE, PAPER_THRESHOLD, Scheme
@@ -40,7 +40,7 @@ _STATE = ".quant_state.bitsandbytes__"
 _PARTS_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")  # companions of a weight, after the dot
 _CODEBOOKS = ("nf4", "fp4")
 _ROW_FORMAT = 0  # of weight_format: rows as they are; others interleave them for kernels that are no longer made
-_CONFIG = {
+_CONFIG: Mapping[str, Kind | Required] = {
     "quant_method": TEXT,
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"), FLAG),
     "bnb_4bit_compute_dtype": one_of(*dtypes.MODEL_DTYPES, *(f"torch.{name}" for name in dtypes.MODEL_DTYPES)),
@@ -51,7 +51,7 @@ _CONFIG = {
     "llm_int8_skip_modules": list_of(TEXT),
     "llm_int8_has_fp16_weight": FLAG,
 }
-_QUANT_STATE = {
+_QUANT_STATE: Mapping[str, Kind | Required] = {
     "quant_type": Required(one_of(*_CODEBOOKS)),
     "blocksize": Required(whole(1, 1 << 20)),
     "dtype": Required(one_of(*dtypes.MODEL_DTYPES)),
@@ -117,13 +117,13 @@ class Bitsandbytes:
         offset = float(parts["nested_offset"]) if scheme.double_quant else None
         state = bytearray(_quant_state(weight, scheme, offset))
         yield f"{name}.absmax", 0, parts["scale"]
-        yield f"{name}.quant_map", 0, torch.from_numpy(CODEBOOKS[scheme.codebook].copy())
+        yield f"{name}.quant_map", 0, torch.from_numpy(CODEBOOKS[scheme.codebook or ""].copy())
         yield f"{name}{_STATE}{scheme.codebook}", 0, torch.frombuffer(state, dtype=torch.uint8)
         if scheme.double_quant:
             yield f"{name}.nested_absmax", 0, parts["nested_scale"]
             yield f"{name}.nested_quant_map", 0, torch.from_numpy(DYNAMIC_MAP.copy())
 
-    def config(self, choice: Choice, compute_dtype: str) -> dict[str, object]:
+    def config(self, choice: Choice, compute_dtype: str) -> dict[str, Any]:
         """With the fields that transformers writes. For 8 bits the 4-bit fields hold transformers' defaults."""
         schemes = list(dict.fromkeys(choice.schemes.values()))
         first = schemes[0] if schemes else NAMED["nf4"]
@@ -154,8 +154,8 @@ class Bitsandbytes:
             "quant_method": self.name,
         }
 
-    def owns(self, config: Mapping[str, object]) -> bool:
-        return config.get("quant_method", self.name) == self.name
+    def owns(self, config: Mapping[str, Any]) -> bool:
+        return bool(config.get("quant_method", self.name) == self.name)
 
     def weight_name(self, tensor: str) -> str:
         return tensor
@@ -171,7 +171,7 @@ class Bitsandbytes:
                 owners[name] = f"{base}.weight"
         return owners
 
-    def scheme_of(self, codes: str, tensors: "Mapping[str, TensorInfo]") -> Scheme | None:
+    def scheme_of(self, codes: str, tensors: "Mapping[str, TensorInfo]", config: Mapping[str, Any] | None) -> Scheme | None:
         if f"{codes.removesuffix('weight')}SCB" in tensors:
             return NAMED["llm-int8"]
         for codebook in _CODEBOOKS:
@@ -185,10 +185,10 @@ class Bitsandbytes:
     def in_memory(self, spec: TensorSpec) -> bool:
         return _STATE not in spec.name and not spec.name.endswith("weight_format")
 
-    def check(self, config: Mapping[str, object], label: str) -> None:
+    def check(self, config: Mapping[str, Any], label: str) -> None:
         check(config, _CONFIG, label, "Mend the file, or fetch it again.")
 
-    def read(self, source: "Source", linears: Sequence[Linear], config: Mapping[str, object]) -> dict[str, Stored]:
+    def read(self, source: "Source", linears: Sequence[Linear], config: Mapping[str, Any]) -> dict[str, Stored]:
         from qcli.formats._reading import read_each
 
         return read_each(source, linears, partial(self._read, config))
@@ -202,7 +202,7 @@ class Bitsandbytes:
         parts = [(f"weight.{part}$", f"weight_{part}") for part in _PARTS_4BIT]
         return parts + [(f"weight{_STATE}{codebook}$", "weight_quant_state") for codebook in _CODEBOOKS]
 
-    def _read(self, config: Mapping[str, object], source: "Source", linear: Linear) -> Stored | None:
+    def _read(self, config: Mapping[str, Any], source: "Source", linear: Linear) -> Stored | None:
         if f"{linear.tensor.removesuffix('weight')}SCB" in source.tensors:
             return _read_8bit(self.name, config, source, linear)
         codebook = next((each for each in _CODEBOOKS if f"{linear.tensor}{_STATE}{each}" in source.tensors), None)
@@ -212,7 +212,12 @@ class Bitsandbytes:
 def _quant_state(weight: Weight, scheme: Scheme, nested_offset: float | None) -> bytes:
     """The quant_state JSON of one weight."""
     shape = [weight.out_features, weight.in_features]
-    state = {"quant_type": scheme.codebook, "blocksize": scheme.size, "dtype": TORCH_NAMES[weight.dtype], "shape": shape}
+    state: dict[str, object] = {
+        "quant_type": scheme.codebook,
+        "blocksize": scheme.size,
+        "dtype": TORCH_NAMES[weight.dtype],
+        "shape": shape,
+    }
     if not scheme.double_quant:
         return json.dumps(state).encode()
     state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": nested_offset}
@@ -238,7 +243,7 @@ def _straddling_notes(choice: Choice) -> Iterator[str]:
     )
 
 
-def _read_8bit(name: str, config: Mapping[str, object], source: "Source", linear: Linear) -> Stored:
+def _read_8bit(name: str, config: Mapping[str, Any], source: "Source", linear: Linear) -> Stored:
     from qcli.formats._reading import Problem, expect, present, read_bytes
 
     base = linear.tensor.removesuffix("weight")
@@ -254,7 +259,7 @@ def _read_8bit(name: str, config: Mapping[str, object], source: "Source", linear
     return Stored(name, scheme, linear.out_features, linear.in_features, present(source, names))
 
 
-def _read_4bit(name: str, config: Mapping[str, object], source: "Source", linear: Linear, codebook: str) -> Stored:
+def _read_4bit(name: str, config: Mapping[str, Any], source: "Source", linear: Linear, codebook: str) -> Stored:
     from qcli.formats._reading import Problem, made_again, present, read_bytes
 
     tensor, state_name = linear.tensor, f"{linear.tensor}{_STATE}{codebook}"
@@ -293,7 +298,7 @@ def _check_4bit(source: "Source", tensor: str, scheme: Scheme, count: int) -> No
     if info.nbytes != -(-count // 2) or info.dtype not in ("U8", "I8", *dtypes.FLOATS):
         raise Problem(f"{tensor} holds {info.nbytes:,} bytes of {info.dtype}, expected {-(-count // 2):,} for {count:,} codes")
     blocks = -(-count // scheme.size)
-    tables = {f"{tensor}.quant_map": (CODEBOOKS[scheme.codebook], scheme.codebook)}
+    tables = {f"{tensor}.quant_map": (CODEBOOKS[scheme.codebook or ""], scheme.codebook)}
     expect(source, f"{tensor}.absmax", ("U8",) if scheme.double_quant else ("F32",), (blocks,))
     if scheme.double_quant:
         expect(source, f"{tensor}.nested_absmax", ("F32",), (-(-blocks // NESTED_BLOCK_SIZE),))

@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qcli.checkpoint.dtypes import CODES, MODEL_DTYPES, TensorSpec
 from qcli.checkpoint.modules import Linear
 from qcli.errors import CheckpointError
-from qcli.files.foreign_json import FLAG, OBJECT, TEXT, Required, check, either, list_of, map_of, one_of, whole
+from qcli.files.foreign_json import FLAG, OBJECT, TEXT, Kind, Required, check, either, list_of, map_of, one_of, whole
 from qcli.formats import Choice, Format, Stored, Weight
 from qcli.schemes import NAMED, Scheme
 
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 _LAYOUT = "pack-quantized"
 _HINT = "Load it with transformers."
 _COMPANIONS = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-_CONFIG = {
+_CONFIG: Mapping[str, Kind | Required] = {
     "quant_method": TEXT,
     "format": Required(one_of(_LAYOUT)),
     "config_groups": Required(map_of(OBJECT)),
     "ignore": list_of(TEXT),
     "quantization_status": one_of("compressed"),
 }
-_GROUP = {"targets": Required(list_of(TEXT)), "weights": Required(OBJECT), "format": one_of(_LAYOUT)}
-_WEIGHTS = {
+_GROUP: Mapping[str, Kind | Required] = {"targets": Required(list_of(TEXT)), "weights": Required(OBJECT), "format": one_of(_LAYOUT)}
+_WEIGHTS: Mapping[str, Kind | Required] = {
     "num_bits": Required(one_of(4, 8)),
     "type": one_of("int"),
     "symmetric": FLAG,
@@ -98,7 +98,7 @@ class CompressedTensors:
             packed = pack_words(parts["zero_point"].t().contiguous(), scheme.bits).t().contiguous()
             yield f"{module}weight_zero_point", 0, packed
 
-    def config(self, choice: Choice, compute_dtype: str) -> dict[str, object]:
+    def config(self, choice: Choice, compute_dtype: str) -> dict[str, Any]:
         groups: dict[Scheme, list[str]] = {}
         for module, scheme in choice.schemes.items():
             groups.setdefault(scheme, []).append(module)
@@ -136,7 +136,7 @@ class CompressedTensors:
             "quantization_status": "compressed",
         }
 
-    def owns(self, config: Mapping[str, object]) -> bool:
+    def owns(self, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method") == self.name
 
     def weight_name(self, tensor: str) -> str:
@@ -150,14 +150,14 @@ class CompressedTensors:
                 owners[name] = f"{module}.weight_packed"
         return owners
 
-    def scheme_of(self, codes: str, tensors: "Mapping[str, TensorInfo]") -> Scheme | None:
+    def scheme_of(self, codes: str, tensors: "Mapping[str, TensorInfo]", config: Mapping[str, Any] | None) -> Scheme | None:
         module = codes.removesuffix("weight_packed")
         scale = tensors.get(f"{module}weight_scale")
         if not codes.endswith(".weight_packed") or scale is None or len(scale.shape) != 2 or not scale.shape[1]:
             return None
-        # Headers do not say how many bits a code has; 4 is what is packed, but for the rarest of files.
-        size = tensors[codes].shape[-1] * 8 // scale.shape[1]
-        return replace(NAMED["rtn"], size=size, zero_point=f"{module}weight_zero_point" in tensors)
+        bits = _bits_for(module.removesuffix("."), config)
+        size = tensors[codes].shape[-1] * 32 // bits // scale.shape[1]
+        return replace(NAMED["rtn"], bits=bits, size=size, zero_point=f"{module}weight_zero_point" in tensors)
 
     def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
         return info.nbytes * 8 // scheme.bits
@@ -165,7 +165,7 @@ class CompressedTensors:
     def in_memory(self, spec: TensorSpec) -> bool:
         return not spec.name.endswith("weight_shape")
 
-    def check(self, config: Mapping[str, object], label: str) -> None:
+    def check(self, config: Mapping[str, Any], label: str) -> None:
         check(config, _CONFIG, label, _HINT)
         for name, group in config["config_groups"].items():
             where = f"{label}.config_groups.{name}"
@@ -174,7 +174,7 @@ class CompressedTensors:
             if group.get("input_activations") is not None:
                 raise CheckpointError(f"{where} rounds activations too, which qcli does not run", _HINT)
 
-    def read(self, source: "Source", linears: Sequence[Linear], config: Mapping[str, object]) -> dict[str, Stored]:
+    def read(self, source: "Source", linears: Sequence[Linear], config: Mapping[str, Any]) -> dict[str, Stored]:
         from qcli.formats._reading import read_each
 
         return read_each(source, linears, partial(self._read, config))
@@ -185,7 +185,7 @@ class CompressedTensors:
     def renamings(self) -> list[tuple[str, str]]:
         return [("weight_packed$", "weight")]
 
-    def _read(self, config: Mapping[str, object], source: "Source", linear: Linear) -> Stored | None:
+    def _read(self, config: Mapping[str, Any], source: "Source", linear: Linear) -> Stored | None:
         from qcli.formats._reading import Problem, expect, present
 
         if not linear.tensor.endswith(".weight_packed"):
@@ -213,7 +213,7 @@ def _words(count: int, scheme: Scheme) -> int:
     return -(-count * scheme.bits // 32)
 
 
-def _scheme_for(module: str, config: Mapping[str, object]) -> Scheme | None:
+def _scheme_for(module: str, config: Mapping[str, Any]) -> Scheme | None:
     """The scheme of the group that targets a module by its name, by a pattern, or as any Linear."""
     for group in config["config_groups"].values():
         for target in group["targets"]:
@@ -222,6 +222,15 @@ def _scheme_for(module: str, config: Mapping[str, object]) -> Scheme | None:
                 symmetric = weights.get("symmetric")
                 return replace(NAMED["rtn"], bits=weights["num_bits"], size=weights["group_size"], zero_point=symmetric is False)
     return None
+
+
+def _bits_for(module: str, config: Mapping[str, Any] | None) -> int:
+    """Bits of a code, which headers do not show, by an unchecked config; 4, which nearly all files have, where it does not say."""
+    try:
+        scheme = _scheme_for(module, config or {})
+    except (AttributeError, KeyError, TypeError, re.error):
+        return 4
+    return scheme.bits if scheme and scheme.bits in (4, 8) else 4
 
 
 FORMAT: Format = CompressedTensors()

@@ -34,7 +34,7 @@ class Description:
     tensors: int
     parameters: int
     bytes: int
-    quantization_config: dict | None
+    quantization_config: dict[str, object] | None
     parts: list[Part]
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -52,7 +52,7 @@ def describe(source: Source) -> Description:
     infos = source.infos
     for name, info in infos.items():
         owner = companions.get(name, name)
-        format, scheme = _scheme(owner, infos)
+        format, scheme = _scheme(owner, infos, source.quantization)
         word = scheme.name if scheme else TORCH_NAMES.get(infos[owner].dtype, infos[owner].dtype)
         kind = module_kind(format.weight_name(owner) if format else owner)
         part = parts.setdefault((kind, word), Part(kind, word))
@@ -82,8 +82,8 @@ def module_kind(tensor: str) -> str:
     return parts[-2] if len(parts) > 1 and parts[-1] in ("weight", "bias") else parts[-1]
 
 
-def _scheme(weight: str, infos: Mapping[str, TensorInfo]) -> tuple[Format | None, Scheme | None]:
+def _scheme(codes: str, infos: Mapping[str, TensorInfo], config: dict[str, object] | None) -> tuple[Format | None, Scheme | None]:
     for each in formats.all_formats():
-        if scheme := each.scheme_of(weight, infos):
+        if scheme := each.scheme_of(codes, infos, config):
             return each, scheme
     return None, None

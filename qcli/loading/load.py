@@ -214,8 +214,7 @@ def _keep_activations(label: str, loaded: torch.nn.Module) -> None:
 
 def check_fits(source: Source, layout: Layout) -> None:
     """Raises CheckpointError where tensors are missing or misshaped, by headers alone: what does not fit is never allocated."""
-    format = formats.of_config(source.quantization) if source.quantization else None
-    decoded = formats.quantized_weights(source.infos, [format] if format else formats.all_formats())
+    decoded = formats.quantized_weights(source)
     misshaped = [
         f"{name} (stored {list(stored)}, the model has {list(expected)})"
         for name, (stored, expected) in layout.misshaped.items()

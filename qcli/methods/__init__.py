@@ -47,7 +47,7 @@ def make(scheme: Scheme, options: Mapping[str, object] | None = None) -> "Method
     own = method_class(scheme.method).of(scheme)
     if not options:
         return own
-    return type(own)(**(asdict(own) | dict(options)))  # type: ignore[call-overload,no-any-return]
+    return type(own)(**(asdict(own) | dict(options)))  # type: ignore[call-overload]
 
 
 def options_of(method: "Method") -> dict[str, object]:

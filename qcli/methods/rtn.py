@@ -61,7 +61,8 @@ def values_of(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
     grouped = codes.unflatten(-1, (-1, group_size))
     if zero_point is not None:
         grouped = grouped.to(torch.int16) - zero_point.unsqueeze(-1)
-    return (grouped.to(scale.dtype) * scale.unsqueeze(-1)).flatten(-2)
+    values: torch.Tensor = grouped.to(scale.dtype) * scale.unsqueeze(-1)
+    return values.flatten(-2)
 
 
 class _Encoder:

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -70,13 +71,16 @@ class _Tasks:
         self.places = {o.name: o.start for o in work.outputs}
         self.encoder: Encoder | None = None
         if work.linear and work.method:
-            self.scheme = work.method.scheme
+            self.linear, self.scheme = work.linear, work.method.scheme
             self.weight = weight_of(work.info, work.linear, work.method, plan.dtype)
             self.encoder = work.method.encoder(work.linear.out_features, work.linear.in_features, device)
 
     def tasks(self) -> Iterator[Callable[[], None]]:
         """Every chunk once, in any order; one task with nothing in it for an empty tensor."""
-        count, step = (self._elements, self._grain()) if self.encoder else (self._bytes, CHUNK_BYTES)
+        count: Callable[[int, int], None] = self._bytes
+        step = CHUNK_BYTES
+        if self.encoder:
+            count, step = partial(self._elements, self.encoder), self._grain(self.encoder)
         size = self.work.info.numel if self.encoder else self.work.info.nbytes
         starts = range(0, size, step) or [0]
         self.left = len(starts)
@@ -92,17 +96,16 @@ class _Tasks:
         if last:
             self._finish()
 
-    def _grain(self) -> int:
+    def _grain(self, encoder: Encoder) -> int:
         """Elements of the weight in its logical order that are a chunk that the method can take."""
-        linear = self.work.linear
-        grain = self.encoder.grain
+        linear, grain = self.linear, encoder.grain
         if linear.transposed:
             grain = math.lcm(grain, linear.in_features)
         return max(CHUNK_BYTES // dtypes.ITEMSIZE[self.work.info.dtype] // grain, 1) * grain
 
-    def _elements(self, first: int, count: int) -> None:
+    def _elements(self, encoder: Encoder, first: int, count: int) -> None:
         """Quantizes elements of the weight [out_features, in_features] from `first` on."""
-        info, linear = self.work.info, self.work.linear
+        info, linear = self.work.info, self.linear
         dtype, itemsize = dtypes.torch_dtype(info.dtype), dtypes.ITEMSIZE[info.dtype]
         view = self._buffer(count * itemsize)
         if linear.transposed:
@@ -115,7 +118,7 @@ class _Tasks:
         stored = chunk.to(self.device)
         entering = stored.to(dtypes.torch_dtype(self.weight.dtype))
         self._count(overflowed=_newly_nonfinite(stored, entering))
-        self._pack(self.encoder.feed(entering, first), first)
+        self._pack(encoder.feed(entering, first), first)
         self._advance(len(view))
 
     def _bytes(self, first: int, count: int) -> None:
@@ -200,10 +203,10 @@ def _newly_nonfinite(before: torch.Tensor, after: torch.Tensor) -> int:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def verify(plan: Plan, folder) -> None:
+def verify(plan: Plan, folder: Path) -> None:
     """Reopens a written folder and compares it with the plan, header by header. Raises CheckpointError."""
     from qcli.checkpoint.safetensors_file import read_header
     from qcli.errors import CheckpointError

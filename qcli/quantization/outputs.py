@@ -50,7 +50,10 @@ def plan_tensors(
     source: Source, layout: Layout, chosen: dict[str, Method], format: Format, dtype: str, problems: list[str]
 ) -> list[Planned]:
     """What is stored of every tensor, in the order of the source's files. `dtype` is the code of what is not quantized."""
-    found, misshaped, of_no_use, refused = [], [], {}, {}
+    found: list[Planned] = []
+    misshaped: list[str] = []
+    of_no_use: dict[str, list[str]] = {}
+    refused: dict[str, list[str]] = {}
     order = {file: i for i, file in enumerate(source.files)}
     tensors = sorted(source.tensors.values(), key=lambda place: (order[place[0]], place[1].start))
     for file, info in tensors:

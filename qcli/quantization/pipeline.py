@@ -13,14 +13,14 @@ class Pipeline:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="qcli")
         self._room = threading.Semaphore(2 * threads)
         self._lock = threading.Lock()
-        self._running: set[Future] = set()
+        self._running: set[Future[None]] = set()
         self._failures: dict[int, BaseException] = {}
         self._submitted = 0
 
     def __enter__(self) -> "Pipeline":
         return self
 
-    def __exit__(self, kind, *rest) -> None:
+    def __exit__(self, kind: object, *rest: object) -> None:
         if kind is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             return
@@ -55,7 +55,7 @@ class Pipeline:
             with self._lock:
                 self._failures[number] = e
 
-    def _finished(self, future: Future) -> None:
+    def _finished(self, future: Future[None]) -> None:
         with self._lock:
             self._running.discard(future)
         self._room.release()

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from qcli import __version__, formats, methods
 from qcli.checkpoint import config_json, dtypes
@@ -80,7 +81,7 @@ class Plan:
     output: Path
     dtype: str  # safetensors code of the model's dtype in the output
     compute_dtype: str  # torch name
-    quantization_config: dict[str, object]
+    quantization_config: dict[str, Any]
     work: list[Work] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -141,7 +142,7 @@ class Plan:
     @cached_property
     def config(self) -> dict[str, object]:
         """config.json of the output."""
-        config = json.loads(json.dumps(self.source.config))
+        config: dict[str, Any] = json.loads(json.dumps(self.source.config))
         name = dtypes.TORCH_NAMES[self.dtype]
         for _, part in config_json.parts(config):
             for key in ("dtype", "torch_dtype"):
@@ -164,7 +165,7 @@ class Plan:
         headers = hashlib.sha256()
         for shard in self.shards:
             headers.update(shard.name.encode() + shard.header)
-        found = {
+        found: dict[str, object] = {
             "qcli": __version__,
             "source": self.source.fingerprint,
             "method": self.method.scheme.method,
@@ -183,7 +184,9 @@ class Plan:
     @property
     def skip_modules(self) -> list[str] | None:
         """The modules that the config lists as not quantized."""
-        return next(self.quantization_config[key] for key in ("llm_int8_skip_modules", "ignore") if key in self.quantization_config)
+        found = self.quantization_config
+        skipped: list[str] | None = found.get("llm_int8_skip_modules", found.get("ignore"))
+        return skipped
 
     @property
     def is_mixed(self) -> bool:
@@ -241,7 +244,7 @@ class Plan:
         }
 
 
-def from_json(value: dict, source: Source | None = None) -> Plan:
+def from_json(value: dict[str, Any], source: Source | None = None) -> Plan:
     """The plan that `Plan.to_json` wrote, its source opened again unless it is given.
 
     Raises CheckpointError where another qcli wrote it or the source is no longer what was planned for; HubError.

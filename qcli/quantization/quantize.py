@@ -3,7 +3,9 @@
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from qcli import formats
 from qcli.checkpoint import dtypes
@@ -22,7 +24,7 @@ from qcli.sizes import format_bytes, parse_size
 DISK_RESERVE = 50_000_000  # for the index, tokenizer files and the file system's own needs
 
 
-def quantize(model: str, output: str | Path | None = None, **options) -> Report:
+def quantize(model: str, output: str | Path | None = None, **options: Any) -> Report:
     """Quantizes `model` (a folder or a hub id) into a new folder and returns the report.
 
     Options are those of `make_plan` and `run_plan`: bits, method, double_quant, block_size, threshold, skip, recipe,
@@ -149,7 +151,7 @@ def run_plan(
     device: str = "auto",
     overwrite: bool = False,
     push_to_hub: str | None = None,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Callable[[int, int], AbstractContextManager[Any]] | None = None,
 ) -> Report:
     """Executes a plan without problems. `progress(total, done)` gives a context manager with advance(bytes, name).
 

@@ -86,7 +86,7 @@ class Staging:
             raise
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         try:
             if not self._published:
                 self.sync()
@@ -111,7 +111,7 @@ class Staging:
         self._journal = os.open(state / _JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         self._files[_JOURNAL] = self._journal
 
-    def _check_same_plan(self, theirs: dict) -> None:
+    def _check_same_plan(self, theirs: dict[str, object]) -> None:
         ours = json.loads(json.dumps(self.plan.identity))
         different = [key for key in ours if ours[key] != theirs.get(key)]
         if len(different) > 1 and "output headers" in different:
@@ -157,7 +157,7 @@ class Staging:
                 raise self._full(e, shard.name) from e
             self._dirty.add(shard.name)
 
-    def write(self, file: str, offset: int, data) -> None:
+    def write(self, file: str, offset: int, data: bytes | memoryview) -> None:
         """Writes `data` (bytes-like) at `offset` of `file`."""
         try:
             self._pwrite(self._files[file], data, offset)
@@ -228,7 +228,7 @@ class Staging:
         shutil.rmtree(self._aside)
         shutil.rmtree(self.replaced, ignore_errors=True)
 
-    def _pwrite(self, fd: int, data, offset: int) -> None:
+    def _pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data).cast("B")
         while len(view):
             written = os.pwrite(fd, view, offset)

@@ -97,7 +97,7 @@ def _prediction_layers(config: ModelConfig) -> range:
 def _scheme(main: TensorInfo, infos: list[TensorInfo], quantization: Mapping) -> str | None:
     by_name = {info.name: info for info in infos}
     for each in formats.all_formats():
-        if found := each.scheme_of(main.name, by_name):
+        if found := each.scheme_of(main.name, by_name, quantization):
             return found.name
     if main.dtype in _PLAIN:
         return None
