@@ -189,6 +189,12 @@ def test_the_table_of_formats_is_the_one_of_the_code():
         assert set(held) == {each for each in formats.written() if formats.get(name).refuses(NAMED[each]) is None}
 
 
+def test_the_architectures_are_those_that_are_tested():
+    from tests.models import ARCHITECTURES
+
+    assert code(rows(DOCS / "quantize.md", "model types")[0][0]) == list(ARCHITECTURES)
+
+
 def test_options_of_methods_are_named():
     from qcli.methods import option_types
 
