@@ -69,6 +69,13 @@ def test_links_lead_somewhere(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+def test_pictures_are_shown_and_small():
+    pictures = sorted((DOCS / "images").iterdir())
+    shown = {name for page in PAGES for name in re.findall(r"!\[[^\]]+\]\(images/([\w.-]+)\)", page.read_text())}
+    assert pictures and {path.name for path in pictures} == shown
+    assert sum(path.stat().st_size for path in pictures) < 300_000
+
+
 # Options
 
 
