@@ -40,6 +40,11 @@ check: $(VENV)/checked
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Writes the tables of options in docs/ from the commands.
+.PHONY: docs
+docs: $(VENV)/installed
+	$(BIN)/python docs/options.py
+
 # Builds the CPU kernels in place, for work on them in a checkout, and where nvcc is on PATH those for CUDA.
 kernels:
 	cmake -S kernels -B build/kernels -DCMAKE_INSTALL_PREFIX=$(CURDIR) -DQCLI_FATBIN=$(if $(shell command -v nvcc 2>/dev/null),ON,OFF)

@@ -29,24 +29,6 @@ def test_help_names_every_command(quick_cli):
         assert path.stem.replace("_", "-") in text
 
 
-def test_readme_names_every_option():
-    import inspect
-    import re
-
-    from qcli.commands.estimate_memory import estimate_memory
-    from qcli.commands.evaluate import evaluate
-    from qcli.commands.inspect_outliers import inspect_outliers
-    from qcli.commands.quantize import quantize
-
-    readme = (ROOT / "README.md").read_text()
-    for command in (quantize, inspect_outliers, evaluate, estimate_memory):
-        for name in inspect.signature(command).parameters:
-            option = "--" + name.strip("_").replace("_", "-")
-            assert name == "model" or option in readme, option
-    for path in re.findall(r"\]\(([^)#]+)\)", readme):
-        assert (ROOT / path).exists(), path
-
-
 def test_the_plan_in_tables_and_in_json(folder, quick_cli):
     text = quick_cli("quantize", folder / "model", "--dry-run", "-o", "planned")
     assert text.returncode == 0

@@ -15,7 +15,7 @@ from qcli.errors import Interrupted
 def quantize(
     model: Annotated[str, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)],
     bits: Annotated[int | None, typer.Option(help="4 for NF4, 8 for LLM.int8(). Default 4.", show_default=False)] = None,
-    method: Annotated[str | None, typer.Option(help="nf4, fp4 or llm-int8, instead of --bits.", show_default=False)] = None,
+    method: Annotated[str | None, typer.Option(help="nf4, fp4, llm-int8 or rtn, instead of --bits.", show_default=False)] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The folder to make. Default ./NAME-METHOD.", show_default=False)
     ] = None,
