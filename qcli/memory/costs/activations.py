@@ -113,6 +113,10 @@ def _quantized(product: _Linear, through: Pass, scheme: Scheme) -> tuple[int, st
         # int8 input, its row absmax, and the product in int32 before it is scaled.
         each = columns + 4 + 4 * rows
         return (alive + total * each, f"{shape} in int8: {total} tokens x ({columns} + 4 + 4 x {rows} = {each}) bytes more")
+    if not scheme.codebook:
+        # The int8 codes, less an int16 zero point where there is one, cast to the dtype, and times their scales.
+        extra = rows * columns * (1 + 2 * scheme.zero_point + 2 * through.itemsize)
+        return alive + extra, f"{shape}: its codes and its weight expanded, {extra} bytes"
     if total <= _FEW_TOKENS:
         return alive, f"{shape}: its {scheme.bits}-bit weight is multiplied as it is stored"
     extra = rows * columns * through.itemsize + (4 * scheme.scales(rows, columns) if scheme.double_quant else 0)
