@@ -103,7 +103,7 @@ def loaded_after(statement: str) -> set[str]:
 
 
 def test_help_loads_no_heavy_library():
-    heavy = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub"}
+    heavy = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "psutil"}
     assert loaded_after("import qcli.cli").isdisjoint(heavy)
     assert loaded_after("import qcli").isdisjoint(heavy | {"typer", "rich"})
     assert loaded_after("import qcli.checkpoint.safetensors_file").isdisjoint(heavy)

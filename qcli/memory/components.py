@@ -63,7 +63,7 @@ class Costs:
         self.weights = weights(model.parameters, method, dtype)
         self.blocks = blocks_of(model, method, dtype)
         self.computes_as = _stored_method(model, self.dtype) if method == STORED else method
-        self.linears = [(p.out_features, p.numel // p.out_features) for p in model.parameters if p.linear and p.numel]
+        self.linears = [(p.out_features, p.in_features) for p in model.parameters if p.linear and p.numel]
 
     def needs(self, setting: Setting, gpus: Sequence[Gpu]) -> Needs:
         """What has to find room on `gpus`."""

@@ -13,7 +13,7 @@ piecewise linear in the context, with the windows as its breakpoints (`parts` gi
 from dataclasses import dataclass
 from fractions import Fraction
 
-from qcli.memory.costs.cache_parts import Part, ceil, itemsize_of, parts
+from qcli.memory.costs.cache_parts import CachePart, ceil, itemsize_of, parts
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ def cache(
     return Cache(components, total, tuple(layers), ceil(Fraction(batch * growing)), batch * extra, batch * append, tuple(formula))
 
 
-def _sentences(made: list[Part], context: int, batch: int) -> list[str]:
+def _sentences(made: list[CachePart], context: int, batch: int) -> list[str]:
     """One sentence for each kind of part: how many layers, the formula, the bytes."""
-    groups: dict[tuple, list[Part]] = {}
+    groups: dict[tuple, list[CachePart]] = {}
     for part in made:
         groups.setdefault((part.label, part.formula, part.per_token, part.fixed), []).append(part)
     sentences = []

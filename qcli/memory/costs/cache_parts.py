@@ -6,6 +6,7 @@ Shapes and lifetimes are those of transformers 5's cache classes and modeling fi
 from dataclasses import dataclass
 from fractions import Fraction
 
+from qcli.checkpoint.dtypes import CODES, ITEMSIZE, MODEL_DTYPES
 from qcli.errors import UsageError
 from qcli.memory.costs.states import state
 from qcli.memory.installed import transformers_version
@@ -13,9 +14,7 @@ from qcli.memory.installed import transformers_version
 RUNTIMES = ("transformers", "transformers4", "vllm")
 # Bytes an element. q8_0 and q4_0: blocks of 32 with a 2-byte scale; nvfp4: blocks of 16 with a 1-byte scale.
 KV_BYTES = {
-    "float32": Fraction(4),
-    "bfloat16": Fraction(2),
-    "float16": Fraction(2),
+    **{name: Fraction(ITEMSIZE[CODES[name]]) for name in MODEL_DTYPES},
     "fp8": Fraction(1),
     "fp8_e4m3": Fraction(1),
     "fp8_e5m2": Fraction(1),
@@ -31,7 +30,7 @@ _NO_ATTENTION = ("linear_attention", "conv", "moe", "mlp")
 
 
 @dataclass(frozen=True)
-class Part:
+class CachePart:
     """What one layer keeps for one sequence: `fixed` bytes, and `per_token` bytes for each of at most `limit` tokens,
     counted by whole groups of `every`. `label` is the component it belongs to. `twice` is the share of it that a step holds
     twice while it appends: transformers makes a longer tensor beside the old one, for keys and then for values."""
@@ -58,7 +57,7 @@ class Part:
 
 def parts(
     config, kv_dtype: str | None = None, runtime: str = "transformers", chunk: int = 8192, state_dtype: str | None = None
-) -> list[Part]:
+) -> list[CachePart]:
     """What each layer of `config` keeps for one sequence; arguments as of `cache`."""
     if runtime not in RUNTIMES:
         raise UsageError(f"runtime is {runtime!r}, expected one of {', '.join(RUNTIMES)}.")
@@ -75,7 +74,7 @@ def parts(
     return made
 
 
-def _attention_parts(config, layer: int, kind: str, itemsize: Fraction, runtime: str, chunk: int, page) -> list[Part]:
+def _attention_parts(config, layer: int, kind: str, itemsize: Fraction, runtime: str, chunk: int, page) -> list[CachePart]:
     if kind in _COMPRESSED:
         return _compressed_parts(config, layer, kind, itemsize)
     blocks = {"every": page[0], "round_up": True} if runtime == "vllm" else {}
@@ -87,12 +86,12 @@ def _attention_parts(config, layer: int, kind: str, itemsize: Fraction, runtime:
             limit += chunk - 1 + page[0]
         why += f", at most {limit} tokens"
     twice = Fraction(0) if runtime == "vllm" else twice
-    made = [Part(layer, label, why, (keys + values) * itemsize, limit, twice=twice, **blocks)]
+    made = [CachePart(layer, label, why, (keys + values) * itemsize, limit, twice=twice, **blocks)]
     if kind == "indexed_attention":
         index = config.integer("index_head_dim")
         # vLLM keeps them in fp8 with a float32 scale.
         each, why = (Fraction(index + 4), "index_head_dim + 4") if blocks else (index * itemsize, "index_head_dim")
-        made.append(Part(layer, "indexer keys", why, each, **blocks))
+        made.append(CachePart(layer, "indexer keys", why, each, **blocks))
     return made
 
 
@@ -121,7 +120,7 @@ def attention_shape(config, kind: str) -> tuple[int, int]:
     return heads, width
 
 
-def _compressed_parts(config, layer: int, kind: str, itemsize: Fraction) -> list[Part]:
+def _compressed_parts(config, layer: int, kind: str, itemsize: Fraction) -> list[CachePart]:
     """DeepSeek V4: a window of shared keys and values, and one compressed entry for each `rate` tokens; the sparse kind
     also keeps compressed indexer keys. The few tokens that wait for their group are counted as a full group."""
     rate, width = config.nested("compress_rates", kind) or _COMPRESSED[kind], config.head_dim
@@ -134,15 +133,15 @@ def _compressed_parts(config, layer: int, kind: str, itemsize: Fraction) -> list
     why = f"({width} + {index}) / {rate}, and less than {rate} tokens that wait"
     fixed = ceil(waiting * itemsize)
     return [
-        Part(layer, "keys and values, sliding window", f"{width}, at most {window} tokens", width * itemsize, window),
-        Part(layer, "compressed keys and values", why, entry, fixed=fixed, every=rate),
+        CachePart(layer, "keys and values, sliding window", f"{width}, at most {window} tokens", width * itemsize, window),
+        CachePart(layer, "compressed keys and values", why, entry, fixed=fixed, every=rate),
     ]
 
 
-def _state_part(config, layer: int, kind: str, runtime: str, state_dtype: str | None, page) -> Part:
+def _state_part(config, layer: int, kind: str, runtime: str, state_dtype: str | None, page) -> CachePart:
     shape = state(config, kind)
     fixed = page[1] or _state_bytes(config, shape, runtime, state_dtype)
-    return Part(layer, "recurrent state", shape.formula, fixed=fixed)
+    return CachePart(layer, "recurrent state", shape.formula, fixed=fixed)
 
 
 def _state_bytes(config, shape, runtime: str, state_dtype: str | None) -> int:

@@ -45,7 +45,7 @@ def quantizing(model: Model, folder: Path) -> list[Quantizing]:
     found = []
     for method in written():
         stored = weights(model.parameters, method, dtype).stored
-        held = (NAMED[method].held_bytes(linear.out_features, linear.numel // linear.out_features) for linear in linears)
+        held = (NAMED[method].held_bytes(linear.out_features, linear.in_features) for linear in linears)
         found.append(
             Quantizing(
                 method=method,

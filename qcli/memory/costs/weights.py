@@ -19,7 +19,7 @@ from qcli.sizes import format_bytes
 
 ITEMSIZE = {name: dtypes.ITEMSIZE[dtypes.CODES[name]] for name in dtypes.MODEL_DTYPES}
 METHODS = (*ITEMSIZE, *QUANTIZED, "stored")
-_OFFSET = 4  # float32, by which double quantization shifts absmax; stored inside of the quant_state
+_TABLE_ITEMSIZE = dtypes.ITEMSIZE["F32"]  # of codebooks, of 16 entries and, for absmax under double quantization, of 256
 _CUDA_GRANULE = 512  # bytes, to which torch's CUDA allocator rounds
 # Names of the experts that transformers makes one tensor of.
 _EXPERT = re.compile(r"experts\.\d+\.")
@@ -76,7 +76,13 @@ def weights(parameters: Sequence[Parameter], method: str, dtype: str = "bfloat16
     largest = max([largest, *fused.values()])
     count = sum(parameter.numel for parameter in parameters)
     return Weights(
-        dict(by_kind), total, stored, allocated, 8 * total / max(count, 1), largest, [t.sentence(name) for name, t in terms.items()]
+        by_kind=dict(by_kind),
+        total=total,
+        stored=stored,
+        allocated=allocated,
+        bits_per_weight=8 * total / max(count, 1),
+        largest=largest,
+        formula=[counted.sentence(name, dtype) for name, counted in terms.items()],
     )
 
 
@@ -90,7 +96,7 @@ def _tensors(parameter: Parameter, method: str, dtype: str, every_linear: bool) 
         kept = "float32" if keeps else dtype
         size = parameter.numel * ITEMSIZE[kept]
         return kept, [size], size
-    tensors, size = _quantized(method, (parameter.out_features, parameter.numel // parameter.out_features), dtype)
+    tensors, size = _quantized(method, (parameter.out_features, parameter.in_features), dtype)
     return method, tensors, size
 
 
@@ -99,28 +105,35 @@ def _quantized(method: str, shape: tuple[int, int], dtype: str) -> tuple[list[in
     """Bytes in memory of each tensor of a quantized weight of `shape`, and its bytes in a checkpoint."""
     scheme = NAMED[method]
     stored, resident = stored_tensors(scheme, Weight("weight", *shape, dtypes.CODES[dtype]))
-    extra = [_OFFSET] if scheme.double_quant else []
-    return [spec.nbytes for spec in resident] + extra, sum(spec.nbytes for spec in stored)
+    parts = scheme.parts(*shape)
+    # In memory it is a tensor of its own. On disk it stands inside the quant_state.
+    inside = [parts["nested_offset"].nbytes] if scheme.double_quant else []
+    return [spec.nbytes for spec in resident] + inside, sum(spec.nbytes for spec in stored)
 
 
-def _rule(name: str) -> str:
-    """What a weight takes under a method, in words."""
+def _rule(name: str, dtype: str) -> str:
+    """What a weight takes under a method, in words. `dtype` is that of the unquantized weights."""
     if name == "stored":
         return "as the checkpoint holds them"
     if name in ITEMSIZE:
         return f"{ITEMSIZE[name]} bytes each"
     scheme = NAMED[name]
-    each = "half a byte" if scheme.bits == 4 else f"{scheme.bits / 8:g} byte{'s' if scheme.bits > 8 else ''}"
+    parts = scheme.parts(1, scheme.size or 1, dtypes.CODES[dtype])
+    each = "half a byte" if scheme.bits == 4 else _bytes(scheme.bits // 8)
     shared = {"flat": f"a block of {scheme.size}", "group": f"a group of {scheme.size}", "row": "a row", "tensor": "a tensor"}
-    scale = "1 byte" if scheme.double_quant else "4 bytes"
-    if scheme.zero_point:
-        scale += " and a zero point"
-    nested = f" and 4 bytes every {NESTED_BLOCK_SIZE} blocks" if scheme.double_quant else ""
-    tables = 4 * (2**scheme.bits + 256 * scheme.double_quant + scheme.double_quant) if scheme.codebook else 0
-    table = f" and {tables:,} bytes a tensor" if tables else ""
-    if nested:
-        return f"{each} each, {scale} {shared[scheme.share]},{nested.removeprefix(' and')}{table}"
-    return f"{each} each{',' if table else ' and'} {scale} {shared[scheme.share]}{table}"
+    scale = _bytes(dtypes.ITEMSIZE[parts["scale"].dtype]) + (" and a zero point" if scheme.zero_point else "")
+    terms = [f"{each} each", f"{scale} {shared[scheme.share]}"]
+    tables = 0
+    if scheme.double_quant:
+        terms.append(f"{_bytes(parts['nested_scale'].nbytes)} every {NESTED_BLOCK_SIZE} blocks")
+        tables = parts["nested_offset"].nbytes + _TABLE_ITEMSIZE * 256
+    if scheme.codebook:
+        terms.append(f"{tables + _TABLE_ITEMSIZE * 2**scheme.bits:,} bytes a tensor")
+    return f"{', '.join(terms[:-1])} and {terms[-1]}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count} byte{'s' if count > 1 else ''}"
 
 
 @dataclass
@@ -136,5 +149,5 @@ class _Term:
         self.count += parameter.numel
         self.kinds[parameter.kind] = None
 
-    def sentence(self, name: str) -> str:
-        return f"{', '.join(self.kinds)}: {self.count:,} parameters in {name}, {_rule(name)}: {format_bytes(self.size)}"
+    def sentence(self, name: str, dtype: str) -> str:
+        return f"{', '.join(self.kinds)}: {self.count:,} parameters in {name}, {_rule(name, dtype)}: {format_bytes(self.size)}"

@@ -113,7 +113,7 @@ def _logical_shape(
     """The shape of what the stored tensor stands for. `known` is the family's word for it, if it has one."""
     leaf, shape = main.name.rpartition(".")[2], main.shape
     if scheme in NAMED and NAMED[scheme].share == "flat":
-        count = 2 * main.nbytes
+        count = 8 * main.nbytes // NAMED[scheme].bits
         return known if prod(known) in (count, count - 1) else (1, count)
     if leaf.endswith("_blocks") and len(shape) > 2:
         return (*shape[:-2], shape[-2] * shape[-1] * 2)

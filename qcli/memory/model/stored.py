@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
+from qcli.checkpoint.dtypes import ITEMSIZE
 from qcli.errors import UsageError
 from qcli.formats import Weight, stored_tensors
 from qcli.memory.model.config import ModelConfig
@@ -53,7 +54,7 @@ def _bitsandbytes(one: Parameter, quantization: Mapping, config: ModelConfig) ->
         raise UsageError(f"bnb_4bit_quant_type in {config.label} is {name!r}, expected nf4 or fp4.")
     elif not quantization.get("bnb_4bit_use_double_quant"):
         name += "-plain"
-    _, resident = stored_tensors(NAMED[name], Weight("weight", one.out_features, one.numel // one.out_features, "BF16"))
+    _, resident = stored_tensors(NAMED[name], Weight("weight", one.out_features, one.in_features, "BF16"))
     return name, sum(spec.nbytes for spec in resident)
 
 
@@ -66,7 +67,7 @@ def _fp8(one: Parameter, quantization: Mapping, config: ModelConfig) -> tuple[st
         raise UsageError(f"weight_block_size in {config.label} is {block!r}, expected two whole numbers such as [128, 128].")
     *experts, rows, columns = one.shape
     scales = prod(experts) * -(-rows // block[0]) * -(-columns // block[1])
-    return "fp8", one.numel + 4 * scales
+    return "fp8", ITEMSIZE["F8_E4M3"] * one.numel + ITEMSIZE["F32"] * scales
 
 
 def _mxfp4(one: Parameter, quantization: Mapping, config: ModelConfig) -> tuple[str, int] | None:

@@ -88,6 +88,11 @@ class Parameter:
         """Rows of a linear layer's weight as [out_features, in_features]: as many scales has its int8 form."""
         return self.shape[-1] if self.transposed else self.shape[0]
 
+    @property
+    def in_features(self) -> int:
+        """Columns of that weight."""
+        return self.numel // max(self.out_features, 1)
+
 
 def parameter(
     name: str, shape: tuple[int, ...], config: ModelConfig, scheme: str | None = None, stored: int | None = None

@@ -44,6 +44,8 @@ def _is_quantized(parameter, method: str) -> bool:
 
 def _counted(parameter, method: str, dtype: str) -> int:
     if _is_quantized(parameter, method):
-        # Scales aside, as transformers counts.
-        return parameter.stored if method == "stored" else parameter.numel * NAMED[method].bits // 8
+        if method == "stored":
+            return parameter.stored
+        # Without scales, as transformers counts.
+        return NAMED[method].parts(parameter.out_features, parameter.in_features)["codes"].nbytes
     return parameter.numel * ITEMSIZE[method if method in ITEMSIZE else dtype]
