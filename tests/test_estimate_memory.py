@@ -269,6 +269,44 @@ def test_training_needs_more(estimate):
     assert "what would: --train qlora, " in estimate("--train", "lora", "--context", "512", "--gpu", "14GB").stdout
 
 
+GLM4 = LLAMA_8B | {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"], "attention_bias": True, "pad_token_id": 0}
+
+
+def test_a_model_type_without_a_family_is_built_by_transformers(quick_cli, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(GLM4 | {"num_hidden_layers": 3}))
+    report = found(quick_cli("estimate-memory", "config.json", "--json"))
+    # As Llama, with biases of queries, keys and values, and four norms a layer in place of two.
+    layer = 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336
+    outside = 2 * 128256 * 4096
+    assert report["model"]["parameters"] == outside + 3 * (layer + 4096 + 2 * 1024 + 4 * 4096) + 4096
+    assert report["model"]["read"] == "config.json alone, built by transformers"
+    (said,) = (sentence for sentence in report["assumed"] if "'glm4'" in sentence)
+    assert "took seconds, because qcli has no rules of its own" in said
+    sizes = {row["method"]: row["components"][0]["bytes"] for row in report["methods"]}
+    assert sizes["bfloat16"] == 2 * report["model"]["parameters"]
+    # In int8 a byte for each weight of a linear layer but the head's, and a float32 for each row.
+    rows = 4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096
+    assert sizes["llm-int8"] == sizes["bfloat16"] - 3 * layer + 3 * 4 * rows
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"model_type": "martian"}, "the model type 'martian'"),
+        ({"hidden_size": -1}, "transformers cannot"),
+        ({"num_attention_heads": "many"}, "transformers cannot read it"),
+        ({"num_hidden_layers": 10**7}, "expected at most 10,000"),
+        ({"num_hidden_layers": 3}, "these 3 layers has more modules than any model"),
+    ],
+)
+def test_what_transformers_cannot_build_is_refused(quick_cli, tmp_path, monkeypatch, change, words):
+    monkeypatch.setattr("qcli.memory.model.built._MOST_TENSORS", 0)
+    monkeypatch.setattr("qcli.checkpoint.modules._MODULES_AT_LEAST", 20)  # so that 20 modules are the most
+    (tmp_path / "config.json").write_text(json.dumps(GLM4 | change))
+    done = quick_cli("estimate-memory", "config.json")
+    assert done.returncode == 2 and words in done.stderr and not done.stdout
+
+
 def test_the_papers_table(quick_cli):
     """Table 2 of LLM.int8(), every row."""
     rows = json.loads(quick_cli("estimate-memory", "--table", "--json").stdout)["rows"]

@@ -7,6 +7,7 @@ from qcli.checkpoint.config_json import check_config
 from qcli.errors import CheckpointError, UsageError
 from qcli.files.foreign_json import read_object
 from qcli.memory.model.config import ModelConfig
+from qcli.memory.model.families import families
 from qcli.memory.model.parameters import Parameter, from_size, parameters, parameters_of
 from qcli.memory.model.stored import as_stored
 
@@ -58,7 +59,14 @@ def _checked(config: ModelConfig) -> ModelConfig:
 
 
 def _from_config(config: ModelConfig, label: str, read: str) -> Model:
-    found = parameters(_checked(config))
+    _checked(config)
+    found = None
+    if config.model_type not in families():
+        from qcli.memory.model.built import built
+
+        found = built(config)
+        read = f"{read}, built by transformers"
+    found = found or parameters(config)
     return Model(label, config, as_stored(found, config) if config.quantization else found, read)
 
 
