@@ -44,9 +44,8 @@ def built(config: ModelConfig) -> list[Parameter] | None:
         asked.tensors = {name: ("", SimpleNamespace(shape=tuple(p.shape))) for name, p in model.named_parameters()}
         layout = model_layout(asked, model_class, theirs)
     except CheckpointError as e:
-        raise UsageError(
-            f"{config.label}: its numbers make a {model_class.__name__} of more modules than any model has", _HINT
-        ) from e
+        name = model_class.__name__
+        raise UsageError(f"{config.label}: {name} with these {depth:,} layers has more modules than any model", _HINT) from e
     except Exception as e:  # a config can be wrong in as many ways as there are models
         raise UsageError(f"{config.label}: transformers cannot build {model_class.__name__} of it: {reason(e)}", _HINT) from e
     config.assume(
