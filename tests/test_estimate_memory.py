@@ -350,6 +350,34 @@ def test_quantizing_takes_the_memory_that_the_plan_names(tmp_path):
         assert plan.working_memory <= run.memory <= plan.working_memory + (1 << 27)
 
 
+def test_a_gpu_without_a_model_is_asked_what_fits_it(quick_cli):
+    done = quick_cli("estimate-memory", "--gpu", "24GB")
+    assert done.returncode == 0 and "24GB was read as 24 GB" in done.stderr
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.strip()}
+    assert rows["bfloat16"][1].endswith("B") and "layers of width" in done.stdout
+    # 8.03 billion parameters of 2 bytes, 1.07 GB of keys and values, and what the GPU itself takes.
+    assert rows["Llama-3.1-8B"][1:5] == ["8.03B", "8,192", "fits", "19.71"]
+    assert rows["Llama-3.3-70B"][3] == "no" and rows["OPT-6.7B"][2] == "2,048"
+    assert "note: Experts are fused parameters" in done.stderr and "Mixtral-8x7B" in done.stderr
+
+
+def test_scripts_are_told_what_fits(quick_cli):
+    report = found(quick_cli("estimate-memory", "--gpu", "24GB", "--bits", "nf4", "--batch", "2", "--json"))
+    assert set(report) == {"setting", "gpus", "fits", "notes", "largest", "models"}
+    assert report["setting"] == {"context": 8192, "batch": 2, "dtype": "bfloat16", "kv_dtype": None, "runtime": "transformers"}
+    (largest,) = report["largest"]
+    shape = {"layers", "hidden_size", "intermediate_size", "heads", "kv_heads", "vocab_size", "tied_embeddings"}
+    assert set(largest) == {"method", "parameters", "total"} | shape and largest["total"]["most"] <= 24e9
+    for model in report["models"]:
+        assert set(model) == {"name", "type", "parameters", "context", "methods"}
+        (method,) = model["methods"]
+        assert set(method) == {"method", "verdict", "left", "total"} and method["method"] == "nf4"
+        assert (method["verdict"] == "fits") == (method["total"]["most"] <= 24e9) == (method["left"] >= 0)
+    nothing = quick_cli("estimate-memory", "--gpu", "500MB", "--json")
+    assert nothing.returncode == 3 and found(nothing)["fits"] is False
+    assert {row["parameters"] for row in found(nothing)["largest"]} == {None}
+
+
 def test_the_figure(estimate, tmp_path):
     done = estimate("--gpu", "24GB", "--plot", "out.png", "--json")
     assert done.returncode == 0, done.stderr
@@ -364,7 +392,14 @@ def test_the_figure(estimate, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ((), "neither given"),
+        ((), "For example: qcli estimate-memory --params 8B --gpu 24GB"),
+        (("--bits", "4"), "neither a model nor a GPU was given"),
+        (("--gpu", "24GB", "--plot", "x.png"), "--plot was given without a model"),
+        (("--gpu", "24GB", "--train", "qlora"), "--train was given without a model"),
+        (("--gpu", "24GB", "--bits", "3"), "--bits is '3'"),
+        (("--gpu", "24GB", "--kv-dtype", "int3"), "int3"),
+        (("--gpu", "24GB", "--context", "0"), "--context is 0"),
+        (("--gpu", "x"), "--gpu is 'x'"),
         (("--params", "7B", "x"), "both given"),
         (("--params", "none"), "7B"),
         (("./nowhere",), "there is no folder ./nowhere"),

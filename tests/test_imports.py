@@ -112,7 +112,12 @@ def test_help_loads_no_heavy_library():
 
 @pytest.mark.parametrize(
     "arguments",
-    [("examples/demo-model", "--gpu", "24GB", "--explain"), ("--params", "7B", "--train", "qlora"), ("--table",)],
+    [
+        ("examples/demo-model", "--gpu", "24GB", "--explain"),
+        ("--params", "7B", "--train", "qlora"),
+        ("--table",),
+        ("--gpu", "24GB"),
+    ],
     ids=" ".join,
 )
 def test_an_estimate_loads_neither_torch_nor_transformers_nor_numpy(arguments):

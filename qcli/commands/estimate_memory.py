@@ -9,6 +9,7 @@ from qcli import console
 from qcli.errors import UsageError
 
 DOES_NOT_FIT = 3  # the exit code
+_EXAMPLE = "qcli estimate-memory --params 8B --gpu 24GB"
 
 
 def estimate_memory(
@@ -67,6 +68,15 @@ def estimate_memory(
         return
     if models:
         raise UsageError("--models was given without --table", "Add --table, or name one model as the argument.")
+    if model is None and params is None:
+        if not gpu:
+            raise UsageError("neither a model nor a GPU was given", f"For example: {_EXAMPLE}")
+        others = {"train": train, "quantizing": quantizing, "explain": explain, "plot": plot, "revision": revision}
+        for name in (name for name, value in others.items() if value):
+            raise UsageError(f"--{name} was given without a model", f"Name one, or leave out --{name}. For example: {_EXAMPLE}")
+        asked = {"context": context, "batch": batch, "bits": bits or [], "kv_dtype": kv_dtype, "runtime": runtime}
+        _what_fits(gpu, asked, json)
+        return
     from qcli.files import figure as figure_file
     from qcli.memory.costs.quantizing import quantizing as quantizing_of
     from qcli.memory.estimate import estimate_memory as estimate
@@ -97,6 +107,19 @@ def estimate_memory(
     if plot is not None:
         figure.draw(found, plot)
         console.say(f"wrote {plot}")
+    if not found.fits:
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def _what_fits(gpu: list[str], asked: dict, json: bool) -> None:
+    from qcli.commands import _memory_tables as tables
+    from qcli.memory.what_fits import summary, what_fits
+
+    found = what_fits(gpu, **asked)
+    if json:
+        console.json(summary(found))
+    else:
+        tables.show_what_fits(found)
     if not found.fits:
         raise typer.Exit(DOES_NOT_FIT)
 

@@ -101,14 +101,11 @@ def estimate_memory(
 
     Raises UsageError, CheckpointError, HubError, DeviceError.
     """
-    _check(context=context, batch=batch, rank=rank)
-    _one_of("runtime", runtime, RUNTIMES)
+    at_least_one(context=context, batch=batch, rank=rank)
+    devices = devices_of(gpu, runtime)
     if train is not None:
         _one_of("train", train, TRAINING)
         _one_of("runtime", runtime, ("transformers",), " with --train")
-    devices = gpus(list(gpu))
-    if runtime == "vllm":
-        devices = [_taken_by_vllm(device) for device in devices]
     opened = open_model(model, params, revision)
     limit = opened.config.max_context
     setting = Setting(
@@ -151,12 +148,20 @@ def _sixteen_bit(model: Model) -> str:
     return config.dtype if config.dtype in ("bfloat16", "float16") else "bfloat16"
 
 
+def devices_of(named: Sequence[str], runtime: str) -> list[Gpu]:
+    """The GPUs that `--gpu` names, each with the memory that `runtime` takes of it. Raises UsageError, DeviceError."""
+    _one_of("runtime", runtime, RUNTIMES)
+    devices = gpus(list(named))
+    return [_taken_by_vllm(device) for device in devices] if runtime == "vllm" else devices
+
+
 def _taken_by_vllm(gpu: Gpu) -> Gpu:
     share = f"{gpu.said}; vLLM takes 90% of it unless --gpu-memory-utilization says otherwise"
     return replace(gpu, memory=gpu.memory * 9 // 10, said=share)
 
 
-def _check(**numbers: int | None) -> None:
+def at_least_one(**numbers: int | None) -> None:
+    """Raises UsageError for an option whose number is less than 1."""
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}, expected at least 1")
@@ -183,6 +188,14 @@ def _methods(model: Model, bits: Sequence[str], train: str | None) -> list[str]:
         if train:
             return ["nf4"] if train == "qlora" else [half]
         return ["float32"] * (model.config.dtype == "float32") + [half, "llm-int8", "nf4"]
+    found = method_names(bits, half)
+    if train and any((method in ITEMSIZE) == (train == "qlora") for method in found):
+        raise _wrong_training(train, f"--bits {', '.join(bits)} was given")
+    return found
+
+
+def method_names(bits: Sequence[str], half: str) -> list[str]:
+    """The methods that `--bits` names, each once; 16 bits are the dtype `half`. Raises UsageError."""
     found = []
     for text in bits:
         word = text.strip().lower()
@@ -192,8 +205,6 @@ def _methods(model: Model, bits: Sequence[str], train: str | None) -> list[str]:
         found.append(method if method in ITEMSIZE else named(method).name)
         if found[-1] == UNQUANTIZED.name:
             found[-1] = half
-    if train and any((method in ITEMSIZE) == (train == "qlora") for method in found):
-        raise _wrong_training(train, f"--bits {', '.join(bits)} was given")
     return list(dict.fromkeys(found))
 
 

@@ -8,7 +8,8 @@ from qcli.errors import CheckpointError, UsageError
 from qcli.files.foreign_json import read_object
 from qcli.memory.model.config import ModelConfig
 from qcli.memory.model.families import families
-from qcli.memory.model.parameters import Parameter, from_size, parameters, parameters_of
+from qcli.memory.model.like_llama import from_size
+from qcli.memory.model.parameters import Parameter, parameters, parameters_of
 from qcli.memory.model.stored import as_stored
 
 

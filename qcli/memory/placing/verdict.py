@@ -42,6 +42,11 @@ class Needs:
         """All of it on one GPU, with the most overhead."""
         return self.weights + self.state + self.activations + self.overhead[-1]
 
+    @property
+    def totals(self) -> dict[str, int]:
+        """The three totals by name, for JSON."""
+        return {"least": self.least, "likely": self.likely, "most": self.most}
+
 
 @dataclass(frozen=True)
 class Load:

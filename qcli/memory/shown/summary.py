@@ -39,7 +39,7 @@ def _method_summary(row: MethodEstimate) -> dict[str, object]:
         "bits_per_weight": round(row.bits_per_weight, 4),
         "components": [vars(part) for part in row.components],
         "overhead": _three(row.needs.overhead) | {"formula": list(row.overhead)},
-        "total": _three((row.needs.least, row.needs.likely, row.needs.most)),
+        "total": row.needs.totals,
     }
     if row.placement is None:
         return shown
