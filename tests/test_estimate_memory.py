@@ -340,6 +340,15 @@ def test_quantizing_agrees_with_the_plan(quick_cli):
     assert "qcli quantize on this machine" in quick_cli("estimate-memory", DEMO, "--quantizing").stdout
 
 
+def test_a_method_that_quantize_refuses_is_named(quick_cli, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | {"hidden_size": 4160, "num_attention_heads": 65, "head_dim": 64}))
+    done = quick_cli("estimate-memory", "config.json", "--bits", "rtn", "--quantizing", "--json")
+    words = "qcli quantize refuses rtn for model.layers.0.self_attn.q_proj.weight: groups of 128 do not divide rows of 4160"
+    assert any(words in sentence for sentence in found(done)["notes"])
+    assert f"note: {words}" in done.stderr
+    assert [run["method"] for run in found(done)["quantizing"]] == ["llm-int8", "nf4-plain", "nf4", "fp4-plain", "fp4"]
+
+
 def test_quantizing_takes_the_memory_that_the_plan_names(tmp_path):
     from qcli.memory.costs.quantizing import quantizing
     from qcli.memory.model.opening import open_model

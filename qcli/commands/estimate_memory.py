@@ -79,6 +79,7 @@ def estimate_memory(
         return
     from qcli.files import figure as figure_file
     from qcli.memory.costs.quantizing import quantizing as quantizing_of
+    from qcli.memory.costs.quantizing import refusals
     from qcli.memory.estimate import estimate_memory as estimate
     from qcli.memory.shown import figure
     from qcli.memory.shown.summary import summary
@@ -104,6 +105,9 @@ def estimate_memory(
     else:
         tables.show(found, explain=explain)
         tables.show_quantizing(runs)
+    if quantizing:
+        for reason in refusals(found.model):
+            console.say(f"note: {reason}")
     if plot is not None:
         figure.draw(found, plot)
         console.say(f"wrote {plot}")

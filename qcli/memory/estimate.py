@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from qcli.errors import UsageError
 from qcli.memory.components import STORED, Component, Costs, Setting
+from qcli.memory.costs.quantizing import refusal
 from qcli.memory.costs.weights import ITEMSIZE, METHODS
 from qcli.memory.model.opening import Model, open_model
 from qcli.memory.placing import verdict
@@ -135,6 +136,7 @@ def _notes(model: Model, setting: Setting, devices: list[Gpu], rows: Sequence[Me
     elif quantized and fused:
         size = format_bytes(fused * ITEMSIZE[setting.dtype])
         found.append(f"Experts are fused parameters, which transformers 5 leaves in {setting.dtype}: {size} under every method.")
+    found += [f"{reason}." for method in quantized if (reason := refusal(model.parameters, method)) is not None]
     if setting.runtime == "vllm" and len(devices) > 1:
         found.append("Over several GPUs the layers are split as by vLLM's pipeline parallelism, not within each layer.")
     return found

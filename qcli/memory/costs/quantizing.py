@@ -3,14 +3,16 @@
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qcli.errors import QcliError, UsageError
-from qcli.formats import written
+from qcli.formats import all_formats, written
 from qcli.memory.costs.weights import ITEMSIZE, weights
 from qcli.memory.model.opening import Model
-from qcli.schemes import CHUNK_BYTES, CHUNKS_IN_WORK, NAMED
+from qcli.memory.model.tensor_rules import Parameter
+from qcli.schemes import CHUNK_BYTES, CHUNKS_IN_WORK, NAMED, QUANTIZED
 
 _SAMPLE = 32 << 20  # bytes read and written to measure a rate
 
@@ -30,7 +32,9 @@ class Quantizing:
 
 
 def quantizing(model: Model, folder: Path) -> list[Quantizing]:
-    """The estimate for each method of `qcli quantize`, the result going to `folder`; a second or so, for the disk is measured.
+    """The estimate for each method that `qcli quantize` can use for `model`, written to `folder`.
+
+    It takes about a second, because the disk is measured.
 
     Reading, quantizing and writing overlap, and the first and the last bound the whole: measured over 7.9 GB, a run takes 0.96
     times as long as reading the source once and then writing the result. Raises UsageError for a model that is quantized
@@ -44,6 +48,8 @@ def quantizing(model: Model, folder: Path) -> list[Quantizing]:
     read, write = _rates(model.files, folder)
     found = []
     for method in written():
+        if refusal(model.parameters, method) is not None:
+            continue
         stored = weights(model.parameters, method, dtype).stored
         held = (NAMED[method].held_bytes(linear.out_features, linear.in_features) for linear in linears)
         found.append(
@@ -58,6 +64,23 @@ def quantizing(model: Model, folder: Path) -> list[Quantizing]:
             )
         )
     return found
+
+
+def refusal(parameters: Sequence[Parameter], method: str) -> str | None:
+    """Why `qcli quantize` refuses `method` for these parameters, as a sentence without its end; None where it does not."""
+    for each in all_formats():
+        if method in QUANTIZED and each.refuses(NAMED[method]) is None:
+            for one in parameters:
+                reason = each.refuses_shape(NAMED[method], one.out_features, one.in_features) if one.quantizable else None
+                if reason is not None:
+                    return f"qcli quantize refuses {method} for {one.name}: {reason}"
+            return None
+    return None
+
+
+def refusals(model: Model) -> list[str]:
+    """The `refusal` of each method that `quantizing` leaves out."""
+    return [reason for method in written() if (reason := refusal(model.parameters, method)) is not None]
 
 
 def _rates(files: list[Path], folder: Path) -> tuple[float, float]:
