@@ -1,4 +1,4 @@
-"""The verb `estimate_memory`: what a model needs under each method, whether it fits, and what to do where it does not."""
+"""The verb `estimate_memory`: what a model needs under each method, whether it fits, and what helps where it does not."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ TRAINING = ("qlora", "lora")
 
 @dataclass(frozen=True)
 class Reach:
-    """The largest context (tokens) or batch (sequences) that fits, all else as asked; `bound` is what stops it there."""
+    """The largest context (tokens) or batch (sequences) that fits. All else is as asked. `bound` names what limits it."""
 
     value: int
     bound: str
@@ -34,8 +34,11 @@ class Reach:
 
 @dataclass(frozen=True)
 class Advice:
-    """What would fit where this does not: any one of `options` added to what was asked ("--bits nf4"), `count` of the first GPU
-    named instead of those named, or `on_cpu` bytes of the layers in the CPU's memory. None where that does not help."""
+    """What would fit instead. Any one of these is enough; None marks what does not help.
+
+    options: each is an option to add to the command ("--bits nf4"). count: how many of the first GPU named, in place of all named.
+    on_cpu: bytes of layers to put into the CPU's memory.
+    """
 
     options: list[str]
     count: int | None
@@ -44,8 +47,8 @@ class Advice:
 
 @dataclass(frozen=True)
 class MethodEstimate:
-    """One method. `components` sum to what `needs` has besides the overhead, for which `overhead` has the sentences.
-    `placement` and what follows it are None where no GPU was named.
+    """One method. `components` sum to `needs` without its overhead. `overhead` has the sentences on the overhead.
+    `placement` and the fields after it are None where no GPU was named.
     """
 
     method: str
@@ -59,13 +62,13 @@ class MethodEstimate:
     advice: Advice | None = None
 
     def component(self, name: str) -> int:
-        """Bytes of a component, 0 where it is not there."""
+        """Bytes of the component `name`, 0 where there is none."""
         return sum(part.bytes for part in self.components if part.name == name)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What was asked, and `methods`. Sentences: `assumed` for what the config left open, `notes` for what may surprise."""
+    """What was asked, and a row for each method. `assumed` has a sentence for each gap in the config, `notes` for each surprise."""
 
     model: Model
     setting: Setting
@@ -76,7 +79,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether any of the methods fits the GPUs named, with the most overhead; True where none was named."""
+        """Whether any method fits the GPUs named, with the most overhead. True where no GPU was named."""
         return not self.gpus or any(entry.placement.verdict == FITS for entry in self.methods)
 
 
@@ -96,9 +99,9 @@ def estimate_memory(
 ) -> Estimate:
     """Estimates the memory of `model` (a config.json, a folder, a hub id) or of a Llama-like one of `params` ("7B") parameters.
 
-    `gpu` are sizes or names as of `--gpu`; `context` counts tokens of prompt and answer together (default: 8,192, or the
-    model's limit if that is less) and `batch` sequences; `bits` are 32, 16, 8, 4 or methods (default: those that the stored
-    weights can become); `train` is None, "qlora" or "lora", with adapters of `rank` on every linear layer.
+    gpu: sizes or names, as `--gpu` takes them. context: tokens of prompt and answer together; 8,192 by default, or the model's
+    limit if that is less. batch: sequences. bits: 32, 16, 8, 4 or methods; by default those that the stored weights can become.
+    train: None, "qlora" or "lora", with adapters of `rank` on every linear layer.
 
     Raises UsageError, CheckpointError, HubError, DeviceError.
     """
@@ -236,14 +239,14 @@ def _reach(costs: Costs, setting: Setting, devices: list[Gpu], name: str) -> Rea
     def too_large(n: int) -> bool:
         return not verdict.fits(costs.needs(replace(setting, **{name: n}), devices), devices)
 
-    # Exact, since no component of memory shrinks as tokens or sequences are added.
+    # This is exact: no component shrinks as tokens or sequences are added.
     value = bisect_left(range(1, limit + 1), True, key=too_large)
     stop = "the model's limit" if name == "context" and own else "none larger was tried"
     return Reach(value, stop if value == limit else "memory")
 
 
 def _automatic(costs: Costs, setting: Setting, needs: Needs, devices: list[Gpu]) -> list[int] | None:
-    """The split that comes of itself: that of device_map="auto" in transformers, none in vLLM."""
+    """The split that the runtime makes without being asked: device_map="auto" in transformers, none in vLLM."""
     if setting.runtime == "vllm":
         return None
     memory = [device.memory for device in devices]
@@ -271,7 +274,7 @@ def _advised(
 
 
 def _smaller(costs: Costs, row: MethodEstimate, setting: Setting, devices: list[Gpu], rows: Sequence[MethodEstimate]) -> list[str]:
-    """Options for fewer bits that fit, the least loss first."""
+    """Options for fewer bits that fit. The one that loses least is first."""
     if row.method == STORED:
         return []
     counted = {other.method: other.needs for other in rows}

@@ -30,8 +30,7 @@ _READ = "a shape like Llama's"
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest model like Llama 3 that fits under `method`, with the most overhead. `model` and `needs` are None where none
-    does."""
+    """The largest model like Llama 3 that fits under `method`, with the most overhead. Where none fits, `model` and `needs` are None."""
 
     method: str
     model: Model | None = None
@@ -40,8 +39,8 @@ class Largest:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A known model under one method: "fits", "tight" or "does not fit", as of qcli.memory.placing.verdict; `left` is bytes on
-    the fullest GPU."""
+    """A known model under one method. `verdict` is "fits", "tight" or "does not fit", as qcli.memory.placing.verdict defines them.
+    `left` is bytes on the fullest GPU."""
 
     method: str
     needs: Needs
@@ -51,7 +50,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Known:
-    """A well-known model with `context` tokens: those that were asked for, or its own limit where that is less."""
+    """A well-known model with `context` tokens: as many as were asked for, or its own limit if that is less."""
 
     model: Model
     context: int
@@ -60,7 +59,7 @@ class Known:
 
 @dataclass(frozen=True)
 class WhatFits:
-    """`largest` has a row for each method, `known` one for each model, the smallest first. `notes` are sentences."""
+    """`largest` has a row for each method. `known` has one for each model, the smallest first. `notes` are sentences."""
 
     setting: Setting
     gpus: list[Gpu]
@@ -92,8 +91,8 @@ def what_fits(
     kv_dtype: str | None = None,
     runtime: str = "transformers",
 ) -> WhatFits:
-    """What fits the GPUs named: sizes or names as of `--gpu`, at least one. The other arguments are those of `estimate_memory`;
-    `bits` are 16, 8 and 4 by default.
+    """What fits the GPUs in `gpu`: sizes or names, as `--gpu` takes them, at least one. The other arguments are those of
+    `estimate_memory`. `bits` are 16, 8 and 4 by default.
 
     Raises UsageError, DeviceError.
     """
@@ -124,8 +123,10 @@ def _largest(method: str, setting: Setting, devices: Sequence[Gpu]) -> Largest:
 
 
 def deepened(costs: Costs, config: ModelConfig) -> Costs:
-    """The costs of `config` from those of the same model with one layer: its layers are all alike. Counting each of them, for
-    every shape that is tried, would take minutes."""
+    """The costs of `config`, from the costs of the same model with one layer.
+
+    All its layers are alike. Counting each of them, in every shape that is tried, would take minutes.
+    """
     layer = next(block for block in costs.blocks if block.name.startswith(STACK_PREFIX))
     found = copy(costs)
     found.model = replace(costs.model, config=config)
@@ -168,12 +169,15 @@ def _notes(methods: Sequence[str], setting: Setting, devices: Sequence[Gpu]) -> 
 
 
 def summary(found: WhatFits) -> dict[str, object]:
-    """For JSON. Sizes are bytes; a later version may add keys, and changes none.
+    """For JSON. Sizes are bytes. A later version may add keys, and changes none.
 
-    setting: context, batch, dtype, kv_dtype, runtime. gpus: name, memory, said. fits: whether anything does. notes: sentences.
-    largest: for each method, parameters, layers, hidden_size, intermediate_size, heads, kv_heads, vocab_size, tied_embeddings,
-    and total (least, likely, most); null but for the method where no model fits. models: name, type, parameters, context (tokens
-    it was counted with); methods: for each, method, verdict ("fits", "tight", "does not fit"), left (of the fullest GPU), total.
+    setting: context, batch, dtype, kv_dtype, runtime.
+    gpus: name, memory, said (a sentence on where the memory is from).
+    fits: whether anything fits. notes: sentences.
+    largest: for each method, method, parameters, layers, hidden_size, intermediate_size, heads, kv_heads, vocab_size,
+    tied_embeddings, and total (least, likely, most, on one GPU). All but method are null where no model fits.
+    models: for each model, name, type, parameters, context (the tokens that it was counted with), and methods: for each method,
+    method, verdict ("fits", "tight", "does not fit"), left (on the fullest GPU), and total.
     """
     asked = vars(found.setting)
     return {

@@ -1,4 +1,4 @@
-"""What `qcli quantize` of a model would take: memory, disk, and time by the rates that this machine's disk shows."""
+"""What `qcli quantize` would take for a model: memory, disk, and time at the measured rates of this machine's disk."""
 
 import os
 import tempfile
@@ -19,8 +19,8 @@ _SAMPLE = 32 << 20  # bytes read and written to measure a rate
 
 @dataclass(frozen=True)
 class Quantizing:
-    """Bytes and seconds of one run. `memory` is above Python and its libraries, an upper estimate. `read_rate` and
-    `write_rate` are bytes a second as measured here; `seconds` do not count the download."""
+    """Bytes and seconds of one run. `memory` is an upper estimate, above Python and its libraries. `read_rate` and `write_rate` are
+    bytes a second, measured here. `seconds` leave out the download."""
 
     method: str
     memory: int
@@ -36,9 +36,9 @@ def quantizing(model: Model, folder: Path) -> list[Quantizing]:
 
     It takes about a second, because the disk is measured.
 
-    Reading, quantizing and writing overlap, and the first and the last bound the whole: measured over 7.9 GB, a run takes 0.96
-    times as long as reading the source once and then writing the result. Raises UsageError for a model that is quantized
-    already, QcliError where `folder` cannot be written.
+    Reading, quantizing and writing overlap, and the disk limits the whole. Measured over 7.9 GB, a run takes 0.96 times as long as
+    reading the source once and then writing the result. Raises UsageError for a model that is quantized already, QcliError where
+    `folder` cannot be written.
     """
     if model.config.quantization:
         raise UsageError(f"{model.label} is quantized already, and --quantizing was given", "Leave out --quantizing.")
@@ -84,8 +84,11 @@ def refusals(model: Model) -> list[str]:
 
 
 def _rates(files: list[Path], folder: Path) -> tuple[float, float]:
-    """Bytes a second read from the largest of `files` (without any, from what was just written, dropped from memory first) and
-    written to a nameless file in `folder`, with the disk's own confirmation."""
+    """Bytes a second, read and written.
+
+    Reading is measured on the largest of `files`. Without files it is measured on what was just written, after that was dropped from
+    memory. Writing is measured on a nameless file in `folder`, until the disk confirms it.
+    """
     piece = os.urandom(1 << 20)
     try:
         with tempfile.TemporaryFile(dir=folder) as sample:
@@ -100,7 +103,7 @@ def _rates(files: list[Path], folder: Path) -> tuple[float, float]:
                     os.posix_fadvise(sample.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 return _read_rate(sample.fileno()), write
     except OSError as e:
-        raise QcliError(f"{folder} cannot be written: {e.strerror}", "Run it where the result would go.") from e
+        raise QcliError(f"{folder} cannot be written: {e.strerror}", "Run it in the folder of the future result.") from e
     with open(max(files, key=lambda path: path.stat().st_size), "rb", buffering=0) as file:
         return _read_rate(file.fileno()), write
 

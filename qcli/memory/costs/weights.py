@@ -1,7 +1,7 @@
-"""Bytes of a model's weights under each method: as they lie in memory, as they are stored, and as CUDA allocates them.
+"""Bytes of a model's weights under each method: in memory, in a checkpoint, and as CUDA allocates them.
 
-A quantized linear weight takes what its format (qcli/formats/) stores of its scheme (qcli/schemes.py), or the scheme's own parts
-where no format holds it. Everything else keeps the model's dtype.
+A quantized linear weight takes what its format (qcli/formats/) stores of its scheme (qcli/schemes.py). Where no format holds the
+scheme, it takes the scheme's own parts. Everything else keeps the model's dtype.
 """
 
 import functools
@@ -19,21 +19,21 @@ from qcli.sizes import format_bytes
 
 ITEMSIZE = {name: dtypes.ITEMSIZE[dtypes.CODES[name]] for name in dtypes.MODEL_DTYPES}
 METHODS = (*ITEMSIZE, *QUANTIZED, "stored")
-_TABLE_ITEMSIZE = dtypes.ITEMSIZE["F32"]  # of codebooks, of 16 entries and, for absmax under double quantization, of 256
-_CUDA_GRANULE = 512  # bytes, to which torch's CUDA allocator rounds
-# Names of the experts that transformers makes one tensor of.
+_TABLE_ITEMSIZE = dtypes.ITEMSIZE["F32"]  # of codebooks: 16 entries for codes, 256 for absmax under double quantization
+_CUDA_GRANULE = 512  # bytes; torch's CUDA allocator rounds up to a multiple of it
+# Names of single experts, of which transformers makes one tensor.
 _EXPERT = re.compile(r"experts\.\d+\.")
 _FUSED = re.compile(r"(experts\.)(?:gate_proj|up_proj|gate_up_proj|w1|w3)(?=\.|$)")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """by_kind: resident bytes by Parameter.kind; total: their sum.
+    """Bytes of all weights under one method.
 
-    stored: bytes of the tensors in a checkpoint of this method. allocated: `total` with each tensor rounded up to CUDA's 512 B.
-    bits_per_weight: of `total` over all parameters. largest: bytes of the largest tensor that has to be whole in the model's
-    dtype, beside its final form, while the model loads: a weight before it is quantized, or experts before they are fused;
-    0 where none has. formula: a sentence for each term.
+    by_kind: bytes in memory by Parameter.kind. total: their sum. stored: bytes of the tensors in a checkpoint of this method.
+    allocated: `total` with each tensor rounded up to CUDA's 512 B. bits_per_weight: `total` in bits over all parameters. largest:
+    bytes of the largest tensor that is whole in the model's dtype, together with its final form, while the model loads. That is a
+    weight before it is quantized, or experts before they are fused; 0 where there is neither. formula: a sentence for each term.
     """
 
     by_kind: dict[str, int]
@@ -46,11 +46,11 @@ class Weights:
 
 
 def weights(parameters: Sequence[Parameter], method: str, dtype: str = "bfloat16", *, every_linear: bool = False) -> Weights:
-    """The bytes of `parameters` under `method`, one of METHODS, the unquantized ones in `dtype`, a key of ITEMSIZE.
+    """The bytes of `parameters` under `method`, one of METHODS. Unquantized ones are in `dtype`, a key of ITEMSIZE.
 
-    A dtype as method is the whole model's dtype. "stored" is a checkpoint as it is, its plain tensors loaded in `dtype`.
-    `every_linear` quantizes what transformers leaves alone: T5's `wo` and Falcon's layers, as the paper's own code did.
-    Raises UsageError.
+    If the method is a dtype, the whole model is in that dtype. "stored" is a checkpoint as it is, with its plain tensors loaded in
+    `dtype`. `every_linear` also quantizes what transformers leaves alone, T5's `wo` and Falcon's layers, as the paper's own code
+    did. Raises UsageError.
     """
     if method not in METHODS:
         raise UsageError(f"the method is {method!r}, expected one of {', '.join(METHODS)}")
@@ -87,7 +87,7 @@ def weights(parameters: Sequence[Parameter], method: str, dtype: str = "bfloat16
 
 
 def _tensors(parameter: Parameter, method: str, dtype: str, every_linear: bool) -> tuple[str, list[int], int]:
-    """The term that counts `parameter`, bytes of each of its tensors in memory, and bytes in a checkpoint."""
+    """The name of the term that counts `parameter`, the bytes of each of its tensors in memory, and its bytes in a checkpoint."""
     if method == "stored" and parameter.scheme is not None:
         return "stored", [parameter.stored], parameter.stored
     quantizes = method in QUANTIZED
@@ -138,7 +138,7 @@ def _bytes(count: int) -> str:
 
 @dataclass
 class _Term:
-    """What one rule counts: bytes, elements, and the kinds that it counted."""
+    """What one rule has counted: bytes, elements, and kinds of parameters."""
 
     size: int = 0
     count: int = 0

@@ -1,7 +1,7 @@
-"""Parameters of a model type that has no family here: transformers builds the model on the meta device, without memory for it.
+"""Parameters of a model type without a family: transformers builds the model on the meta device, which takes no memory.
 
 That works for every model type that the installed transformers knows. Its price is the import of torch and transformers, which
-takes seconds; so families come first.
+takes seconds. Families need neither, and come first.
 """
 
 import warnings

@@ -20,8 +20,8 @@ _WIDTHS = (512, 1024, 1536, *range(2048, 65536, 1024))  # hidden_size of the mod
 def from_size(size: str) -> ModelConfig:
     """The config of a model like Llama 3 with about `size` parameters ("7B", "350M", "1.5T", "8e9"). Raises UsageError.
 
-    Heads of 128 (64 in models less than 2048 wide), 8 key-value heads, an MLP of 3.5 widths, 128,256 tokens; what was chosen
-    stands in `assumed`.
+    It has heads of 128 (64 in models less than 2048 wide), 8 key-value heads, an MLP of 3.5 widths and 128,256 tokens. Its
+    `assumed` names the shape.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMBT]?)\s*", size, re.IGNORECASE)
     target = float(match[1]) * _SUFFIXES.get(match[2].upper(), 1) if match else 0
@@ -41,8 +41,8 @@ def from_size(size: str) -> ModelConfig:
 def largest_llama(fits: Callable[[ModelConfig], bool]) -> ModelConfig | None:
     """The largest config like Llama 3 for which `fits` is true; None where there is none. With one layer more it is false.
 
-    "Largest" allows for common proportions: a shape of a few per cent less is taken where it is nearer to them. `fits` must be
-    false of what is larger than a model of which it was false.
+    A shape that is a few per cent smaller is preferred where its proportions are more common. `fits` must not be true of a model
+    that is larger, in width or depth, than one that does not fit.
     """
     too_wide = bisect_left(_WIDTHS, True, key=lambda width: not fits(_config(_llama(width, max(1, round(width / _SLENDERNESS))))))
     near = _WIDTHS[max(0, too_wide - 3) : too_wide + 1]  # further ones are of odd proportions when they are as large
@@ -115,5 +115,5 @@ def _count(raw: dict) -> int:
 
 
 def _oddness(raw: dict) -> float:
-    """How far from common proportions a shape is, on the scale of a relative error in its size."""
+    """How far a shape is from common proportions, on the scale of a relative error in its size."""
     return 0.2 * abs(math.log(raw["hidden_size"] / raw["num_hidden_layers"] / _SLENDERNESS))
