@@ -1,4 +1,4 @@
-"""How an estimate looks in a terminal: components, verdicts, a bar for each GPU, and the formulas."""
+"""An estimate in a terminal: components, verdicts, a bar for each GPU, and the formulas."""
 
 import re
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _COLOURS = ("blue", "green", "yellow", "magenta")
 
 
 def show(found: Estimate, *, explain: bool) -> None:
-    """Everything that was asked for."""
+    """Prints all parts of an estimate. `explain` adds the formulas."""
     model, setting = found.model, found.setting
     config = model.config
     limit = f", made for {config.max_context:,} tokens" if config.max_context else ""
@@ -47,7 +47,7 @@ def show(found: Estimate, *, explain: bool) -> None:
 
 
 def show_what_fits(found: WhatFits) -> None:
-    """The largest model like Llama 3 under each method, then a row for each well-known model."""
+    """Prints the largest model like Llama 3 under each method, then a row for each well-known model."""
     setting = found.setting
     console.out(f"{_named(found.gpus)}: {setting.context:,} tokens, batch {setting.batch}, run by {setting.runtime}")
     console.table(
@@ -89,7 +89,7 @@ def _count(number: int) -> str:
 
 
 def show_quantizing(runs: Sequence[Quantizing]) -> None:
-    """A row for each method that `qcli quantize` knows; nothing where there is none."""
+    """Prints a row for each run; nothing where there is none."""
     if not runs:
         return
     console.table(
@@ -98,7 +98,7 @@ def show_quantizing(runs: Sequence[Quantizing]) -> None:
         [[run.method, format_bytes(run.memory), format_bytes(run.disk), format_bytes(run.download), _time(run)] for run in runs],
     )
     rates = f"reads {format_bytes(runs[0].read_rate)}/s and writes {format_bytes(runs[0].write_rate)}/s"
-    console.out(f"memory is above Python and its libraries; this disk {rates}, measured now")
+    console.out(f"Memory is above Python and its libraries. This disk {rates}, measured now.")
 
 
 def _time(run: Quantizing) -> str:
@@ -106,7 +106,7 @@ def _time(run: Quantizing) -> str:
 
 
 def show_table(rows: Sequence[Row], rule: str) -> None:
-    """The hardware table, and the rule that made it."""
+    """Prints the hardware table, and the rule by which it was made."""
     console.table(
         "",
         ["class", "hardware", "largest in 8 bits", "largest in 16 bits"],
@@ -188,7 +188,7 @@ def _splits(found: Estimate) -> None:
         if found.setting.runtime == "vllm":
             how = "a split of its layers that fits"
         elif not row.placement.automatic:
-            how = 'device_map="auto" splits it otherwise, and that does not fit: give this device map'
+            how = 'a device map to give by hand, since that of device_map="auto" does not fit'
         console.table(
             f"{row.method}: {how}",
             ["GPU", "holds", *parts_of(found.setting)[:3], "left"],
@@ -242,5 +242,5 @@ def _explain(found: Estimate) -> None:
 
 
 def _grouped(sentence: str) -> str:
-    """With thousands apart, but for shapes, where a comma parts the numbers already."""
+    """The sentence with commas between thousands, except in shapes, whose numbers have commas between them."""
     return re.sub(r"\[[^]]*\]|(?<![\d.,])\d{4,}(?![\d.,]*\d)", lambda m: m[0] if m[0][0] == "[" else f"{int(m[0]):,}", sentence)

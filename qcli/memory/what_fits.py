@@ -30,7 +30,8 @@ _READ = "a shape like Llama's"
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest model like Llama 3 that fits under `method`, with the most overhead. Where none fits, `model` and `needs` are None."""
+    """The largest model like Llama 3 that fits under `method`, with the most overhead. `model` and `needs` are None where none
+    fits."""
 
     method: str
     model: Model | None = None

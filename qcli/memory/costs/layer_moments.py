@@ -72,7 +72,6 @@ _NO_ROTARY = ("gpt2", "opt", "bloom", "mpt", "gpt_neo", "gpt_bigcode", "t5", "mt
 _MASKED = ("falcon", "qwen2_moe")  # they make a mask even where it would only be causal
 _ROUTED_IN_16_BIT = ("qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "qwen3_5_moe", "qwen3_5_moe_text")
 _WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
-_RECURRENT = {"linear_attention", "hybrid", "hybrid_sliding"}
 _NO_ATTENTION = ("linear_attention", "conv", "moe", "mlp")
 
 
@@ -80,7 +79,7 @@ _NO_ATTENTION = ("linear_attention", "conv", "moe", "mlp")
 class Pass:
     """What passes through a layer at once: `total` tokens, in sequences of `span` positions, with elements of `itemsize` bytes.
 
-    `pairs` is how many pairs of tokens meet in attention; 0 where the runtime has kernels for attention and recurrence.
+    `pairs` is how many pairs of tokens meet in attention; 0 under a runtime that never holds anything for each pair.
     """
 
     total: int
@@ -99,7 +98,7 @@ def moments(config, through: Pass) -> tuple[dict[str, int], list[str]]:
         sentences.append(f"rotary tables and {masks} masks: {always} bytes, alive through all layers")
     eager = _eager(config)
     kept_scores = eager[2] * config.heads * through.pairs if eager else 0
-    for name, count, why in (*_feed_forward(config), *_mixers(config, kernels=not through.pairs)):
+    for name, count, why in (*_feed_forward(config), *_mixers(config)):
         extra = kept_scores if name == "feed-forward" else 0
         found[name] = max(found.get(name, 0), through.total * count * through.itemsize + always + extra)
         sentences.append(f"{name}: {through.total} tokens x {count} elements ({why}) x {through.itemsize} bytes")
@@ -148,7 +147,7 @@ def is_gated(config) -> bool:
     return config.model_type not in UNGATED or str(config.get("feed_forward_proj", default="")).startswith("gated")
 
 
-def _mixers(config, kernels: bool) -> list[tuple[str, int, str]]:
+def _mixers(config) -> list[tuple[str, int, str]]:
     """The moments of attention and of recurrence, without the cache that they fill."""
     types, h, made = set(config.layer_types), config.hidden_size, []
     if types & {"linear_attention", "hybrid", "hybrid_sliding"} and config.model_type not in ("minimax", "recurrent_gemma"):
@@ -212,8 +211,8 @@ def _rotary(config) -> int:
 
 
 def _masks(config, through: Pass) -> tuple[int, int]:
-    """(masks, bytes of one for each pair). Where attention is not fused, each kind of it has a mask. Where it is fused, there is one
-    mask if a window is shorter than the sequence, or if the model always makes one."""
+    """(masks, bytes of one for each pair). Where attention is not fused, each kind of it has a mask. Where it is fused, there is
+    one mask if a window is shorter than the sequence, or if the model always makes one."""
     kinds = set(config.layer_types) - set(_NO_ATTENTION)
     windowed = [kind for kind in kinds if kind in _WINDOWED and (config.sliding_window or through.span) < through.span]
     if _eager(config):

@@ -86,8 +86,8 @@ def refusals(model: Model) -> list[str]:
 def _rates(files: list[Path], folder: Path) -> tuple[float, float]:
     """Bytes a second, read and written.
 
-    Reading is measured on the largest of `files`. Without files it is measured on what was just written, after that was dropped from
-    memory. Writing is measured on a nameless file in `folder`, until the disk confirms it.
+    Reading is measured on the largest of `files`. Without files it is measured on what was just written, after that was dropped
+    from memory. Writing is measured on a nameless file in `folder`, until the disk confirms it.
     """
     piece = os.urandom(1 << 20)
     try:

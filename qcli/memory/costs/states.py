@@ -1,8 +1,8 @@
 """The state that a recurrent layer keeps of each sequence, whatever its length: its last inputs and its memory.
 
-Shapes are those of transformers 5's modeling files. A convolution runs over the last `kernel` inputs of each channel, which are kept
-in the model's dtype. The recurrent state is kept in float32. vLLM keeps `kernel` - 1 inputs, and the recurrent state in the dtype
-that the config names, or else in the model's.
+Shapes are those of transformers 5's modeling files. A convolution runs over the last `kernel` inputs of each channel, which are
+kept in the model's dtype. The recurrent state is kept in float32. vLLM keeps `kernel` - 1 inputs, and the recurrent state in the
+dtype that the config names, or else in the model's.
 """
 
 from dataclasses import dataclass

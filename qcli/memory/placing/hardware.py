@@ -11,8 +11,8 @@ from qcli.errors import DeviceError, UsageError
 from qcli.sizes import format_bytes, parse_size
 
 GIB = 2**30
-# GiB that CUDA (ROCm for the MI300X) reports as the device's total. That is less than in the name: the driver keeps a part, and error
-# correction takes 1/16 of GDDR memory where it is on (T4, A10, L4, L40S, RTX A and Ada workstation cards).
+# GiB that CUDA (ROCm for the MI300X) reports as the device's total. That is less than in the name: the driver keeps a part, and
+# error correction takes 1/16 of GDDR memory where it is on (T4, A10, L4, L40S, RTX A and Ada workstation cards).
 _KNOWN = {
     "gtx1080ti": 10.91,
     "rtx2080ti": 10.75,

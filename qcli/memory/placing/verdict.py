@@ -12,8 +12,8 @@ FITS, TIGHT, NO = "fits", "tight", "does not fit"
 
 @dataclass(frozen=True)
 class Needs:
-    """What a model needs, in bytes. `blocks` have the weights, and what each layer holds besides. On top of its blocks every GPU needs
-    `activations` (their peak, and all else that is transient) and `overhead` (least, likely, most)."""
+    """What a model needs, in bytes. `blocks` have the weights, and what each layer holds besides. On top of its blocks every GPU
+    needs `activations` (their peak, and all else that is transient) and `overhead` (least, likely, most)."""
 
     blocks: list[Block]
     activations: int

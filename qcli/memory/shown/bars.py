@@ -12,7 +12,7 @@ _TRAINING = ("weights", "training state", "activations", "overhead")  # adapters
 
 @dataclass(frozen=True)
 class Bar:
-    """What is stacked on one GPU: bytes of each of `parts_of`, the overhead at its most. `memory` is None where no GPU was named."""
+    """What is stacked on one GPU: bytes of each of `parts_of`, the overhead at its most. `memory` is None without a GPU."""
 
     label: str
     parts: dict[str, int]
@@ -29,8 +29,8 @@ def parts_of(setting: Setting) -> tuple[str, ...]:
 
 
 def bars(found: Estimate) -> list[Bar]:
-    """With one GPU or none, a bar for each method. With several, a bar for each GPU under each method that fits. Where none fits, only
-    the method that needs least is shown."""
+    """With one GPU or none, a bar for each method. With several, a bar for each GPU under each method that fits. Where none fits,
+    only the method that needs least is shown."""
     names = parts_of(found.setting)
     if not found.gpus:
         return [_whole(row, names) for row in found.methods]
