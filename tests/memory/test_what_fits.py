@@ -47,6 +47,8 @@ def test_the_known_models_have_the_published_counts():
 
 
 def test_nothing_of_a_known_model_is_assumed():
+    for runtime in ("transformers", "vllm"):
+        what_fits(["24GB"], runtime=runtime)
     assert {model.label: model.config.assumed for model in known_models()} == dict.fromkeys(PUBLISHED, [])
 
 
@@ -99,7 +101,7 @@ def test_a_known_model_has_the_verdicts_of_its_own_estimate(two_small, name, tmp
 def test_more_tokens_leave_less_room():
     short, long = what_fits(["24GB"], bits=["16"]), what_fits(["24GB"], bits=["16"], context=65536)
     assert long.largest[0].model.parameter_count < short.largest[0].model.parameter_count
-    assert [row.context for row in long.known if row.model.label == "Qwen2.5-7B"] == [32768]
+    assert [row.context for row in long.known if row.model.label == "Mistral-7B-v0.3"] == [32768]
     assert replace(short.setting, context=65536) == long.setting
 
 
