@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from qcli.memory.components import Costs, Setting
+from qcli.memory.costs.quantizing import refusal
 from qcli.memory.estimate import DEFAULT_CONTEXT, at_least_one, devices_of, method_names
 from qcli.memory.model import opening
 from qcli.memory.model.config import ModelConfig
@@ -164,6 +165,8 @@ def _notes(methods: Sequence[str], setting: Setting, devices: Sequence[Gpu]) -> 
     fused = [model.label for model in known_models() if any(p.kind == "experts" for p in model.parameters)]
     if any(method in QUANTIZED for method in methods):
         found.append(f"Experts are fused parameters, which transformers 5 leaves in {_DTYPE}: those of {', '.join(fused)}.")
+    refused = ((model, refusal(model.parameters, method)) for method in methods for model in known_models())
+    found += [f"{model.label}: {reason}." for model, reason in refused if reason is not None]
     if setting.runtime == "vllm" and len(devices) > 1:
         found.append("Over several GPUs the layers are split as by vLLM's pipeline parallelism, not within each layer.")
     return found

@@ -105,6 +105,13 @@ def test_more_tokens_leave_less_room():
     assert replace(short.setting, context=65536) == long.setting
 
 
+def test_a_model_that_quantize_would_refuse_is_named():
+    refused = [sentence for sentence in what_fits(["24GB"], bits=["rtn"]).notes if "qcli quantize refuses rtn" in sentence]
+    (small,) = (sentence for sentence in refused if sentence.startswith("SmolLM2-135M: "))
+    assert "groups of 128 do not divide rows of 576" in small
+    assert {sentence.partition(":")[0] for sentence in refused} == {"SmolLM2-135M", "Gemma-3-4B", "Gemma-3-12B", "Gemma-3-27B"}
+
+
 def test_where_nothing_fits_it_is_said():
     found = what_fits(["500MB"])
     assert not found.fits and [row.model for row in found.largest] == [None] * 3
