@@ -1,4 +1,4 @@
-"""What this process costs."""
+"""What this process costs, and what the machine has left for it."""
 
 import sys
 
@@ -19,19 +19,17 @@ def peak_memory() -> int:
 
 
 def resident_memory() -> int:
-    """Bytes of the resident set now; the peak where the system does not tell."""
+    """Bytes of the resident set now. The peak where the system does not report it."""
+    import psutil
+
     try:
-        with open("/proc/self/status") as file:
-            for line in file:
-                if line.startswith("VmRSS:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return peak_memory()
+        return psutil.Process().memory_info().rss
+    except (OSError, psutil.Error):
+        return peak_memory()
 
 
 def reset_peak_memory() -> None:
-    """Makes `peak_memory` count from here on, where the system allows that (Linux does)."""
+    """Makes `peak_memory` count from here on. Linux allows that; elsewhere nothing happens."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
@@ -40,12 +38,10 @@ def reset_peak_memory() -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes that a process may take before others are pushed out (MemAvailable); None where the system does not tell."""
+    """Bytes that a process may take before the system swaps. None where the system does not report it."""
+    import psutil
+
     try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+        return psutil.virtual_memory().available
+    except (OSError, psutil.Error):
+        return None

@@ -269,6 +269,44 @@ def test_training_needs_more(estimate):
     assert "what would: --train qlora, " in estimate("--train", "lora", "--context", "512", "--gpu", "14GB").stdout
 
 
+GLM4 = LLAMA_8B | {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"], "attention_bias": True, "pad_token_id": 0}
+
+
+def test_a_model_type_without_a_family_is_built_by_transformers(quick_cli, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(GLM4 | {"num_hidden_layers": 3}))
+    report = found(quick_cli("estimate-memory", "config.json", "--json"))
+    # As Llama, with biases of queries, keys and values, and four norms a layer in place of two.
+    layer = 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336
+    outside = 2 * 128256 * 4096
+    assert report["model"]["parameters"] == outside + 3 * (layer + 4096 + 2 * 1024 + 4 * 4096) + 4096
+    assert report["model"]["read"] == "config.json alone, built by transformers"
+    (said,) = (sentence for sentence in report["assumed"] if "'glm4'" in sentence)
+    assert "took seconds, because qcli has no rules of its own" in said
+    sizes = {row["method"]: row["components"][0]["bytes"] for row in report["methods"]}
+    assert sizes["bfloat16"] == 2 * report["model"]["parameters"]
+    # In int8 a byte for each weight of a linear layer but the head's, and a float32 for each row.
+    rows = 4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096
+    assert sizes["llm-int8"] == sizes["bfloat16"] - 3 * layer + 3 * 4 * rows
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"model_type": "martian"}, "the model type 'martian'"),
+        ({"hidden_size": -1}, "transformers cannot"),
+        ({"num_attention_heads": "many"}, "transformers cannot read it"),
+        ({"num_hidden_layers": 10**7}, "expected at most 10,000"),
+        ({"num_hidden_layers": 3}, "these 3 layers has more modules than any model"),
+    ],
+)
+def test_what_transformers_cannot_build_is_refused(quick_cli, tmp_path, monkeypatch, change, words):
+    monkeypatch.setattr("qcli.memory.model.built._MOST_TENSORS", 0)
+    monkeypatch.setattr("qcli.checkpoint.modules._MODULES_AT_LEAST", 20)  # so that 20 modules are the most
+    (tmp_path / "config.json").write_text(json.dumps(GLM4 | change))
+    done = quick_cli("estimate-memory", "config.json")
+    assert done.returncode == 2 and words in done.stderr and not done.stdout
+
+
 def test_the_papers_table(quick_cli):
     """Table 2 of LLM.int8(), every row."""
     rows = json.loads(quick_cli("estimate-memory", "--table", "--json").stdout)["rows"]
@@ -302,6 +340,15 @@ def test_quantizing_agrees_with_the_plan(quick_cli):
     assert "qcli quantize on this machine" in quick_cli("estimate-memory", DEMO, "--quantizing").stdout
 
 
+def test_a_method_that_quantize_refuses_is_named(quick_cli, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | {"hidden_size": 4160, "num_attention_heads": 65, "head_dim": 64}))
+    done = quick_cli("estimate-memory", "config.json", "--bits", "rtn", "--quantizing", "--json")
+    words = "qcli quantize refuses rtn for model.layers.0.self_attn.q_proj.weight: groups of 128 do not divide rows of 4160"
+    assert any(words in sentence for sentence in found(done)["notes"])
+    assert f"note: {words}" in done.stderr
+    assert [run["method"] for run in found(done)["quantizing"]] == ["llm-int8", "nf4-plain", "nf4", "fp4-plain", "fp4"]
+
+
 def test_quantizing_takes_the_memory_that_the_plan_names(tmp_path):
     from qcli.memory.costs.quantizing import quantizing
     from qcli.memory.model.opening import open_model
@@ -310,6 +357,34 @@ def test_quantizing_takes_the_memory_that_the_plan_names(tmp_path):
     for run in quantizing(open_model(str(DEMO)), tmp_path):
         plan = make_plan(str(DEMO), tmp_path / "out", method=run.method)
         assert plan.working_memory <= run.memory <= plan.working_memory + (1 << 27)
+
+
+def test_a_gpu_without_a_model_is_asked_what_fits_it(quick_cli):
+    done = quick_cli("estimate-memory", "--gpu", "24GB")
+    assert done.returncode == 0 and "24GB was read as 24 GB" in done.stderr
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.strip()}
+    assert rows["bfloat16"][1].endswith("B") and "layers of width" in done.stdout
+    # 8.03 billion parameters of 2 bytes, 1.07 GB of keys and values, and what the GPU itself takes.
+    assert rows["Llama-3.1-8B"][1:5] == ["8.03B", "8,192", "fits", "19.71"]
+    assert rows["Llama-3.3-70B"][3] == "no" and rows["OPT-6.7B"][2] == "2,048"
+    assert "note: Experts are fused parameters" in done.stderr and "Mixtral-8x7B" in done.stderr
+
+
+def test_scripts_are_told_what_fits(quick_cli):
+    report = found(quick_cli("estimate-memory", "--gpu", "24GB", "--bits", "nf4", "--batch", "2", "--json"))
+    assert set(report) == {"setting", "gpus", "fits", "notes", "largest", "models"}
+    assert report["setting"] == {"context": 8192, "batch": 2, "dtype": "bfloat16", "kv_dtype": None, "runtime": "transformers"}
+    (largest,) = report["largest"]
+    shape = {"layers", "hidden_size", "intermediate_size", "heads", "kv_heads", "vocab_size", "tied_embeddings"}
+    assert set(largest) == {"method", "parameters", "total"} | shape and largest["total"]["most"] <= 24e9
+    for model in report["models"]:
+        assert set(model) == {"name", "type", "parameters", "context", "methods"}
+        (method,) = model["methods"]
+        assert set(method) == {"method", "verdict", "left", "total"} and method["method"] == "nf4"
+        assert (method["verdict"] == "fits") == (method["total"]["most"] <= 24e9) == (method["left"] >= 0)
+    nothing = quick_cli("estimate-memory", "--gpu", "500MB", "--json")
+    assert nothing.returncode == 3 and found(nothing)["fits"] is False
+    assert {row["parameters"] for row in found(nothing)["largest"]} == {None}
 
 
 def test_the_figure(estimate, tmp_path):
@@ -326,7 +401,14 @@ def test_the_figure(estimate, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ((), "neither given"),
+        ((), "For example: qcli estimate-memory --params 8B --gpu 24GB"),
+        (("--bits", "4"), "neither a model nor a GPU was given"),
+        (("--gpu", "24GB", "--plot", "x.png"), "--plot was given without a model"),
+        (("--gpu", "24GB", "--train", "qlora"), "--train was given without a model"),
+        (("--gpu", "24GB", "--bits", "3"), "--bits is '3'"),
+        (("--gpu", "24GB", "--kv-dtype", "int3"), "int3"),
+        (("--gpu", "24GB", "--context", "0"), "--context is 0"),
+        (("--gpu", "x"), "--gpu is 'x'"),
         (("--params", "7B", "x"), "both given"),
         (("--params", "none"), "7B"),
         (("./nowhere",), "there is no folder ./nowhere"),

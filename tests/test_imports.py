@@ -120,7 +120,7 @@ def loaded_after(statement: str) -> set[str]:
 
 
 def test_help_loads_no_heavy_library():
-    heavy = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub"}
+    heavy = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "psutil"}
     assert loaded_after("import qcli.cli").isdisjoint(heavy)
     assert loaded_after("import qcli").isdisjoint(heavy | {"typer", "rich"})
     assert loaded_after("import qcli.checkpoint.safetensors_file").isdisjoint(heavy)
@@ -129,7 +129,12 @@ def test_help_loads_no_heavy_library():
 
 @pytest.mark.parametrize(
     "arguments",
-    [("examples/demo-model", "--gpu", "24GB", "--explain"), ("--params", "7B", "--train", "qlora"), ("--table",)],
+    [
+        ("examples/demo-model", "--gpu", "24GB", "--explain"),
+        ("--params", "7B", "--train", "qlora"),
+        ("--table",),
+        ("--gpu", "24GB"),
+    ],
     ids=" ".join,
 )
 def test_an_estimate_loads_neither_torch_nor_transformers_nor_numpy(arguments):

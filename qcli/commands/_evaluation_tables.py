@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from qcli import console
 from qcli.evaluation.result import Evaluation, Row
-from qcli.evaluation.statistics import Comparison, Estimate
+from qcli.evaluation.statistics import Comparison, Uncertain
 from qcli.sizes import format_bytes
 
 
@@ -81,7 +81,7 @@ def _show_comparison(found: Comparison, base: str) -> None:
 
 def _change(against: Comparison) -> str:
     ratio = against.perplexity_ratio
-    return _estimate(Estimate(ratio.value - 1, ratio.error), percent=True, sign=True)
+    return _estimate(Uncertain(ratio.value - 1, ratio.error), percent=True, sign=True)
 
 
 def _decibels(value: float | None) -> str:
@@ -93,7 +93,7 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _estimate(estimate: Estimate, percent: bool = False, sign: bool = False) -> str:
+def _estimate(estimate: Uncertain, percent: bool = False, sign: bool = False) -> str:
     """The value to the second figure of its error, and the error."""
     scale, unit = (100, "%") if percent else (1, "")
     value, error = estimate.value * scale, estimate.error * scale

@@ -1,4 +1,4 @@
-"""How an estimate looks in a terminal: components, verdicts, a bar for each GPU, and the formulas."""
+"""An estimate in a terminal: components, verdicts, a bar for each GPU, and the formulas."""
 
 import re
 from collections.abc import Sequence
@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from qcli import console
 from qcli.memory.costs.quantizing import Quantizing
 from qcli.memory.estimate import Estimate, MethodEstimate
+from qcli.memory.model.like_llama import shape_of
 from qcli.memory.paper_table import Row
+from qcli.memory.placing.hardware import Gpu
 from qcli.memory.placing.verdict import NO
 from qcli.memory.shown.bars import bars, parts_of
+from qcli.memory.what_fits import Largest, WhatFits
 from qcli.sizes import format_bytes, format_seconds
 
 _SHADES, _LETTERS = "█▓▒░", "#=+-"  # of a bar's parts; the second where the terminal has no shades
+_SHORT = {NO: "no"}
 _COLOURS = ("blue", "green", "yellow", "magenta")
 
 
 def show(found: Estimate, *, explain: bool) -> None:
-    """Everything that was asked for."""
+    """Prints all parts of an estimate. `explain` adds the formulas."""
     model, setting = found.model, found.setting
     config = model.config
     limit = f", made for {config.max_context:,} tokens" if config.max_context else ""
@@ -37,14 +41,55 @@ def show(found: Estimate, *, explain: bool) -> None:
         console.say(f"note: {sentence}")
     for sentence in found.assumed:
         console.say(f"assumed: {sentence}")
-    for said in dict.fromkeys(gpu.said for gpu in found.gpus):
-        console.say(said)
+    _say_gpus(found.gpus)
     if explain:
         _explain(found)
 
 
+def show_what_fits(found: WhatFits) -> None:
+    """Prints the largest model like Llama 3 under each method, then a row for each well-known model."""
+    setting = found.setting
+    console.out(f"{_named(found.gpus)}: {setting.context:,} tokens, batch {setting.batch}, run by {setting.runtime}")
+    console.table(
+        "the largest model like Llama 3 that fits",
+        ["method", "parameters", "needs", "shape"],
+        [_largest(row) for row in found.largest],
+        left=(0, 3),
+    )
+    console.table(
+        "well-known models",
+        ["model", "parameters", "tokens", *(row.method for row in found.largest)],
+        [
+            [
+                row.model.label,
+                _count(row.model.parameter_count),
+                f"{row.context:,}",
+                *(f"{_SHORT.get(each.verdict, each.verdict)}  {format_bytes(each.needs.most)}" for each in row.verdicts),
+            ]
+            for row in found.known
+        ],
+    )
+    for sentence in found.notes:
+        console.say(f"note: {sentence}")
+    _say_gpus(found.gpus)
+
+
+def _largest(row: Largest) -> list[str]:
+    if row.model is None or row.needs is None:
+        return [row.method, "none", "", ""]
+    return [row.method, _count(row.model.parameter_count), format_bytes(row.needs.most), shape_of(row.model.config)]
+
+
+def _count(number: int) -> str:
+    """Parameters, as models are named: "135M", "8.03B", "1.10T"."""
+    for unit, size in (("T", 10**12), ("B", 10**9)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}" if number < 100 * size else f"{number / size:.0f}{unit}"
+    return f"{number / 1e6:.0f}M"
+
+
 def show_quantizing(runs: Sequence[Quantizing]) -> None:
-    """A row for each method that `qcli quantize` knows; nothing where there is none."""
+    """Prints a row for each run; nothing where there is none."""
     if not runs:
         return
     console.table(
@@ -53,7 +98,7 @@ def show_quantizing(runs: Sequence[Quantizing]) -> None:
         [[run.method, format_bytes(run.memory), format_bytes(run.disk), format_bytes(run.download), _time(run)] for run in runs],
     )
     rates = f"reads {format_bytes(runs[0].read_rate)}/s and writes {format_bytes(runs[0].write_rate)}/s"
-    console.out(f"memory is above Python and its libraries; this disk {rates}, measured now")
+    console.out(f"Memory is above Python and its libraries. This disk {rates}, measured now.")
 
 
 def _time(run: Quantizing) -> str:
@@ -61,7 +106,7 @@ def _time(run: Quantizing) -> str:
 
 
 def show_table(rows: Sequence[Row], rule: str) -> None:
-    """The hardware table, and the rule that made it."""
+    """Prints the hardware table, and the rule by which it was made."""
     console.table(
         "",
         ["class", "hardware", "largest in 8 bits", "largest in 16 bits"],
@@ -72,6 +117,11 @@ def show_table(rows: Sequence[Row], rule: str) -> None:
         left=(0, 1, 2, 3),
     )
     console.out(rule)
+
+
+def _say_gpus(gpus: Sequence[Gpu]) -> None:
+    for said in dict.fromkeys(gpu.said for gpu in gpus):
+        console.say(said)
 
 
 def _components(found: Estimate) -> None:
@@ -107,7 +157,7 @@ def _verdicts(found: Estimate) -> None:
         rows.append([row.method, row.placement.verdict, over, _reach(row.context, "tokens"), _reach(row.batch)])
     asked = f"{found.setting.context:,} tokens"
     console.table(
-        f"on {_named(found)}",
+        f"on {_named(found.gpus)}",
         ["method", "verdict", "", f"largest context at batch {found.setting.batch}", f"largest batch at {asked}"],
         rows,
         left=(0, 1),
@@ -120,9 +170,9 @@ def _reach(reach, unit: str = "") -> str:
     return f"{reach.value:,} {unit}".rstrip() + ("" if reach.bound == "memory" else f" ({reach.bound})")
 
 
-def _named(found: Estimate) -> str:
+def _named(gpus: Sequence[Gpu]) -> str:
     counts: dict[str, int] = {}
-    for gpu in found.gpus:
+    for gpu in gpus:
         name = f"{gpu.name} ({format_bytes(gpu.memory)})"
         counts[name] = counts.get(name, 0) + 1
     return " + ".join(name if count == 1 else f"{count} x {name}" for name, count in counts.items())
@@ -138,7 +188,7 @@ def _splits(found: Estimate) -> None:
         if found.setting.runtime == "vllm":
             how = "a split of its layers that fits"
         elif not row.placement.automatic:
-            how = 'device_map="auto" splits it otherwise, and that does not fit: give this device map'
+            how = 'a device map to give by hand, since that of device_map="auto" does not fit'
         console.table(
             f"{row.method}: {how}",
             ["GPU", "holds", *parts_of(found.setting)[:3], "left"],
@@ -192,5 +242,5 @@ def _explain(found: Estimate) -> None:
 
 
 def _grouped(sentence: str) -> str:
-    """With thousands apart, but for shapes, where a comma parts the numbers already."""
+    """The sentence with commas between thousands, except in shapes, whose numbers have commas between them."""
     return re.sub(r"\[[^]]*\]|(?<![\d.,])\d{4,}(?![\d.,]*\d)", lambda m: m[0] if m[0][0] == "[" else f"{int(m[0]):,}", sentence)

@@ -13,16 +13,16 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Uncertain:
     """A value and its standard error, which is NaN for a single token."""
 
     value: float
     error: float
 
 
-def mean(values: np.ndarray) -> Estimate:
+def mean(values: np.ndarray) -> Uncertain:
     """The mean of values [tokens]."""
-    return Estimate(float(values.mean()), _spread(values))
+    return Uncertain(float(values.mean()), _spread(values))
 
 
 def _spread(values: np.ndarray) -> float:
@@ -36,9 +36,9 @@ class Perplexity:
 
     tokens: int
     bytes: int
-    loss: Estimate
-    perplexity: Estimate
-    bits_per_byte: Estimate
+    loss: Uncertain
+    perplexity: Uncertain
+    bits_per_byte: Uncertain
 
 
 def perplexity(loss: np.ndarray, scored_bytes: int) -> Perplexity:
@@ -50,8 +50,8 @@ def perplexity(loss: np.ndarray, scored_bytes: int) -> Perplexity:
         tokens=count,
         bytes=scored_bytes,
         loss=average,
-        perplexity=Estimate(value, value * average.error),
-        bits_per_byte=Estimate(average.value * bits, average.error * bits),
+        perplexity=Uncertain(value, value * average.error),
+        bits_per_byte=Uncertain(average.value * bits, average.error * bits),
     )
 
 
@@ -59,7 +59,7 @@ def perplexity(loss: np.ndarray, scored_bytes: int) -> Perplexity:
 class Divergence:
     """KL(base || model) over tokens, in nats: mean, percentiles (linear between tokens), maximum."""
 
-    mean: Estimate
+    mean: Uncertain
     median: float
     percentile_90: float
     percentile_95: float
@@ -76,12 +76,12 @@ class Comparison:
     """
 
     divergence: Divergence
-    same_top: Estimate
-    loss_change: Estimate
-    perplexity_change: Estimate
-    perplexity_ratio: Estimate
-    probability_change: Estimate
-    probability_rms_change: Estimate
+    same_top: Uncertain
+    loss_change: Uncertain
+    perplexity_change: Uncertain
+    perplexity_ratio: Uncertain
+    probability_change: Uncertain
+    probability_rms_change: Uncertain
 
 
 def comparison(base_loss: np.ndarray, loss: np.ndarray, kl: np.ndarray, agrees: np.ndarray) -> Comparison:
@@ -94,10 +94,10 @@ def comparison(base_loss: np.ndarray, loss: np.ndarray, kl: np.ndarray, agrees: 
     rms = math.sqrt(square.value)
     return Comparison(
         divergence=Divergence(mean(kl), *map(float, np.percentile(kl, (50, 90, 95, 99, 99.9))), float(kl.max())),
-        same_top=Estimate(share, math.sqrt(share * (1 - share) / len(agrees))),
+        same_top=Uncertain(share, math.sqrt(share * (1 - share) / len(agrees))),
         loss_change=change,
-        perplexity_change=Estimate(other - base, _spread(other * loss - base * base_loss)),
-        perplexity_ratio=Estimate(ratio, ratio * change.error),
+        perplexity_change=Uncertain(other - base, _spread(other * loss - base * base_loss)),
+        perplexity_ratio=Uncertain(ratio, ratio * change.error),
         probability_change=mean(probability),
-        probability_rms_change=Estimate(rms, square.error / (2 * rms) if rms else 0.0),
+        probability_rms_change=Uncertain(rms, square.error / (2 * rms) if rms else 0.0),
     )

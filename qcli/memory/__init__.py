@@ -1,1 +1,1 @@
-"""How much memory a model needs, told from its config.json and safetensors headers alone."""
+"""How much memory a model needs, from its config.json and safetensors headers alone."""

@@ -1,4 +1,4 @@
-"""One model under one method: what it needs for a setting, block by block, and the components of that with their formulas."""
+"""One model under one method: what it needs for a setting, block by block, and each component with its formula."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,16 +16,19 @@ from qcli.memory.placing.verdict import Needs
 from qcli.schemes import QUANTIZED
 from qcli.sizes import format_bytes
 
-STORED = "stored"  # the method of a checkpoint that is quantized already
+STORED = "stored"  # the method of a checkpoint that is already quantized
 _OPTIMIZED = ("adapters", "gradients of adapters", "AdamW's moments")
-_PASSING = ("logits or one layer", "one weight expanded")  # of training, gone before the next step
+_PASSING = ("logits or one layer", "one weight expanded")  # transient in training: gone before the next step
 _CASTS = "float32 casts"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the model is to do: `batch` sequences of `context` tokens, run by `runtime`, or trained by `train` ("qlora", "lora",
-    None) with adapters of `rank`. `dtype` is that of all that is not quantized; `kv_dtype` the cache's, None for the same."""
+    """What the model is to do.
+
+    `batch` sequences of `context` tokens are run by `runtime`, or trained by `train` ("qlora" or "lora") with adapters of `rank`.
+    `dtype` is the dtype of all that is not quantized. `kv_dtype` is the cache's; None means the same.
+    """
 
     context: int
     batch: int
@@ -38,7 +41,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Component:
-    """Bytes of one part of the whole, and the sentences that lead to them."""
+    """Bytes of one part of the whole, and the sentences that explain them."""
 
     name: str
     bytes: int
@@ -47,7 +50,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Counted:
-    """`components` sum to what `needs` has besides the overhead, for which `overhead` has the sentences."""
+    """`components` sum to `needs` without its overhead. `overhead` has the sentences on the overhead."""
 
     needs: Needs
     components: list[Component]
@@ -55,7 +58,10 @@ class Counted:
 
 
 class Costs:
-    """`model` under `method` (of qcli.memory.costs.weights), the rest in `dtype`. What no setting changes is counted once."""
+    """`model` under `method`, one of METHODS in qcli.memory.costs.weights; the rest is in `dtype`.
+
+    What is the same in every setting is counted once, here.
+    """
 
     def __init__(self, model: Model, method: str, dtype: str):
         self.model, self.method = model, method
@@ -63,14 +69,14 @@ class Costs:
         self.weights = weights(model.parameters, method, dtype)
         self.blocks = blocks_of(model, method, dtype)
         self.computes_as = _stored_method(model, self.dtype) if method == STORED else method
-        self.linears = [(p.out_features, p.numel // p.out_features) for p in model.parameters if p.linear and p.numel]
+        self.linears = [(p.out_features, p.in_features) for p in model.parameters if p.linear and p.numel]
 
     def needs(self, setting: Setting, gpus: Sequence[Gpu]) -> Needs:
-        """What has to find room on `gpus`."""
+        """What must fit on `gpus`."""
         return self.counted(setting, gpus).needs
 
     def counted(self, setting: Setting, gpus: Sequence[Gpu]) -> Counted:
-        """What has to find room on `gpus` (on one, where that is empty), and its parts."""
+        """What must fit on `gpus`, and its parts. An empty list stands for one GPU."""
         states, passing, parts = self._training(setting) if setting.train else self._inference(setting)
         blocks = [replace(block, state=state) for block, state in zip(self.blocks, states)]
         share = max(1, len(gpus))
@@ -81,8 +87,11 @@ class Costs:
         return Counted(needs, [Component("weights", needs.weights, self.weights.formula), *parts], beside.formula)
 
     def _inference(self, setting: Setting) -> tuple[list[int], int, list[Component]]:
-        """Cache by block, bytes that pass, and both as components. What passes is the most of three moments: the whole context
-        is read as a prompt, a step is made at its end, or the largest weight is read to be quantized."""
+        """Cache by block, transient bytes, and both as components.
+
+        The transient bytes are the most of three moments: the whole context is read as a prompt, one token is made at its end, or
+        the largest weight is read to be quantized.
+        """
         config, context, batch = self.model.config, setting.context, setting.batch
         kept = cache(config, context, batch, setting.kv_dtype or self.dtype, setting.runtime)
         found = activations(config, context, batch, method=self.computes_as, dtype=self.dtype, runtime=setting.runtime)
@@ -100,7 +109,7 @@ class Costs:
         return self._by_layer(kept.by_layer), passing, parts
 
     def _training(self, setting: Setting) -> tuple[list[int], int, list[Component]]:
-        """As `_inference`: adapters with their optimizer, and what each layer keeps of a batch, are state of the layers."""
+        """As `_inference`. The state of a layer is its adapters with their optimizer, and what it keeps of a batch."""
         config, layers = self.model.config, self.model.config.layers
         others = [block.unquantized for block in self.blocks]
         found = training(
@@ -130,13 +139,13 @@ class Costs:
         return states, max(passing, self.weights.largest), parts
 
     def _by_layer(self, sizes: Sequence[int]) -> list[int]:
-        """`sizes` of the layers as state of the blocks."""
+        """`sizes`, one for each layer, as the state of each block."""
         left = iter(sizes)
         # A checkpoint may hold more layers than its config runs.
         return [next(left, 0) if block.name.startswith(STACK_PREFIX) else 0 for block in self.blocks]
 
 
 def _stored_method(model: Model, dtype: str) -> str:
-    """The method whose products a stored checkpoint makes; those that are not bitsandbytes' are taken for 16-bit ones."""
+    """The method by which a stored checkpoint multiplies. One that qcli does not know is taken to multiply in 16 bits."""
     schemes = {parameter.scheme for parameter in model.parameters}
     return next((method for method in QUANTIZED if method in schemes), dtype)

@@ -1,4 +1,4 @@
-"""The verb `estimate_memory`: what a model needs under each method, whether it fits, and what to do where it does not."""
+"""The verb `estimate_memory`: what a model needs under each method, whether it fits, and what helps where it does not."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from qcli.errors import UsageError
 from qcli.memory.components import STORED, Component, Costs, Setting
+from qcli.memory.costs.quantizing import refusal
 from qcli.memory.costs.weights import ITEMSIZE, METHODS
 from qcli.memory.model.opening import Model, open_model
 from qcli.memory.placing import verdict
@@ -25,7 +26,7 @@ TRAINING = ("qlora", "lora")
 
 @dataclass(frozen=True)
 class Reach:
-    """The largest context (tokens) or batch (sequences) that fits, all else as asked; `bound` is what stops it there."""
+    """The largest context (tokens) or batch (sequences) that fits. All else is as asked. `bound` names what limits it."""
 
     value: int
     bound: str
@@ -33,8 +34,11 @@ class Reach:
 
 @dataclass(frozen=True)
 class Advice:
-    """What would fit where this does not: any one of `options` added to what was asked ("--bits nf4"), `count` of the first GPU
-    named instead of those named, or `on_cpu` bytes of the layers in the CPU's memory. None where that does not help."""
+    """What would fit instead. Any one of these is enough; None marks what does not help.
+
+    options: each is an option to add to the command ("--bits nf4"). count: how many of the first GPU named, in place of all named.
+    on_cpu: bytes of layers to put into the CPU's memory.
+    """
 
     options: list[str]
     count: int | None
@@ -43,8 +47,8 @@ class Advice:
 
 @dataclass(frozen=True)
 class MethodEstimate:
-    """One method. `components` sum to what `needs` has besides the overhead, for which `overhead` has the sentences.
-    `placement` and what follows it are None where no GPU was named.
+    """One method. `components` sum to `needs` without its overhead. `overhead` has the sentences on the overhead.
+    `placement` and the fields after it are None where no GPU was named.
     """
 
     method: str
@@ -58,13 +62,13 @@ class MethodEstimate:
     advice: Advice | None = None
 
     def component(self, name: str) -> int:
-        """Bytes of a component, 0 where it is not there."""
+        """Bytes of the component `name`, 0 where there is none."""
         return sum(part.bytes for part in self.components if part.name == name)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What was asked, and `methods`. Sentences: `assumed` for what the config left open, `notes` for what may surprise."""
+    """What was asked, and a row for each method. `assumed` has a sentence for each gap in the config, `notes` for each surprise."""
 
     model: Model
     setting: Setting
@@ -75,7 +79,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether any of the methods fits the GPUs named, with the most overhead; True where none was named."""
+        """Whether any method fits the GPUs named, with the most overhead. True where no GPU was named."""
         return not self.gpus or any(entry.placement.verdict == FITS for entry in self.methods)
 
 
@@ -95,20 +99,17 @@ def estimate_memory(
 ) -> Estimate:
     """Estimates the memory of `model` (a config.json, a folder, a hub id) or of a Llama-like one of `params` ("7B") parameters.
 
-    `gpu` are sizes or names as of `--gpu`; `context` counts tokens of prompt and answer together (default: 8,192, or the
-    model's limit if that is less) and `batch` sequences; `bits` are 32, 16, 8, 4 or methods (default: those that the stored
-    weights can become); `train` is None, "qlora" or "lora", with adapters of `rank` on every linear layer.
+    gpu: sizes or names, as `--gpu` takes them. context: tokens of prompt and answer together; 8,192 by default, or the model's
+    limit if that is less. batch: sequences. bits: 32, 16, 8, 4 or methods; by default those that the stored weights can become.
+    train: None, "qlora" or "lora", with adapters of `rank` on every linear layer.
 
     Raises UsageError, CheckpointError, HubError, DeviceError.
     """
-    _check(context=context, batch=batch, rank=rank)
-    _one_of("runtime", runtime, RUNTIMES)
+    at_least_one(context=context, batch=batch, rank=rank)
+    devices = devices_of(gpu, runtime)
     if train is not None:
         _one_of("train", train, TRAINING)
         _one_of("runtime", runtime, ("transformers",), " with --train")
-    devices = gpus(list(gpu))
-    if runtime == "vllm":
-        devices = [_taken_by_vllm(device) for device in devices]
     opened = open_model(model, params, revision)
     limit = opened.config.max_context
     setting = Setting(
@@ -138,6 +139,7 @@ def _notes(model: Model, setting: Setting, devices: list[Gpu], rows: Sequence[Me
     elif quantized and fused:
         size = format_bytes(fused * ITEMSIZE[setting.dtype])
         found.append(f"Experts are fused parameters, which transformers 5 leaves in {setting.dtype}: {size} under every method.")
+    found += [f"{reason}." for method in quantized if (reason := refusal(model.parameters, method)) is not None]
     if setting.runtime == "vllm" and len(devices) > 1:
         found.append("Over several GPUs the layers are split as by vLLM's pipeline parallelism, not within each layer.")
     return found
@@ -151,12 +153,20 @@ def _sixteen_bit(model: Model) -> str:
     return config.dtype if config.dtype in ("bfloat16", "float16") else "bfloat16"
 
 
+def devices_of(named: Sequence[str], runtime: str) -> list[Gpu]:
+    """The GPUs that `--gpu` names, each with the memory that `runtime` takes of it. Raises UsageError, DeviceError."""
+    _one_of("runtime", runtime, RUNTIMES)
+    devices = gpus(list(named))
+    return [_taken_by_vllm(device) for device in devices] if runtime == "vllm" else devices
+
+
 def _taken_by_vllm(gpu: Gpu) -> Gpu:
     share = f"{gpu.said}; vLLM takes 90% of it unless --gpu-memory-utilization says otherwise"
     return replace(gpu, memory=gpu.memory * 9 // 10, said=share)
 
 
-def _check(**numbers: int | None) -> None:
+def at_least_one(**numbers: int | None) -> None:
+    """Raises UsageError for an option whose number is less than 1."""
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}, expected at least 1")
@@ -183,6 +193,14 @@ def _methods(model: Model, bits: Sequence[str], train: str | None) -> list[str]:
         if train:
             return ["nf4"] if train == "qlora" else [half]
         return ["float32"] * (model.config.dtype == "float32") + [half, "llm-int8", "nf4"]
+    found = method_names(bits, half)
+    if train and any((method in ITEMSIZE) == (train == "qlora") for method in found):
+        raise _wrong_training(train, f"--bits {', '.join(bits)} was given")
+    return found
+
+
+def method_names(bits: Sequence[str], half: str) -> list[str]:
+    """The methods that `--bits` names, each once; 16 bits are the dtype `half`. Raises UsageError."""
     found = []
     for text in bits:
         word = text.strip().lower()
@@ -192,8 +210,6 @@ def _methods(model: Model, bits: Sequence[str], train: str | None) -> list[str]:
         found.append(method if method in ITEMSIZE else named(method).name)
         if found[-1] == UNQUANTIZED.name:
             found[-1] = half
-    if train and any((method in ITEMSIZE) == (train == "qlora") for method in found):
-        raise _wrong_training(train, f"--bits {', '.join(bits)} was given")
     return list(dict.fromkeys(found))
 
 
@@ -223,14 +239,14 @@ def _reach(costs: Costs, setting: Setting, devices: list[Gpu], name: str) -> Rea
     def too_large(n: int) -> bool:
         return not verdict.fits(costs.needs(replace(setting, **{name: n}), devices), devices)
 
-    # Exact, since no component of memory shrinks as tokens or sequences are added.
+    # This is exact: no component shrinks as tokens or sequences are added.
     value = bisect_left(range(1, limit + 1), True, key=too_large)
     stop = "the model's limit" if name == "context" and own else "none larger was tried"
     return Reach(value, stop if value == limit else "memory")
 
 
 def _automatic(costs: Costs, setting: Setting, needs: Needs, devices: list[Gpu]) -> list[int] | None:
-    """The split that comes of itself: that of device_map="auto" in transformers, none in vLLM."""
+    """The split that the runtime makes without being asked: device_map="auto" in transformers, none in vLLM."""
     if setting.runtime == "vllm":
         return None
     memory = [device.memory for device in devices]
@@ -258,7 +274,7 @@ def _advised(
 
 
 def _smaller(costs: Costs, row: MethodEstimate, setting: Setting, devices: list[Gpu], rows: Sequence[MethodEstimate]) -> list[str]:
-    """Options for fewer bits that fit, the least loss first."""
+    """Options for fewer bits that fit. The one that loses least is first."""
     if row.method == STORED:
         return []
     counted = {other.method: other.needs for other in rows}

@@ -1,4 +1,4 @@
-"""What the estimate is of: the transformers that is installed here, told without loading it."""
+"""The version of transformers that is installed here, found without loading it. Estimates are for that version."""
 
 from functools import cache
 from importlib.metadata import version

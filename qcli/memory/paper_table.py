@@ -1,5 +1,8 @@
-"""Which is the largest model that each hardware runs in 16 and in 8 bits: Table 2 of LLM.int8() (Dettmers et al. 2022,
-arXiv:2208.07339), recomputed from its models' configs, and the same for anyone's models and hardware."""
+"""The largest model that each hardware runs in 16 and in 8 bits.
+
+This recomputes Table 2 of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339) from the configs of its models. It makes the same
+table for any other models and hardware.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +14,8 @@ from qcli.memory.placing.blocks import blocks_of
 from qcli.memory.placing.hardware import GIB, Gpu
 from qcli.memory.placing.split import CPU, fill
 
-OVERHEAD = 1 * GIB  # for each GPU: any from 0.73 to 1.38 GiB gives the paper's table
-_SAME_SIZE = 0.02  # models within two per cent of the largest share its cell, as OPT-175B and BLOOM do, T5-11B and T0
+OVERHEAD = 1 * GIB  # on each GPU; any value from 0.73 to 1.38 GiB gives the paper's table
+_SAME_SIZE = 0.02  # models within two per cent of the largest share its cell: OPT-175B and BLOOM, T5-11B and T0
 RULE = (
     "The largest of the models named whose weights, split over the GPUs by whole blocks, leave 1 GiB on each for the CUDA "
     "context and the libraries; models within 2% of it in parameters share its cell. Weights alone: neither keys and values nor "
@@ -23,7 +26,7 @@ PAPER_RULE = f"{RULE} Memory is taken as GiB."
 
 @dataclass(frozen=True)
 class Hardware:
-    """`gpus` identical devices, or not; `label` and `kind` are a row's first cells."""
+    """The devices of one row, alike or not. `kind` and `label` are the row's first cells."""
 
     kind: str
     label: str
@@ -32,7 +35,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Row:
-    """`largest_8bit` and `largest_16bit` are labels of models, largest first; empty where none fits."""
+    """`largest_8bit` and `largest_16bit` are labels of models, the largest first. They are empty where none fits."""
 
     hardware: Hardware
     largest_8bit: list[str]
@@ -54,7 +57,7 @@ def table(models: Sequence[Model], hardware: Sequence[Hardware]) -> list[Row]:
 
 
 def summary(row: Row) -> dict[str, object]:
-    """For JSON; `memory` is bytes of each GPU."""
+    """A row for JSON. `memory` is the bytes of each GPU."""
     return {
         "class": row.hardware.kind,
         "hardware": row.hardware.label,

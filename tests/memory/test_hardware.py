@@ -61,7 +61,7 @@ def test_several_and_counts():
         ("rtx409", "rtx4090"),
         ("24", "neither a size nor a name"),
         ("24XB", "neither"),
-        ("0GB", "more than nothing"),
+        ("0GB", "more than 0 bytes"),
         ("0xt4", "counts no GPU"),
         ("", "neither"),
         ("-5GB", "neither"),

@@ -14,7 +14,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qcli.errors import UsageError
 from qcli.memory.model.config import ModelConfig
 from qcli.memory.model.families import families
-from qcli.memory.model.parameters import from_size, parameters
+from qcli.memory.model.like_llama import from_size
+from qcli.memory.model.parameters import parameters
 from qcli.memory.model.tensor_rules import KINDS
 from tests.memory.shapes import CASES, LLAMAS, OTHERS, PAPER, SMALL
 

@@ -1,7 +1,7 @@
 """What a forward pass holds beyond weights and cache, at its peak.
 
-Layers reuse each other's memory, so the peak is the largest of a few moments: those of a layer (layer_moments.py), of a
-quantized product within it, and of the logits. What the allocator adds, and kernels' workspaces, are overhead.
+Layers reuse each other's memory. The peak is therefore the largest of a few moments: those of a layer (layer_moments.py), of a
+quantized product within it, and of the logits. What the allocator adds is overhead, and so are the workspaces of kernels.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,16 @@ from qcli.schemes import NAMED, QUANTIZED, Scheme
 
 METHODS = (*MODEL_DTYPES, *QUANTIZED)
 LOGITS = ("last", "all")
-_FEW_TOKENS = 8  # up to so many, a 4-bit weight is multiplied without being expanded
+_FEW_TOKENS = 8  # for up to this many, a weight of 4-bit floats is multiplied without being expanded
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes beyond weights and cache. `prefill` is the peak while a prompt is read and the largest of `moments`; `decode`
-    that while one token is made, and the largest of `decode_moments`. `binding` names the moment of `prefill`."""
+    """Bytes beyond weights and cache.
+
+    `prefill` is the peak while a prompt is read: the largest of `moments`, which `binding` names. `decode` is the peak while one
+    token is made: the largest of `decode_moments`.
+    """
 
     prefill: int
     decode: int
@@ -32,7 +35,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class _Linear:
-    """A quantized product: elements alive per token beside its output, and its sizes."""
+    """A quantized product: its sizes, and the elements alive per token besides its output."""
 
     name: str
     alive: int
@@ -54,10 +57,10 @@ def activations(
     """The peak of `config`, a ModelConfig, over prompts of `tokens` in each of `batch` sequences, and of a step at `context`
     (`tokens` by default).
 
-    `method` is one of METHODS; `dtype` that of the activations (the method's, else the model's). `logits` "all" is a
-    forward without generation, as for perplexity, where every token's logits are kept and copied to float32. Under vLLM a
-    pass takes at most `chunk` tokens over all sequences. Prompts are of one length: padding costs a mask. UsageError for an
-    unknown word.
+    `method` is one of METHODS. `dtype` is that of the activations: by default the method's, or else the model's. `logits` "all"
+    is a forward pass without generation, as for perplexity: the logits of every token are kept and copied to float32. Under vLLM
+    a pass takes at most `chunk` tokens over all sequences. Prompts have one length; padding would cost a mask. Raises UsageError
+    for an unknown name.
     """
     for name, value, known in (("method", method, METHODS), ("runtime", runtime, RUNTIMES), ("logits", logits, LOGITS)):
         if value not in known:
@@ -93,7 +96,7 @@ def _of_pass(config, through: Pass, method: str) -> tuple[dict[str, int], list[s
 
 
 def _linears(config) -> list[_Linear]:
-    """The quantized products that can be the peak. Experts are fused parameters, which stay in 16 bit."""
+    """The quantized products that can be the peak. Experts are fused parameters, which stay in 16 bits."""
     h, f, made = config.hidden_size, config.intermediate_size, []
     if attends(config):
         a = config.heads * config.head_dim
@@ -110,9 +113,13 @@ def _quantized(product: _Linear, through: Pass, scheme: Scheme) -> tuple[int, st
     shape = f"{product.name} [{rows}, {columns}]"
     alive = total * (product.alive + rows) * through.itemsize
     if scheme.activations:
-        # int8 input, its row absmax, and the product in int32 before it is scaled.
+        # The input in int8, the absmax of its rows, and the product in int32 before it is scaled.
         each = columns + 4 + 4 * rows
         return (alive + total * each, f"{shape} in int8: {total} tokens x ({columns} + 4 + 4 x {rows} = {each}) bytes more")
+    if not scheme.codebook:
+        # The int8 codes, less an int16 zero point where there is one, cast to the dtype, and times their scales.
+        extra = rows * columns * (1 + 2 * scheme.zero_point + 2 * through.itemsize)
+        return alive + extra, f"{shape}: its codes and its weight expanded, {extra} bytes"
     if total <= _FEW_TOKENS:
         return alive, f"{shape}: its {scheme.bits}-bit weight is multiplied as it is stored"
     extra = rows * columns * through.itemsize + (4 * scheme.scales(rows, columns) if scheme.double_quant else 0)
@@ -120,7 +127,7 @@ def _quantized(product: _Linear, through: Pass, scheme: Scheme) -> tuple[int, st
 
 
 def _logits(config, kept: int, itemsize: int, logits: str) -> tuple[int, str]:
-    """A forward's logits and their copy in float32; in generation softmax makes another."""
+    """The logits of a forward pass and their copy in float32. In generation the softmax makes another copy."""
     v, copies = config.vocab_size, 4 if logits == "all" else 8
     count = kept * (v * (itemsize + copies) + config.hidden_size * itemsize)
     return count, f"logits: {kept} tokens x {v} x ({itemsize} + {copies} bytes in float32)"

@@ -1,28 +1,28 @@
 """The memory of the tokens read so far: keys and values, latents, and recurrent states, layer by layer.
 
-A layer's bytes for one sequence are `fixed + per_token x tokens`, where a window bounds the tokens; so the whole is
-piecewise linear in the context, with the windows as its breakpoints (`parts` gives them). Runtimes differ:
+The bytes of a layer for one sequence are `fixed + per_token x tokens`, and a window may limit the tokens. The whole is piecewise
+linear in the context, and its breakpoints are the windows. `parts` gives them. Runtimes differ:
 
-- "transformers" (5, DynamicCache): exactly the tokens. A sliding layer keeps its window once decoding goes on; but what it
-  keeps of a prompt is a view of the whole prompt's tensor, so all of it stays until the first step after (`prompt_extra`).
-  MLA is kept as the latent. "transformers4" is the same with MLA expanded to keys and values of every head.
-- "vllm": blocks of 16 tokens; a sliding layer keeps its window, one chunk of prefill and a block; MLA as the latent; a recurrent
-  state takes a page of the attention cache, whose block grows until the state fits in.
+- "transformers" (5, DynamicCache) keeps exactly the tokens. A sliding layer keeps its window while decoding. After a prompt it
+  keeps a view of the whole prompt's tensor, and all of that stays until the first step (`prompt_extra`). MLA is kept as the latent.
+  "transformers4" is the same, with MLA expanded to the keys and values of every head.
+- "vllm" keeps blocks of 16 tokens. A sliding layer keeps its window, one chunk of prefill and a block. MLA is kept as the latent. A
+  recurrent state takes a page of the attention cache, whose block grows until the state fits.
 """
 
 from dataclasses import dataclass
 from fractions import Fraction
 
-from qcli.memory.costs.cache_parts import Part, ceil, itemsize_of, parts
+from qcli.memory.costs.cache_parts import CachePart, ceil, itemsize_of, parts
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Bytes of the cache of `batch` sequences. `components` sum to `total`, as does `by_layer`.
+    """Bytes of the cache of `batch` sequences. `components` sum to `total`, and so does `by_layer`.
 
-    `per_token`: bytes that one more token costs, over the batch. `prompt_extra`: bytes beyond `total` that are held from the
-    end of the prompt to the next step. `append`: bytes beyond `total` that a decoding step holds while it appends, where
-    old and new tensor of a layer stand side by side.
+    per_token: bytes that one more token costs, over the batch. prompt_extra: bytes beyond `total` that are held from the end of the
+    prompt to the next step. append: bytes beyond `total` that a decoding step holds while it appends, when the old and the new
+    tensor of a layer are both alive.
     """
 
     components: dict[str, int]
@@ -46,9 +46,9 @@ def cache(
 ) -> Cache:
     """The cache of `config`, a ModelConfig, after `context` tokens in each of `batch` sequences.
 
-    `kv_dtype` is a key of KV_BYTES, the model's own by default. `encoder_tokens` (an encoder-decoder's input, `context` by
-    default) sets the cross-attention's share. `chunk` is vLLM's max_num_batched_tokens. `state_dtype` overrules the dtype of
-    the recurrent states. UsageError for an unknown dtype or runtime.
+    `kv_dtype` is a key of KV_BYTES, by default the model's own dtype. `encoder_tokens` is the length of an encoder-decoder's input,
+    `context` by default; it sets the size of the cross-attention. `chunk` is vLLM's max_num_batched_tokens. `state_dtype` overrules
+    the dtype of the recurrent states. Raises UsageError for an unknown dtype or runtime.
     """
     made = parts(config, kv_dtype, runtime, chunk, state_dtype)
     components: dict[str, int] = {}
@@ -77,9 +77,9 @@ def cache(
     return Cache(components, total, tuple(layers), ceil(Fraction(batch * growing)), batch * extra, batch * append, tuple(formula))
 
 
-def _sentences(made: list[Part], context: int, batch: int) -> list[str]:
-    """One sentence for each kind of part: how many layers, the formula, the bytes."""
-    groups: dict[tuple, list[Part]] = {}
+def _sentences(made: list[CachePart], context: int, batch: int) -> list[str]:
+    """A sentence for each kind of part: how many layers, the formula, the bytes."""
+    groups: dict[tuple, list[CachePart]] = {}
     for part in made:
         groups.setdefault((part.label, part.formula, part.per_token, part.fixed), []).append(part)
     sentences = []

@@ -6,16 +6,15 @@ Shapes and lifetimes are those of transformers 5's cache classes and modeling fi
 from dataclasses import dataclass
 from fractions import Fraction
 
+from qcli.checkpoint.dtypes import CODES, ITEMSIZE, MODEL_DTYPES
 from qcli.errors import UsageError
 from qcli.memory.costs.states import state
 from qcli.memory.installed import transformers_version
 
 RUNTIMES = ("transformers", "transformers4", "vllm")
-# Bytes an element. q8_0 and q4_0: blocks of 32 with a 2-byte scale; nvfp4: blocks of 16 with a 1-byte scale.
+# Bytes of an element. q8_0 and q4_0: blocks of 32 with a 2-byte scale; nvfp4: blocks of 16 with a 1-byte scale.
 KV_BYTES = {
-    "float32": Fraction(4),
-    "bfloat16": Fraction(2),
-    "float16": Fraction(2),
+    **{name: Fraction(ITEMSIZE[CODES[name]]) for name in MODEL_DTYPES},
     "fp8": Fraction(1),
     "fp8_e4m3": Fraction(1),
     "fp8_e5m2": Fraction(1),
@@ -31,10 +30,13 @@ _NO_ATTENTION = ("linear_attention", "conv", "moe", "mlp")
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one layer keeps for one sequence: `fixed` bytes, and `per_token` bytes for each of at most `limit` tokens,
-    counted by whole groups of `every`. `label` is the component it belongs to. `twice` is the share of it that a step holds
-    twice while it appends: transformers makes a longer tensor beside the old one, for keys and then for values."""
+class CachePart:
+    """What one layer keeps for one sequence: `fixed` bytes, and `per_token` bytes for each of at most `limit` tokens.
+
+    Tokens are counted in whole groups of `every`. `label` is the component that the part belongs to. `twice` is the share that a
+    step holds twice while it appends: transformers makes a longer tensor while the old one is alive, first for keys, then for
+    values.
+    """
 
     layer: int
     label: str
@@ -47,7 +49,7 @@ class Part:
     twice: Fraction = Fraction(0)
 
     def tokens(self, context: int) -> int:
-        """Tokens of a `context` for which the part pays."""
+        """How many tokens of a `context` take memory here."""
         kept = context if self.limit is None else min(context, self.limit)
         return (-(-kept // self.every) if self.round_up else kept // self.every) * self.every
 
@@ -58,8 +60,8 @@ class Part:
 
 def parts(
     config, kv_dtype: str | None = None, runtime: str = "transformers", chunk: int = 8192, state_dtype: str | None = None
-) -> list[Part]:
-    """What each layer of `config` keeps for one sequence; arguments as of `cache`."""
+) -> list[CachePart]:
+    """What each layer of `config` keeps for one sequence. The arguments are those of `cache`."""
     if runtime not in RUNTIMES:
         raise UsageError(f"runtime is {runtime!r}, expected one of {', '.join(RUNTIMES)}.")
     itemsize = itemsize_of(config, kv_dtype)
@@ -75,7 +77,7 @@ def parts(
     return made
 
 
-def _attention_parts(config, layer: int, kind: str, itemsize: Fraction, runtime: str, chunk: int, page) -> list[Part]:
+def _attention_parts(config, layer: int, kind: str, itemsize: Fraction, runtime: str, chunk: int, page) -> list[CachePart]:
     if kind in _COMPRESSED:
         return _compressed_parts(config, layer, kind, itemsize)
     blocks = {"every": page[0], "round_up": True} if runtime == "vllm" else {}
@@ -87,21 +89,21 @@ def _attention_parts(config, layer: int, kind: str, itemsize: Fraction, runtime:
             limit += chunk - 1 + page[0]
         why += f", at most {limit} tokens"
     twice = Fraction(0) if runtime == "vllm" else twice
-    made = [Part(layer, label, why, (keys + values) * itemsize, limit, twice=twice, **blocks)]
+    made = [CachePart(layer, label, why, (keys + values) * itemsize, limit, twice=twice, **blocks)]
     if kind == "indexed_attention":
         index = config.integer("index_head_dim")
-        # vLLM keeps them in fp8 with a float32 scale.
+        # vLLM keeps indexer keys in fp8, with a float32 scale.
         each, why = (Fraction(index + 4), "index_head_dim + 4") if blocks else (index * itemsize, "index_head_dim")
-        made.append(Part(layer, "indexer keys", why, each, **blocks))
+        made.append(CachePart(layer, "indexer keys", why, each, **blocks))
     return made
 
 
 def _widths(config, kind: str, runtime: str) -> tuple[int, int, str, str]:
-    """Elements that one token takes in one layer, of keys and of values, why, and the component's name."""
+    """Elements of keys and of values that one token takes in one layer, the formula, and the component's name."""
     rank = config.get("kv_lora_rank", default=None)
     heads, width = (config.heads, config.head_dim) if rank is not None else attention_shape(config, kind)
     if kind == "indexed_attention" and runtime == "transformers" and transformers_version() < (5, 18):
-        runtime = "transformers4"  # until then latents beside an indexer were kept expanded
+        runtime = "transformers4"  # before 5.18 a layer with an indexer kept its latents expanded
     if rank is not None and runtime != "transformers4":
         rope = config.integer("qk_rope_head_dim")
         return rank, rope, f"kv_lora_rank {rank} + qk_rope_head_dim {rope}", "latents (MLA)"
@@ -110,7 +112,7 @@ def _widths(config, kind: str, runtime: str) -> tuple[int, int, str, str]:
 
 
 def attention_shape(config, kind: str) -> tuple[int, int]:
-    """(key and value heads, width of a head) of a layer of `kind`; they differ by kind in Gemma 4 and MiMo."""
+    """(key and value heads, width of a head) of a layer of `kind`. In Gemma 4 and MiMo they differ by kind."""
     heads, width = config.kv_heads, config.head_dim
     if config.model_type in ("gemma4", "gemma4_text") and kind == "full_attention":
         width = config.integer("global_head_dim", default=512)
@@ -121,9 +123,9 @@ def attention_shape(config, kind: str) -> tuple[int, int]:
     return heads, width
 
 
-def _compressed_parts(config, layer: int, kind: str, itemsize: Fraction) -> list[Part]:
-    """DeepSeek V4: a window of shared keys and values, and one compressed entry for each `rate` tokens; the sparse kind
-    also keeps compressed indexer keys. The few tokens that wait for their group are counted as a full group."""
+def _compressed_parts(config, layer: int, kind: str, itemsize: Fraction) -> list[CachePart]:
+    """DeepSeek V4: a window of shared keys and values, and one compressed entry for each `rate` tokens. The sparse kind also keeps
+    compressed indexer keys. The tokens that wait until their group is full are counted as a full group."""
     rate, width = config.nested("compress_rates", kind) or _COMPRESSED[kind], config.head_dim
     window = config.sliding_window
     sparse = kind == "compressed_sparse_attention"
@@ -134,15 +136,15 @@ def _compressed_parts(config, layer: int, kind: str, itemsize: Fraction) -> list
     why = f"({width} + {index}) / {rate}, and less than {rate} tokens that wait"
     fixed = ceil(waiting * itemsize)
     return [
-        Part(layer, "keys and values, sliding window", f"{width}, at most {window} tokens", width * itemsize, window),
-        Part(layer, "compressed keys and values", why, entry, fixed=fixed, every=rate),
+        CachePart(layer, "keys and values, sliding window", f"{width}, at most {window} tokens", width * itemsize, window),
+        CachePart(layer, "compressed keys and values", why, entry, fixed=fixed, every=rate),
     ]
 
 
-def _state_part(config, layer: int, kind: str, runtime: str, state_dtype: str | None, page) -> Part:
+def _state_part(config, layer: int, kind: str, runtime: str, state_dtype: str | None, page) -> CachePart:
     shape = state(config, kind)
     fixed = page[1] or _state_bytes(config, shape, runtime, state_dtype)
-    return Part(layer, "recurrent state", shape.formula, fixed=fixed)
+    return CachePart(layer, "recurrent state", shape.formula, fixed=fixed)
 
 
 def _state_bytes(config, shape, runtime: str, state_dtype: str | None) -> int:
@@ -158,8 +160,11 @@ def _state_bytes(config, shape, runtime: str, state_dtype: str | None) -> int:
 
 
 def _page(config, itemsize: Fraction, runtime: str, state_dtype: str | None) -> tuple[int, int]:
-    """(tokens in a block, bytes of a padded state) under vLLM: beside attention layers, the block grows by 16 tokens until
-    a layer's block is no smaller than a state, and the state is padded to it."""
+    """(tokens in a block, bytes of a padded state) under vLLM.
+
+    In a model with attention too, the block grows by 16 tokens until a layer's block is no smaller than a state. The state is then
+    padded to the block.
+    """
     types = config.layer_types
     stateful = [kind for kind in types if kind in _WITH_STATE]
     attending = [kind for kind in types if kind not in _NO_ATTENTION]
@@ -172,7 +177,7 @@ def _page(config, itemsize: Fraction, runtime: str, state_dtype: str | None) -> 
 
 
 def itemsize_of(config, kv_dtype: str | None) -> Fraction:
-    """Bytes of one cached element; the model's own dtype by default. UsageError for an unknown dtype."""
+    """Bytes of one cached element, by default of the model's own dtype. Raises UsageError for an unknown dtype."""
     name = kv_dtype or (config.dtype if config.dtype in KV_BYTES else "bfloat16")
     if name not in KV_BYTES:
         raise UsageError(f"the cache's dtype is {name!r}, expected one of {', '.join(KV_BYTES)}.")
@@ -180,5 +185,5 @@ def itemsize_of(config, kv_dtype: str | None) -> Fraction:
 
 
 def ceil(value: Fraction) -> int:
-    """The whole bytes that `value` takes."""
+    """`value` bytes, rounded up to whole ones."""
     return -(-value.numerator // value.denominator)

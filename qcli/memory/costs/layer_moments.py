@@ -1,9 +1,12 @@
 """The moments at which a layer holds most: in its feed-forward, its attention, its recurrence.
 
-A moment is a count of elements per token, read off transformers 5's modeling files and held against the tensors that are alive
-there: h hidden_size, f the feed-forward's width, a heads x head_dim, g kv_heads x head_dim, k experts per token. Four h are
-alive through a feed-forward: the embeddings, the layer's input, the residual sum and what the module was given; three
-through attention. Rotary tables and masks are alive through all layers.
+A moment is a count of elements per token. The counts were read off transformers 5's modeling files, and tests compare them with
+the tensors that are alive there. In the formulas h is hidden_size, f the feed-forward's width, a heads x head_dim, g kv_heads x
+head_dim, k experts per token.
+
+An example: Llama's feed-forward takes 3 x f + 4 x h. At its product, the activated gate, the up projection's output and the product
+are alive, f elements each. The embeddings, the layer's input, the residual sum and the module's input are alive too, h elements
+each. Attention has three such h. Rotary tables and masks are alive through all layers.
 """
 
 from dataclasses import dataclass
@@ -12,7 +15,8 @@ from qcli.memory.costs.cache_parts import attention_shape
 from qcli.memory.costs.states import state
 from qcli.memory.installed import transformers_version
 
-# Feed-forward without a gate: (f, h) alive at its activation. Activations made of several operations keep their parts.
+# Feed-forward without a gate: how many f and how many h are alive at its activation. Where the activation is made of several
+# operations, the results of each count.
 UNGATED = {
     "gpt2": (4, 6),
     "gptj": (4, 6),
@@ -45,8 +49,8 @@ _GATED = {
     "mt5": (4, 4),
     "umt5": (4, 4),
 }
-# Attention that transformers does not fuse, or whose bias is as large: bytes alive per head and pair of tokens, a beside them,
-# and bytes of those that stay alive through the feed-forward.
+# Attention that transformers does not fuse, or whose bias is as large as the scores. Three numbers: bytes alive per head and pair
+# of tokens; how many a are alive with them; how many of those bytes stay alive through the feed-forward.
 _EAGER = {
     "gemma2": (10, 3, 2),
     "gpt_oss": (6, 3, 2),
@@ -60,22 +64,23 @@ _EAGER = {
     "mt5": (6, 2, 2),
     "umt5": (6, 2, 2),
 }
-_FUSED_SINCE_5_24 = ("gptj", "codegen")  # then with two h less through the feed-forward, too
-# Queries and keys turned or normed in float32: (a, g).
+_FUSED_SINCE_5_24 = ("gptj", "codegen")  # since then the feed-forward also has two h less
+# Queries and keys rotated or normalized in float32: how many a and g are alive.
 _IN_FLOAT32 = {"cohere": (7, 6), "ernie4_5": (6, 4), "olmo2": (9, 0), "olmo3": (9, 0)}
 _ROTARY_BY_KIND = ("gemma3", "gemma3_text", "gemma3n_text", "gemma4_text", "olmo3")
 _NO_ROTARY = ("gpt2", "opt", "bloom", "mpt", "gpt_neo", "gpt_bigcode", "t5", "mt5", "umt5")
-_MASKED = ("falcon", "qwen2_moe")  # a mask even where causality is all there is to it
+_MASKED = ("falcon", "qwen2_moe")  # they make a mask even where it would only be causal
 _ROUTED_IN_16_BIT = ("qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "qwen3_5_moe", "qwen3_5_moe_text")
 _WINDOWED = ("sliding_attention", "chunked_attention", "hybrid_sliding")
-_RECURRENT = {"linear_attention", "hybrid", "hybrid_sliding"}
 _NO_ATTENTION = ("linear_attention", "conv", "moe", "mlp")
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What goes through a layer at once: `total` tokens, in sequences that span `span` positions, of which `pairs` pairs
-    meet in attention (0 where that and recurrence have kernels, whatever the model); elements of `itemsize` bytes."""
+    """What passes through a layer at once: `total` tokens, in sequences of `span` positions, with elements of `itemsize` bytes.
+
+    `pairs` is how many pairs of tokens meet in attention; 0 under a runtime that never holds anything for each pair.
+    """
 
     total: int
     span: int
@@ -84,7 +89,7 @@ class Pass:
 
 
 def moments(config, through: Pass) -> tuple[dict[str, int], list[str]]:
-    """Bytes of each moment of the layer of `config`, a ModelConfig, that holds most there, and a sentence for each."""
+    """Bytes of each moment, in the layer of `config` (a ModelConfig) that holds most then, and a sentence for each."""
     found: dict[str, int] = {}
     sentences: list[str] = []
     masks, mask_bytes = _masks(config, through)
@@ -93,7 +98,7 @@ def moments(config, through: Pass) -> tuple[dict[str, int], list[str]]:
         sentences.append(f"rotary tables and {masks} masks: {always} bytes, alive through all layers")
     eager = _eager(config)
     kept_scores = eager[2] * config.heads * through.pairs if eager else 0
-    for name, count, why in (*_feed_forward(config), *_mixers(config, kernels=not through.pairs)):
+    for name, count, why in (*_feed_forward(config), *_mixers(config)):
         extra = kept_scores if name == "feed-forward" else 0
         found[name] = max(found.get(name, 0), through.total * count * through.itemsize + always + extra)
         sentences.append(f"{name}: {through.total} tokens x {count} elements ({why}) x {through.itemsize} bytes")
@@ -133,17 +138,17 @@ def attends(config) -> bool:
 
 
 def has_feed_forward(config) -> bool:
-    """Whether there is one: a layer of a pure Mamba is its scan and nothing else."""
+    """Whether layers have a feed-forward. A layer of a pure Mamba is its scan alone."""
     return config.model_type not in ("mamba", "mamba2", "falcon_mamba")
 
 
 def is_gated(config) -> bool:
-    """Whether the feed-forward has a gate; T5 says so by a field."""
+    """Whether the feed-forward has a gate. T5 has a field for it."""
     return config.model_type not in UNGATED or str(config.get("feed_forward_proj", default="")).startswith("gated")
 
 
-def _mixers(config, kernels: bool) -> list[tuple[str, int, str]]:
-    """The moments of attention and of recurrence, beyond the cache that they fill."""
+def _mixers(config) -> list[tuple[str, int, str]]:
+    """The moments of attention and of recurrence, without the cache that they fill."""
     types, h, made = set(config.layer_types), config.hidden_size, []
     if types & {"linear_attention", "hybrid", "hybrid_sliding"} and config.model_type not in ("minimax", "recurrent_gemma"):
         made.append(("recurrence", *_recurrence(config)))
@@ -170,8 +175,11 @@ def _mixers(config, kernels: bool) -> list[tuple[str, int, str]]:
 
 
 def _recurrence(config) -> tuple[int, str]:
-    """Elements per token, of 16 bit, of a recurrent layer's scan as transformers does it in torch: in float32, by chunks. The
-    kernels of mamba-ssm and flash-linear-attention, which are not part of it, need a small share of this."""
+    """Elements of 16 bits per token that the scan of a recurrent layer takes, and their formula.
+
+    transformers scans in torch, in float32, by chunks. The kernels of mamba-ssm and flash-linear-attention, separate packages, need
+    a small share of this.
+    """
     h, kind = config.hidden_size, config.model_type
     shape = state(config, "linear_attention")
     if kind == "kimi_linear":
@@ -180,7 +188,7 @@ def _recurrence(config) -> tuple[int, str]:
     if shape.heads and shape.chunk:
         chunks = shape.heads * (11 * shape.chunk + 15 * shape.size + 400) // 2
         scan = f"{shape.heads} heads x (5.5 x chunk {shape.chunk} + 7.5 x state {shape.size} + 200)"
-        if transformers_version() < (5, 18):  # which multiplies all pairs of a chunk out before it sums them
+        if transformers_version() < (5, 18):  # it multiplies all pairs of a chunk before it sums them
             wide = max(shape.size, shape.inner // shape.heads)
             chunks += 2 * shape.heads * shape.chunk * wide
             scan += f" + {shape.heads} heads x 2 x chunk {shape.chunk} x {wide}"
@@ -193,7 +201,7 @@ def _recurrence(config) -> tuple[int, str]:
 
 
 def _rotary(config) -> int:
-    """Elements per position of the tables of cosines and sines, two for every kind of position."""
+    """Elements per position of the tables of cosines and sines: two tables for each kind of position."""
     types = set(config.layer_types) - set(_NO_ATTENTION)
     if not types or config.model_type in _NO_ROTARY:
         return 0
@@ -203,7 +211,8 @@ def _rotary(config) -> int:
 
 
 def _masks(config, through: Pass) -> tuple[int, int]:
-    """(masks, bytes of one for each pair): one for each kind of attention, if attention is not fused or a window is passed."""
+    """(masks, bytes of one for each pair). Where attention is not fused, each kind of it has a mask. Where it is fused, there is
+    one mask if a window is shorter than the sequence, or if the model always makes one."""
     kinds = set(config.layer_types) - set(_NO_ATTENTION)
     windowed = [kind for kind in kinds if kind in _WINDOWED and (config.sliding_window or through.span) < through.span]
     if _eager(config):
@@ -212,7 +221,7 @@ def _masks(config, through: Pass) -> tuple[int, int]:
 
 
 def _eager(config) -> tuple[int, int, int] | None:
-    """The entry of _EAGER where the installed transformers does not fuse the model's attention."""
+    """The model's entry in _EAGER, if the installed transformers does not fuse its attention."""
     kind = config.model_type
     if kind in _FUSED_SINCE_5_24 and transformers_version() >= (5, 24):
         return None
@@ -220,7 +229,7 @@ def _eager(config) -> tuple[int, int, int] | None:
 
 
 def _scores(config, through: Pass, masks: int) -> tuple[int, str]:
-    """Bytes of the attention of every token with every other, where it is not fused or takes a mask."""
+    """Bytes of the attention of every token to every other, where it is not fused or takes a mask."""
     if not masks or not through.pairs:
         return 0, ""
     h, a = config.hidden_size, config.heads * config.head_dim
@@ -229,12 +238,13 @@ def _scores(config, through: Pass, masks: int) -> tuple[int, str]:
         wide = wide if through.itemsize == 2 else wide * 8 // 5
         count = through.pairs * config.heads * wide + through.total * (3 * h + beside * a) * through.itemsize
         return (count, f"attention: {through.pairs} pairs x {config.heads} heads x {wide} bytes, not fused in transformers")
-    # The mask of bools is copied in the dtype; keys and values are repeated for every head.
+    # The mask of bools is copied in the model's dtype. Keys and values are repeated for every head.
     count = through.pairs * through.itemsize + through.total * (3 * h + 4 * a) * through.itemsize
     return count, f"attention: a mask's copy, {through.pairs} pairs x {through.itemsize} bytes, and 3 x h + 4 x a"
 
 
 def expanded(config) -> int:
-    """Elements per token of one layer's latents expanded to keys and values of every head, keys put together once more."""
+    """Elements per token of one layer's latents, expanded to the keys and values of every head. Keys are copied once more, when
+    their two parts are joined."""
     nope, value = config.integer("qk_nope_head_dim"), config.value_head_dim
     return config.heads * (nope + value + config.head_dim)

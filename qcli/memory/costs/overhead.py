@@ -1,4 +1,4 @@
-"""What a process takes on a device before and beside any tensor: a range, for no formula tells it.
+"""What a process takes on a device besides its tensors. It is given as a range, because there is no formula for it.
 
 Sources: CUDA context and lazily loaded kernels, 287,047,680 bytes in pytorch#86509, 300 MB to 400 MB in pytorch#107667 and
 #109888, 140.9 MiB on a T4 with torch 2.10 and later; cuBLAS workspaces from ATen's CublasHandlePool.cpp; blocks of the caching
@@ -22,7 +22,7 @@ DEVICES = ("cuda", "cpu")
 
 @dataclass(frozen=True)
 class Overhead:
-    """Bytes on one device: at least, likely and at most. `components` holds the same three for each item; they sum up."""
+    """Bytes on one device: at least, likely and at most. `components` has the same three for each item; they add up."""
 
     low: int
     likely: int
@@ -32,8 +32,8 @@ class Overhead:
 
 
 def overhead(weights: int, transient: int, runtime: str = "transformers", device: str = "cuda", hopper: bool = False) -> Overhead:
-    """The overhead on one device beside `weights` bytes that stay and `transient` bytes that come and go (activations, and a
-    cache that grows). `hopper`: compute capability 9.0, whose cuBLAS workspace is larger. UsageError for an unknown word."""
+    """The overhead on one device with `weights` bytes that stay and `transient` bytes that come and go (activations, and a cache
+    that grows). `hopper`: compute capability 9.0, whose cuBLAS workspace is larger. Raises UsageError for an unknown name."""
     for name, value, known in (("runtime", runtime, RUNTIMES), ("device", device, DEVICES)):
         if value not in known:
             raise UsageError(f"{name} is {value!r}, expected one of {', '.join(known)}.")
@@ -48,9 +48,9 @@ def overhead(weights: int, transient: int, runtime: str = "transformers", device
             "fragmentation": (0, max(256 * _MIB, transient * 5 // 100), max(512 * _MIB, (weights + transient) * 5 // 100)),
         }
         formula = [
-            "CUDA context and kernels: 140 MiB to 640 MiB by GPU, driver and kernels loaded",
+            "CUDA context and kernels: 140 MiB to 640 MiB, depending on GPU, driver and kernels loaded",
             f"cuBLAS workspaces: {workspace} bytes for each handle and stream, one or two of them",
-            "fragmentation: the larger of 256 MiB and 5% of what comes and goes; at most of all",
+            "fragmentation: the larger of 256 MiB and 5% of what comes and goes; at most 512 MiB or 5% of all",
         ]
         if runtime == "vllm":
             items["CUDA graphs"] = _GRAPHS

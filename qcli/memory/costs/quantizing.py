@@ -1,24 +1,26 @@
-"""What `qcli quantize` of a model would take: memory, disk, and time by the rates that this machine's disk shows."""
+"""What `qcli quantize` would take for a model: memory, disk, and time at the measured rates of this machine's disk."""
 
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qcli.errors import QcliError, UsageError
-from qcli.formats import written
+from qcli.formats import all_formats, written
 from qcli.memory.costs.weights import ITEMSIZE, weights
 from qcli.memory.model.opening import Model
-from qcli.schemes import CHUNK_BYTES, CHUNKS_IN_WORK, NAMED
+from qcli.memory.model.tensor_rules import Parameter
+from qcli.schemes import CHUNK_BYTES, CHUNKS_IN_WORK, NAMED, QUANTIZED
 
 _SAMPLE = 32 << 20  # bytes read and written to measure a rate
 
 
 @dataclass(frozen=True)
 class Quantizing:
-    """Bytes and seconds of one run. `memory` is above Python and its libraries, an upper estimate. `read_rate` and
-    `write_rate` are bytes a second as measured here; `seconds` do not count the download."""
+    """Bytes and seconds of one run. `memory` is an upper estimate, above Python and its libraries. `read_rate` and `write_rate` are
+    bytes a second, measured here. `seconds` leave out the download."""
 
     method: str
     memory: int
@@ -30,11 +32,13 @@ class Quantizing:
 
 
 def quantizing(model: Model, folder: Path) -> list[Quantizing]:
-    """The estimate for each method of `qcli quantize`, the result going to `folder`; a second or so, for the disk is measured.
+    """The estimate for each method that `qcli quantize` can use for `model`, written to `folder`.
 
-    Reading, quantizing and writing overlap, and the first and the last bound the whole: measured over 7.9 GB, a run takes 0.96
-    times as long as reading the source once and then writing the result. Raises UsageError for a model that is quantized
-    already, QcliError where `folder` cannot be written.
+    It takes about a second, because the disk is measured.
+
+    Reading, quantizing and writing overlap, and the disk limits the whole. Measured over 7.9 GB, a run takes 0.96 times as long as
+    reading the source once and then writing the result. Raises UsageError for a model that is quantized already, QcliError where
+    `folder` cannot be written.
     """
     if model.config.quantization:
         raise UsageError(f"{model.label} is quantized already, and --quantizing was given", "Leave out --quantizing.")
@@ -44,8 +48,10 @@ def quantizing(model: Model, folder: Path) -> list[Quantizing]:
     read, write = _rates(model.files, folder)
     found = []
     for method in written():
+        if refusal(model.parameters, method) is not None:
+            continue
         stored = weights(model.parameters, method, dtype).stored
-        held = (NAMED[method].held_bytes(linear.out_features, linear.numel // linear.out_features) for linear in linears)
+        held = (NAMED[method].held_bytes(linear.out_features, linear.in_features) for linear in linears)
         found.append(
             Quantizing(
                 method=method,
@@ -60,9 +66,29 @@ def quantizing(model: Model, folder: Path) -> list[Quantizing]:
     return found
 
 
+def refusal(parameters: Sequence[Parameter], method: str) -> str | None:
+    """Why `qcli quantize` refuses `method` for these parameters, as a sentence without its end; None where it does not."""
+    for each in all_formats():
+        if method in QUANTIZED and each.refuses(NAMED[method]) is None:
+            for one in parameters:
+                reason = each.refuses_shape(NAMED[method], one.out_features, one.in_features) if one.quantizable else None
+                if reason is not None:
+                    return f"qcli quantize refuses {method} for {one.name}: {reason}"
+            return None
+    return None
+
+
+def refusals(model: Model) -> list[str]:
+    """The `refusal` of each method that `quantizing` leaves out."""
+    return [reason for method in written() if (reason := refusal(model.parameters, method)) is not None]
+
+
 def _rates(files: list[Path], folder: Path) -> tuple[float, float]:
-    """Bytes a second read from the largest of `files` (without any, from what was just written, dropped from memory first) and
-    written to a nameless file in `folder`, with the disk's own confirmation."""
+    """Bytes a second, read and written.
+
+    Reading is measured on the largest of `files`. Without files it is measured on what was just written, after that was dropped
+    from memory. Writing is measured on a nameless file in `folder`, until the disk confirms it.
+    """
     piece = os.urandom(1 << 20)
     try:
         with tempfile.TemporaryFile(dir=folder) as sample:
@@ -77,7 +103,7 @@ def _rates(files: list[Path], folder: Path) -> tuple[float, float]:
                     os.posix_fadvise(sample.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 return _read_rate(sample.fileno()), write
     except OSError as e:
-        raise QcliError(f"{folder} cannot be written: {e.strerror}", "Run it where the result would go.") from e
+        raise QcliError(f"{folder} cannot be written: {e.strerror}", "Run it in the folder of the future result.") from e
     with open(max(files, key=lambda path: path.stat().st_size), "rb", buffering=0) as file:
         return _read_rate(file.fileno()), write
 

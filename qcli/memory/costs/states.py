@@ -1,8 +1,8 @@
-"""The state that a recurrent layer keeps per sequence, however long that is: its last inputs and its memory.
+"""The state that a recurrent layer keeps of each sequence, whatever its length: its last inputs and its memory.
 
-Shapes are those of transformers 5's modeling files: a convolution over the last `kernel` inputs of each channel, kept in the
-model's dtype, and a recurrent state, kept in float32. vLLM keeps `kernel` - 1 inputs, and the recurrent state in the dtype
-that the config names, else in the model's.
+Shapes are those of transformers 5's modeling files. A convolution runs over the last `kernel` inputs of each channel, which are
+kept in the model's dtype. The recurrent state is kept in float32. vLLM keeps `kernel` - 1 inputs, and the recurrent state in the
+dtype that the config names, or else in the model's.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ _MAMBA_1 = ("mamba", "falcon_mamba", "jamba", "zamba")
 
 @dataclass(frozen=True)
 class State:
-    """Elements that one layer keeps for one sequence: `channels` x `kernel` inputs and `recurrent` more; `formula` says why.
+    """Elements that one layer keeps for one sequence: `channels` x `kernel` inputs, and `recurrent` more. `formula` explains them.
 
-    What its scan works on: `inner` channels, in `heads` (0 where each is alone) of `size` states or keys each, `chunk` tokens
-    at a time where the config says how many.
+    Its scan works on `inner` channels, in `heads` (0 where each channel is alone) of `size` states or keys each. It takes `chunk`
+    tokens at a time; 0 where the config does not name them.
     """
 
     channels: int

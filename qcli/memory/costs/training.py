@@ -1,9 +1,9 @@
 """What training low-rank adapters adds to the weights of a model: LoRA (arXiv:2106.09685) and QLoRA (arXiv:2305.14314).
 
-Adapters are float32, as PEFT makes them, with AdamW: 4 bytes each for weight and gradient, 8 for the moments. QLoRA's base is in
-4 bits; PEFT's prepare_model_for_kbit_training casts every other 16-bit parameter to float32, and so makes the residual stream
-float32. Activations are counted from what autograd keeps of one Llama layer, in bytes per token; h hidden_size, f the feed-
-forward's width, a heads x head_dim, g kv_heads x head_dim.
+Adapters are float32, as PEFT makes them, and trained with AdamW: 4 bytes for a weight, 4 for its gradient, 8 for its moments.
+QLoRA's base is in 4 bits. PEFT's prepare_model_for_kbit_training casts every other 16-bit parameter to float32; the residual stream
+becomes float32 with them. Activations are counted from what autograd keeps of one Llama layer, in bytes per token. In the formulas
+h is hidden_size, f the feed-forward's width, a heads x head_dim, g kv_heads x head_dim.
 """
 
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from qcli.memory.costs.layer_moments import attends, has_feed_forward, is_gated
 
 KINDS = ("qlora", "lora")
 # Bytes per token for each (f, h, a, g): what the backward pass of one layer holds at its peak, and what one layer keeps for
-# it. A float32 stream, and a 16-bit one, whose adapters read float32 copies.
+# it. The stream of "qlora" is float32. That of "lora" has 16 bits, and adapters read float32 copies of it.
 _PEAK = {"qlora": (24, 16, 8, 8), "lora": (14, 40, 8, 4)}
 _KEPT = {"qlora": (16, 16, 8, 8), "lora": (10, 28, 8, 4)}
-_LAST = {"qlora": (8, 2, 0, 0), "lora": (0, 20, 0, 0)}  # beyond what is kept, without checkpoints
+_LAST = {"qlora": (8, 2, 0, 0), "lora": (0, 20, 0, 0)}  # without checkpoints: what the last layer holds beyond what it keeps
 _STREAM = {"qlora": 4, "lora": 2}
-# Bytes for each logit: itself, held by the training loop, in float32, its softmax, their gradients.
+# Bytes for each logit: itself, a float32 copy, its softmax and their gradients. The training loop holds the logits.
 _LOGITS = {"qlora": 16, "lora": 14}
 _ADAPTER_BYTES = {"adapters": 4, "gradients of adapters": 4, "AdamW's moments": 8}
 
 
 @dataclass(frozen=True)
 class Training:
-    """Bytes beyond the model's weights, which `components` sum up to, and how many parameters are trained."""
+    """Bytes beyond the model's weights, and how many parameters are trained. `components` sum to `total`."""
 
     components: dict[str, int]
     total: int
@@ -48,8 +48,8 @@ def training(
     """Adapters of `rank` on `linears`, the [out_features, in_features] of each nn.Linear but the head, over `batch` sequences
     of `tokens`.
 
-    `others` counts the parameters that are not quantized, `others_itemsize` the bytes of each before training. Without
-    `checkpointing` every layer keeps all that its backward pass needs. UsageError for an unknown kind or a bad rank.
+    `others` counts the parameters that are not quantized. `others_itemsize` is the bytes of each before training. Without
+    `checkpointing` every layer keeps all that its backward pass needs. Raises UsageError for an unknown kind or a bad rank.
     """
     if train not in KINDS:
         raise UsageError(f"train is {train!r}, expected one of {', '.join(KINDS)}.")
@@ -68,7 +68,7 @@ def training(
     if train == "qlora":
         expanded = 2 * max((rows * columns for rows, columns in linears), default=0)
         components["one weight expanded"] = expanded
-        formula.append(f"one weight expanded: {expanded} bytes, for its gradient passes through the dequantized weight")
+        formula.append(f"one weight expanded: {expanded} bytes, since gradients pass through the dequantized weight")
     return Training(components, sum(components.values()), trained, tuple(formula))
 
 
@@ -89,7 +89,7 @@ def _activations(config, passed: int, train: str, checkpointing: bool) -> tuple[
 
 
 def _weighted(config, factors: tuple[int, int, int, int]) -> int:
-    """Bytes per token of the layer that takes most."""
+    """Bytes per token of the layer that takes the most."""
     f = config.intermediate_size if has_feed_forward(config) else 0
     if any(config.is_moe_layer(i) for i in range(config.layers)):
         f = max(f * (not config.is_moe_layer(0)), config.experts_per_token * config.moe_intermediate_size)

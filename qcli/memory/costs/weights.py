@@ -1,7 +1,7 @@
-"""Bytes of a model's weights under each method: as they lie in memory, as they are stored, and as CUDA allocates them.
+"""Bytes of a model's weights under each method: in memory, in a checkpoint, and as CUDA allocates them.
 
-A quantized linear weight takes what its format (qcli/formats/) stores of its scheme (qcli/schemes.py), or the scheme's own parts
-where no format holds it. Everything else keeps the model's dtype.
+A quantized linear weight takes what its format (qcli/formats/) stores of its scheme (qcli/schemes.py). Where no format holds the
+scheme, it takes the scheme's own parts. Everything else keeps the model's dtype.
 """
 
 import functools
@@ -19,21 +19,21 @@ from qcli.sizes import format_bytes
 
 ITEMSIZE = {name: dtypes.ITEMSIZE[dtypes.CODES[name]] for name in dtypes.MODEL_DTYPES}
 METHODS = (*ITEMSIZE, *QUANTIZED, "stored")
-_OFFSET = 4  # float32, by which double quantization shifts absmax; stored inside of the quant_state
-_CUDA_GRANULE = 512  # bytes, to which torch's CUDA allocator rounds
-# Names of the experts that transformers makes one tensor of.
+_TABLE_ITEMSIZE = dtypes.ITEMSIZE["F32"]  # of codebooks: 16 entries for codes, 256 for absmax under double quantization
+_CUDA_GRANULE = 512  # bytes; torch's CUDA allocator rounds up to a multiple of it
+# Names of single experts, of which transformers makes one tensor.
 _EXPERT = re.compile(r"experts\.\d+\.")
 _FUSED = re.compile(r"(experts\.)(?:gate_proj|up_proj|gate_up_proj|w1|w3)(?=\.|$)")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """by_kind: resident bytes by Parameter.kind; total: their sum.
+    """Bytes of all weights under one method.
 
-    stored: bytes of the tensors in a checkpoint of this method. allocated: `total` with each tensor rounded up to CUDA's 512 B.
-    bits_per_weight: of `total` over all parameters. largest: bytes of the largest tensor that has to be whole in the model's
-    dtype, beside its final form, while the model loads: a weight before it is quantized, or experts before they are fused;
-    0 where none has. formula: a sentence for each term.
+    by_kind: bytes in memory by Parameter.kind. total: their sum. stored: bytes of the tensors in a checkpoint of this method.
+    allocated: `total` with each tensor rounded up to CUDA's 512 B. bits_per_weight: `total` in bits over all parameters. largest:
+    bytes of the largest tensor that is whole in the model's dtype, together with its final form, while the model loads. That is a
+    weight before it is quantized, or experts before they are fused; 0 where there is neither. formula: a sentence for each term.
     """
 
     by_kind: dict[str, int]
@@ -46,11 +46,11 @@ class Weights:
 
 
 def weights(parameters: Sequence[Parameter], method: str, dtype: str = "bfloat16", *, every_linear: bool = False) -> Weights:
-    """The bytes of `parameters` under `method`, one of METHODS, the unquantized ones in `dtype`, a key of ITEMSIZE.
+    """The bytes of `parameters` under `method`, one of METHODS. Unquantized ones are in `dtype`, a key of ITEMSIZE.
 
-    A dtype as method is the whole model's dtype. "stored" is a checkpoint as it is, its plain tensors loaded in `dtype`.
-    `every_linear` quantizes what transformers leaves alone: T5's `wo` and Falcon's layers, as the paper's own code did.
-    Raises UsageError.
+    If the method is a dtype, the whole model is in that dtype. "stored" is a checkpoint as it is, with its plain tensors loaded in
+    `dtype`. `every_linear` also quantizes what transformers leaves alone, T5's `wo` and Falcon's layers, as the paper's own code
+    did. Raises UsageError.
     """
     if method not in METHODS:
         raise UsageError(f"the method is {method!r}, expected one of {', '.join(METHODS)}")
@@ -76,12 +76,18 @@ def weights(parameters: Sequence[Parameter], method: str, dtype: str = "bfloat16
     largest = max([largest, *fused.values()])
     count = sum(parameter.numel for parameter in parameters)
     return Weights(
-        dict(by_kind), total, stored, allocated, 8 * total / max(count, 1), largest, [t.sentence(name) for name, t in terms.items()]
+        by_kind=dict(by_kind),
+        total=total,
+        stored=stored,
+        allocated=allocated,
+        bits_per_weight=8 * total / max(count, 1),
+        largest=largest,
+        formula=[counted.sentence(name, dtype) for name, counted in terms.items()],
     )
 
 
 def _tensors(parameter: Parameter, method: str, dtype: str, every_linear: bool) -> tuple[str, list[int], int]:
-    """The term that counts `parameter`, bytes of each of its tensors in memory, and bytes in a checkpoint."""
+    """The name of the term that counts `parameter`, the bytes of each of its tensors in memory, and its bytes in a checkpoint."""
     if method == "stored" and parameter.scheme is not None:
         return "stored", [parameter.stored], parameter.stored
     quantizes = method in QUANTIZED
@@ -90,7 +96,7 @@ def _tensors(parameter: Parameter, method: str, dtype: str, every_linear: bool) 
         kept = "float32" if keeps else dtype
         size = parameter.numel * ITEMSIZE[kept]
         return kept, [size], size
-    tensors, size = _quantized(method, (parameter.out_features, parameter.numel // parameter.out_features), dtype)
+    tensors, size = _quantized(method, (parameter.out_features, parameter.in_features), dtype)
     return method, tensors, size
 
 
@@ -99,33 +105,40 @@ def _quantized(method: str, shape: tuple[int, int], dtype: str) -> tuple[list[in
     """Bytes in memory of each tensor of a quantized weight of `shape`, and its bytes in a checkpoint."""
     scheme = NAMED[method]
     stored, resident = stored_tensors(scheme, Weight("weight", *shape, dtypes.CODES[dtype]))
-    extra = [_OFFSET] if scheme.double_quant else []
-    return [spec.nbytes for spec in resident] + extra, sum(spec.nbytes for spec in stored)
+    parts = scheme.parts(*shape)
+    # In memory it is a tensor of its own. On disk it stands inside the quant_state.
+    inside = [parts["nested_offset"].nbytes] if scheme.double_quant else []
+    return [spec.nbytes for spec in resident] + inside, sum(spec.nbytes for spec in stored)
 
 
-def _rule(name: str) -> str:
-    """What a weight takes under a method, in words."""
+def _rule(name: str, dtype: str) -> str:
+    """What a weight takes under a method, in words. `dtype` is that of the unquantized weights."""
     if name == "stored":
         return "as the checkpoint holds them"
     if name in ITEMSIZE:
         return f"{ITEMSIZE[name]} bytes each"
     scheme = NAMED[name]
-    each = "half a byte" if scheme.bits == 4 else f"{scheme.bits / 8:g} byte{'s' if scheme.bits > 8 else ''}"
+    parts = scheme.parts(1, scheme.size or 1, dtypes.CODES[dtype])
+    each = "half a byte" if scheme.bits == 4 else _bytes(scheme.bits // 8)
     shared = {"flat": f"a block of {scheme.size}", "group": f"a group of {scheme.size}", "row": "a row", "tensor": "a tensor"}
-    scale = "1 byte" if scheme.double_quant else "4 bytes"
-    if scheme.zero_point:
-        scale += " and a zero point"
-    nested = f" and 4 bytes every {NESTED_BLOCK_SIZE} blocks" if scheme.double_quant else ""
-    tables = 4 * (2**scheme.bits + 256 * scheme.double_quant + scheme.double_quant) if scheme.codebook else 0
-    table = f" and {tables:,} bytes a tensor" if tables else ""
-    if nested:
-        return f"{each} each, {scale} {shared[scheme.share]},{nested.removeprefix(' and')}{table}"
-    return f"{each} each{',' if table else ' and'} {scale} {shared[scheme.share]}{table}"
+    scale = _bytes(dtypes.ITEMSIZE[parts["scale"].dtype]) + (" and a zero point" if scheme.zero_point else "")
+    terms = [f"{each} each", f"{scale} {shared[scheme.share]}"]
+    tables = 0
+    if scheme.double_quant:
+        terms.append(f"{_bytes(parts['nested_scale'].nbytes)} every {NESTED_BLOCK_SIZE} blocks")
+        tables = parts["nested_offset"].nbytes + _TABLE_ITEMSIZE * 256
+    if scheme.codebook:
+        terms.append(f"{tables + _TABLE_ITEMSIZE * 2**scheme.bits:,} bytes a tensor")
+    return f"{', '.join(terms[:-1])} and {terms[-1]}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count} byte{'s' if count > 1 else ''}"
 
 
 @dataclass
 class _Term:
-    """What one rule counts: bytes, elements, and the kinds that it counted."""
+    """What one rule has counted: bytes, elements, and kinds of parameters."""
 
     size: int = 0
     count: int = 0
@@ -136,5 +149,5 @@ class _Term:
         self.count += parameter.numel
         self.kinds[parameter.kind] = None
 
-    def sentence(self, name: str) -> str:
-        return f"{', '.join(self.kinds)}: {self.count:,} parameters in {name}, {_rule(name)}: {format_bytes(self.size)}"
+    def sentence(self, name: str, dtype: str) -> str:
+        return f"{', '.join(self.kinds)}: {self.count:,} parameters in {name}, {_rule(name, dtype)}: {format_bytes(self.size)}"

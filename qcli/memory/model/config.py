@@ -1,8 +1,8 @@
 """A model's config.json, read with transformers' names, aliases and defaults, and without transformers.
 
-Configs differ by family and by age: the layer count has six names, a null means absent, and the text part of a
-multimodal config holds only what differs from its class's defaults. Those defaults are facts about transformers 5; they
-stand in class_defaults.json, one line a model_type. Every default that is taken is told in `ModelConfig.assumed`.
+Configs differ by family and by age. The layer count has six names, and a null means absent. The text part of a multimodal config
+holds only what differs from its class's defaults. Those defaults are facts about transformers 5, kept in class_defaults.json, one
+line a model_type. `ModelConfig.assumed` has a sentence for every default that was taken.
 """
 
 import functools
@@ -27,24 +27,24 @@ _HEADS = (
 )
 _VOCABULARY = ("vocab_size", "padded_vocab_size", "tgt_vocab_size")
 _CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length", "context_length")
-_LARGEST = 1 << 48  # of any size or count: more is a damaged file
-_MOST_LAYERS = 10_000  # more is a damaged file, over which counting layer by layer would take hours
-# A whole config always writes these: an absent one is a damaged file, where another field's absence is an old file.
+_LARGEST = 1 << 48  # of any size or count; a larger one means a damaged file
+_MOST_LAYERS = 10_000  # more means a damaged file; counting layer by layer would then take hours
+# A whole config always has these. If one is missing, the file is damaged. If another field is missing, the file is old.
 _NEVER_ASSUMED = frozenset(_LAYERS + _HIDDEN + _HEADS + _VOCABULARY)
 
 
 @functools.cache
 def class_defaults() -> dict[str, dict]:
-    """model_type -> the fields that bear on memory and their defaults in transformers 5's configuration class."""
+    """model_type -> the fields that affect memory, with their defaults in transformers 5's configuration class."""
     return json.loads(Path(__file__).with_name("class_defaults.json").read_text())
 
 
 class ModelConfig:
-    """View of a config.json. Sizes are in elements, counts are integers; nothing is read but `raw`.
+    """View of a config.json. Sizes are in elements, counts are integers. Nothing but `raw` is read.
 
-    `raw` is the parsed file and `label` what messages call it ("config.json of org/name"). `.text` is the sub-config of the
-    language model, or `raw` where there is none. Properties raise UsageError, naming the field and `label`, where a
-    field is missing or is not of its type.
+    `raw` is the parsed file. `label` is its name in messages ("config.json of org/name"). `.text` is the sub-config of the language
+    model, or `raw` where there is none. Properties raise UsageError where a field is missing or has the wrong type; the message
+    names the field and `label`.
     """
 
     def __init__(self, raw: dict, label: str):
@@ -65,8 +65,8 @@ class ModelConfig:
         return str(own)
 
     def get(self, *names: str, default=REQUIRED):
-        """The first of `names` that is present and not null; else the class's default for an absent one, which is noted
-        in `assumed`; else `default`. UsageError where there is none of these."""
+        """The first of `names` that is present and not null. Otherwise the class's default for an absent one, noted in `assumed`.
+        Otherwise `default`. Raises UsageError where there is none of these."""
         for name in names:
             if self.text.get(name) is not None:
                 return self.text[name]
@@ -82,7 +82,7 @@ class ModelConfig:
         return default
 
     def integer(self, *names: str, default=REQUIRED) -> int:
-        """`get`, checked: a whole number of at least 0. A list, one number a layer, gives its largest."""
+        """`get`, checked to be a whole number of at least 0. A list with a number for each layer gives the largest."""
         value = self.get(*names, default=default)
         if isinstance(value, list) and value and all(type(item) is int for item in value):
             value = max(value)
@@ -97,27 +97,27 @@ class ModelConfig:
         return value
 
     def listed(self, name: str) -> list:
-        """The list `name`, empty where it is absent. UsageError where it is no list."""
+        """The list `name`, empty where it is absent. Raises UsageError where it is no list."""
         value = self.get(name, default=[])
         if not isinstance(value, list):
             raise UsageError(f"{name} in {self.label} is {value!r}, expected a list.")
         return value
 
     def nested(self, name: str, field: str):
-        """`field` of the object `name`, None where either is absent. UsageError where `name` is no object."""
+        """`field` of the object `name`, None where either is absent. Raises UsageError where `name` is no object."""
         inner = self.get(name, default=None)
         if inner is not None and not isinstance(inner, dict):
             raise UsageError(f"{name} in {self.label} is {inner!r}, expected an object.")
         return None if inner is None else inner.get(field)
 
     def assume(self, sentence: str) -> None:
-        """Note a default that was taken, once."""
+        """Notes a default that was taken, once."""
         if sentence not in self.assumed:
             self.assumed.append(sentence)
 
     @property
     def architecture(self) -> str:
-        """The model class that the file names, such as "LlamaForCausalLM", or "" where it names none."""
+        """The model class that the file names, such as "LlamaForCausalLM"; "" where it names none."""
         named = self.raw.get("architectures") or self.text.get("architectures") or [""]
         return str(named[0])
 
@@ -127,12 +127,12 @@ class ModelConfig:
 
     @property
     def layers(self) -> int:
-        """Layers of the language model; of the decoder, where there is an encoder too."""
+        """Layers of the language model. Where there is an encoder too, those of the decoder."""
         listed = self.text.get("layers_block_type") or self.text.get("hybrid_override_pattern")
-        if listed and self.model_type == "nemotron_h":  # there num_hidden_layers is ignored
+        if listed and self.model_type == "nemotron_h":  # which ignores num_hidden_layers
             return len(listed)
         if self.model_type == "longcat_flash":
-            # A layer holds two attention blocks, and transformers counts each; 5.17 wrote any num_hidden_layers beside.
+            # A layer has two attention blocks, and transformers counts each. 5.17 wrote a num_hidden_layers that means nothing.
             return 2 * self._depth("num_layers")
         return self._depth(*(("decoder_layers", "num_decoder_layers", *_LAYERS) if self.is_encoder_decoder else _LAYERS))
 
@@ -180,13 +180,13 @@ class ModelConfig:
 
     @property
     def value_head_dim(self) -> int:
-        """Width of a value head, which under MLA (and in MiMo) is not that of a key."""
+        """Width of a value head. Under MLA and in MiMo it differs from that of a key."""
         latent = self.get("kv_lora_rank", default=None) is not None
         return self.integer("v_head_dim", default=None) or (self.hidden_size // self.heads if latent else self.head_dim)
 
     @property
     def intermediate_size(self) -> int:
-        """Width of the dense feed-forward layer; the widest, where layers differ."""
+        """Width of the dense feed-forward layer. Where layers differ, the widest."""
         nested = self.nested("ffn_config", "ffn_hidden_size")
         width = nested or self.integer("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", default=None)
         return width or int(self.get("expansion_ratio", default=4) * self.hidden_size)
@@ -197,13 +197,13 @@ class ModelConfig:
 
     @property
     def max_context(self) -> int | None:
-        """Longest sequence in tokens that the model was made for, rope scaling included; None where the file sets no limit
+        """Tokens of the longest sequence that the model was made for, rope scaling included. None where the file sets no limit
         (ALiBi, T5, Mamba)."""
         return context.extended(self, self.integer(*_CONTEXT, default=None))
 
     @property
     def tied_embeddings(self) -> bool:
-        """Whether the output head is the embedding. An outer config overrules the inner one, as in transformers."""
+        """Whether the output head is the embedding. The outer config overrules the inner one, as in transformers."""
         for part in (self.raw, self.text):
             if part.get("tie_word_embeddings") is not None:
                 return bool(part["tie_word_embeddings"])
@@ -211,7 +211,7 @@ class ModelConfig:
 
     @property
     def dtype(self) -> str:
-        """torch's name of the dtype in which the weights are stored, such as "bfloat16"."""
+        """The dtype in which the weights are stored, by torch's name, such as "bfloat16"."""
         for part in (self.raw, self.text):
             named = part.get("dtype") or part.get("torch_dtype")
             if named is not None:
@@ -221,18 +221,19 @@ class ModelConfig:
 
     @property
     def quantization(self) -> dict | None:
-        """The `quantization_config` of a model that is stored quantized, else None."""
+        """The `quantization_config` of a model that is stored quantized; None of any other."""
         return self.raw.get("quantization_config") or self.text.get("quantization_config")
 
     @functools.cached_property
     def layer_types(self) -> list[str]:
-        """Each layer's kind in the words of transformers 5: full_attention, sliding_attention, chunked_attention,
-        indexed_attention, linear_attention (every recurrent layer: Mamba, DeltaNet, lightning), conv, hybrid, moe, mlp..."""
+        """Each layer's kind, in the words of transformers 5: full_attention, sliding_attention, chunked_attention,
+        indexed_attention, linear_attention, conv, hybrid, moe, mlp... Every recurrent layer (Mamba, DeltaNet, lightning) is a
+        linear_attention."""
         return layer_types.of(self)
 
     @property
     def sliding_window(self) -> int | None:
-        """Tokens that a sliding or chunked layer looks back on, or None."""
+        """How many tokens a sliding or chunked layer attends to, or None."""
         if self.get("use_sliding_window", default=True) is False:
             return None
         if "chunked_attention" in self.layer_types:
@@ -247,7 +248,7 @@ class ModelConfig:
 
     @property
     def experts_per_token(self) -> int:
-        """Routed experts that one token passes through, 0 in a dense model."""
+        """Routed experts that each token uses, 0 in a dense model."""
         if not self.num_experts:
             return 0
         return self.nested("ffn_config", "moe_top_k") or self.positive(*layer_types.PER_TOKEN)
@@ -262,7 +263,7 @@ class ModelConfig:
         return bool(self.num_experts) and layer_types.holds_experts(self, index)
 
     def positive(self, *names: str, default=REQUIRED) -> int:
-        """`integer`, of at least 1."""
+        """`integer`, checked to be at least 1."""
         value = self.integer(*names, default=default)
         if value == 0:
             raise UsageError(f"{names[0]} in {self.label} is 0, expected at least 1.")
@@ -270,7 +271,7 @@ class ModelConfig:
 
 
 def _language_model(raw: dict) -> dict:
-    """The sub-config that holds the language model's layer count, else `raw`."""
+    """The sub-config with the language model's layer count; `raw` where there is none."""
     for name in _SUB_CONFIGS:
         inner = raw.get(name)
         if isinstance(inner, dict):

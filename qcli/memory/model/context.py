@@ -1,9 +1,9 @@
-"""The context that rope scaling extends: how many tokens a model with scaled rotary positions was made for.
+"""The context under rope scaling: how many tokens a model with scaled rotary positions was made for.
 
-Files disagree on what `max_position_embeddings` means beside a scaling. For "linear" and "dynamic" it is the length before
-scaling, as transformers documents it. For "yarn" it may be either, so the larger of it and factor times the original length
-counts. For "llama3" and "longrope" it is the extended length, unless it is no more than the original one. Where only some
-layers are scaled (Gemma 3) the file states the whole.
+Files differ in what `max_position_embeddings` means when there is a scaling. For "linear" and "dynamic" it is the length before
+scaling, as transformers documents it. For "yarn" it may be either; the larger of it and factor times the original length counts.
+For "llama3" and "longrope" it is the extended length, unless it is no more than the original one. Where only some layers are
+scaled (Gemma 3) it is the final length.
 """
 
 import math
@@ -16,7 +16,7 @@ _LARGEST_FACTOR = 1_000_000
 
 
 def extended(config, own: int | None) -> int | None:
-    """Tokens, given `own`, the length that `config` (a ModelConfig) states. Raises UsageError for a factor that is none."""
+    """Tokens, from `own`, the length that `config` (a ModelConfig) states. Raises UsageError for a bad factor."""
     rope = config.get("rope_scaling", "rope_parameters", default=None)
     if own is None or rope is None or config.get("rope_local_base_freq", default=None) is not None:
         return own

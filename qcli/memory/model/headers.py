@@ -1,8 +1,8 @@
 """Parameters from a checkpoint's headers: any model, quantized or not.
 
-What is stored packed is counted by its stored bytes, companions (scales, zero points, absmax) included, and stands for
-as many elements as its format says. Left out is what transformers does not load or keeps once: buffers, tied heads, second
-copies of an embedding, and layers for multi-token prediction.
+A packed weight counts with its stored bytes, those of its companions (scales, zero points, absmax) included. It stands for as many
+elements as its format says. Some tensors are left out, because transformers does not load them or keeps them once: buffers, tied
+heads, second copies of an embedding, and layers for multi-token prediction.
 """
 
 import re
@@ -40,13 +40,13 @@ _PREDICTION = re.compile(r"(?:^|\.)mtp\w*\.")
 
 
 def parameters_of(source: Source, config: ModelConfig) -> list[Parameter]:
-    """The parameters of the checkpoint `source`, whose config.json is `config`. What was left out is told in `config.assumed`."""
+    """The parameters of the checkpoint `source`, whose config.json is `config`. `config.assumed` names what was left out."""
     groups: dict[str, list[TensorInfo]] = {}
     known = {name: weight for each in formats.all_formats() for name, weight in each.companions(source.tensors).items()}
     for name, (_, info) in source.tensors.items():
         groups.setdefault(_owner(known.get(name, name), source.tensors), []).append(info)
     quantization = config.quantization if isinstance(config.quantization, dict) else {}
-    # bitsandbytes' 4-bit headers do not say shapes; the family may.
+    # Headers of 4-bit bitsandbytes weights have no shapes. The family may know them.
     shapes = (shapes_of(config) if quantization else None) or {}
     predicting = _prediction_layers(config)
     found, ignored = [], 0
@@ -69,8 +69,8 @@ def parameters_of(source: Source, config: ModelConfig) -> list[Parameter]:
 
 
 def _owner(name: str, tensors: Mapping[str, object]) -> str:
-    """The parameter to which a stored tensor belongs in formats that qcli does not read: itself, or the weight whose codes or
-    scales it holds."""
+    """The parameter to which a stored tensor belongs, in formats that qcli does not read. A tensor of codes or scales belongs to
+    their weight, any other to itself."""
     module, _, leaf = name.rpartition(".")
     if leaf in _PACKED:
         return f"{module}.weight"
@@ -84,12 +84,12 @@ def _owner(name: str, tensors: Mapping[str, object]) -> str:
 
 
 def _is_buffer(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether it is a table of old checkpoints (causal masks, rotary frequencies) that transformers computes itself."""
+    """Whether it is a table in an old checkpoint (causal masks, rotary frequencies) that transformers computes itself."""
     return bool(_BUFFER.search(name)) and (len(shape) == 4 or not name.endswith(".bias"))
 
 
 def _prediction_layers(config: ModelConfig) -> range:
-    """The numbers of layers that predict further tokens, where a checkpoint numbers them on, as DeepSeek-V3's does."""
+    """The numbers of the layers that predict further tokens. DeepSeek-V3's checkpoint numbers them after its other layers."""
     extra = config.integer("num_nextn_predict_layers", default=0)
     return range(config.layers, config.layers + extra) if extra else range(0)
 
@@ -110,10 +110,10 @@ def _scheme(main: TensorInfo, infos: list[TensorInfo], quantization: Mapping) ->
 def _logical_shape(
     main: TensorInfo, infos: list[TensorInfo], scheme: str | None, quantization: Mapping, known: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """The shape of what the stored tensor stands for. `known` is the family's word for it, if it has one."""
+    """The shape of the weight that the stored tensor stands for. `known` is its shape by the family's rules, if there are any."""
     leaf, shape = main.name.rpartition(".")[2], main.shape
     if scheme in NAMED and NAMED[scheme].share == "flat":
-        count = 2 * main.nbytes
+        count = 8 * main.nbytes // NAMED[scheme].bits
         return known if prod(known) in (count, count - 1) else (1, count)
     if leaf.endswith("_blocks") and len(shape) > 2:
         return (*shape[:-2], shape[-2] * shape[-1] * 2)
@@ -131,19 +131,19 @@ def _logical_shape(
 
 
 def _bits(quantization: Mapping) -> int:
-    """Bits a code of a checkpoint that packs codes into 32-bit words; 4 where the config does not say."""
+    """Bits of each code in a checkpoint that packs codes into 32-bit words; 4 where the config does not name them."""
     groups = quantization.get("config_groups")
     groups = groups.values() if isinstance(groups, dict) else ()
     weights = [group.get("weights") for group in groups if isinstance(group, dict)]
     given = next((w["num_bits"] for w in weights if isinstance(w, dict) and w.get("num_bits")), None)
     bits = given or quantization.get("bits") or quantization.get("w_bit") or 4
     if bits not in (2, 3, 4, 8):
-        raise UsageError(f"the quantization_config says {bits!r} bits, expected 2, 3, 4 or 8.")
+        raise UsageError(f"the quantization_config names {bits!r} bits, expected 2, 3, 4 or 8.")
     return bits
 
 
 def _without_copies(found: list[Parameter], config: ModelConfig) -> list[Parameter]:
-    """Without tied heads and without the copies of a shared embedding that old checkpoints hold."""
+    """`found` without tied heads and without the copies of a shared embedding that old checkpoints hold."""
     embeddings = [p for p in found if p.kind == "embedding"]
     shared = next((p for p in embeddings if p.name.endswith("shared.weight")), None)
     tokens = shared or max(embeddings, key=lambda p: p.numel, default=None)
@@ -154,5 +154,5 @@ def _without_copies(found: list[Parameter], config: ModelConfig) -> list[Paramet
     if config.tied_embeddings:
         copies += heads
     elif not heads:
-        config.assume(f"No output head is stored in {config.label}'s checkpoint: it is counted as the embedding's.")
+        config.assume(f"No output head is stored in {config.label}'s checkpoint: the embedding is taken for the head.")
     return [p for p in found if p not in copies]

@@ -1,7 +1,7 @@
-"""Which kind each layer is, in the words of transformers 5, from whichever fields a config has.
+"""The kind of each layer, in the words of transformers 5, from whichever fields a config has.
 
-A present list is taken as it is; what follows are the rules of transformers 5's configuration classes for configs written
-before `layer_types` was.
+A list in the config is taken as it is. Configs that are older than `layer_types` have none; for those the rules here are the ones
+of transformers 5's configuration classes.
 """
 
 from qcli.errors import UsageError
@@ -32,7 +32,7 @@ _UNIFORM = {
     "glm_moe_dsa": "indexed_attention",
 }
 _LISTED = {"zamba": "layers_block_type", "zamba2": "layers_block_type", "recurrent_gemma": "block_types"}
-# Every p-th layer is full attention, the others are of the kind named; p, and the field that overrules it if one does.
+# (kind, p, field): every p-th layer is full attention, the others are of that kind. The field, if there is one, overrules p.
 _PERIODIC = {
     "gemma2": ("sliding_attention", 2, None),
     "vaultgemma": ("sliding_attention", 2, None),
@@ -59,13 +59,13 @@ _LATE_WINDOW = frozenset(
     {"qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3", "qwen3_vl", "qwen3_vl_text", "dots1"}
 )
 
-# Fields that state how many experts there are, and how many of them a token passes.
+# Fields that state how many experts there are, and how many of them each token uses.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 
 
 def of(config) -> list[str]:
-    """The kind of every layer of `config`, a ModelConfig. UsageError where a list is not as long as the model is deep."""
+    """The kind of every layer of `config`, a ModelConfig. Raises UsageError where a list is not as long as there are layers."""
     count = config.layers
     listed = config.get("layer_types", "layers_block_type", default=None)
     if listed is not None and not isinstance(listed, list):
@@ -80,13 +80,13 @@ def of(config) -> list[str]:
 
 
 def window(config) -> int | None:
-    """`sliding_window` of `config`, or None where it is null, 0 or unknown to the model."""
+    """`sliding_window` of `config`, None where it is null, 0 or absent."""
     names = ("sliding_window", "attention_window_size")
     return config.integer(*names, default=None) or None
 
 
 def _from_older_lists(config, count: int) -> list[str] | None:
-    """Lists of layers under the names they had before."""
+    """The kinds from lists under their older names; None where there is no such list."""
     for name, words in _OLDER.items():
         listed = config.get(name, default=None)
         if listed is not None:

@@ -7,14 +7,16 @@ from qcli.checkpoint.config_json import check_config
 from qcli.errors import CheckpointError, UsageError
 from qcli.files.foreign_json import read_object
 from qcli.memory.model.config import ModelConfig
-from qcli.memory.model.parameters import Parameter, from_size, parameters, parameters_of
+from qcli.memory.model.families import families
+from qcli.memory.model.like_llama import from_size
+from qcli.memory.model.parameters import Parameter, parameters, parameters_of
 from qcli.memory.model.stored import as_stored
 
 
 @dataclass(frozen=True)
 class Model:
-    """`read` tells what the parameters were counted from. `file_bytes` are those of the weight files, None where none was
-    seen; `folder` is where they lie, None for a model on the hub."""
+    """A model as an estimate sees it. `read` names what the parameters were counted from. `file_bytes` is the size of all weight
+    files, None where none was seen. `files` are those on this machine."""
 
     label: str
     config: ModelConfig
@@ -32,7 +34,8 @@ class Model:
 def open_model(model: str | None, size: str | None = None, revision: str | None = None) -> Model:
     """The model that `model` names (a config.json, a folder, a hub id), or one like Llama of about `size` parameters ("7B").
 
-    Where a folder or repository holds safetensors their headers are counted, else config.json is, by its family's rules.
+    Parameters come from the headers of safetensors files, where the folder or repository has any. Otherwise they follow from
+    config.json: by the rules of its family, or, for a model type without a family, from the model that transformers builds.
     Raises UsageError, CheckpointError, HubError.
     """
     if (model is None) == (size is None):
@@ -58,7 +61,14 @@ def _checked(config: ModelConfig) -> ModelConfig:
 
 
 def _from_config(config: ModelConfig, label: str, read: str) -> Model:
-    found = parameters(_checked(config))
+    _checked(config)
+    found = None
+    if config.model_type not in families():
+        from qcli.memory.model.built import built
+
+        found = built(config)
+        read = f"{read}, built by transformers"
+    found = found or parameters(config)
     return Model(label, config, as_stored(found, config) if config.quantization else found, read)
 
 
@@ -71,7 +81,7 @@ def _from_place(model: str, revision: str | None) -> Model:
         raise weight_files.no_config(place.names, model)
     if not weight_files.has_safetensors(place.names):
         raw = _read(place.local("config.json"), f"{model}/config.json")
-        return _from_config(ModelConfig(raw, f"{model}/config.json"), model, "config.json alone, for want of safetensors")
+        return _from_config(ModelConfig(raw, f"{model}/config.json"), model, "config.json alone, as there are no safetensors")
     source = Source(place, model, trust_remote_code=False)
     config = _checked(ModelConfig(source.config, f"{model}/config.json"))
     files = [] if place.is_hub else [place.weights(file) for file in source.files]

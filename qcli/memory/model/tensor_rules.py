@@ -1,6 +1,6 @@
-"""What a parameter's name and shape say of it: its kind, its layer, and what transformers 5 makes of it.
+"""What follows from a parameter's name and shape: its kind, its layer, and how transformers 5 treats it.
 
-One copy of the rules serves both sources of parameters, the shapes of `families` and the headers of a checkpoint.
+The same rules serve both sources of parameters: the shapes of `families` and the headers of a checkpoint.
 """
 
 import re
@@ -40,14 +40,14 @@ _HEADS = {"lm_head", "embed_out", "output_layer", "output", "head", "score", "cl
 _ATTENTION = re.compile(r"attn|attention|mamba|mixer|time_mix|temporal_block|qkv|[qkvo]_proj$|short_conv", re.IGNORECASE)
 _FFN = re.compile(r"mlp|ffn|feed_?forward|shared_expert|DenseReluDense|^fc|channel_mix|^(?:gate|up|down|gate_up)_proj$")
 _NOT_LINEAR = re.compile(r"conv|relative_attention_bias|position_bias|_embed\w*$|^embed|^probe$")
-# torch's MultiheadAttention reads its output projection's weight by hand, so it is of a Linear class of its own.
+# The output projection of torch's MultiheadAttention has a Linear class of its own, since its weight is read without calling it.
 _NO_PLAIN_LINEAR = re.compile(r"vision_tower\.(?:vision_model\.)?head\.attention\.out_proj$")
 
 # transformers' Conv1D: a linear layer whose weight is stored [in_features, out_features].
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-# Subclasses of nn.Linear, which transformers leaves alone: it compares types.
+# Their layers are subclasses of nn.Linear. transformers compares types, and leaves subclasses alone.
 _LINEAR_SUBCLASSES = {"falcon"}
-# `_keep_in_fp32_modules` of the models: float32 under float16, and never quantized whatever the dtype.
+# `_keep_in_fp32_modules` of the models. These stay float32 under float16, and are never quantized.
 _KEEP_FP32 = {"gpt_oss": re.compile("norm"), **dict.fromkeys(("t5", "mt5", "umt5"), re.compile("wo"))}
 
 
@@ -55,16 +55,16 @@ _KEEP_FP32 = {"gpt_oss": re.compile("norm"), **dict.fromkeys(("t5", "mt5", "umt5
 class Parameter:
     """One tensor of the model that transformers builds.
 
-    shape       as the model holds it; [1 count] of a quantized weight whose shape is not known.
+    shape       as the model holds it; [1, count] of a quantized weight whose shape is not known.
     kind        one of KINDS.
-    layer       index of its block in its stack (T5 has two, whose names begin with encoder and decoder); None outside.
-    linear      the weight of a linear layer, whether or not it is quantized.
-    quantizable transformers 5 with bitsandbytes would convert it: not the head, not fused experts, not `keep_fp32`.
-    keep_fp32   stays float32 when the model is loaded in float16 (bfloat16 stays bfloat16).
-    transposed  stored [in_features, out_features].
-    scheme      how a checkpoint stores it where that is not plain 16 or 32 bit: "nf4", "llm-int8", "gptq", "F8_E4M3"...
-    stored      bytes as a checkpoint holds it, companions (absmax, scales, zero points) included, which stay in memory as they are;
-                None without a checkpoint.
+    layer       index of its block in its stack; None outside of one. T5 has two stacks, named encoder and decoder.
+    linear      whether it is the weight of a linear layer, quantized or not.
+    quantizable whether transformers 5 with bitsandbytes converts it: not the head, not fused experts, not `keep_fp32`.
+    keep_fp32   whether it stays float32 when the model is loaded in float16. Under bfloat16 it becomes bfloat16.
+    transposed  whether it is stored [in_features, out_features].
+    scheme      how a checkpoint stores it, if not in plain 16 or 32 bits: "nf4", "llm-int8", "gptq", "F8_E4M3"...
+    stored      bytes that a loaded model holds of what a checkpoint stores for it, companions (absmax, scales, zero points)
+                included; None without a checkpoint.
     """
 
     name: str
@@ -80,19 +80,24 @@ class Parameter:
 
     @property
     def numel(self) -> int:
-        """Elements; of a stored quantized weight, those it stands for."""
+        """Elements. Those of a stored quantized weight are the ones that it stands for."""
         return prod(self.shape)
 
     @property
     def out_features(self) -> int:
-        """Rows of a linear layer's weight as [out_features, in_features]: as many scales has its int8 form."""
+        """Rows of a linear layer's weight as [out_features, in_features]. Its int8 form has a scale for each."""
         return self.shape[-1] if self.transposed else self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of that weight."""
+        return self.numel // max(self.out_features, 1)
 
 
 def parameter(
     name: str, shape: tuple[int, ...], config: ModelConfig, scheme: str | None = None, stored: int | None = None
 ) -> Parameter:
-    """The Parameter that the rules make of a name and a shape in the model of `config`."""
+    """The Parameter of this name and shape in the model of `config`, by the rules."""
     cube = len(shape) == 3 and min(shape) > 1
     kind, linear, keep_fp32 = _judge(_NUMBER.sub(".#", name), len(shape), cube, config.model_type)
     return Parameter(
@@ -110,14 +115,14 @@ def parameter(
 
 
 def layer_of(name: str) -> int | None:
-    """The index of the block to which a parameter belongs, see Parameter.layer."""
+    """The index of the block to which a parameter belongs. See Parameter.layer."""
     number = _NUMBER.search(name)
     return int(number[0][1:]) if number and not _PART.search(name) else None
 
 
 @cache  # a model has a few dozen such names, however many layers and experts
 def _judge(name: str, dimensions: int, cube: bool, model_type: str) -> tuple[str, bool, bool]:
-    """kind, linear and keep_fp32 of a parameter whose name has # for its numbers; `cube`: three dimensions, none of them 1."""
+    """kind, linear and keep_fp32 of a parameter. Its name has # in place of numbers. `cube`: three dimensions, none of them 1."""
     kind = _kind(name, cube)
     module, _, end = name.rpartition(".")
     leaf = module.rpartition(".")[2]
@@ -125,7 +130,7 @@ def _judge(name: str, dimensions: int, cube: bool, model_type: str) -> tuple[str
         dimensions == 2
         and end == "weight"
         and kind in ("attention", "ffn", "router", "other")
-        and (kind != "router" or leaf == "shared_expert_gate")  # the other routers are no Linear but bare parameters
+        and (kind != "router" or leaf == "shared_expert_gate")  # the other routers are bare parameters, not Linear
         and not _NOT_LINEAR.search(leaf)
         and leaf not in _EMBEDDINGS
         and not _NO_PLAIN_LINEAR.search(module)
@@ -135,7 +140,7 @@ def _judge(name: str, dimensions: int, cube: bool, model_type: str) -> tuple[str
 
 
 def _kind(name: str, cube: bool) -> str:
-    """One of KINDS. Whatever mixes tokens is "attention": Mamba and DeltaNet too. Towers for images or sound are "other"."""
+    """One of KINDS. All that mixes tokens is "attention", Mamba and DeltaNet too. Towers for images or sound are "other"."""
     if _PART.search(name):
         return "other"
     parts = [part for part in name.split(".") if part != "#"]

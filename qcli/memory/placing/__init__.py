@@ -1,1 +1,1 @@
-"""Where a model goes: GPUs, blocks, and whether it fits."""
+"""How a model is placed: GPUs, blocks, and whether it fits."""

@@ -1,4 +1,4 @@
-"""A model's parameters as the blocks that a device map moves: each embedding, each layer, the final norm with the head."""
+"""A model's parameters as the blocks that a device map places: each embedding, each layer, and the final norm with the head."""
 
 from qcli.memory.costs.weights import ITEMSIZE, weights
 from qcli.memory.model.opening import Model
@@ -10,7 +10,7 @@ _NAMES = ("embedding", "encoder layer {}", f"{STACK_PREFIX}{{}}", "head")
 
 
 def blocks_of(model: Model, method: str, dtype: str, *, every_linear: bool = False) -> list[Block]:
-    """The blocks in the order of the forward pass, without state. `every_linear` is that of `weights`."""
+    """The blocks in the order of the forward pass, without state. `every_linear` is the one of `weights`."""
     groups: dict[tuple[int, int], list] = {(_HEAD, 0): []}
     for parameter in model.parameters:
         stage, index = _place(parameter)
@@ -44,6 +44,8 @@ def _is_quantized(parameter, method: str) -> bool:
 
 def _counted(parameter, method: str, dtype: str) -> int:
     if _is_quantized(parameter, method):
-        # Scales aside, as transformers counts.
-        return parameter.stored if method == "stored" else parameter.numel * NAMED[method].bits // 8
+        if method == "stored":
+            return parameter.stored
+        # Without scales, as transformers counts.
+        return NAMED[method].parts(parameter.out_features, parameter.in_features)["codes"].nbytes
     return parameter.numel * ITEMSIZE[method if method in ITEMSIZE else dtype]

@@ -1,4 +1,4 @@
-"""GPUs by name or size: how much memory each has for a program, and what the driver says of those in this machine."""
+"""GPUs by name or size: how much memory each has for a program, and what the driver reports of those in this machine."""
 
 import difflib
 import os
@@ -11,8 +11,8 @@ from qcli.errors import DeviceError, UsageError
 from qcli.sizes import format_bytes, parse_size
 
 GIB = 2**30
-# GiB that CUDA (ROCm for the MI300X) reports as the device's total, which is less than the name says: the driver keeps a
-# part, and error correction takes 1/16 of GDDR memory where it is on (T4, A10, L4, L40S, RTX A and Ada workstation cards).
+# GiB that CUDA (ROCm for the MI300X) reports as the device's total. That is less than in the name: the driver keeps a part, and
+# error correction takes 1/16 of GDDR memory where it is on (T4, A10, L4, L40S, RTX A and Ada workstation cards).
 _KNOWN = {
     "gtx1080ti": 10.91,
     "rtx2080ti": 10.75,
@@ -68,7 +68,7 @@ _ALIASES = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device to fit a model on. `memory` is the bytes that a program may have there; `said` tells where that is from."""
+    """A device to place a model on. `memory` is the bytes that a program may have there. `said` is a sentence on their source."""
 
     name: str
     memory: int
@@ -76,7 +76,7 @@ class Gpu:
 
     @property
     def is_hopper(self) -> bool:
-        """Whether it is of compute capability 9.0, by its name."""
+        """Whether it has compute capability 9.0, by its name."""
         return re.search(r"gh?[12]00|h[12]00", self.name.lower()) is not None
 
 
@@ -86,7 +86,7 @@ def names() -> list[str]:
 
 
 def gpus(given: list[str]) -> list[Gpu]:
-    """The devices that `--gpu` names: 24GB (1e9), 24GiB (2^30), rtx4090, 8xa100-80, auto; several are added up.
+    """The devices that `--gpu` names: 24GB (1e9), 24GiB (2^30), rtx4090, 8xa100-80, auto. Several add up.
 
     Raises UsageError for what is neither a size nor a name, DeviceError where `auto` finds no GPU.
     """
@@ -120,7 +120,7 @@ def _gpu(text: str) -> Gpu:
         )
     memory = parse_size(text, "--gpu")
     if memory == 0:
-        raise UsageError(f"--gpu is {text!r}, expected more than nothing")
+        raise UsageError(f"--gpu is {text!r}, expected more than 0 bytes")
     unit = "GiB, 2^30 bytes" if "ib" in text.lower() else "GB, 1e9 bytes"
     size = memory / (GIB if "ib" in text.lower() else 10**9)
     return Gpu(text.strip(), memory, f"{text.strip()} was read as {size:g} {unit} each")
@@ -140,10 +140,10 @@ def _known_name(text: str) -> str | None:
 
 
 def _present() -> list[Gpu]:
-    """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves, with what is free on each."""
+    """The GPUs of this machine that CUDA_VISIBLE_DEVICES allows, with what is free on each."""
     if not shutil.which("nvidia-smi"):
         raise DeviceError(
-            "--gpu auto: there is no nvidia-smi here, so no NVIDIA driver to ask",
+            "--gpu auto: this machine has no nvidia-smi, which reports the GPUs",
             "Give the memory instead, such as --gpu 24GB or --gpu rtx4090.",
         )
     query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
@@ -157,7 +157,7 @@ def _present() -> list[Gpu]:
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     if done.returncode or not lines or visible == "":
         said = (done.stdout or done.stderr).strip().splitlines()
-        why = "CUDA_VISIBLE_DEVICES hides every GPU" if visible == "" else (said[0] if said else "it named none")
+        why = "CUDA_VISIBLE_DEVICES hides every GPU" if visible == "" else (said[0] if said else "it listed none")
         raise DeviceError(f"--gpu auto: nvidia-smi shows no GPU ({why})", "Give the memory instead: --gpu 24GB.")
     return [_line(line) for line in lines]
 

@@ -1,6 +1,6 @@
 """A model over several GPUs, block by block in the order of its forward pass: as transformers places it, and where it fits.
 
-A block is an embedding, a layer, or the final norm with the head; none is ever cut in two.
+A block is an embedding, a layer, or the final norm with the head. No block is ever cut in two.
 """
 
 from collections.abc import Sequence
@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 STACK_PREFIX = "layer "  # of the names of the blocks that hold keys and values
 CPU = -1  # the place of a block for which no GPU had room
-_BUFFER = 1.25  # of the largest block, on top of an equal share: transformers' get_balanced_memory
-_QUANTIZED_SHARE = 0.90  # of each GPU, all that transformers' bitsandbytes quantizers use
+_BUFFER = 1.25  # largest blocks that a GPU gets on top of an equal share: transformers' get_balanced_memory
+_QUANTIZED_SHARE = 0.90  # transformers' bitsandbytes quantizers use only this share of each GPU
 
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes of a block: `weights` as they lie in memory, `counted` as transformers counts them for a device map (without
-    scales), `state` of what it keeps besides (keys and values, adapters). `unquantized` counts parameters. `with_first` for a
-    head that is the embedding's own tensor.
+    """One block, in bytes.
+
+    weights: those in memory. counted: the weights as transformers counts them for a device map, without scales. state: what the
+    block keeps besides (keys and values, adapters). unquantized: a count of parameters. with_first: whether it is a head that is
+    the embedding's own tensor.
     """
 
     name: str
@@ -30,8 +32,8 @@ class Block:
 def device_map_auto(blocks: Sequence[Block], memory: Sequence[int], quantized: bool) -> list[int]:
     """The GPU of each block under device_map="auto" (transformers 5, get_balanced_memory and infer_auto_device_map).
 
-    `memory` is what each GPU has free. It is shared out evenly with a buffer of 1.25 blocks, then filled in order; GPU 0 keeps
-    room for the largest block that is still to come. CPU where no GPU takes a block.
+    `memory` is what each GPU has free. Each GPU gets an equal share and a buffer of 1.25 blocks, and the GPUs are filled in order.
+    GPU 0 keeps room for the largest block that is still to come. A block that no GPU takes is on the CPU.
     """
     largest = max(block.counted for block in blocks)
     limits = [float(size) for size in memory]
@@ -54,7 +56,7 @@ def device_map_auto(blocks: Sequence[Block], memory: Sequence[int], quantized: b
 
 
 def fill(blocks: Sequence[Block], rooms: Sequence[int]) -> list[int]:
-    """The GPU of each block when each GPU in turn takes as many as it has room for; CPU for those that are left.
+    """The GPU of each block when each GPU in turn takes as many blocks as it has room for. CPU for those that are left.
 
     `rooms` is what weights and state may take on each GPU. If any split into runs of blocks fits, this one does.
     """
@@ -74,8 +76,8 @@ def fill(blocks: Sequence[Block], rooms: Sequence[int]) -> list[int]:
 
 
 def even(blocks: Sequence[Block], rooms: Sequence[int]) -> list[int]:
-    """As `fill`, with the room of every GPU cut by the same share as far as all blocks still find a place: the last GPU is
-    then not left empty while the first is full. Where not all fit, `fill` itself."""
+    """As `fill`, but the room of every GPU is cut by the same share, as far as all blocks still fit. The last GPU is then not left
+    empty while the first is full. Where not all blocks fit, this is `fill` itself."""
     places = fill(blocks, rooms)
     if CPU in places:
         return places
@@ -101,7 +103,7 @@ def loads(blocks: Sequence[Block], places: Sequence[int], count: int) -> list[tu
 
 
 def ranges(blocks: Sequence[Block], places: Sequence[int], gpu: int) -> str:
-    """What lies on a GPU, in words: "embedding, layers 0-9"."""
+    """What a GPU holds, in words: "embedding, layers 0-9"."""
     runs: list[list[str]] = []  # [kind, first number, last number]
     for block, place in zip(blocks, places):
         if place == gpu:

@@ -1,4 +1,4 @@
-"""Whether what a model needs fits the GPUs, what is left on each, and, where it does not fit, what would."""
+"""Whether a model fits the GPUs, what is left on each, and what would fit where it does not."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ FITS, TIGHT, NO = "fits", "tight", "does not fit"
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes. `blocks` carry the weights, and what each layer holds besides; every GPU needs `activations` (their peak, with
-    other passing things) and `overhead` (least, likely, most) on top."""
+    """What a model needs, in bytes. `blocks` have the weights, and what each layer holds besides. On top of its blocks every GPU
+    needs `activations` (their peak, and all else that is transient) and `overhead` (least, likely, most)."""
 
     blocks: list[Block]
     activations: int
@@ -42,6 +42,11 @@ class Needs:
         """All of it on one GPU, with the most overhead."""
         return self.weights + self.state + self.activations + self.overhead[-1]
 
+    @property
+    def totals(self) -> dict[str, int]:
+        """The three totals by name, for JSON."""
+        return {"least": self.least, "likely": self.likely, "most": self.most}
+
 
 @dataclass(frozen=True)
 class Load:
@@ -56,14 +61,14 @@ class Load:
 
     @property
     def left(self) -> int:
-        """What the GPU has over at the most overhead; less than 0 where that much is missing."""
+        """What is left on the GPU with the most overhead. It is negative where that much is missing."""
         return self.gpu.memory - self.weights - self.state - self.activations - self.overhead[-1]
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The verdict and the load of each GPU. `automatic`: the split comes of itself, or there is but one GPU.
-    `on_cpu` is bytes of the blocks that found no room."""
+    """The verdict and the load of each GPU. `automatic`: the runtime makes this split without being asked, or there is one GPU.
+    `on_cpu` is bytes of the blocks that did not fit."""
 
     verdict: str
     loads: list[Load]
@@ -72,16 +77,16 @@ class Placement:
 
     @property
     def left(self) -> int:
-        """What the fullest GPU has over at the most overhead; less than 0 where that much is missing."""
+        """What is left on the fullest GPU with the most overhead. It is negative where that much is missing."""
         if self.on_cpu:
             return -self.on_cpu - sum(max(0, -load.left) for load in self.loads)
         return min(load.left for load in self.loads)
 
 
 def place(needs: Needs, gpus: Sequence[Gpu], automatic: Sequence[int] | None) -> Placement:
-    """The split of a model over GPUs: `automatic`, the one that comes of itself, if it fits, else one that does.
+    """The split of a model over GPUs: `automatic`, the one that the runtime makes, if it fits, else another that does.
 
-    "fits" holds with the most overhead, "tight" only with the least. What fits in no way fills the GPUs in turn, and the rest
+    "fits" holds with the most overhead, "tight" only with the least. A model that does not fit fills the GPUs in turn, and the rest
     is left over.
     """
     if len(gpus) == 1:
@@ -98,17 +103,17 @@ def place(needs: Needs, gpus: Sequence[Gpu], automatic: Sequence[int] | None) ->
 
 
 def fits(needs: Needs, gpus: Sequence[Gpu]) -> bool:
-    """Whether it fits in some split, with the most overhead."""
+    """Whether some split fits, with the most overhead."""
     if len(gpus) == 1:
         return needs.most <= gpus[0].memory
     return CPU not in split.fill(needs.blocks, _rooms(needs, gpus))
 
 
 def offload(needs: Needs, gpus: Sequence[Gpu]) -> int | None:
-    """Bytes of the weights that go to the CPU's memory when the GPUs are filled in turn; None where not one layer stays.
+    """Bytes of the weights that are left for the CPU's memory when the GPUs are filled in turn. None where not one layer stays.
 
-    Layers on the CPU are brought to GPU 0 one at a time and run there, so it keeps room for the largest block and has the state
-    of all of them.
+    Layers on the CPU are brought to GPU 0 one at a time and run there. GPU 0 therefore keeps room for the largest block, and holds
+    the state of all those layers.
     """
     rooms = _rooms(needs, gpus)
     rooms[0] -= max(block.weights for block in needs.blocks)
@@ -125,8 +130,8 @@ def offload(needs: Needs, gpus: Sequence[Gpu]) -> int | None:
 
 
 def count_that_fits(needs: Callable[[Sequence[Gpu]], Needs], gpu: Gpu) -> int | None:
-    """How many of one GPU it takes for what `needs` says of so many; None where no number does, for a single block and what goes
-    with it exceed it."""
+    """How many GPUs like `gpu` are enough. `needs` gives what the model needs on a list of GPUs. None where no number is enough,
+    because a single block exceeds one GPU."""
     for count in range(1, len(needs([gpu]).blocks) + 1):
         if fits(needs([gpu] * count), [gpu] * count):
             return count
@@ -151,7 +156,7 @@ def _on_one(needs: Needs, gpu: Gpu) -> Placement:
 def _placement(verdict: str, needs: Needs, gpus: Sequence[Gpu], places: Sequence[int], automatic: bool) -> Placement:
     found = []
     for i, (gpu, (weights, state)) in enumerate(zip(gpus, split.loads(needs.blocks, places, len(gpus)))):
-        idle = CPU not in places and i not in places  # where blocks are left over, each GPU lacks room even for what passes
+        idle = CPU not in places and i not in places  # where blocks are left over, no GPU is idle: each has too little room
         passing, overhead = (0, (0, 0, 0)) if idle else (needs.activations, needs.overhead)
         found.append(Load(gpu, split.ranges(needs.blocks, places, i), weights, state, passing, overhead))
     left_over = sum(block.weights + block.state for block, place in zip(needs.blocks, places) if place == CPU)

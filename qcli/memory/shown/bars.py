@@ -1,4 +1,4 @@
-"""An estimate as stacked bars, for the terminal and for a figure alike."""
+"""An estimate as stacked bars. The terminal and the figure both draw them."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ _TRAINING = ("weights", "training state", "activations", "overhead")  # adapters
 
 @dataclass(frozen=True)
 class Bar:
-    """What is stacked on one GPU: bytes of each of `parts_of`, the overhead at its most; `memory` is None where none was named."""
+    """What is stacked on one GPU: bytes of each of `parts_of`, the overhead at its most. `memory` is None without a GPU."""
 
     label: str
     parts: dict[str, int]
@@ -24,13 +24,13 @@ class Bar:
 
 
 def parts_of(setting: Setting) -> tuple[str, ...]:
-    """What a bar is made of, in order."""
+    """The names of a bar's parts, in order."""
     return _TRAINING if setting.train else _INFERENCE
 
 
 def bars(found: Estimate) -> list[Bar]:
-    """A bar for each method where there is one GPU or none; on several, a bar for each GPU under each method that fits, or under
-    the smallest where none does."""
+    """With one GPU or none, a bar for each method. With several, a bar for each GPU under each method that fits. Where none fits,
+    only the method that needs least is shown."""
     names = parts_of(found.setting)
     if not found.gpus:
         return [_whole(row, names) for row in found.methods]

@@ -1,4 +1,4 @@
-"""The estimate as one static figure: a stacked bar for each method on each GPU, and where the GPU ends."""
+"""The estimate as one static figure: a stacked bar for each method on each GPU, with a mark at the GPU's memory."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ _BAR = 0.6  # inches that a bar takes
 
 
 def draw(found: Estimate, path: Path) -> None:
-    """Draws the bars to `path`, whose suffix says the format. Overhead is drawn at its most.
+    """Draws the bars to `path`, whose suffix names the format. Overhead is drawn at its most.
 
     Raises UsageError for another suffix, QcliError where matplotlib is not installed or the file cannot be written.
     """

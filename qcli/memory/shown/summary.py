@@ -4,14 +4,16 @@ from qcli.memory.estimate import Estimate, MethodEstimate
 
 
 def summary(found: Estimate) -> dict[str, object]:
-    """For JSON. Sizes are bytes; a later version may add keys, and changes none.
+    """For JSON. Sizes are bytes. A later version may add keys, and changes none.
 
-    model: name, type, parameters, layers, max_context, read (what was counted). setting: context, batch, dtype, kv_dtype,
-    runtime, train, rank. gpus: name, memory, said. fits: see `Estimate.fits`. assumed, notes: sentences. methods: for each method,
-    bits_per_weight; components: name, bytes, formula (sentences); overhead and total: least, likely and most on one GPU; and with
-    GPUs named verdict ("fits", "tight", "does not fit"), left (of the fullest GPU), split ("device_map auto" or "by hand" over
-    several), gpus (holds, weights, state, activations, overhead, left), largest_context and largest_batch (value, bound), and
-    advice (options, count, on_cpu: see `Advice`) or null.
+    model: name, type, parameters, layers, max_context, read (what was counted).
+    setting: context, batch, dtype, kv_dtype, runtime, train, rank.
+    gpus: name, memory, said (a sentence on where the memory is from).
+    fits: see `Estimate.fits`. assumed, notes: sentences.
+    methods: for each method, bits_per_weight; components: name, bytes, formula (sentences); overhead and total: least, likely and
+    most on one GPU. With GPUs named also: verdict ("fits", "tight", "does not fit"), left (on the fullest GPU), split ("device_map
+    auto" or "by hand", over several GPUs), gpus (holds, weights, state, activations, overhead, left), largest_context and
+    largest_batch (value, bound), and advice (options, count, on_cpu: see `Advice`) or null.
     """
     config = found.model.config
     setting = vars(found.setting) | {"rank": found.setting.rank if found.setting.train else None}
@@ -39,7 +41,7 @@ def _method_summary(row: MethodEstimate) -> dict[str, object]:
         "bits_per_weight": round(row.bits_per_weight, 4),
         "components": [vars(part) for part in row.components],
         "overhead": _three(row.needs.overhead) | {"formula": list(row.overhead)},
-        "total": _three((row.needs.least, row.needs.likely, row.needs.most)),
+        "total": row.needs.totals,
     }
     if row.placement is None:
         return shown

@@ -1,7 +1,7 @@
 """Parameter names and shapes of model families, from config.json alone. One family is one file, found by its MODEL_TYPES.
 
-Each file has `shapes(config, model)`, which tells `model`, a Shapes, every parameter that transformers 5 builds from `config`, a
-ModelConfig. Tied weights are told once.
+Each file has `shapes(config, model)`. It adds to `model`, a Shapes, every parameter that transformers 5 builds from `config`, a
+ModelConfig. Tied weights are added once.
 """
 
 from functools import cache
@@ -19,7 +19,7 @@ def families() -> dict[str, str]:
 
 
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]] | None:
-    """Name -> shape of every parameter, or None where the family is not known. Raises UsageError for a missing field."""
+    """Name -> shape of every parameter; None for a model type without a family. Raises UsageError for a missing field."""
     from qcli.memory.model.families._shapes import Shapes
 
     name = families().get(config.model_type)

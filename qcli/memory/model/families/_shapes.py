@@ -1,4 +1,4 @@
-"""What families are written with: a collector of names and shapes, and the blocks that many of them share."""
+"""The tools of the families: a collector of names and shapes, and the blocks that many families share."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ from qcli.memory.model.config import ModelConfig
 
 
 class Shapes:
-    """Parameter names and shapes in the order in which they were told."""
+    """Parameter names and shapes, in the order in which they were added."""
 
     def __init__(self) -> None:
         self.found: dict[str, tuple[int, ...]] = {}
@@ -33,7 +33,7 @@ class Shapes:
         self.found[f"{name}.weight"] = (rows, width)
 
     def head(self, config: ModelConfig, width: int, bias: bool = False) -> None:
-        """The output head: its weight where it is not the embedding, its bias in any case."""
+        """The output head: its weight, unless it is the embedding, and its bias."""
         if not config.tied_embeddings:
             self.found["lm_head.weight"] = (config.vocab_size, width)
         if bias:
@@ -50,7 +50,7 @@ def attention(
     output: str = "o_proj",
     gated: bool = False,
 ) -> None:
-    """Query, key, value and output projections, grouped heads; `gated` doubles the query's width (Qwen3-Next)."""
+    """Query, key, value and output projections with grouped heads. `gated` doubles the query's width (Qwen3-Next)."""
     hidden, width, kv_width = config.hidden_size, config.heads * config.head_dim, config.kv_heads * config.head_dim
     model.linear(f"{at}.q_proj", width * (2 if gated else 1), hidden, bias)
     model.linear(f"{at}.k_proj", kv_width, hidden, bias)
@@ -66,7 +66,7 @@ def gated_mlp(model: Shapes, at: str, hidden: int, width: int, bias: bool = Fals
 
 
 def fused_experts(model: Shapes, at: str, experts: int, hidden: int, width: int) -> None:
-    """Gated experts as transformers 5 holds them, two tensors for all, and the router."""
+    """The router, and gated experts as transformers 5 holds them: two tensors for all."""
     model.tensor(f"{at}.gate.weight", experts, hidden)
     model.tensor(f"{at}.experts.gate_up_proj", experts, 2 * width, hidden)
     model.tensor(f"{at}.experts.down_proj", experts, hidden, width)

@@ -15,7 +15,7 @@ _SIZES = {
 
 
 def shapes(vision: ModelConfig, model: Shapes, at: str) -> int:
-    """Tells `model` the tower of a vision_config; returns its width. Raises UsageError."""
+    """Adds the tower of a vision_config to `model`, and returns its width. Raises UsageError."""
     field = {name: vision.integer(name, default=default) for name, default in _SIZES.items()}
     width, inner, patch = field["hidden_size"], field["intermediate_size"], field["patch_size"]
     if not patch:

@@ -1,4 +1,4 @@
-"""BLOOM, Falcon and MPT: one matrix for query, key and value, and (most of them) ALiBi."""
+"""BLOOM, Falcon and MPT: one matrix for query, key and value, and in most of them ALiBi."""
 
 from qcli.memory.model.config import ModelConfig
 from qcli.memory.model.families._shapes import Shapes, norms

@@ -1,4 +1,4 @@
-"""Decoders in the manner of Llama: grouped attention with rotary embeddings and a gated MLP. They differ in biases and norms."""
+"""Decoders like Llama: grouped attention with rotary embeddings, and a gated MLP. They differ in biases and norms."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,10 @@ _AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 @dataclass(frozen=True)
 class _Variant:
-    """biases: whether the fields attention_bias and mlp_bias are read. norms: those of a block; none means that no norm,
-    the last one included, has a gain. qk_norm: norms of queries and keys over a "head", over "all" heads, or "each" head its own
-    where the field use_qk_norm asks for it."""
+    """attention_bias, mlp_bias: whether these fields of the config are read.
+    norms: those of a block. An empty tuple means that no norm has a gain, the last one included.
+    qk_norm: norms of queries and keys, over a "head", over "all" heads, or one for "each" head where the field use_qk_norm is set.
+    """
 
     attention_bias: bool = True
     mlp_bias: bool = False

@@ -1,4 +1,4 @@
-"""Mixture-of-experts decoders: Mixtral, Qwen's, and Qwen3-Next, most of whose layers are gated DeltaNets."""
+"""Mixture-of-experts decoders: Mixtral, Qwen's, and Qwen3-Next. Most layers of Qwen3-Next are gated DeltaNets."""
 
 from qcli.memory.model.config import ModelConfig
 from qcli.memory.model.families._shapes import Shapes, attention, fused_experts, gated_mlp, norms

@@ -1,4 +1,4 @@
-"""OPT: learned positions, two rows more than the context; the smallest model of 2022's release projects its embeddings."""
+"""OPT: learned positions, two rows more than the context. OPT-350M projects its embeddings."""
 
 from qcli.memory.model.config import ModelConfig
 from qcli.memory.model.families._shapes import Shapes

@@ -1,6 +1,6 @@
 """T5: an encoder and a decoder over one embedding. v1.0 has a ReLU MLP and a tied head, v1.1 a gated MLP and its own.
 
-transformers 5 calls both tied, and unties them where a checkpoint holds two that differ; the file's word is taken here.
+transformers 5 calls both tied, and unties them where a checkpoint holds two that differ. Here the config's field decides.
 """
 
 from qcli.memory.model.config import ModelConfig
