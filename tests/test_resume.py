@@ -21,18 +21,18 @@ from tests.models import add_tokenizer, make_model
 # Runs qcli, and kills itself the hard way once so many units are journalled. Every unit is synced on its own.
 KILLED = """
 import os, signal, sys
-from qcli.checkpoint import execute, staging
+from qcli.quantization import execute, staging
 staging.SYNC_SECONDS = 0
 limit, log = int(sys.argv[1]), open(sys.argv[2], "w")
-finish, start = staging.Staging.finish_unit, execute.UnitWork.tasks
-def finish_unit(self, index, errors):
+finish, start = staging.Staging.finish_work, execute.WorkTasks.tasks
+def finish_work(self, index, errors):
     finish(self, index, errors)
     if limit and len(self.done) >= limit:
         os.kill(os.getpid(), signal.SIGKILL)
 def tasks(self):
     log.write(str(self.unit.index) + chr(10)); log.flush()
     return start(self)
-staging.Staging.finish_unit, execute.UnitWork.tasks = finish_unit, tasks
+staging.Staging.finish_work, execute.WorkTasks.tasks = finish_work, tasks
 import qcli
 qcli.quantize("model", "out", settings={"max_shard_size": "60kB"})
 """
@@ -101,7 +101,7 @@ def journal(tmp_path):
 
 def interrupted(whole, tmp_path, monkeypatch):
     """A run that stops where its sixth unit would be finished, in this process."""
-    finish, calls = staging.Staging.finish_unit, []
+    finish, calls = staging.Staging.finish_work, []
 
     def stop(self, index, errors):
         calls.append(index)
@@ -110,7 +110,7 @@ def interrupted(whole, tmp_path, monkeypatch):
         finish(self, index, errors)
 
     with monkeypatch.context() as patched:
-        patched.setattr(staging.Staging, "finish_unit", stop)
+        patched.setattr(staging.Staging, "finish_work", stop)
         with pytest.raises(KeyboardInterrupt):
             qcli.quantize(str(whole / "model"), tmp_path / "out", settings={"max_shard_size": "60kB"})
     # An interrupt syncs what is finished; of the others that were in work some may be.
@@ -281,4 +281,4 @@ def test_values_beyond_float16_are_named(tmp_path):
     state["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
     save_file(state, tmp_path / "model/model.safetensors", {"format": "pt"})
     report = qcli.quantize(str(tmp_path / "model"), tmp_path / "out8", bits=8, dtype="float16")
-    assert torch.isfinite(torch.tensor([k.relative_error for k in report.kinds])).all()
+    assert torch.isfinite(torch.tensor([k.errors.relative_error for k in report.kinds])).all()

@@ -47,7 +47,7 @@ def execute(plan: Plan, staging: Staging, device: torch.device, advance: Callabl
                 # The file is closed once no thread reads from it, whatever ends this.
                 with plan.source.open(file) as fd, Pipeline(threads + 1) as pipeline:
                     for each in work:
-                        for task in _Tasks(plan, staging, device, tell, fd, each).tasks():
+                        for task in WorkTasks(plan, staging, device, tell, fd, each).tasks():
                             pipeline.submit(task)
                 staging.sync()
             plan.source.release(file)
@@ -56,7 +56,7 @@ def execute(plan: Plan, staging: Staging, device: torch.device, advance: Callabl
     staging.sync()
 
 
-class _Tasks:
+class WorkTasks:
     """The tasks of one piece of work, a chunk each, for threads that run several at a time. The last to end finishes the work."""
 
     _buffers = threading.local()
