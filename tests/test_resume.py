@@ -30,7 +30,7 @@ def finish_work(self, index, errors):
     if limit and len(self.done) >= limit:
         os.kill(os.getpid(), signal.SIGKILL)
 def tasks(self):
-    log.write(str(self.unit.index) + chr(10)); log.flush()
+    log.write(str(self.work.index) + chr(10)); log.flush()
     return start(self)
 staging.Staging.finish_work, execute.WorkTasks.tasks = finish_work, tasks
 import qcli
