@@ -13,6 +13,7 @@ from qcli.generation import decode
 from qcli.loading.transformers_quantizer import QcliConfig, QcliQuantizer
 from qcli.nn.linear_4bit import Linear4bit
 from qcli.nn.linear_8bit import Linear8bit
+from qcli.recipe import Choice, Recipe
 from tests.conftest import ROOT
 from tests.models import make_model
 
@@ -110,7 +111,7 @@ def test_an_unquantized_model_that_does_not_fit(folder):
     with pytest.raises(DeviceError) as refused:
         qcli.load(str(folder / "model"), device_map="auto", max_memory="cpu=200kB")
     assert "need 214 kB and do not fit 200 kB on the CPU" in refused.value.message
-    assert refused.value.hint == "Try --bits 8 (144 kB) or --bits 4 (122 kB) or a larger --max-memory."
+    assert refused.value.hint == "Try --bits 8 (144 kB) or --bits 4 (120 kB) or a larger --max-memory."
     with pytest.raises(DeviceError, match="where the device map puts them"):
         qcli.load(str(folder / "model"), bits=4, device_map={"model": "cpu", "lm_head": "disk"})
 
@@ -121,7 +122,7 @@ def test_layers_are_shared_out_by_their_quantized_size(method, bits, folder):
     config = transformers.AutoConfig.from_pretrained(folder / "model")
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    quantizer = QcliQuantizer(QcliConfig(method=method), pre_quantized=False)
+    quantizer = QcliQuantizer(QcliConfig(recipe=Recipe(Choice(method))), pre_quantized=False)
     quantizer.preprocess_model(model)
     sizes, _ = compute_module_sizes(model, quantizer)
     loaded, _ = qcli.load(str(folder / "model"), bits=bits, device="cpu")

@@ -121,7 +121,7 @@ def simulate(method: Method, weight: torch.Tensor) -> Simulated:
         return Simulated(weight.float())
     out_features, in_features = weight.shape
     encoder = method.encoder(out_features, in_features, weight.device)
-    parts = encoder.feed(weight, 0)
+    parts = encoder.feed(weight.contiguous(), 0)
     parts |= encoder.finish()[0]
     values = method.decode(parts, out_features, in_features)
     if scheme.threshold:
