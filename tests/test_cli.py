@@ -93,3 +93,9 @@ def test_warnings_of_qcli_are_sentences(capsys):
     assert capsys.readouterr().err == "warning: no CUDA kernels\n"
     _warn(UserWarning("of a library"), UserWarning, "file.py", 7)
     assert "file.py:7: UserWarning: of a library" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", ["quantize", "generate", "info", "evaluate", "inspect-outliers", "estimate-memory"])
+def test_without_a_model_one_working_example_is_shown(command, quick_cli):
+    done = quick_cli(command)
+    assert done.returncode == 2 and f"qcli {command} " in done.stderr and "Traceback" not in done.stderr

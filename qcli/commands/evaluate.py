@@ -6,10 +6,11 @@ from typing import Annotated
 import typer
 
 from qcli import console
+from qcli.commands._model import asked_model
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)],
+    model: Annotated[str | None, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)] = None,
     against: Annotated[
         str | None, typer.Option(metavar="BASE", help="Compare token by token with this model.", show_default=False)
     ] = None,
@@ -45,6 +46,7 @@ def evaluate(
     csv: Annotated[Path | None, typer.Option(help="Also write the rows to this file.", show_default=False)] = None,
 ) -> None:
     """Measure a model on text: its perplexity, its distance from another model, what each method would cost."""
+    model = asked_model(model, "qcli evaluate HuggingFaceTB/SmolLM2-135M --methods all")
     from qcli.commands import _evaluation_tables as tables
     from qcli.evaluation.evaluate import evaluate as measure
     from qcli.files import whole as whole_file

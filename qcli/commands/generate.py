@@ -10,12 +10,13 @@ from typing import Annotated
 import typer
 
 from qcli import console
+from qcli.commands._model import asked_model
 from qcli.commands._settings import pairs
 from qcli.errors import CheckpointError, UsageError
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)],
+    model: Annotated[str | None, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)] = None,
     prompt: Annotated[str | None, typer.Argument(help="The text to continue; '-' reads it from stdin.", show_default=False)] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.", show_default=False)] = None,
     max_new_tokens: Annotated[
@@ -61,6 +62,7 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
 ) -> None:
     """Continue a prompt with a quantized or an unquantized model."""
+    model = asked_model(model, 'qcli generate HuggingFaceTB/SmolLM2-135M "Once upon a time"')
     text = _prompt(prompt, prompt_file, chat, json)
 
     from qcli.devices import place

@@ -5,15 +5,17 @@ from typing import Annotated
 import typer
 
 from qcli import console
+from qcli.commands._model import asked_model
 from qcli.errors import PlanError
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)],
+    model: Annotated[str | None, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show architecture, sizes and quantization of a model, and whether its files are whole."""
+    model = asked_model(model, "qcli info HuggingFaceTB/SmolLM2-135M")
     from dataclasses import asdict
 
     from qcli.checkpoint.source import open_source

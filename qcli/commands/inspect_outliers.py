@@ -7,11 +7,12 @@ from typing import Annotated
 import typer
 
 from qcli import console
+from qcli.commands._model import asked_model
 from qcli.errors import UsageError
 
 
 def inspect_outliers(
-    model: Annotated[str, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)],
+    model: Annotated[str | None, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)] = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -39,6 +40,7 @@ def inspect_outliers(
     plot: Annotated[Path | None, typer.Option(help="Also write a figure: .png, .svg or .pdf.", show_default=False)] = None,
 ) -> None:
     """Show where a model's outlier features are, what they do, and what each quantization method would cost."""
+    model = asked_model(model, "qcli inspect-outliers HuggingFaceTB/SmolLM2-135M")
     if weights_only:
         running = {
             "--text": text,

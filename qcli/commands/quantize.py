@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from qcli import console
+from qcli.commands._model import asked_model
 from qcli.commands._settings import pairs
 from qcli.errors import Interrupted
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)],
+    model: Annotated[str | None, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)] = None,
     bits: Annotated[int | None, typer.Option(help="4 for NF4, 8 for LLM.int8(). Default 4.", show_default=False)] = None,
     method: Annotated[str | None, typer.Option(help="nf4, fp4, llm-int8 or rtn, instead of --bits.", show_default=False)] = None,
     output: Annotated[
@@ -65,6 +66,7 @@ def quantize(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Quantize a model into a folder that transformers, bitsandbytes, PEFT and vLLM load."""
+    model = asked_model(model, "qcli quantize HuggingFaceTB/SmolLM2-135M --bits 4")
     from qcli.commands import _quantize_tables as tables
     from qcli.quantization import quantize as quantization
     from qcli.recipe import read_recipe
