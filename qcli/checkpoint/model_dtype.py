@@ -29,7 +29,7 @@ def model_dtype(source, dtype: str) -> str:
                 "Choose one with --dtype.",
             )
     count = {"F32": 0, "F16": 0, "BF16": 0}
-    for _, info in source.tensors.values():
+    for info in source.tensors.values():
         if info.dtype in count:
             count[info.dtype] += info.numel
         elif info.dtype in dtypes.FLOAT8:

@@ -213,7 +213,7 @@ def model_layout(source, model_class, config, weight_name: Callable[[str], str] 
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     layout.misshaped = {
         name: (info.shape, shapes[layout.modules[name]])
-        for name, (_, info) in source.tensors.items()
+        for name, info in source.tensors.items()
         if layout.modules[name] in shapes and layout.modules[name] not in merged and info.shape != shapes[layout.modules[name]]
     }
     unknown = [name for name, renamed in layout.modules.items() if renamed not in state and renamed not in merged]
@@ -227,7 +227,7 @@ def model_layout(source, model_class, config, weight_name: Callable[[str], str] 
 
 def _by_rules(source, decided_by: str) -> Layout:
     layout = Layout(decided_by=decided_by, explicit_skip=True)
-    for name, (_, info) in source.tensors.items():
+    for name, info in source.tensors.items():
         layout.modules[name] = name
         module = name.removesuffix(".weight")
         if name == module or len(info.shape) != 2:

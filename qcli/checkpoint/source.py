@@ -49,7 +49,7 @@ def open_place(model: str, revision: str | None = None, *, stream: bool = False)
 class Source:
     """A checkpoint's headers, config and files. What is the model here is the model of every verb.
 
-    `tensors` maps each name to (file, TensorInfo), `files` lists the weight files in reading order, `fingerprint` recognises
+    `tensors` maps each name to its TensorInfo, `files` lists the weight files in reading order, `fingerprint` recognises
     the checkpoint by its headers, its config and the hub's own hashes. `problems` are faults with which the model would load
     wrongly or not at all, `notes` what is odd and harmless; each is a sentence.
     """
@@ -61,14 +61,14 @@ class Source:
         self.notes: list[str] = []
         self.config = self._config()
         self.config_folder = place.local("config.json").parent
-        self.tensors: dict[str, tuple[str, TensorInfo]] = {}
+        self.tensors: dict[str, TensorInfo] = {}
         self.headers: dict[str, Header] = {}
         self.files, self.index, notes = weight_files.find(place.names, self.json, self.label)
         self.notes += notes
         self._read_headers()
         self._check_index()
         self._check_scales()
-        widest = max((max(info.shape, default=0) for _, info in self.tensors.values()), default=0)
+        widest = max((max(info.shape, default=0) for info in self.tensors.values()), default=0)
         check_counts(self.config, len(self.tensors), widest, f"{label}/config.json")
         self.carried = carried.choose(place, self.files)
         self.trusted = trust_remote_code
@@ -83,11 +83,6 @@ class Source:
         config = self.json("config.json")
         check_config(config, f"{self.label}/config.json")
         return config
-
-    @property
-    def infos(self) -> dict[str, TensorInfo]:
-        """Every tensor's header entry by its name."""
-        return {name: info for name, (_, info) in self.tensors.items()}
 
     def json(self, name: str) -> dict:
         """The object that the JSON file `name` holds, fetched if it is not here. Raises CheckpointError, HubError."""
@@ -117,8 +112,8 @@ class Source:
             self.headers[file] = header
             for name, info in header.tensors.items():
                 if name in self.tensors and (self.index or {}).get(name) != file:
-                    twice.setdefault((self.tensors[name][0], file), []).append(name)
-                self.tensors[name] = (file, info)
+                    twice.setdefault((self.tensors[name].file, file), []).append(name)
+                self.tensors[name] = info
         for (first, second), names in twice.items():
             stands = "stands" if len(names) == 1 else "stand"
             self.problems.append(f"{_counted(names, 'tensor')} {stands} in both {first} and {second}")
@@ -129,9 +124,9 @@ class Source:
         label = f"{self.label}/{file}"
         if file.endswith(".safetensors"):
             return read_header_with(
-                lambda offset, count: self.read(file, offset, count), self.place.size(file), label, self.again(DAMAGED)
+                lambda offset, count: self.read(file, offset, count), file, self.place.size(file), label, self.again(DAMAGED)
             )
-        return torch_file.read_header(self.place.weights(file), label)
+        return torch_file.read_header(self.place.weights(file), file, label)
 
     def read(self, file: str, offset: int, count: int) -> bytes:
         """`count` bytes of a weight file from byte `offset` on. On the hub that is a ranged request: the file is not fetched.
@@ -153,7 +148,7 @@ class Source:
         """Loaders go by the headers of the files that an index names, so a wrong entry alone is harmless."""
         if self.index is None:
             return
-        elsewhere = Counter(f for n, f in self.index.items() if n in self.tensors and self.tensors[n][0] != f)
+        elsewhere = Counter(f for n, f in self.index.items() if n in self.tensors and self.tensors[n].file != f)
         lost = [name for name in self.index if name not in self.tensors]
         unlisted = [name for name in self.tensors if name not in self.index]
         for file, count in elsewhere.items():
@@ -167,7 +162,7 @@ class Source:
         """Float8 weights beside scales that no quantization_config explains would be read without them."""
         if self.quantization:
             return
-        small = [name for name, (_, info) in self.tensors.items() if info.dtype in dtypes.FLOAT8]
+        small = [name for name, info in self.tensors.items() if info.dtype in dtypes.FLOAT8]
         bases = {name.removesuffix("weight") for name in small}
         scales = [n for n in self.tensors if "scale" in n and any(n[:i] in bases for i in range(len(n)))] if small else []
         if scales:

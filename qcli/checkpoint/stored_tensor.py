@@ -71,4 +71,4 @@ def state_dict(source, opened: ExitStack) -> Mapping[str, StoredTensor]:
     Raises CheckpointError, HubError.
     """
     loads = {file: mapped(opened.enter_context(source.open(file))) for file in source.files}
-    return {name: StoredTensor(info, loads[file]) for name, (file, info) in source.tensors.items()}
+    return {name: StoredTensor(info, loads[info.file]) for name, info in source.tensors.items()}

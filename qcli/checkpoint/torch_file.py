@@ -19,7 +19,7 @@ _RESAVE = "Save it as safetensors with transformers (save_pretrained), and quant
 _FAKES = ThreadPoolExecutor(1, thread_name_prefix="qcli")
 
 
-def read_header(path: Path, label: str) -> Header:
+def read_header(path: Path, file: str, label: str) -> Header:
     """The tensors of a `.bin` file, called `label` in messages. Raises CheckpointError."""
     try:
         whole_zip = zipfile.is_zipfile(path)
@@ -33,7 +33,7 @@ def read_header(path: Path, label: str) -> Header:
             _RESAVE,
         )
     _check_archive(path, label)
-    tensors = [_tensor(label, name, value) for name, value in _FAKES.submit(_load, path, label).result().items()]
+    tensors = [_tensor(file, label, name, value) for name, value in _FAKES.submit(_load, path, label).result().items()]
     size = os.path.getsize(path)
     for tensor in tensors:
         if tensor.end > size:
@@ -77,7 +77,7 @@ def _load(path: Path, label: str) -> dict:
     return state
 
 
-def _tensor(label: str, name: str, tensor) -> TensorInfo:
+def _tensor(file: str, label: str, name: str, tensor) -> TensorInfo:
     from qcli.checkpoint.dtypes import CODES
 
     code = CODES.get(str(tensor.dtype).removeprefix("torch."))
@@ -89,4 +89,4 @@ def _tensor(label: str, name: str, tensor) -> TensorInfo:
     if start is None:
         raise CheckpointError(f"{label}: torch does not tell where {name} lies", _RESAVE)
     start += tensor.storage_offset() * tensor.element_size()
-    return TensorInfo(name, code, tuple(tensor.shape), start, start + tensor.numel() * tensor.element_size())
+    return TensorInfo(file, name, code, tuple(tensor.shape), start, start + tensor.numel() * tensor.element_size())

@@ -213,14 +213,14 @@ def _keep_activations(label: str, loaded: torch.nn.Module) -> None:
 def check_fits(source: Source, layout: Layout) -> None:
     """Raises CheckpointError where tensors are missing or misshaped, by headers alone: what does not fit is never allocated."""
     format = formats.of_config(source.quantization) if source.quantization else None
-    decoded = formats.quantized_weights(source.infos, [format] if format else formats.all_formats())
+    decoded = formats.quantized_weights(source.tensors, [format] if format else formats.all_formats())
     misshaped = [
         f"{name} (stored {list(stored)}, the model has {list(expected)})"
         for name, (stored, expected) in layout.misshaped.items()
         if name not in decoded
     ]
-    codes = {source.tensors[name][1].dtype for name in layout.linears if name not in decoded} - set(dtypes.FLOATS)
-    undecoded = [name for name in layout.linears if name not in decoded and source.tensors[name][1].dtype in codes]
+    codes = {source.tensors[name].dtype for name in layout.linears if name not in decoded} - set(dtypes.FLOATS)
+    undecoded = [name for name in layout.linears if name not in decoded and source.tensors[name].dtype in codes]
     strays = sorted(n for n in decoded if n in source.tensors and n not in layout.linears and n not in layout.unknown)
     kinds = (
         ("quantized, which are no linear modules in this transformers", strays),
