@@ -327,9 +327,9 @@ def test_pickles_are_not_run(model, refused, capsys):
     done = refused("quantize", "model", contains=["holds more than tensors"])
     assert "pickle ran" not in done.stdout + done.stderr
     torch.save(state, model / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    refused("quantize", "model", contains=["is no zip file"])
+    refused("quantize", "model", contains=["is not a zip file"])
     torch.save({"state_dict": state}, model / "pytorch_model.bin")
-    refused("quantize", "model", contains=["state_dict is no tensor"])
+    refused("quantize", "model", contains=["state_dict is not a tensor"])
     torch.save({"w": torch.zeros(4, 6).t()}, model / "pytorch_model.bin")
     refused("quantize", "model", contains=["stored with strides"])
     data = (model / "pytorch_model.bin").read_bytes()

@@ -1,7 +1,7 @@
-"""safetensors files: headers checked to the letter before anything trusts them, data read by pread into reused buffers.
+"""safetensors files: headers are checked in full before they are trusted; data are read by pread into reused buffers.
 
-Layout: 8 bytes little-endian N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data. Mapped pages would count
-as this process's memory; preads into one buffer do not.
+Layout: 8 bytes little-endian N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data. Why not mmap: mapped pages
+would count as this process's memory, reads into one buffer do not.
 """
 
 import json
@@ -22,7 +22,8 @@ DAMAGED = "The file is damaged or its download was cut short: fetch it again."
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor in the weight file `file` of its checkpoint: bytes `start` to `end`, counted from the file's beginning."""
+    """A tensor's entry in a header. Its data are the bytes `start` to `end` of the weight file `file`, whose name is relative to
+    the checkpoint. `dtype` is a safetensors code."""
 
     file: str
     name: str
@@ -65,9 +66,9 @@ def read_header(path: Path) -> Header:
 
 
 def read_header_with(read: Callable[[int, int], bytes], file: str, file_size: int, label: str, hint: str = DAMAGED) -> Header:
-    """The header of `file`, which has `file_size` bytes and is called `label` in messages, by `read(offset, count)`.
+    """The header of `file`, which has `file_size` bytes. `read(offset, count)` gives its bytes.
 
-    `hint` says what to do about a damaged file. Raises CheckpointError.
+    Messages call the file `label`; `hint` says what to do about a damaged file. Raises CheckpointError.
     """
     if file_size < 8:
         raise CheckpointError(f"{label}: {file_size} bytes, expected at least the 8 of a header length", hint)
@@ -75,7 +76,7 @@ def read_header_with(read: Callable[[int, int], bytes], file: str, file_size: in
     length = int.from_bytes(head[:8], "little")
     if length < 2 or length > MAX_HEADER:
         raise CheckpointError(
-            f"{label}: the header claims {length:,} bytes, expected 2 to {MAX_HEADER:,}", "This is no safetensors file."
+            f"{label}: the header claims {length:,} bytes, expected 2 to {MAX_HEADER:,}", "This is not a safetensors file."
         )
     if 8 + length > file_size:
         raise CheckpointError(f"{label}: the header claims {length:,} bytes, the whole file has {file_size:,}", hint)
@@ -139,9 +140,8 @@ def _entry(file: str, label: str, name: str, entry: object, data_start: int, dat
 
 
 def build_header(specs: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of a file whose tensors (name, dtype, shape) follow in this order, and each one's absolute start.
-
-    The JSON is padded with blanks to a multiple of 8 bytes, as the safetensors library does.
+    """(the first bytes of a file, each tensor's start counted from the file's beginning). `specs` are (name, dtype, shape) of the
+    tensors, in the order of their data. The JSON is padded with blanks to a multiple of 8 bytes, as the safetensors library does.
     """
     entries: dict[str, object] = {"__metadata__": metadata}
     position = 0
@@ -157,7 +157,7 @@ def build_header(specs: list[tuple[str, str, tuple[int, ...]]], metadata: dict[s
 
 
 def read_into(fd: int, offset: int, view: memoryview) -> None:
-    """Fills `view` from byte `offset` of `fd`. Raises CheckpointError where the file ends or the disk fails."""
+    """Fills `view` from byte `offset` of `fd`. Raises CheckpointError where the file ends too early or the disk fails."""
     done = 0
     while done < len(view):
         try:
