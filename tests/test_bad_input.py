@@ -199,7 +199,7 @@ def test_the_same_tensor_in_two_shards(sharded, refused):
     state = load_file(second)
     name = next(iter(load_file(first)))
     save_file(state | {name: torch.zeros(2, dtype=torch.bfloat16)}, second)
-    refused("quantize", "sharded", contains=[f"the tensor {name} stands in both"])
+    refused("quantize", "sharded", contains=[f"the tensor {name} is in both"])
 
 
 def test_missing_and_misshaped_tensors_are_reported_together(model, quick_cli):

@@ -72,7 +72,7 @@ def test_a_conversation_is_what_the_template_makes_of_it(model):
         ("{{ messages + 1 }}", "can only concatenate list"),
         ("{{ 1 // 0 }}", "division"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("a fixed text", "leaves the user's message out"),
+        ("a fixed text", "drops the user's message"),
         ("{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}", "no system message"),
     ],
 )
@@ -98,7 +98,7 @@ def test_content_in_parts_where_the_template_wants_it(model):
 
 
 def test_a_template_that_makes_nothing(model):
-    with pytest.raises(CheckpointError, match="makes no text"):
+    with pytest.raises(CheckpointError, match="returns an empty text"):
         Chat(tokenizer_of("{% if messages[0].content == 'marmalade' %}marmalade{% endif %}"), "m").ids(
             model[0], [{"role": "user", "content": "hi"}]
         )
