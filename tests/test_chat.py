@@ -219,7 +219,7 @@ def test_a_conversation_that_outgrows_a_table_of_positions(tmp_path, quick_cli, 
         patched.setattr("qcli.console.warn", warned.append)
         done = talk("model", ["a" * 30, "b" * 20, "c" * 25, "d" * 90, "e" * 10, "/exit"], quick_cli, monkeypatch)
     assert done.returncode == 0 and "the prompt has 91 tokens, the model's context holds 64" in done.stderr
-    assert len(prompts(done)) == 4 and max(prompts(done)) < 64 and any("first turn is forgotten" in w for w in warned)
+    assert len(prompts(done)) == 4 and max(prompts(done)) < 64 and any("first turn is dropped" in w for w in warned)
 
 
 def test_a_line_that_is_no_text(folder, quick_cli, monkeypatch):

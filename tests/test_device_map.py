@@ -83,7 +83,7 @@ def test_a_gpu_that_is_not_there(gpus, monkeypatch):
         (("cpu", "auto", None), "--device cpu and --device-map were both given"),
         (("auto", None, "cpu=1GB"), "--max-memory was given without --device-map"),
         (("auto", "balanced", None), "--device-map is 'balanced', expected auto"),
-        (("auto", {"": "cpu"}, "cpu=1GB"), "leaves nothing to decide"),
+        (("auto", {"": "cpu"}, "cpu=1GB"), "names every device"),
     ],
 )
 def test_options_that_contradict(arguments, message):

@@ -26,10 +26,10 @@ from qcli.files.foreign_json import (
     [
         (b'{"a": ', "is not valid JSON"),
         (b"", "is not valid JSON"),
-        (b'{"\xff": 1}', "byte 2 is no UTF-8"),
+        (b'{"\xff": 1}', "byte 2 is not UTF-8"),
         (b"[" * 100_000, "nested too deeply"),
         (b"9" * 5000, "is not valid JSON"),
-        ("{}".encode("utf-16"), "byte 0 is no UTF-8"),
+        ("{}".encode("utf-16"), "byte 0 is not UTF-8"),
     ],
 )
 def test_what_is_no_json(data, words):

@@ -38,7 +38,7 @@ def _on_cuda(cuda: Callable, reference: Callable) -> Callable:
             try:
                 return cuda(*arguments)
             except NotCompiledError as e:
-                warnings.warn(f"{e}; plain torch serves in its place: {e.hint}", QcliWarning, stacklevel=2)
+                warnings.warn(f"{e}; plain torch runs in its place: {e.hint}", QcliWarning, stacklevel=2)
         return reference(*arguments)
 
     return run

@@ -185,7 +185,7 @@ def test_an_nvcc_that_cannot_run(place):
     with pytest.raises(KernelError, match="bin/nvcc cannot run, asked for its version: No such file or directory"):
         some()
     (place / "bin/nvcc").write_text("#!/bin/sh\necho hello\n")
-    with pytest.raises(KernelError, match="--version tells no version") as e:
+    with pytest.raises(KernelError, match="--version gives no version") as e:
         some()
     assert "CUDA toolkit" in e.value.hint
 
