@@ -89,7 +89,7 @@ HEADERS = {
     "offsets of text": (with_entry(data_offsets=["0", "4"]), "expected a list of 2 items, each a whole number of at least 0"),
     "huge shape": (with_entry(shape=[2**62, 2**62]), "bytes, its data has"),
     "overlap": (overlapping, "overlap"),
-    "duplicate name": (twice, "stands twice"),
+    "duplicate name": (twice, "occurs twice"),
     "no object": (lambda header: [1, 2], "expected a JSON object"),
     "entry is a number": (lambda header: header | {NAME: 3}, "its entry is 3 (a number), expected an object"),
     "broken JSON": (lambda header: b'{"a": ', "not valid JSON"),

@@ -122,7 +122,7 @@ def test_without_nvcc_where_the_kernels_came_compiled(gpu_machine, monkeypatch):
     monkeypatch.setattr(nvcc, "find", lambda: None)
     monkeypatch.setattr(nvcc, "complete", lambda capability: capability == (9, 0))
     found = gpu_machine()
-    assert "nor needed" in found["nvcc"].value and found["nvcc"].advice is None
+    assert "and not needed" in found["nvcc"].value and found["nvcc"].advice is None
     assert found["CUDA kernels"].value == "on cuda:0"
 
 

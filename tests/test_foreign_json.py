@@ -44,7 +44,7 @@ def test_a_byte_order_mark_is_let_pass():
 
 def test_a_name_that_stands_twice():
     assert parse_object(b'{"a": 1, "a": 2}', "x", "") == {"a": 2}
-    with pytest.raises(CheckpointError, match="the name 'a' stands twice"):
+    with pytest.raises(CheckpointError, match="the name 'a' occurs twice"):
         parse_object(b'{"b": {"a": 1, "a": 2}}', "x", "", unique=True)
 
 

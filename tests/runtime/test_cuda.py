@@ -393,7 +393,7 @@ def test_what_an_op_checks_of_its_tensors():
     assert arguments.type_name("op", torch.ones(1, dtype=torch.float16)) == "__half"
     with pytest.raises(TypeError, match="op: weight is torch.float64, expected float32"):
         arguments.type_name("op", torch.ones(1, dtype=torch.float64), "weight")
-    with pytest.raises(ValueError, match="op: x lies on cpu, expected cuda:0"):
+    with pytest.raises(ValueError, match="op: x is on cpu, expected cuda:0"):
         arguments.require("op", "x", torch.ones(2), torch.float32, 2, FIRST)
     with pytest.raises(ValueError, match="op: x has 2 elements of torch.float32, expected 3 of torch.float32"):
         arguments.require("op", "x", torch.ones(2), torch.float32, 3, torch.device("cpu"))
