@@ -82,7 +82,7 @@ FAULTS = {
         r"linear_int8_gemm, .*which an asynchronous copy that nobody has waited for is to fill \(ldmatrix",
     ),
     "a barrier that is missing behind the wait for copies": (
-        ("linear_4bit_batch.cu", "__syncthreads();  // this turn is there, and all have left the one before", ""),
+        ("linear_4bit_batch.cu", "__syncthreads();  // this turn has arrived, and all threads have finished the previous one", ""),
         ("linear_4bit", "bfloat16-nested-12x320", (8, 0)),
         r"linear_4bit_batch, .*of table_bytes, .*which another warp touches without a barrier between",
     ),
