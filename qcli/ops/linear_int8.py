@@ -38,7 +38,7 @@ def _reference(
 
 
 def int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The exact product of a int8 [M, K] and b int8 [N, K] transposed, as int32 [M, N]. K must be below 2^17, or int32 overflows."""
+    """The exact int32 [M, N] product of a int8 [M, K] and b int8 [N, K] transposed. K must be below 2^17, or int32 overflows."""
     (m, k), n = a.shape, b.shape[0]
     if a.is_cuda and m and n and k:
         # cuBLASLt needs more than 16 rows, and multiples of 8 for the other two sizes.
