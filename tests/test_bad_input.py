@@ -80,7 +80,7 @@ def twice(header):
 
 
 HEADERS = {
-    "unknown dtype": (with_entry(dtype="Q7"), 'dtype is "Q7" (a string), expected BOOL, U8'),
+    "unknown dtype": (with_entry(dtype="Q7"), 'dtype is "Q7" (a string), expected F64, I64'),
     "negative size": (with_entry(shape=[-128, 64]), "shape is [-128, 64] (a list), expected a list of a whole number"),
     "shape of text": (with_entry(shape="128"), 'shape is "128" (a string), expected a list'),
     "wrong shape": (with_entry(shape=[128, 65]), "takes 16,640 bytes, its data has 16,384"),
