@@ -8,8 +8,8 @@
 //   forward   the threads in turn, so warps stay side by side; cp.async copies when it is waited for, as late as possible
 //   reverse   each warp, last first, runs until it waits for another, as far ahead as possible; cp.async copies at once
 //   shuffled  the same in a shuffled order, with late copies
-// Errors are: a barrier that some threads of the block, or of the warp, never reach or reach from another line; arguments of another
-// size than the kernel's; partial warps. Shared memory is filled with 0xFF before each block. When this is built with
+// Errors are: a barrier that some threads of the block, or of the warp, never reach or reach from another line; arguments of
+// another size than the kernel's; partial warps. Shared memory is filled with 0xFF before each block. When this is built with
 // AddressSanitizer and UBSan, they check every access.
 //
 // Not supported: wgmma, TMA, clusters, cooperative groups, and the order of float atomics.
