@@ -4,7 +4,8 @@ NF4: quantiles of the normal distribution (QLoRA, arXiv:2305.14314, appendix E).
 mantissa bit, scaled to a maximum of 1; bit 3 of the code is the sign. Dynamic map: the 8-bit signed dynamic exponent
 type (arXiv:1511.04561, section 1.2) in which double quantization stores absmax.
 
-Thresholds ascend. A value's code is the number of thresholds below it, so a value exactly on a threshold takes the lower code.
+Thresholds ascend. The number of thresholds below a value is the rank of its code, in the order of the codes' values. A value
+exactly on a threshold therefore takes the lower code.
 """
 
 import numpy as np

@@ -92,7 +92,7 @@ def test_a_gpu_on_which_the_kernels_run(gpu_machine):
 
 def test_without_pycuda(gpu_machine, monkeypatch):
     def absent():
-        raise problems.of_import(ModuleNotFoundError("No module named 'pycuda'"))
+        raise problems.import_error(ModuleNotFoundError("No module named 'pycuda'"))
 
     monkeypatch.setattr(doctor, "_version", lambda package: None)
     monkeypatch.setattr(cuda, "_import_driver", absent)
@@ -103,7 +103,7 @@ def test_without_pycuda(gpu_machine, monkeypatch):
 
 def test_a_pycuda_of_another_cuda(gpu_machine, monkeypatch):
     def broken():
-        raise problems.of_import(ImportError("_driver.so: undefined symbol: cuCtxCreate_v4"))
+        raise problems.import_error(ImportError("_driver.so: undefined symbol: cuCtxCreate_v4"))
 
     monkeypatch.setattr(cuda, "_import_driver", broken)
     found = gpu_machine()["CUDA kernels"]

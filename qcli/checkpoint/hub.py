@@ -220,7 +220,7 @@ def _translated(repo: str, revision: str | None) -> Iterator[None]:
         hint = "Log in with a token that may do this: hf auth login." if status in (401, 403) else rerun
         raise HubError(f"the hub answered {status} for {repo}: {_line(e)}", hint) from e
     except errors.HFValidationError as e:
-        raise HubError(f"{repo} is no valid hub id: {_line(e)}", "Write it as org/name.") from e
+        raise HubError(f"{repo} is not a valid hub id: {_line(e)}", "Write it as org/name.") from e
     except (errors.HTTPError, ConnectionError, TimeoutError, errors.FileMetadataError) as e:
         here = "" if "/" in repo else f"; there is no folder {repo} here either"
         raise HubError(f"the connection to the hub was lost while reading {repo} ({_line(e)}){here}", rerun) from e

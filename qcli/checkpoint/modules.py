@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from qcli.checkpoint.config_json import for_transformers
 from qcli.errors import CheckpointError
 
-# Parts of a name that mark a 2-D weight which is no linear layer to quantize: embeddings, heads, norms, routers.
+# Parts of a name that mark a 2-D weight which is not quantized: embeddings, heads, norms, routers.
 _NOT_LINEAR = re.compile(
     r"(?:^|[._])(?:embed\w*|emb|wte|wpe|lm_head|embed_out|output_layer|head|score|classifier|\w*norm\w*|ln\w*|router|gate)$"
     r"|embedding|relative_attention_bias|conv1d"
@@ -222,7 +222,7 @@ def model_layout(source, model_class, config, weight_name: Callable[[str], str] 
     layout.unknown = set(unknown)
     if unknown:
         shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        layout.notes.append(f"{len(unknown)} tensors are no part of {model_class.__name__} and are copied: {shown}")
+        layout.notes.append(f"{len(unknown)} tensors do not belong to {model_class.__name__} and are copied: {shown}")
     layout.expert_parameters = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n)
     return layout
 

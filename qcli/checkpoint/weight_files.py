@@ -77,7 +77,7 @@ def _no_weights(names, loose, indexes, read_json, label: str) -> CheckpointError
         found = f"; found weights in {' and '.join(others)} form"
     hint = "Give the folder or repository that holds the weights as safetensors."
     if several:
-        hint = "Put the one to use into a folder of its own, with config.json and the tokenizer."
+        hint = "Put the files to use into their own folder, with config.json and the tokenizer."
     return CheckpointError(f"{label} has no model.safetensors, no pytorch_model.bin and no index of shards{found}", hint)
 
 
@@ -103,10 +103,10 @@ def no_config(names: Sequence[str], label: str) -> CheckpointError:
     hint = "Give the folder or repository of a Hugging Face model."
     if snapshots:
         folders = [n.removesuffix("/config.json") for n in snapshots[:3]]
-        hint = f"It is the root of a cache; the model lies below it: {', '.join(f'{label}/{f}' for f in folders)}"
+        hint = f"It is the root of a cache. The model is in {', '.join(f'{label}/{f}' for f in folders)}"
     elif below:
         folders = [n.removesuffix("/config.json") for n in below[:3]]
-        hint = f"A config.json lies in {', '.join(f'{label}/{f}' for f in folders)}: give that folder."
+        hint = f"A config.json is in {', '.join(f'{label}/{f}' for f in folders)}: give that folder."
     elif any(n.endswith(".gguf") for n in names):
         hint = "It holds GGUF files: give the original model that they were made from."
     return CheckpointError(f"{label} has no config.json", hint)

@@ -10,7 +10,7 @@ _HINT = "qcli generate runs models that continue a text."
 def check_can_generate(config: dict, label: str, trust_remote_code: bool = False) -> None:
     """Raises CheckpointError if the model of this config.json reads no text or writes none: encoders, speech and image models.
 
-    Two kinds of models pass unchecked: those whose code comes with the checkpoint, and those whose class transformers lacks.
+    Two kinds of models pass unchecked: those whose code comes with the checkpoint, and those that transformers does not know.
     """
     if trust_remote_code and config.get("auto_map"):
         return

@@ -69,7 +69,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def problem() -> str | None:
-    """Why the library is missing, so that the reference runs; None if it is there."""
+    """Why the library cannot be used and the reference runs instead. None if it can be used."""
     return _loaded()[1]
 
 

@@ -155,7 +155,7 @@ def _import_driver():
     try:
         import pycuda.driver as driver
     except Exception as e:  # a module compiled for another numpy raises more than ImportError
-        raise problems.of_import(e) from e
+        raise problems.import_error(e) from e
     return driver
 
 

@@ -59,11 +59,11 @@ def image(source: str, constants: tuple[str, ...], capability: tuple[int, int]) 
     if found is not None:
         return found
     arch = architecture(capability)
-    key = _key(source, constants, arch, version(require()), *_flags_of_the_environment())
+    key = _key(source, constants, arch, version(require()), *_environment_flags())
     return _cached(f"{source}-{key}.cubin", lambda: build(source, constants, ["-cubin", f"-arch={arch}"]))
 
 
-def _flags_of_the_environment() -> list[str]:
+def _environment_flags() -> list[str]:
     """The flags that nvcc takes from the environment."""
     given = {name: os.environ.get(name) for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")}
     return [f"{name}={flags}" for name, flags in given.items() if flags]
@@ -156,7 +156,7 @@ def _run(command: list[str], task: str) -> subprocess.CompletedProcess:
         first = next((line for line in lines if re.search(r"\b(error|fatal)\b", line)), (lines or ["no output"])[0])
         defined = [word[2:] for word in command if word.startswith("-D")]
         subject = f"{task} with {' '.join(defined)}" if defined else task
-        raise KernelError(f"nvcc failed (exit {done.returncode}) {subject}: {first}", problems.cure_of_compile(first))
+        raise KernelError(f"nvcc failed (exit {done.returncode}) {subject}: {first}", problems.compile_hint(first))
     return done
 
 

@@ -23,19 +23,19 @@ _IMPORT = (
 
 # (a pattern in nvcc's first error, what to do).
 _COMPILE = (
-    (r"Unsupported gpu architecture", "install a version of NVIDIA's CUDA toolkit that knows this GPU"),
+    (r"Unsupported gpu architecture", "install a version of NVIDIA's CUDA toolkit that supports this GPU"),
     (r"host compiler", "nvcc needs a C++ compiler: apt install g++"),
     (r"unsupported (GNU|clang) version", "install an older g++ and name it: export NVCC_PREPEND_FLAGS='-ccbin g++-12'"),
     (r"fatal error: (cuda|crt|nv/|cooperative)", "the toolkit lacks its headers: install it whole"),
 )
 
 
-def of_import(error: Exception) -> KernelError:
+def import_error(error: Exception) -> KernelError:
     """What is wrong with PyCUDA if importing it raised `error`."""
     what, hint = next((what, hint) for pattern, what, hint in _IMPORT if re.search(pattern, str(error)))
     return KernelError(f"PyCUDA {what} ({error})", hint)
 
 
-def cure_of_compile(line: str) -> str | None:
+def compile_hint(line: str) -> str | None:
     """What to do if nvcc's first error is this line; None if the kernel itself is wrong."""
     return next((hint for pattern, hint in _COMPILE if re.search(pattern, line)), None)

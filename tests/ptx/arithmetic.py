@@ -61,7 +61,7 @@ def function_of(opcode: tuple[str, ...]) -> Function:
 
 
 def is_float(kind: str) -> bool:
-    """Of those numpy knows."""
+    """Whether numpy has this float type."""
     return kind in ("f16", "f32", "f64")
 
 
