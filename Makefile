@@ -1,15 +1,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The versions of everything, direct or not, that the environment in VENV is made of; make lock writes it.
+# The versions of all packages, direct and indirect, in the environment VENV. `make lock` writes this file.
 LOCK := locks/tested.txt
-# By variables, since an editable install's build has an environment of its own, to which options do not reach: pip before
-# 25.3 holds that to PIP_CONSTRAINT, pip from there on to PIP_BUILD_CONSTRAINT.
+# The constraints are variables because options do not reach the build environment of an editable install. There, pip before 25.3
+# reads PIP_CONSTRAINT, and later versions read PIP_BUILD_CONSTRAINT.
 PIP := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test test-all test-oldest test-latest test-gpu gpu-first check lock kernels sanitize bench bench-gpu clean
 
-# Quantizes the bundled model both ways, measures, and lets each tell a story.
+# Quantizes the bundled model to 4 and to 8 bits, measures the errors, and generates a story with each result.
 demo: $(VENV)/installed
 	@mkdir -p build
 	$(BIN)/qcli quantize examples/demo-model --bits 4 --output build/demo-nf4 --overwrite
@@ -17,21 +17,21 @@ demo: $(VENV)/installed
 	$(BIN)/qcli generate build/demo-nf4 "Once upon a time"
 	$(BIN)/qcli generate build/demo-int8 "Once upon a time"
 
-# Files as they lie: sorted by their number of tests, the emulator's few long ones would come last, on one core.
+# Files keep their order. Sorted by their number of tests, the emulator's few long tests would run last, on one core.
 test: $(VENV)/tested
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# With those that take minutes or gigabytes: every case of every kernel through the PTX interpreter, where nvcc is.
+# Includes the tests that take minutes or gigabytes: every case of every kernel in the PTX interpreter, if there is nvcc.
 test-all: $(VENV)/tested
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
 
-# On a machine with an NVIDIA GPU, in the Python whose torch knows it, with PyCUDA, pytest and bitsandbytes. ARGS="-k parity"
-# runs a part, ARGS="-m slow -k memcheck" (racecheck, synccheck, initcheck) a tool of compute-sanitizer, some minutes each.
+# Runs on a machine with an NVIDIA GPU. PYTHON needs a CUDA build of torch, PyCUDA, pytest and bitsandbytes. ARGS="-k parity" runs
+# a part. ARGS="-m slow -k memcheck" (racecheck, synccheck, initcheck) runs a tool of compute-sanitizer, some minutes each.
 test-gpu:
 	$(PYTHON) -m pytest -q -m "not slow" tests/gpu tests/test_decode_cuda.py $(ARGS)
 
-# On a GPU that is lent for half an hour: the proofs and figures in the order of their worth, up to the first wrong number.
-# ARGS="--minutes 9" ends in time, ARGS="--from STEP" goes on; logs and summary.json lie in build/gpu-first.
+# For half an hour on a GPU: checks and measurements, the most important first, up to the first wrong number. ARGS="--minutes 9"
+# limits the time, ARGS="--from STEP" continues. Logs and summary.json are in build/gpu-first.
 gpu-first:
 	$(PYTHON) benchmarks/gpu_first.py $(ARGS)
 
@@ -45,32 +45,32 @@ check: $(VENV)/checked
 docs: $(VENV)/installed
 	$(BIN)/python docs/options.py
 
-# Builds the CPU kernels in place, for work on them in a checkout, and where nvcc is on PATH those for CUDA.
+# Builds the CPU kernels inside the checkout, and the CUDA kernels too if nvcc is on PATH. For work on the kernels.
 kernels:
 	cmake -S kernels -B build/kernels -DCMAKE_INSTALL_PREFIX=$(CURDIR) -DQCLI_FATBIN=$(if $(shell command -v nvcc 2>/dev/null),ON,OFF)
 	cmake --build build/kernels
 	cmake --install build/kernels
 
-# The tests of the ops on kernels built with AddressSanitizer and UBSan.
+# Tests the ops with kernels that are built with AddressSanitizer and UBSan.
 sanitize: $(VENV)/tested
 	cmake -S kernels -B build/sanitize -DQCLI_SANITIZE=ON
 	cmake --build build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	QCLI_CPU_LIBRARY=build/sanitize/libqcli_cpu.so $(BIN)/python -m pytest -q tests/ops
 
-# ARGS="--folder FOLDER" keeps the checkpoints that it makes (12 GB), ARGS="--llama-cpp PYTHON" puts llama.cpp beside qcli.
+# ARGS="--folder FOLDER" keeps the checkpoints that it makes (12 GB). ARGS="--llama-cpp PYTHON" also measures llama.cpp.
 bench: $(VENV)/tested
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
-# Where test-gpu runs. ARGS="--folder FOLDER" keeps the checkpoint that it makes (13 GB), ARGS="--only nf4" runs a part.
+# Runs where test-gpu runs. ARGS="--folder FOLDER" keeps the checkpoint that it makes (13 GB). ARGS="--only nf4" runs a part.
 bench-gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
-# One step for torch and the rest: pip then takes the locked torch, of whatever build it is offered.
+# torch and the rest are installed in one step, so that pip takes the locked version of torch, in any build.
 $(VENV)/installed: pyproject.toml $(LOCK) $(wildcard kernels/*.txt kernels/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -e .
-	@cp $(LOCK) $@  # what it was made of, for tests/test_lock.py
+	@cp $(LOCK) $@  # the lock that was installed, for tests/test_lock.py
 
 $(VENV)/tested: $(VENV)/installed
 	$(PIP) install -q -e ".[test]"
@@ -80,8 +80,8 @@ $(VENV)/checked: $(VENV)/installed
 	$(PIP) install -q -e ".[dev]"
 	@touch $@
 
-# The suite in the oldest versions that pyproject.toml admits, and in the newest. Of torch the newest is the locked one, since a
-# newer one may be gigabytes of CUDA packages: TORCH=torch takes it all the same, TORCH=torch==2.14.1 that one.
+# Runs the suite with the oldest versions that pyproject.toml allows, and with the newest. torch stays at the locked version: a
+# newer one may need gigabytes of CUDA packages. TORCH=torch takes the newest all the same, TORCH=torch==2.14.1 that version.
 TORCH = $(shell grep -o '^torch==[0-9.]*' locks/tested.txt)
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest LOCK=locks/oldest.txt
@@ -91,7 +91,7 @@ test-latest:
 	echo "$(TORCH)" > build/latest.txt
 	$(MAKE) test VENV=.venv-latest LOCK=build/latest.txt
 
-# Resolves the lock files again. What they hold stays, where pyproject.toml still admits it; ARGS=--upgrade takes the newest.
+# Resolves the lock files again. Locked versions stay if pyproject.toml still allows them. ARGS=--upgrade takes the newest.
 lock:
 	$(PYTHON) -m venv build/uv
 	build/uv/bin/python -m pip install -q uv

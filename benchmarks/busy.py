@@ -1,15 +1,15 @@
-"""Every verb on a machine that others use too: alone, beside one busy process, beside two.
+"""Every verb on a machine that other processes use too: alone, beside one busy process, beside two.
 
     python benchmarks/busy.py [--model FOLDER] [--rounds N] [--only WORDS]
 
-Runs on the demo model, and on FOLDER with fewer tokens: some ten minutes in all for one of 135 million parameters on two cores.
-A busy process is `python -c "while True: pass"`. Each command is a process of its own, run in turn alone and beside them.
-Prints seconds and writes benchmarks/results/busy-NAME.json.
+Runs on the demo model, and on FOLDER with fewer tokens. With a model of 135 million parameters this takes some ten minutes on two
+cores. A busy process is `python -c "while True: pass"`. Each command is a process of its own. It runs alone and beside the busy
+processes, in turn. Prints seconds and writes benchmarks/results/busy-NAME.json.
 
-What it may cost: Linux gives each of R runnable threads on n cores n / R of a core, one at most. qcli keeps a thread for each core
-that is free, and half of n at least. Beside b busy processes its t threads have min(t, t n / (t + b)) of the n cores that it
-had alone. Work that divides perfectly takes n over that: on two cores 2 times as long beside one, 3 times beside two. Work on
-one thread takes 1 and 1.5 times as long.
+What to expect: Linux gives each of R runnable threads on n cores n / R of a core, at most one. qcli keeps one thread for each free
+core, and at least half of n. Beside b busy processes its t threads have min(t, t n / (t + b)) of the n cores that it had alone.
+Perfectly parallel work takes n divided by that: on two cores 2 times as long beside one process, 3 times beside two. Work on one
+thread takes 1 and 1.5 times as long.
 """
 
 import argparse
@@ -37,11 +37,11 @@ from qcli.runtime.threads import cores  # noqa: E402
 ROOT = Path(__file__).parent.parent
 STORIES = ROOT / "examples/stories.jsonl"
 BUSY = (0, 1, 2)
-NOISE = 1.1  # of a time on a machine that nobody else uses
+NOISE = 1.1  # factor by which a time varies on a quiet machine
 
 
 def commands(model: Path, scratch: Path, text: list[str], new: int) -> dict[str, list[str]]:
-    """qcli's arguments by what is shown of them. The quantized folders are those that the first two write."""
+    """The name shown -> qcli's arguments. The first two commands write the quantized folders that the others read."""
     nf4, int8 = str(scratch / f"{model.name}-nf4"), str(scratch / f"{model.name}-int8")
     reading = ["--text", str(STORIES), *text]
     generating = ["Once upon a time", "--max-new-tokens", str(new)]
@@ -61,7 +61,7 @@ def commands(model: Path, scratch: Path, text: list[str], new: int) -> dict[str,
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """So many processes that do nothing else."""
+    """Runs `count` busy processes while this lasts."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -72,7 +72,7 @@ def busy(count: int) -> Iterator[None]:
 
 
 def run(arguments: list[str]) -> tuple[float, float]:
-    """(wall seconds, CPU seconds) of `qcli ARGUMENTS`. Raises QcliError where it fails."""
+    """(wall seconds, CPU seconds) of `qcli ARGUMENTS`. Raises QcliError if it fails."""
     started = time.perf_counter()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryFile() as output:
@@ -87,13 +87,13 @@ def run(arguments: list[str]) -> tuple[float, float]:
 
 
 def bound(count: int, most: float) -> float:
-    """How many times as long work that divides perfectly may take beside `count` busy processes."""
+    """The factor by which perfectly parallel work may be slower beside `count` busy processes."""
     threads = max(most - count, ceil(most / 2), 1)
     return most / min(threads, threads * most / (threads + count))
 
 
 def measure(work: str, arguments: list[str], rounds: int) -> Row:
-    """Medians alone and beside busy processes, each in turn, with the ratios."""
+    """Medians alone and beside busy processes, measured in turn, with the ratios."""
     times: dict[int, list[tuple[float, float]]] = {count: [] for count in BUSY}
     for _ in range(rounds):
         for count in BUSY:
@@ -116,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a folder with another unquantized model")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--only", default="", help="commands that begin with one of these words, with commas between; not saved")
+    parser.add_argument("--only", default="", help="commands that begin with one of these words, separated by commas; not saved")
     options = parser.parse_args()
     kept = tuple(options.only.split(","))
     rows, before = [], os.getloadavg()
@@ -126,7 +126,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for model, (text, new) in models.items():
             for work, arguments in commands(model, Path(scratch), text, new).items():
-                if work.startswith(kept) or work.startswith("quantize"):  # which makes what the others read
+                if work.startswith(kept) or work.startswith("quantize"):  # the others read what it writes
                     console.say(f"{model.name}: {work}")
                     rows.append(measure(f"{model.name}: {work}", arguments, options.rounds))
     show(rows, "seconds")

@@ -1,10 +1,10 @@
-"""qcli on this CPU beside torch, bitsandbytes and llama.cpp: `make bench`, or
+"""qcli on this CPU compared with torch, bitsandbytes and llama.cpp: `make bench`, or
 
     python benchmarks/cpu.py [--only ops,quantize,generate] [--folder FOLDER] [--llama-cpp PYTHON]
 
-Ratios are of medians in this process; calls of ops and reads and writes are in turn, libraries that run a whole model or hold a
-weight of their own come one after the other. FOLDER (12 GB, made where it lacks) holds the random checkpoints. PYTHON is
-an interpreter with llama-cpp-python and gguf. Prints a table and writes benchmarks/results/cpu-NAME.json.
+Ratios are ratios of medians in this process. Calls of ops, reads and writes are measured in turn. Libraries that run a whole model
+or keep their own weight are measured one after the other. FOLDER (12 GB, created if missing) holds the random checkpoints. PYTHON
+is an interpreter with llama-cpp-python and gguf. Prints a table and writes benchmarks/results/cpu-NAME.json.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--llama-cpp", metavar="PYTHON")
     options = parser.parse_args()
     parts = options.only.split(",")
-    logging.disable(logging.WARNING)  # bitsandbytes warns at its import, and of casts at every call
+    logging.disable(logging.WARNING)  # bitsandbytes warns at its import, and about casts at every call
     result: dict[str, object] = {"machine": machine(), "rows": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def llama_cpp(python: str, folder: Path) -> dict[str, object]:
-    """What benchmarks/llama_cpp_speed.py finds under the other interpreter."""
+    """The results of benchmarks/llama_cpp_speed.py in the other interpreter."""
     script = Path(__file__).with_name("llama_cpp_speed.py")
     command = [python, str(script), str(folder), "--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

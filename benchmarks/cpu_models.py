@@ -1,4 +1,4 @@
-"""The rows of benchmarks/cpu.py that take whole models: quantizing a checkpoint, and generating."""
+"""The rows of benchmarks/cpu.py for whole models: quantizing a checkpoint, and generating."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ SHAPES = {
 
 
 def checkpoint(folder: Path, name: str) -> Path:
-    """A Llama of random weights, made where it lacks."""
+    """A Llama with random weights. Created if missing."""
     path = folder / name
     if not path.exists():
         make_checkpoint(path, vocabulary=32000, shard_size=5 * 10**9, **SHAPES[name])
@@ -42,7 +42,7 @@ def checkpoint(folder: Path, name: str) -> Path:
 
 
 def quantize(row, folder: Path) -> list:
-    """`qcli quantize` against reading the source once and writing the output once, with as many syncs."""
+    """`qcli quantize` compared with reading the source once and writing the output once, with as many syncs."""
     source, output, rows = checkpoint(folder, "8gb"), folder / "out", []
     files = sorted(source.glob("*.safetensors"))
     for bits in (4, 8):
@@ -67,7 +67,7 @@ def quantize(row, folder: Path) -> list:
 
 
 def read_once(files: list[Path]) -> None:
-    """Every byte of the files, into one buffer."""
+    """Reads every byte of the files into one buffer."""
     buffer = memoryview(bytearray(1 << 20))
     for file in files:
         with open(file, "rb", buffering=0) as opened:
@@ -76,7 +76,7 @@ def read_once(files: list[Path]) -> None:
 
 
 def write_once(path: Path, size: int) -> None:
-    """That many bytes, on the disk as often as `qcli quantize` syncs."""
+    """Writes `size` bytes, and syncs as often as `qcli quantize`."""
     data, unsynced = memoryview(bytearray(os.urandom(1 << 20))), 0
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.posix_fallocate(fd, 0, size)
@@ -91,7 +91,7 @@ def write_once(path: Path, size: int) -> None:
 
 
 def generate(row, folder: Path, other: dict | None) -> list:
-    """Decode and prefill of a 1.1B Llama beside transformers with bitsandbytes, and llama.cpp where `other` has it."""
+    """Decode and prefill of a 1.1B Llama, compared with transformers and bitsandbytes, and with llama.cpp if `other` has it."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     has_fused = bnb.nn.modules.has_avx512bf16()
@@ -111,7 +111,7 @@ def generate(row, folder: Path, other: dict | None) -> list:
         found[f"{name} bitsandbytes"] = bitsandbytes_speed(folder / f"1.1b-{bits}", fused=False, new=3 if bits == 4 else 16)
     if has_fused:
         found["NF4 bitsandbytes fused"] = bitsandbytes_speed(folder / "1.1b-4", fused=True, new=NEW)
-    # The best of several moments: a slow one would flatter.
+    # The best of several measurements: a slow one would make the ratio look too good.
     limit = max(*bandwidths, read_bandwidth()) / streamed
     ours = found["NF4"]["decode"]
     decoded = row("generate NF4, decode", {"limit": limit, **_column(found, "NF4", "decode"), **_theirs(other, "decode")})
@@ -136,7 +136,7 @@ def generate(row, folder: Path, other: dict | None) -> list:
 
 
 def _column(found: dict, method: str, what: str) -> dict[str, float]:
-    """What each library reaches with the method."""
+    """The speed of each library with the method."""
     own = [name for name in found if name.startswith(method)]
     return {name.removeprefix(method).strip() or "qcli": found[name][what] for name in own}
 
@@ -160,7 +160,7 @@ def speed(model, new: int = NEW) -> dict[str, float]:
 
 
 def bitsandbytes_speed(folder: Path, *, fused: bool, new: int) -> dict[str, float]:
-    """The same through transformers and bitsandbytes: the model's forward, token after token."""
+    """The same with transformers and bitsandbytes: the model's forward, token by token."""
     bnb.nn.modules.has_avx512bf16 = lambda: fused
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").eval()
     rates = []
@@ -178,7 +178,7 @@ def bitsandbytes_speed(folder: Path, *, fused: bool, new: int) -> dict[str, floa
 
 
 def streamed_bytes(model) -> int:
-    """Bytes of weights that a token reads: of every linear module, and none of the embedding."""
+    """Bytes of weights that a token reads: those of every linear module, without the embedding."""
     total = 0
     for module in model.modules():
         if isinstance(module, (Linear4bit, torch.nn.Linear)):

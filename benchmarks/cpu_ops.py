@@ -19,7 +19,7 @@ WEIGHTS = N * K
 
 
 def milliseconds(times: dict[str, float]) -> dict[str, float]:
-    """For the table."""
+    """The times in milliseconds, for the table."""
     return {name: 1e3 * value for name, value in times.items()}
 
 
@@ -46,7 +46,7 @@ def read_bandwidth() -> float:
 
 
 def quantize_rows(row):
-    """NF4 with double quantization, and row-wise int8, against copying and bitsandbytes."""
+    """NF4 with double quantization, and row-wise int8, compared with copying and bitsandbytes."""
     x = copies(lambda: torch.randn(N, K).bfloat16(), 2 * WEIGHTS)
     four = alternate(
         {
@@ -77,7 +77,7 @@ def quantize_rows(row):
 
 
 def dequantize_rows(row):
-    """NF4 to bfloat16 and float32 against cloning the result."""
+    """NF4 to bfloat16 and float32, compared with cloning the result."""
     weight = torch.randn(N, K)
     packed, absmax = quantize_4bit(weight, 64, "nf4")
     some = copies(lambda: (packed.clone(), absmax.clone()), packed.nbytes + absmax.nbytes)
@@ -100,7 +100,7 @@ def dequantize_rows(row):
 
 
 def linear_4bit_rows(row):
-    """One and 128 tokens. bitsandbytes is timed on its common path, and on its fused one where the CPU has AVX512_BF16."""
+    """One and 128 tokens. bitsandbytes is timed on its common path, and on its fused path if the CPU has AVX512_BF16."""
     weight = torch.randn(N, K)
     packed, absmax, nested, offset = nf4(weight)
     stored = copies(lambda: (packed.clone(), absmax.clone(), nested.clone()), packed.nbytes + absmax.nbytes)
@@ -136,7 +136,7 @@ def linear_4bit_rows(row):
 
 
 def theirs_4bit(weight: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, has_fused: bool) -> dict[str, float]:
-    """bitsandbytes' Linear4bit with the same weight; one layer, which its own traffic drives from the cache."""
+    """bitsandbytes' Linear4bit with the same weight. One layer suffices: its own traffic evicts the weight from the cache."""
     times = {}
     for name in ("bitsandbytes", "bitsandbytes fused") if has_fused else ("bitsandbytes",):
         bnb.nn.modules.has_avx512bf16 = lambda name=name: name.endswith("fused")
@@ -167,6 +167,6 @@ def linear_int8_rows(row):
 
 
 def _copy(layer):
-    """Another Linear8bitLt with the same weight in memory of its own, quantized by its first call."""
+    """Another Linear8bitLt with the same weight in its own memory. Its first call quantizes it."""
     layer(torch.zeros(1, K, dtype=torch.bfloat16))
     return copy.deepcopy(layer)

@@ -1,7 +1,7 @@
-"""Microseconds of the host per launch of a CUDA kernel: `python benchmarks/cuda_launch.py`.
+"""Host time in microseconds per launch of a CUDA kernel: `python benchmarks/cuda_launch.py`.
 
-The kernel is that of dequantize_4bit, on 64 weights. With a GPU the driver is NVIDIA's; without one, PyCUDA runs on a driver
-library that returns at once (tests/runtime/libcuda.c), so what the driver itself takes, 1.5 to 2 us, comes on top.
+The kernel is that of dequantize_4bit, on 64 weights. With a GPU the driver is NVIDIA's. Without one, PyCUDA runs on a driver
+library that returns at once (tests/runtime/libcuda.c). The time of a real driver, 1.5 to 2 us, must then be added.
 """
 
 import ctypes
@@ -27,9 +27,9 @@ CONSTANTS = ("DTYPE=float", "BLOCK_SIZE=64")
 
 
 def pretend() -> tuple[fake_gpu.Current, fake_gpu.Gpu]:
-    """Puts the library that returns at once under PyCUDA, and a backend that takes tensors of the CPU for those of a GPU."""
+    """Makes PyCUDA use the library that returns at once, and installs a backend that treats CPU tensors as GPU tensors."""
     with tempfile.TemporaryDirectory() as folder:
-        ctypes.CDLL(str(fake_gpu.driver_library(Path(folder))), ctypes.RTLD_GLOBAL)  # PyCUDA's linker finds it loaded
+        ctypes.CDLL(str(fake_gpu.driver_library(Path(folder))), ctypes.RTLD_GLOBAL)  # the dynamic linker then finds it loaded
     gpu, current = fake_gpu.Gpu(), fake_gpu.Current()
     for where, name, value in fake_gpu.torch_parts(gpu, current):
         setattr(where, name, value)
@@ -47,7 +47,7 @@ def pretend() -> tuple[fake_gpu.Current, fake_gpu.Gpu]:
 
 
 def microseconds(function: Callable[[], object]) -> float:
-    """Of the host per call: the best of several rounds, between which a GPU catches up."""
+    """Host time per call: the best of several rounds. Between rounds the GPU finishes its work."""
     best = float("inf")
     for _ in range(ROUNDS):
         if REAL:
@@ -80,7 +80,7 @@ def main() -> None:
     ready = pack(values)
     if REAL:
         op = dequantize_4bit.dequantize_4bit
-    else:  # the same registration, for the device whose tensors there are
+    else:  # the same registration, for CPU tensors
         schema = "launch_cost(Tensor p, Tensor a, int b, str q, SymInt[] shape, ScalarType dtype) -> Tensor"
         op = _library.define(schema, dequantize_4bit._cuda, dequantize_4bit._fake)
 

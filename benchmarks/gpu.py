@@ -1,13 +1,13 @@
-"""qcli on an NVIDIA GPU beside torch in bfloat16 and bitsandbytes: `make bench-gpu`, or
+"""qcli on an NVIDIA GPU compared with torch in bfloat16 and bitsandbytes: `make bench-gpu`, or
 
     python benchmarks/gpu.py [--only ops,nf4,few,many,launch,generate] [--folder FOLDER] [--output FILE] [--stand-in]
 
-Ceilings are measured first: fractions are of those, in the same run. Times are medians of rounds in turn, each a replay of a
-CUDA graph of calls over copies of the weights that together exceed twice the L2 cache; what cannot be captured is timed by
-events around calls from Python, and named eager. FOLDER (13 GB, made where it lacks) holds the random checkpoint.
-Prints each part as soon as it is there and a table last, and writes benchmarks/results/cuda-DEVICE.json where all parts ran; FILE
-is written after each part. A part that fails is told of, and the others run.
-With --stand-in the same runs on a CPU, small and on emulated kernels: its figures mean nothing.
+The GPU's limits are measured first, and fractions refer to them. Times are medians of rounds in turn. A round is a replay of a
+CUDA graph of calls over copies of the weights, which together exceed twice the L2 cache. Calls that cannot be captured are timed
+by events around calls from Python, and marked "eager". FOLDER (13 GB, created if missing) holds the random checkpoint.
+Prints each part as soon as it is finished, and a table at the end. Writes FILE after each part, and
+benchmarks/results/cuda-DEVICE.json if all parts ran. If a part fails, the error is shown and the other parts run.
+With --stand-in the benchmark runs on a CPU, with small sizes and emulated kernels. Its figures then mean nothing.
 """
 
 import argparse
@@ -49,13 +49,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--folder", type=Path, help="where the checkpoint is; a temporary one by default")
-    parser.add_argument("--output", type=Path, help="for the figures, of whatever parts")
+    parser.add_argument("--output", type=Path, help="a file for the figures of the parts that ran")
     parser.add_argument("--stand-in", action="store_true")
     options = parser.parse_args()
     parts = options.only.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--only {','.join(sorted(unknown))}: expected some of {','.join(PARTS)}")
-    logging.disable(logging.WARNING)  # bitsandbytes warns of casts at every call
+    logging.disable(logging.WARNING)  # bitsandbytes warns about casts at every call
     with tempfile.TemporaryDirectory() as temporary:
         temporary = Path(temporary)
         gpu = StandIn(temporary / "kernels") if options.stand_in else the_gpu()
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def the_gpu() -> Gpu:
-    """The first one, its kernels compiled."""
+    """The first GPU, with its kernels compiled."""
     from tests.gpu.checks import compile_all
 
     if not torch.cuda.is_available():
@@ -82,7 +82,7 @@ def the_gpu() -> Gpu:
 
 
 def measure(gpu, parts: list[str], folder: Path, output: Path | None = None) -> dict[str, object]:
-    """Runs the parts; returns all there is to keep."""
+    """Runs the parts. Returns the results to keep."""
     torch.manual_seed(0)
     began = time.perf_counter()
     limits, rows = gpu_ops.ceilings(gpu)
@@ -104,20 +104,20 @@ def measure(gpu, parts: list[str], folder: Path, output: Path | None = None) -> 
             try:
                 for row in runs[part]():
                     rows.append(row)
-            except Exception:  # the figures of the other parts are not lost with it
+            except Exception:  # the figures of the other parts must not be lost
                 traceback.print_exc()
                 found["failed"].append(part)
             kept += keep(found, part, rows, began)
             gpu.free()
             if output:
                 output.write_text(json.dumps(found, indent=2) + "\n")
-    console.out("\nwhat must be reached, or is aimed at")
+    console.out("\nratios that are required, or aimed at")
     show_ratios([(row, ratio) for row in kept for ratio in row.ratios if ratio["must"] or ratio["aim"]])
     return found
 
 
 def keep(found: dict, part: str, rows: list[tuple[str, Row]], began: float) -> list[Row]:
-    """Shows the rows of a part, each unit's in a table, and notes them."""
+    """Shows the rows of a part, one table per unit, and records them."""
     for unit, some in groupby(rows, key=lambda pair: pair[0]):
         some = [row for _, row in some]
         show(some, unit)
@@ -128,7 +128,7 @@ def keep(found: dict, part: str, rows: list[tuple[str, Row]], began: float) -> l
 
 
 def launch_cost() -> Iterator[tuple[str, Row]]:
-    """What benchmarks/cuda_launch.py finds, in a process of its own."""
+    """The results of benchmarks/cuda_launch.py, in a process of its own."""
     if find_spec("pycuda") is None:
         console.out("no PyCUDA here: launches are not measured")
         return
@@ -139,12 +139,12 @@ def launch_cost() -> Iterator[tuple[str, Row]]:
 
 
 def of_gpu(gpu) -> dict[str, object]:
-    """The GPU, the state it was in at work, and every version."""
+    """The GPU, its state under load, and every version."""
     if gpu.tiny:
         return {"gpu": "stand-in"}
     properties = torch.cuda.get_device_properties(gpu.device)
     a = torch.randn(8192, 8192, device=gpu.device).bfloat16()
-    for _ in range(1000):  # a second's work or so, in which nvidia-smi looks
+    for _ in range(1000):  # about a second of work, while nvidia-smi reads the state
         a @ a
     command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader,nounits"]
     try:

@@ -1,12 +1,12 @@
-"""The first half hour on a GPU that is lent and has no network: `make gpu-first`, or
+"""Checks and measurements for half an hour on a GPU without a network: `make gpu-first`, or
 
     python benchmarks/gpu_first.py [--output FOLDER] [--from STEP | --only STEP,STEP] [--minutes N] [--wheels FOLDER]
 
-Steps in the order of their worth, each with a time of its own at which it is ended with all that it started. The first wrong
-number ends the run. A log of each step, the figures of the benchmark and of the profiler, and summary.json lie in FOLDER (by
-default build/gpu-first) as soon as they are known; compiled kernels are kept there, too, for the next call. With --minutes no
-step begins that may not be done by then: go on with --from. With --wheels what FOLDER holds is installed first.
-summary.json has device, driver and versions in it, and is fit for benchmarks/results/.
+The most important steps come first. Each has a time limit, after which it is ended with all processes that it started. The first
+wrong number ends the run. FOLDER (by default build/gpu-first) receives a log of each step, the figures of the benchmark and of the
+profiler, and summary.json, each as soon as it is known. Compiled kernels are kept there too, for the next call. With --minutes a
+step does not begin if it might not end in time; --from continues later. With --wheels the wheels in a folder are installed first.
+summary.json contains device, driver and versions, and can be kept in benchmarks/results/.
 """
 
 import argparse
@@ -39,9 +39,10 @@ Figures = dict[str, object]
 
 @dataclass(frozen=True)
 class Step:
-    """`command` for FOLDER, the output's; `seconds` are its time. What `proves` something ends the run where it is wrong, what
-    is `vital` also where it is late. `needs` is a program without which it is skipped. `read` takes its log and FOLDER, and
-    gives figures for the summary; it raises ValueError where the step did not do what it should."""
+    """A step of the run. `command` gives its command line for the output FOLDER, `seconds` is its time limit. If a step that
+    `proves` something fails, the run ends. A `vital` step also ends the run if it is late. Without the program `needs` the step is
+    skipped. `read` gets the log and FOLDER, and returns figures for the summary. It raises ValueError if the step did not do its
+    work."""
 
     name: str
     command: Callable[[Path], list[str]]
@@ -54,7 +55,7 @@ class Step:
 
 
 def tests_passed(log: str, folder: Path) -> Figures:
-    """Of pytest's last line, behind which the interpreter may have said something. Raises ValueError where no test ran."""
+    """The counts in pytest's last line, which other output may follow. Raises ValueError if no test ran."""
     ends = re.findall(r"^=*\s*(\d+ \w+.* in [\d.]+s.*)$", log, re.MULTILINE)
     counts = re.findall(r"\b(\d+) (passed|failed|skipped|errors?)\b", ends[-1] if ends else "")
     found: Figures = {what: int(number) for number, what in counts}
@@ -74,7 +75,7 @@ def benchmark(name: str) -> Callable[[str, Path], Figures]:
 
 
 def profile(log: str, folder: Path) -> Figures:
-    """What ncu says of each launch of a product."""
+    """What ncu reports about each launch of a product."""
     lines = (folder / "ncu.csv").read_text().splitlines()
     begin = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if begin is None:
@@ -87,12 +88,12 @@ def profile(log: str, folder: Path) -> Figures:
 
 
 def python(*words: str) -> Callable[[Path], list[str]]:
-    """A command of this Python; FOLDER in a word is the output's."""
+    """A command of this Python. FOLDER in a word stands for the output folder."""
     return lambda folder: [sys.executable, *(word.replace("FOLDER", str(folder)) for word in words)]
 
 
 def pytest(*words: str) -> Callable[[Path], list[str]]:
-    """Tests that need a GPU, up to the first that fails."""
+    """Tests that need a GPU, up to the first failure."""
     return python("-m", "pytest", "-q", "-x", "-m", "not slow", "--durations=10", *words)
 
 
@@ -156,7 +157,7 @@ STEPS = (
     ),
     sanitized("synccheck", proves=True),
     Step("large", pytest("tests/gpu/test_large.py"), 420, proves=True, read=tests_passed),
-    sanitized("initcheck", proves=False),  # it names torch's own kernels, too
+    sanitized("initcheck", proves=False),  # it also reports torch's own kernels
     Step(
         "generate",
         python("benchmarks/gpu.py", "--only", "generate", "--output", "FOLDER/generate.json"),
@@ -174,7 +175,7 @@ def main() -> None:
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--from", dest="first", choices=names, metavar="STEP", help=f"one of {', '.join(names)}")
     chosen.add_argument("--only", default="", metavar="STEP,STEP")
-    parser.add_argument("--minutes", type=float, help="no step begins that may not be done by then")
+    parser.add_argument("--minutes", type=float, help="a step does not begin if it might not end within this time")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to install first")
     options = parser.parse_args()
     only = options.only.split(",") if options.only else names[names.index(options.first or names[0]) :]
@@ -187,13 +188,13 @@ def main() -> None:
 
 
 def install(wheels: Path) -> Step:
-    """What lies in a folder, without asking an index."""
+    """Installs the wheels of a folder, without a package index."""
     files = sorted(str(path.resolve()) for path in wheels.glob("*.whl"))
     return Step("install", python("-m", "pip", "install", "--no-index", "--no-deps", *files), 120, proves=True, vital=True)
 
 
 def run(steps: list[Step], folder: Path, minutes: float | None) -> int:
-    """Runs them in turn; returns 1 where one was wrong, else 0."""
+    """Runs the steps in turn. Returns 1 if one was wrong, else 0."""
     began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     summary = Summary(folder)
@@ -207,14 +208,14 @@ def run(steps: list[Step], folder: Path, minutes: float | None) -> int:
         summary.add(step, note)
         print(f"  {note['status']} in {note['seconds']:.0f} s{'; ' + note['why'] if 'why' in note else ''}", flush=True)
         if note["status"] == WRONG or step.vital and note["status"] == LATE:
-            print(f"stopped: {step.name} must be right before anything else is worth its time")
+            print(f"stopped: {step.name} must pass before the next steps are useful")
             return 1
-    print(f"{folder / 'summary.json'} has all there is")
+    print(f"{folder / 'summary.json'} has all results")
     return 0
 
 
 def perform(step: Step, folder: Path) -> Figures:
-    """Runs one; returns what the summary notes of it."""
+    """Runs one step. Returns its entry of the summary."""
     if step.needs and shutil.which(step.needs) is None:
         return {"status": SKIPPED, "seconds": 0.0, "why": f"{step.needs} is not on PATH"}
     log, began = folder / f"{step.name}.log", time.monotonic()
@@ -224,20 +225,20 @@ def perform(step: Step, folder: Path) -> Figures:
     note: Figures = {"status": PASSED, "seconds": round(time.monotonic() - began, 1)}
     text = log.read_text(errors="replace").replace(f"{ROOT}/", "").strip()
     if code is None:
-        note |= {"status": LATE, "why": f"not done within {step.seconds} s"}
+        note |= {"status": LATE, "why": f"not finished within {step.seconds} s"}
     elif code:
         note |= {"status": WRONG if step.proves else FAILED, "why": f"exit code {code}: {(text.splitlines() or [''])[-1]}"}
     try:
         if figures := step.read(text, folder):
             note["figures"] = figures
-    except (OSError, ValueError, KeyError, IndexError) as e:  # figures that it did not come to write
+    except (OSError, ValueError, KeyError, IndexError) as e:  # its figures are missing or incomplete
         if note["status"] == PASSED:
             note |= {"status": WRONG if step.proves else FAILED, "why": str(e)}
     return note
 
 
 def ended(command: list[str], environment: dict[str, str], seconds: float, output) -> int | None:
-    """A command's exit code; None where its time was over. What it started ends with it, however this ends."""
+    """A command's exit code; None if its time was over. All processes that it started end with it in any case."""
     try:
         process = subprocess.Popen(
             command,
@@ -264,7 +265,7 @@ def ended(command: list[str], environment: dict[str, str], seconds: float, outpu
 
 
 class Summary:
-    """summary.json, which earlier calls may have begun."""
+    """summary.json. Earlier calls may have begun it."""
 
     def __init__(self, folder: Path):
         self.file = folder / "summary.json"
@@ -272,7 +273,7 @@ class Summary:
         self.content |= {"machine": machine()}
 
     def add(self, step: Step, note: Figures) -> None:
-        """Notes a step, and writes the file."""
+        """Records a step and writes the file."""
         steps = self.content["steps"] | {step.name: note | {"gpu": self.content["machine"]["gpu"].get("name")}}
         order = ["install", *(step.name for step in STEPS)]
         self.content["steps"] = dict(sorted(steps.items(), key=lambda item: order.index(item[0])))
@@ -302,7 +303,7 @@ def machine() -> Figures:
 
 
 def said(command: list[str]) -> str:
-    """What a program prints; nothing where it is not there or fails."""
+    """The output of a program; empty if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):

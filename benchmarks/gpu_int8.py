@@ -1,6 +1,7 @@
-"""Of benchmarks/gpu.py: LLM.int8() for many tokens, on the layer of the paper's table: the first of a feed-forward block, d to 4d.
+"""A part of benchmarks/gpu.py: LLM.int8() for many tokens, on the layer of the paper's table, the first of a feed-forward block.
 
-LLM.int8(), arXiv:2208.07339, appendix D, gives its speed over 16 bits at the sizes of GPT-3: 0.64, 0.86, 1.22 and 1.81.
+The layer is d to 4d. LLM.int8(), arXiv:2208.07339, appendix D, gives its speed relative to 16 bits at the sizes of GPT-3: 0.64,
+0.86, 1.22 and 1.81.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,13 +19,13 @@ from qcli.ops import linear_int8
 MANY = 2048  # tokens
 FUSED = 1.65
 
-# By d, the size's name and what the product of torch with an epilogue behind it must reach over bfloat16.
+# d -> (name of the size, the required speed of torch's product with a separate epilogue, relative to bfloat16).
 SIZES = {2560: ("2.7B", 0.64), 4096: ("6.7B", 0.86), 5120: ("13B", 1.22), 12288: ("175B", 1.5)}
 
 
 @contextmanager
 def fusing(fused: bool) -> Iterator[None]:
-    """Our own product with all that follows in it, or torch._int_mm and an epilogue, whatever the GPU would take."""
+    """Forces our own fused product, or torch._int_mm and an epilogue, whatever is chosen for this GPU."""
     with mock.patch.object(linear_int8, "_fuses", lambda x, columns: fused):
         yield
 
@@ -38,7 +39,7 @@ def run(gpu, limits: dict[str, float]) -> Iterator[tuple[str, Row]]:
 
 
 def size(gpu, limits, name: str, n: int, k: int, must: float) -> Iterator[tuple[str, Row]]:
-    """Both ways beside bfloat16 and bitsandbytes, and the time of each part."""
+    """Both products compared with bfloat16 and bitsandbytes, and the time of each part."""
     tokens = gpu.tokens(MANY)
     weight = torch.randn(n, k, device=gpu.device) * 0.02
     q, scale, _ = gpu.call("quantize_int8", weight, 0.0)

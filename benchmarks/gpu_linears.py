@@ -1,4 +1,4 @@
-"""Of benchmarks/gpu.py: linear layers for few tokens, where the weight's bytes are the limit."""
+"""A part of benchmarks/gpu.py: linear layers for few tokens. Reading the weight is the limit there."""
 
 import copy
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ LAYERS = {
     "OPT-175B": ((12288, 12288), (49152, 12288)),
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
-OUTLIERS = (5, 33, 100, 128, 200, 255)  # columns with one
+OUTLIERS = (5, 33, 100, 128, 200, 255)  # columns with an outlier
 
-# Fractions of the copy bandwidth, by layer: what one token must reach, and what is aimed at.
+# Fractions of the copy bandwidth for one token, by layer: (required, aimed at).
 ONE_TOKEN = {UP_7B: (0.45, 0.60), UP_70B: (0.65, 0.80)}
 
 
 def layers(gpu) -> Iterator[tuple[str, tuple[int, int], int, int]]:
-    """(name, shape in the model, and as measured)."""
+    """(name, shape in the model, shape as measured)."""
     every = [(model, shape) for model, shapes in LAYERS.items() for shape in shapes]
     for model, shape in every:
         if gpu.tiny and shape not in ONE_TOKEN:
@@ -77,14 +77,14 @@ def nf4_layer(gpu, limits, name: str, shape: tuple[int, int], n: int, k: int) ->
 
 
 def int8(gpu, limits: dict[str, float]) -> Iterator[tuple[str, Row]]:
-    """LLM.int8(), with outliers, and the same weights with 16-bit activations: speed, and how far from the exact product."""
+    """LLM.int8() with outliers, and the same weights with 16-bit activations: speed, and error against the exact product."""
     for name, shape, n, k in layers(gpu):
         yield from int8_layer(gpu, limits, name, shape, n, k)
         gpu.free()
 
 
 def int8_layer(gpu, limits, name: str, shape: tuple[int, int], n: int, k: int) -> Iterator[tuple[str, Row]]:
-    """One layer, for a token and for eight, with outliers and without."""
+    """One layer, for one token and for eight, with and without outliers."""
     weight = torch.randn(n, k, device=gpu.device) * 0.02
     q, scale, _ = gpu.call("quantize_int8", weight, 0.0)
     count, full = gpu.copies(q.nbytes), gpu.copies(2 * q.nbytes)
@@ -92,7 +92,7 @@ def int8_layer(gpu, limits, name: str, shape: tuple[int, int], n: int, k: int) -
     theirs = [linear8bitlt(weight, gpu.device) for _ in range(count)]
 
     def candidates(x: torch.Tensor) -> dict[str, Candidate]:
-        half = x.half()  # what their kernel takes: a cast of theirs is not timed
+        half = x.half()  # the input of their kernel: their cast is not timed
         return {
             "linear_int8": Candidate(lambda i: gpu.call("linear_int8", x, stored[i], scale, None, 6.0), count),
             "linear_w8a16": Candidate(lambda i: gpu.call("linear_w8a16", x, stored[i], scale, None), count),
@@ -115,7 +115,7 @@ def int8_layer(gpu, limits, name: str, shape: tuple[int, int], n: int, k: int) -
 
 
 def activations(gpu, tokens: int, columns: int, outliers: tuple[int, ...]) -> torch.Tensor:
-    """bfloat16, normal, but twenty times as large in those columns."""
+    """Normal bfloat16 values, twenty times as large in the columns `outliers`."""
     x = torch.randn(tokens, columns, device=gpu.device)
     x[:, list(outliers)] *= 20
     return x.bfloat16()
@@ -126,13 +126,13 @@ def linear8bitlt(weight: torch.Tensor, device: torch.device) -> torch.nn.Module:
     layer = bnb.nn.Linear8bitLt(weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=6.0)
     layer.weight = bnb.nn.Int8Params(weight.half().cpu(), requires_grad=False, has_fp16_weights=False)
     layer = layer.to(device).eval()
-    layer(torch.zeros(1, weight.shape[1], dtype=torch.float16, device=device))  # takes its state from its weight
+    layer(torch.zeros(1, weight.shape[1], dtype=torch.float16, device=device))  # the first call sets up its state
     return layer
 
 
 def errors(gpu, name: str, weight: torch.Tensor, q, scale, theirs) -> Iterator[tuple[str, Row]]:
-    """Relative errors against float64: of the whole layer, and (with the weight that is stored) of its activations alone."""
-    part = slice(0, 2048)  # rows: float64 takes its time
+    """Relative errors against float64: of the whole layer, and (computed with the stored weight) of its activations alone."""
+    part = slice(0, 2048)  # only these rows: float64 is slow
     exact, stored = weight[part].double(), q[part].double() * (scale[part].double() / 127)[:, None]
     for outliers in ((), OUTLIERS):
         x = activations(gpu, 8, weight.shape[1], outliers)

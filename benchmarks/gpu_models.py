@@ -1,4 +1,4 @@
-"""Of benchmarks/gpu.py: whole `generate` of a 7B-shaped Llama of random weights, one sequence."""
+"""A part of benchmarks/gpu.py: the whole `generate` of a 7B-shaped Llama with random weights, for one sequence."""
 
 import gc
 import time
@@ -14,11 +14,11 @@ from rows import Row
 import qcli
 from qcli.generation import graph as decode_graph
 
-NEW, FEW = 128, 8  # tokens; on a stand-in
+NEW, FEW = 128, 8  # new tokens: on a GPU, on the stand-in
 
 
 def run(gpu, limits: dict[str, float], folder: Path) -> Iterator[tuple[str, Row]]:
-    """(unit, row). Every library runs the same loop; "eager" is that of transformers, a launch at a time."""
+    """(unit, row). Every library runs the same loop. "eager" is transformers' loop, which launches every kernel from the host."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     source, where = checkpoint(folder, "tiny" if gpu.tiny else "7b"), gpu.device.type
@@ -41,7 +41,7 @@ def run(gpu, limits: dict[str, float], folder: Path) -> Iterator[tuple[str, Row]
         cache = keys_and_values(model, PROMPT + new)
         used = Row(f"memory at its peak, {name}", {"weights": weights / 1e9, "keys and values": cache / 1e9})
         used.figures["loading"] = loading / 1e9
-        for way in ("", " eager") if name != "bitsandbytes" else (" eager",):  # their launches are not all capturable
+        for way in ("", " eager") if name != "bitsandbytes" else (" eager",):  # not all of their launches can be captured
             with mock.patch.object(decode_graph, "capture_for", graph_or_none(way)):
                 found, running = peak(gpu, lambda model=model: speed(model, new))
             decode[name + way], prefill[name + way] = found["decode"], found["prefill"]
@@ -64,7 +64,7 @@ def run(gpu, limits: dict[str, float], folder: Path) -> Iterator[tuple[str, Row]
 
 
 def graph_or_none(way: str) -> Callable:
-    """What decides whether a step is captured: qcli's own rule, or never."""
+    """The function that decides whether a step is captured: qcli's own, or one that never captures."""
     return (lambda model: None) if way else decode_graph.capture_for
 
 
@@ -79,7 +79,7 @@ def theirs(source: Path, device: torch.device):
 
 
 def peak(gpu, run: Callable[[], object]) -> tuple[object, int]:
-    """What `run` gives, and the most bytes of the GPU that tensors held meanwhile; 0 on a CPU."""
+    """(the result of `run`, the most bytes that tensors used on the GPU meanwhile). The bytes are 0 on a CPU."""
     if gpu.device.type != "cuda":
         return run(), 0
     torch.cuda.reset_peak_memory_stats()
@@ -88,7 +88,7 @@ def peak(gpu, run: Callable[[], object]) -> tuple[object, int]:
 
 
 def tensors(model) -> list[torch.Tensor]:
-    """Every tensor that a model holds as weights, those in bitsandbytes' quant_state included."""
+    """Every tensor of a model's weights, including those in bitsandbytes' quant_state."""
     found = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -98,7 +98,7 @@ def tensors(model) -> list[torch.Tensor]:
 
 
 def keys_and_values(model, tokens: int) -> int:
-    """Bytes of a cache of that many tokens."""
+    """Bytes of a cache for `tokens` tokens."""
     config = model.config
     head_dim = config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * model.dtype.itemsize

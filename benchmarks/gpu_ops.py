@@ -1,4 +1,4 @@
-"""Of benchmarks/gpu.py: the ceilings of the GPU, and the ops that stream tensors."""
+"""A part of benchmarks/gpu.py: the limits of the GPU, and the ops that stream tensors."""
 
 from collections.abc import Iterator
 
@@ -17,8 +17,8 @@ SHAPES = ((4096, 11008), (28672, 8192))
 
 
 def ceilings(gpu) -> tuple[dict[str, float], list[Row]]:
-    """What the GPU reaches at most: bytes per second copied (read plus written) and read, operations per second in bfloat16
-    and in int8. The fractions of all other rows are of these."""
+    """The GPU's limits: bytes per second copied (read plus written) and read, operations per second in bfloat16 and in int8. The
+    fractions in all other rows refer to them."""
     memory = moving(gpu, 1 << 20 if gpu.tiny else COPIED)
     n = 64 if gpu.tiny else PRODUCT
     products = {f"bfloat16 {n}^3": bfloat16_rate(gpu, n)}
@@ -33,7 +33,7 @@ def ceilings(gpu) -> tuple[dict[str, float], list[Row]]:
 
 
 def moving(gpu, nbytes: int) -> dict[str, float]:
-    """Bytes per second. The copy is timed twice: what lies between the two is noise."""
+    """Bytes per second. The copy is timed twice: the difference is noise."""
     source, target = (torch.randn(nbytes // 4, device=gpu.device) for _ in range(2))
     copy = Candidate(lambda i: target.copy_(source))
     times = gpu.time({"copy": copy, "copy again": copy, "read": Candidate(lambda i: source.sum())})
@@ -47,7 +47,7 @@ def bfloat16_rate(gpu, n: int) -> float:
 
 
 def int8_rate(gpu, m: int, n: int, k: int) -> float:
-    """The same of torch's product of int8."""
+    """Operations per second of torch's int8 product."""
     q, w = (torch.randint(-127, 128, (rows, k), device=gpu.device, dtype=torch.int8) for rows in (m, n))
     return 2 * m * n * k / gpu.time({"": Candidate(lambda i: torch._int_mm(q, w.t()))})[""]
 
@@ -63,7 +63,7 @@ def run(gpu, limits: dict[str, float]) -> Iterator[tuple[str, Row]]:
 
 
 def blockwise(gpu, limits, n: int, k: int, target: bool) -> Iterator[tuple[str, Row]]:
-    """NF4, with and without double quantization. bitsandbytes quantizes on a stream of its own choice."""
+    """NF4, with and without double quantization. bitsandbytes chooses its own stream for quantizing."""
     must, aim = (0.70, 0.85) if target else (None, None)
     count = gpu.copies(2 * n * k)
     xs = [torch.randn(n, k, device=gpu.device).bfloat16() for _ in range(count)]
@@ -99,7 +99,7 @@ def blockwise(gpu, limits, n: int, k: int, target: bool) -> Iterator[tuple[str, 
 
 
 def row_wise(gpu, limits, n: int, k: int) -> Iterator[tuple[str, Row]]:
-    """int8 rows without and with outliers (which cost a second reading), back to bfloat16, and statistics."""
+    """Row-wise int8 without and with outliers (which need a second reading), dequantization to bfloat16, and statistics."""
     count = gpu.copies(2 * n * k)
     xs = [torch.randn(n, k, device=gpu.device).bfloat16() for _ in range(count)]
     for x in xs:

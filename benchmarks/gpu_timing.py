@@ -1,8 +1,8 @@
-"""How the GPU benchmark times, and its stand-in on a CPU, which proves that the scripts run and nothing else.
+"""How the GPU benchmark measures times, and a stand-in on a CPU, which only shows that the scripts run.
 
-A candidate is a function of a number: call i works on copy i of its data, so that no call finds in the cache what the last one
-left there. On a GPU all calls of a round are one CUDA graph where they can be captured, and calls from Python otherwise (named
-"eager" in the tables), between two events; candidates take turns, and the median of the rounds counts.
+A candidate is a function of a number: call i works on copy i of its data, so no call finds the previous call's data in the cache.
+On a GPU all calls of a round are one CUDA graph if they can be captured, else calls from Python ("eager" in the tables). Two
+events enclose a round. Candidates take turns, and the result is the median of the rounds.
 """
 
 import statistics
@@ -19,14 +19,14 @@ import torch
 from qcli.runtime import cuda
 
 ROUNDS = 15
-LONG_ENOUGH = 3e-3  # seconds of a round, beside which its events and its launch are nothing
+LONG_ENOUGH = 3e-3  # seconds per round; its events and its launch are negligible in comparison
 HEAD_START = 2_000_000  # clock cycles, about 1 ms, for which the GPU is kept busy while the host begins a round
 
 
 @dataclass
 class Candidate:
-    """`run` is called with the number of a copy, of which there are `copies`. Not `captured` is what waits for the host, or
-    launches on streams of its own choice."""
+    """`run` is called with the number of a copy; there are `copies`. `captured` is False for calls that wait for the host, or that
+    choose their own streams."""
 
     run: Callable[[int], object]
     copies: int = 1
@@ -34,7 +34,7 @@ class Candidate:
 
 
 class Times(dict):
-    """Median seconds per call by candidate; `eager` are those that were not captured."""
+    """Median seconds per call, by candidate. `eager` names those that were not captured."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class Times(dict):
 
 
 class PerKernel:
-    """A backend that puts an event before and behind each kernel that it launches through another one."""
+    """A backend that launches kernels through another one, with an event before and after each."""
 
     def __init__(self, backend, mark: Callable[[], object]):
         self.backend, self.mark, self.marks = backend, mark, []
@@ -75,26 +75,26 @@ class Gpu:
         self.stream = cuda.capture_stream(self.device)
 
     def layer(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """The shape to measure for that one."""
+        """The shape to measure in place of this one."""
         return out_features, in_features
 
     def tokens(self, count: int) -> int:
-        """How many to measure for so many."""
+        """The number of tokens to measure in place of `count`."""
         return count
 
     def call(self, name: str, *arguments):
-        """The op, as users call it."""
+        """Calls the op as users do."""
         return getattr(import_module(f"qcli.ops.{name}"), name)(*arguments)
 
     def copies(self, nbytes: int) -> int:
-        """So many copies of data of that size that together they are more than twice the L2 cache."""
+        """The number of copies of `nbytes` bytes that together exceed twice the L2 cache."""
         return max(2, 2 * self.cache // max(nbytes, 1) + 1)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
     def free(self) -> None:
-        """Gives back to the driver what nobody holds."""
+        """Returns unused memory to the driver."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
@@ -117,12 +117,12 @@ class Gpu:
         return times
 
     def _ready(self, candidate: Candidate) -> tuple[Callable[[], object], int, bool]:
-        """What runs a round of calls, how many they are, and whether they are a graph."""
+        """(a function that runs a round of calls, their number, whether they are a graph)."""
         seconds = self._once(candidate)
         calls = candidate.copies * max(1, round(LONG_ENOUGH / seconds / candidate.copies))
 
         def run() -> deque:
-            kept = deque(maxlen=candidate.copies)  # so that results too lie in other places each time
+            kept = deque(maxlen=candidate.copies)  # results, too, are then in other memory each time
             for i in range(calls):
                 kept.append(candidate.run(i % candidate.copies))
             return kept
@@ -139,7 +139,7 @@ class Gpu:
         return run, calls, False
 
     def _once(self, candidate: Candidate) -> float:
-        """Runs each copy on the stream of the capture, where it loads its kernels; seconds of a call."""
+        """Runs each copy on the stream of the capture, which loads its kernels. Returns the seconds of a call."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         main = torch.cuda.current_stream()
         stream = self.stream if candidate.captured else main
@@ -156,7 +156,7 @@ class Gpu:
         return max(begin.elapsed_time(end) / 1e3 / candidate.copies, 1e-6)
 
     def kernels(self, run: Callable[[], object]) -> dict[str, float]:
-        """Median seconds of each of our kernels that `run` launches, events included."""
+        """Median seconds of each of our kernels that `run` launches, including the events."""
 
         def mark() -> torch.cuda.Event:
             event = torch.cuda.Event(enable_timing=True)
@@ -176,7 +176,7 @@ class Gpu:
 
 
 class StandIn:
-    """The same on a CPU, on the emulator's kernels and small shapes. Its times mean nothing."""
+    """The same on a CPU, with the emulator's kernels and small shapes. Its times mean nothing."""
 
     tiny = True
 
@@ -197,7 +197,7 @@ class StandIn:
 
     @contextmanager
     def _backend(self) -> Iterator[None]:
-        """The emulator, or what was put around it."""
+        """The emulator, or the backend around it."""
         with cuda.using(cuda._backend if isinstance(cuda._backend, PerKernel) else self.emulator):
             yield
 

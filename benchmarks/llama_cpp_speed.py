@@ -1,14 +1,14 @@
-"""Tokens per second of llama.cpp on a Llama of random weights, for benchmarks/cpu.py to put beside qcli's.
+"""Tokens per second of llama.cpp on a Llama with random weights, for the comparison in benchmarks/cpu.py.
 
     python -m venv other && other/bin/pip install llama-cpp-python gguf
     other/bin/python benchmarks/llama_cpp_speed.py FOLDER [--threads 2]
 
-Built from source, llama.cpp takes what the compiler says this CPU has. Where a virtual machine announces AMX but faults on it,
-leave that out: CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON
--DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" with `pip install --no-binary llama-cpp-python`.
+If llama.cpp is built from source, it uses every instruction set that the compiler finds on this CPU. If a virtual machine announces
+AMX but faults on it, leave AMX out: CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON
+-DGGML_AVX512_BF16=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" with `pip install --no-binary llama-cpp-python`.
 
-FOLDER holds a config.json as benchmarks/make_checkpoint.py writes it; the GGUF files are made beside it. Prints one JSON object:
-per type, decode tokens per second after the prompt and prefill tokens per second over it.
+FOLDER has a config.json of benchmarks/make_checkpoint.py. The GGUF files are made beside it. Prints one JSON object: per type, the
+tokens per second of the prefill, and of decoding after the prompt.
 """
 
 import argparse
@@ -26,7 +26,7 @@ TYPES = {"Q4_0": gguf.GGMLQuantizationType.Q4_0, "Q8_0": gguf.GGMLQuantizationTy
 
 
 def write_gguf(path: Path, config: dict, kind: gguf.GGMLQuantizationType) -> None:
-    """A GGUF of the config's shapes: linear weights of one type, the output layer in Q8_0, norms in float32."""
+    """Writes a GGUF file with the config's shapes: linear weights of one type, the output layer in Q8_0, norms in float32."""
     rng = np.random.default_rng(0)
     hidden, wide, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     heads, kv_heads, vocabulary = config["num_attention_heads"], config["num_key_value_heads"], config["vocab_size"]
@@ -46,7 +46,7 @@ def write_gguf(path: Path, config: dict, kind: gguf.GGMLQuantizationType) -> Non
 
     def linear(name, out_features, in_features, kind=kind):
         key = (out_features, in_features, kind)
-        if key not in made:  # random all the same
+        if key not in made:  # weights of one shape are the same: they are random anyway
             values = rng.standard_normal((out_features, in_features), dtype=np.float32) * np.float32(0.02)
             made[key] = quantize(values, kind)
         writer.add_tensor(name, made[key].copy(), raw_dtype=kind)

@@ -1,8 +1,8 @@
-"""Writes a Llama checkpoint of random bfloat16 weights of any size, without ever holding it in memory.
+"""Writes a Llama checkpoint with random bfloat16 weights, of any size, without ever keeping it in memory.
 
     python benchmarks/make_checkpoint.py FOLDER --layers 32 --hidden 4096 --intermediate 14336 --vocabulary 32000
 
-The default shapes are those of an 8B model, cut to a number of layers; shards of 5 GB.
+The default shapes are those of an 8B model with fewer layers. Shards have 5 GB.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def tensors(layers: int, hidden: int, intermediate: int, vocabulary: int, kv: in
 
 
 def random_bfloat16(rng: np.random.Generator, count: int) -> bytes:
-    """Normal values of standard deviation 0.02, cut to bfloat16's upper 16 bits."""
+    """Normal values with standard deviation 0.02, truncated to bfloat16's upper 16 bits."""
     values = rng.standard_normal(count, dtype=np.float32) * np.float32(0.02)
     return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
 
@@ -45,7 +45,7 @@ def random_bfloat16(rng: np.random.Generator, count: int) -> bytes:
 def make_checkpoint(
     folder: Path, *, layers: int, hidden: int, intermediate: int, vocabulary: int, heads: int, kv_heads: int, shard_size: int
 ) -> int:
-    """Writes config.json, shards and their index; returns the bytes of weights."""
+    """Writes config.json, shards and their index. Returns the bytes of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     kv = hidden // heads * kv_heads
     shards, size = [[]], 0

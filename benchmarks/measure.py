@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing that alternates, weights that no cache keeps, and what machine it was."""
+"""Shared by the benchmarks: timing in turn, weights that no cache keeps, and the description of the machine."""
 
 import platform
 import statistics
@@ -14,7 +14,7 @@ from qcli.runtime import cpu
 
 
 def alternate(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, one call after the other in turn, so that a slow moment of the machine meets all of them."""
+    """Median seconds of each function. The functions are called in turn, so a slow moment of the machine affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds + 1):
         for name, function in functions.items():
@@ -26,13 +26,13 @@ def alternate(functions: dict[str, Callable[[], object]], rounds: int) -> dict[s
 
 
 def copies(make: Callable[[], object], nbytes: int) -> Callable[[], object]:
-    """Gives one copy after the other, of so many that together they are four times the last-level cache."""
+    """A function that returns one copy after the other. Together the copies are four times as large as the last-level cache."""
     turns = cycle([make() for _ in range(max(2, -(-4 * cpu.last_level_cache() // nbytes)))])
     return lambda: next(turns)
 
 
 def machine(*more: str) -> dict[str, object]:
-    """The machine and every version that matters; `more` are further packages."""
+    """The machine and the relevant versions. `more` names further packages."""
     packages = {}
     for package in ("torch", "bitsandbytes", "transformers", *more):
         try:

@@ -1,11 +1,11 @@
-"""Memory as `qcli estimate-memory` predicts it against what a model takes, each in a process of its own.
+"""Compares the memory that `qcli estimate-memory` predicts with what a model takes, each in a process of its own.
 
     python benchmarks/memory.py --output benchmarks/results/memory-cpu.json
     python benchmarks/memory.py --device cuda --output benchmarks/results/memory-gpu.json
 
-Weights and cache are compared with the tensors that a loaded model holds. On a CPU the process is compared by its high-water
-mark (VmHWM), which counts pages of the mapped checkpoint as they are touched; on a GPU by the peak that torch allocated, and
-by what the device lacks in the end.
+Weights and cache are compared with the tensors of a loaded model. On a CPU the total is compared with the process's high-water mark
+(VmHWM), which counts pages of the mapped checkpoint when they are read. On a GPU it is compared with the peak that torch allocated,
+and with the memory that is missing on the device at the end.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SHAPES = {
 }
 SETTINGS = {"cpu": ((512, 1),), "cuda": ((2048, 1), (2048, 8), (8192, 1), (8192, 8))}  # (tokens, sequences)
 
-# Runs a prompt and one step through a checkpoint, and prints what its tensors and the process take.
+# Runs a prompt and one step through a checkpoint, and prints the memory of its tensors and of the process.
 RUN = """
 import json, sys
 import torch
@@ -64,7 +64,7 @@ print(json.dumps(found))
 
 
 def predicted(folder: Path, device: str, tokens: int, batch: int) -> dict[str, int]:
-    """Bytes of weights and cache, and of the whole, with the likely overhead."""
+    """Bytes of weights, of the cache, and in total, with the likely overhead."""
     model = open_model(str(folder))
     dtype = model.config.dtype
     costs = Costs(model, STORED if model.config.quantization else dtype, dtype)
@@ -73,7 +73,7 @@ def predicted(folder: Path, device: str, tokens: int, batch: int) -> dict[str, i
     found = {"weights": needs.weights, "cache": needs.state}
     if device == "cuda":
         return found | {"allocated": tensors, "device": needs.likely}
-    # Of an input embedding that is no head too, only the pages of rows that tokens name leave the file.
+    # Of an input embedding that is not also the head, only the pages of the tokens' rows are read from the file.
     untied = any(parameter.kind == "head" for parameter in model.parameters)
     rows = sum(2 * parameter.numel for parameter in model.parameters if parameter.kind == "embedding" and untied)
     beside = overhead(needs.weights, needs.activations, device="cpu").likely
@@ -81,14 +81,14 @@ def predicted(folder: Path, device: str, tokens: int, batch: int) -> dict[str, i
 
 
 def measured(folder: Path, device: str, tokens: int, batch: int) -> dict[str, int]:
-    """The same of a process that runs it."""
+    """The same, measured in a process that runs the model."""
     command = [sys.executable, "-c", RUN, str(folder), device, str(tokens), str(batch)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def checkpoints(name: str, scratch: Path) -> dict[str, Path]:
-    """A model of random weights as it is, in 8 and in 4 bits: folders by what they hold."""
+    """A model with random weights, unquantized and in 8 and 4 bits: kind -> folder."""
     folders = {"bfloat16": scratch / name}
     make_checkpoint(folders["bfloat16"], **SHAPES[name], shard_size=5_000_000_000)
     for bits in ("8", "4"):

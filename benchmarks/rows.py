@@ -1,4 +1,4 @@
-"""The rows of a benchmark: figures, ratios against what must be reached, as tables and as a file."""
+"""The rows of a benchmark: figures, and ratios with their required values, as tables and as a file."""
 
 import json
 import re
@@ -12,14 +12,14 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Row:
-    """One line of the table: `figures` are times or rates by name, `ratios` what they come to against what must be reached."""
+    """One line of the table: `figures` are times or rates by name, `ratios` are comparisons with their required values."""
 
     work: str
     figures: dict[str, float]
     ratios: list[dict[str, object]] = field(default_factory=list)
 
     def compare(self, what: str, found: float, must: float | None, aim: float | None = None, *, at_most: bool = False) -> "Row":
-        """Adds a ratio: at least `must`, or at most; None where it is shown only."""
+        """Adds a ratio, which must be at least `must`, or at most if `at_most`. With None it is only shown."""
         met = must is None or (found <= must if at_most else found >= must)
         bound = "" if must is None else f"{'<=' if at_most else '>='} {must:g}"
         self.ratios.append({"what": what, "found": found, "must": bound, "aim": aim, "met": met})
@@ -38,7 +38,7 @@ def show(rows: list[Row], unit: str) -> None:
 
 
 def show_ratios(ratios: list[tuple[Row, dict[str, object]]]) -> None:
-    """Prints ratios with what must be reached and what is aimed at."""
+    """Prints ratios with their required values and aims."""
     if ratios:
         console.table(
             "",
@@ -52,7 +52,7 @@ def show_ratios(ratios: list[tuple[Row, dict[str, object]]]) -> None:
 
 
 def save(prefix: str, name: str, result: dict[str, object]) -> Path:
-    """Writes benchmarks/results/PREFIX-NAME.json and returns its path; `name` is the device's."""
+    """Writes benchmarks/results/PREFIX-NAME.json and returns its path. `name` is the device's."""
     name = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "")).strip("-")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{prefix}-{name}.json"

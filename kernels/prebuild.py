@@ -1,5 +1,5 @@
-"""Compiles every image of the CUDA kernels that a package carries: for each GPU generation that this nvcc knows, and PTX of
-the newest for those to come. `python prebuild.py FOLDER` fills a folder; images that are there already are kept.
+"""Compiles every image of the CUDA kernels that a package contains: machine code for each GPU generation that this nvcc supports,
+and PTX of the newest one for later GPUs. `python prebuild.py FOLDER` fills a folder. Images that are already there are kept.
 """
 
 import os
@@ -16,13 +16,13 @@ WANTED = ("75", "80", "86", "89", "90a", "100", "120")
 
 
 def architectures() -> list[str]:
-    """Those of WANTED that this nvcc compiles for."""
+    """The architectures of WANTED that this nvcc supports."""
     known = nvcc.targets()
     return [name for name in WANTED if f"sm_{name.rstrip('a')}" in known]
 
 
 def options(names: list[str]) -> list[str]:
-    """nvcc's, for one file with machine code for each and PTX of the last."""
+    """nvcc's options for one file with machine code for each architecture and PTX of the last."""
     newest = names[-1].rstrip("a")
     code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     return ["-fatbin", *code, f"-gencode=arch=compute_{newest},code=compute_{newest}"]

@@ -1,6 +1,6 @@
 """qcli: quantize, run and inspect large language models. The verbs of the command line, in Python.
 
-Names are imported on first use, so that `import qcli` costs neither torch nor transformers.
+Names are imported on first use, so `import qcli` loads neither torch nor transformers.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The command line: one Typer app, a command for each file in commands/, and the boundary where errors become sentences."""
+"""The command line: one Typer app, one command per file in commands/, and the boundary that turns errors into messages."""
 
 import functools
 import gc
@@ -40,7 +40,7 @@ def root(
 
 
 def _boundary(command):
-    """Turns what a user can meet into a message and an exit code. QCLI_TRACEBACK=1 shows where it came from."""
+    """Turns a QcliError into a message and an exit code. QCLI_TRACEBACK=1 shows the traceback instead."""
 
     @functools.wraps(command)
     def run(*args, **kwargs):
@@ -54,7 +54,7 @@ def _boundary(command):
         except KeyboardInterrupt:
             console.error("interrupted")
             sys.exit(130)
-        except BrokenPipeError:  # the reader of our output has left
+        except BrokenPipeError:  # the reader of our output has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
 
@@ -71,7 +71,7 @@ def _terminate(signum, frame):
 
 
 def _warn(message: Warning, category: type[Warning], filename: str, line: int, *rest) -> None:
-    """Shows a warning of qcli as a sentence, without the line of code that a library's warning comes with."""
+    """Shows a warning of qcli without a line of code. Warnings of libraries keep it."""
     if issubclass(category, QcliWarning):
         console.warn(str(message))
     else:
@@ -82,8 +82,8 @@ def main() -> None:
     """Entry point of `qcli`."""
     warnings.showwarning = _warn
     signal.signal(signal.SIGTERM, _terminate)
-    # The libraries make a million objects that stay. Python's default looks through them for cycles, again and again: a
-    # fourth of the time of importing them.
+    # The libraries make a million objects that stay. With Python's default, the search for cycles among them takes a fourth of
+    # the import time.
     gc.set_threshold(100_000, 20, 100)
     threads.settle()
     with threads.following():

@@ -1,10 +1,11 @@
-"""The only copy of each code table, in float32, and of the thresholds between its codes.
+"""The only copy of each codebook, in float32, and of the thresholds between its codes.
 
 NF4: quantiles of the normal distribution (QLoRA, arXiv:2305.14314, appendix E). FP4: sign, two exponent bits, one
 mantissa bit, scaled to a maximum of 1; bit 3 of the code is the sign. Dynamic map: the 8-bit signed dynamic exponent
 type (arXiv:1511.04561, section 1.2) in which double quantization stores absmax.
 
-Thresholds ascend, and a value takes the code after all thresholds that are below it: one on a threshold stays under it.
+Thresholds ascend. The number of thresholds below a value is the rank of its code, in the order of the codes' values. A value
+exactly on a threshold therefore takes the lower code.
 """
 
 import numpy as np
@@ -38,13 +39,13 @@ CODEBOOKS = {"nf4": NF4, "fp4": FP4}
 ZERO_CODE = {"nf4": 7, "fp4": 0}
 
 NF4_THRESHOLDS = (NF4[:-1] + NF4[1:]) / np.float32(2)
-# On magnitudes, in the literals of bitsandbytes' CUDA kernel: 0.583333 is 3.6e-7 off the midpoint.
+# For magnitudes, with the literals of bitsandbytes' CUDA kernel: 0.583333 differs from the midpoint by 3.6e-7.
 FP4_THRESHOLDS = np.array([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333], dtype=np.float32)
 
 
 def _fp4_thresholds() -> np.ndarray:
-    """The kernel's rule, |v| > t and then the sign of v, as one ascending list: below zero a value on -t keeps the
-    smaller magnitude, and only what is below zero has the sign bit."""
+    """The rule of bitsandbytes' kernel, |v| > t and then the sign of v, as one ascending list. A value exactly on -t takes the
+    smaller magnitude. Only values below zero get the sign bit."""
     below = np.append(-FP4_THRESHOLDS[::-1], np.float32(0))
     return np.concatenate([np.nextafter(below, np.float32(-np.inf)), FP4_THRESHOLDS])
 
@@ -54,7 +55,7 @@ def _fp4_order() -> np.ndarray:
     return np.concatenate([ascending[::-1] + 8, ascending]).astype(np.uint8)
 
 
-# 15 thresholds on v = x / absmax, and the 16 codes in the order of their values.
+# The 15 thresholds for v = x / absmax, and the 16 codes in ascending order of their values.
 THRESHOLDS = {"nf4": NF4_THRESHOLDS, "fp4": _fp4_thresholds()}
 ORDER = {"nf4": np.arange(16, dtype=np.uint8), "fp4": _fp4_order()}
 
@@ -70,7 +71,7 @@ def _dynamic_map() -> np.ndarray:
 
 
 def _linspace(start: np.float32, end: np.float32, count: int) -> np.ndarray:
-    """As torch.linspace computes it, for the map is defined by its rounding: from both ends, a float32 step, fused
+    """Computes what torch.linspace computes, because the map is defined by its rounding: from both ends, a float32 step, fused
     multiply-add (which float64 gives exactly here)."""
     step = np.float64((end - start) / np.float32(count - 1))
     i = np.arange(count, dtype=np.float64)
@@ -78,7 +79,7 @@ def _linspace(start: np.float32, end: np.float32, count: int) -> np.ndarray:
 
 
 def _dynamic_thresholds() -> np.ndarray:
-    """Midpoints rounded down to float32: no float32 lies between the two, so comparing with either is the same."""
+    """Midpoints, rounded down to float32. No float32 is between a midpoint and its rounded value, so comparisons do not change."""
     exact = (DYNAMIC_MAP[:-1].astype(np.float64) + DYNAMIC_MAP[1:].astype(np.float64)) / 2
     nearest = exact.astype(np.float32)
     return np.where(nearest > exact, np.nextafter(nearest, np.float32(-np.inf)), nearest)

@@ -1,4 +1,4 @@
-"""The only module that prints. Results go to stdout, talk goes to stderr; `--json` puts one object on stdout."""
+"""The only module that prints. Results are written to stdout, messages to stderr. `--json` writes one object to stdout."""
 
 import json as _json
 import os
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 def out(text: str = "", end: str = "\n") -> None:
-    """Writes result text to stdout as it is, at once. A character that its encoding lacks becomes a question mark."""
+    """Writes result text to stdout unchanged and at once. A character that the encoding lacks becomes a question mark."""
     if not can_show(text):
         encoding = sys.stdout.encoding or "utf-8"
         text = text.encode(encoding, "replace").decode(encoding)
@@ -23,7 +23,7 @@ def json(value: object) -> None:
 
 
 def ask(prompt: str) -> str | None:
-    """A line from stdin, prompted for on stderr; None at its end."""
+    """A line from stdin, after a prompt on stderr. None at the end of stdin."""
     sys.stderr.write(prompt)
     sys.stderr.flush()
     line = sys.stdin.readline()
@@ -31,7 +31,7 @@ def ask(prompt: str) -> str | None:
 
 
 def say(text: str = "") -> None:
-    """Writes a line of talk to stderr."""
+    """Writes a message line to stderr."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
@@ -61,9 +61,9 @@ def _styled(text: str, style: str) -> None:
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: Sequence[int] = (0,), talk: bool = False
 ) -> None:
-    """Prints a table on stdout (stderr when `talk`). Columns named in `left` are left-aligned, the others right.
+    """Prints a table on stdout (stderr when `talk`). Columns whose index is in `left` are left-aligned, the others right.
 
-    Cells are never cut: where the output is no terminal the table is as wide as it needs to be.
+    Cells are never cut: if the output is not a terminal, the table is as wide as necessary.
     """
     from rich import box
     from rich.console import Console
@@ -93,7 +93,8 @@ def can_show(text: str) -> bool:
 
 
 def bar(label: str, parts: Sequence[tuple[float, str, str]], whole: float, note: str, *, cells: int = 48) -> None:
-    """Writes one stacked bar on stdout: `parts` are (amount, character, colour), of `whole`. Beyond `whole` it is marked by "|"."""
+    """Writes one stacked bar on stdout. `parts` are (amount, character, colour), in the unit of `whole`, the full length. If the
+    parts exceed `whole`, a "|" marks its end."""
     used = sum(amount for amount, _, _ in parts)
     scale = (cells - (used > whole)) / max(whole, used, 1)
     pieces, reached, drawn = [], 0.0, 0
@@ -118,7 +119,7 @@ def bar(label: str, parts: Sequence[tuple[float, str, str]], whole: float, note:
 
 
 def _cut(pieces: list[tuple[str, str]], at: int) -> list[tuple[str, str]]:
-    """`pieces` with a mark where `at` characters have gone before."""
+    """`pieces` with a mark after the first `at` characters."""
     marked = []
     for text, colour in pieces:
         here = 0 <= at <= len(text) and not any(mark == "|" for mark, _ in marked)
@@ -140,7 +141,7 @@ class Progress:
         self.printed = False
 
     def advance(self, count: int, name: str) -> None:
-        """Counts `count` more source bytes, read for the tensor `name`."""
+        """Adds `count` source bytes, read for the tensor `name`."""
         self.done += count
         now = time.monotonic()
         if now - self.shown < (self.LIVE_SECONDS if self.live else self.PLAIN_SECONDS):
@@ -174,7 +175,7 @@ class Progress:
 
 @contextmanager
 def progress(total: int, done: int = 0):
-    """A `Progress` over `total` source bytes, of which `done` were finished by an earlier run."""
+    """A `Progress` over `total` source bytes. An earlier run has finished `done` of them."""
     shown = Progress(total, done)
     try:
         yield shown

@@ -1,4 +1,4 @@
-"""Where tensors are worked on, and where the parts of a model go."""
+"""Which device computes, and on which devices the parts of a model are placed."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from qcli.sizes import format_bytes, parse_size
 
 
 def pick_device(device: str):
-    """The torch.device for `auto`, `cpu` or `cuda`. Raises DeviceError, UsageError."""
+    """The torch.device that `auto`, `cpu` or `cuda` means. Raises DeviceError, UsageError."""
     import torch
 
     if device not in ("auto", "cpu", "cuda"):
@@ -21,7 +21,8 @@ def pick_device(device: str):
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """Where the modules of a model go, as transformers' from_pretrained takes it; `max_memory` in bytes per GPU or "cpu"."""
+    """The devices for the modules of a model, as arguments of transformers' from_pretrained. `max_memory` maps a GPU's index or
+    "cpu" to bytes."""
 
     device_map: object
     max_memory: dict[int | str, int] | None = None
@@ -32,12 +33,12 @@ class DeviceChoice:
         return self.device_map == "auto" or set(self.device_map) != {""}
 
     def arguments(self) -> dict[str, object]:
-        """For from_pretrained."""
+        """The arguments for from_pretrained."""
         given = {} if self.max_memory is None else {"max_memory": dict(self.max_memory)}
         return {"device_map": self.device_map} | given
 
     def gpus(self) -> list[int]:
-        """The GPUs that it may use, by index."""
+        """The indexes of the GPUs that may be used."""
         import torch
 
         if self.device_map != "auto":
@@ -45,7 +46,7 @@ class DeviceChoice:
         return _gpus(range(torch.cuda.device_count()) if self.max_memory is None else self.max_memory)
 
     def limits(self) -> str:
-        """What was given, in words."""
+        """The user's limits, in words."""
         if self.device_map != "auto":
             return "where the device map puts them"
         if self.max_memory is None:
@@ -56,7 +57,7 @@ class DeviceChoice:
 
 
 def place(device: str, device_map: str | dict | None, max_memory: str | Mapping[int | str, int | str] | None) -> DeviceChoice:
-    """The choice for `--device`, `--device-map` (auto, or a dict of module to device) and `--max-memory`.
+    """The choice from `--device`, `--device-map` (auto, or a dict of module to device) and `--max-memory`.
 
     Raises UsageError, DeviceError.
     """
@@ -68,7 +69,7 @@ def place(device: str, device_map: str | dict | None, max_memory: str | Mapping[
         raise UsageError(f"--device {device} and --device-map were both given", "Leave out one of the two.")
     if isinstance(device_map, dict):
         if max_memory is not None:
-            raise UsageError("max_memory was given with a device_map that leaves nothing to decide", "Leave out one.")
+            raise UsageError("max_memory was given with a device_map that names every device", "Leave out one.")
         return DeviceChoice(device_map)
     if device_map != "auto":
         raise UsageError(f"--device-map is {device_map!r}, expected auto")
@@ -76,10 +77,10 @@ def place(device: str, device_map: str | dict | None, max_memory: str | Mapping[
 
 
 def parse_max_memory(text: str | Mapping[int | str, int | str]) -> dict[int | str, int]:
-    """Bytes per GPU index or "cpu", of "0=20GB,cpu=30GB" or a dict of the same. Raises UsageError, DeviceError."""
+    """Bytes per GPU index or "cpu", from "0=20GB,cpu=30GB" or a dict of the same. Raises UsageError, DeviceError."""
     import torch
 
-    hint = "Write it as 0=20GB,1=20GiB,cpu=30GB; GPUs by number."
+    hint = "Write it as 0=20GB,1=20GiB,cpu=30GB, with GPUs by number."
     entries = text.items() if isinstance(text, Mapping) else [e.partition("=")[::2] for e in text.split(",")]
     limits: dict[int | str, int] = {}
     for name, size in entries:
@@ -96,12 +97,12 @@ def parse_max_memory(text: str | Mapping[int | str, int | str]) -> dict[int | st
     missing = [key for key in limits if key != "cpu" and key >= count]
     if missing:
         there = "there is none" if not count else f"there are {count}, from 0 on" if count > 1 else "there is only GPU 0"
-        raise DeviceError(f"--max-memory names GPU {missing[0]}, and {there}", "Name what `qcli doctor` shows.")
+        raise DeviceError(f"--max-memory names GPU {missing[0]}, but {there}", "Name a GPU that `qcli doctor` shows.")
     return limits
 
 
 def gpus_of(model) -> list[int]:
-    """The GPUs that a loaded transformers model lies on, by index."""
+    """The indexes of the GPUs on which a loaded transformers model is."""
     places = getattr(model, "hf_device_map", None) or {"": model.device}
     return _gpus(places.values())
 

@@ -1,4 +1,4 @@
-"""What this machine has and what qcli will use of it; for each missing thing, the command that adds it."""
+"""What this machine has, what qcli will use of it, and the command that adds each missing part."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ from qcli.sizes import format_bytes
 
 @dataclass(frozen=True)
 class Finding:
-    """`value` is what was found; `advice` is what to do where something is missing."""
+    """`value` is what was found. `advice` is what to do if something is missing."""
 
     name: str
     value: str
@@ -23,7 +23,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Looks at CPU, memory, libraries and GPU. Takes about a second, most of it to measure memory bandwidth."""
+    """Examines CPU, memory, libraries and GPU. Takes about a second, mostly to measure memory bandwidth."""
     return [
         Finding("qcli", f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"),
         *_cpu(),
@@ -46,7 +46,7 @@ def _cpu() -> list[Finding]:
             advice = f"install {again}"
         else:
             advice = f"install g++ or clang++ (apt install g++) and then {again}"
-        kernels = Finding("CPU kernels", f"{cpu.problem()}; plain torch serves, many times slower", advice)
+        kernels = Finding("CPU kernels", f"{cpu.problem()}; plain torch runs instead, many times slower", advice)
     elif cpu.variant() is None:
         kernels = Finding("CPU kernels", f"off: {cpu.CHOICE}={cpu.REFERENCE}", f"unset {cpu.CHOICE}")
     threads = torch.get_num_threads()
@@ -64,7 +64,7 @@ def _cpu() -> list[Finding]:
 
 
 def cpu_name() -> str:
-    """The processor as it calls itself."""
+    """The processor's own name."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
@@ -74,7 +74,7 @@ def cpu_name() -> str:
 
 
 def _bandwidth() -> float:
-    """Bytes per second of a product of a float32 matrix of 512 MiB and a vector: the best of five."""
+    """Bytes per second of a product of a 512 MiB float32 matrix with a vector: the best of five."""
     import torch
 
     matrix, vector = torch.ones(1 << 14, 1 << 13), torch.ones(1 << 13)
@@ -102,12 +102,12 @@ def _libraries() -> list[Finding]:
     ]
     bitsandbytes = _version("bitsandbytes")
     advice = None if bitsandbytes else "pip install bitsandbytes"
-    absent = "not installed: qcli does without; transformers and PEFT need it to load what qcli writes"
+    absent = "not installed: qcli does not need it; transformers and PEFT need it to load what qcli writes"
     return [*found, Finding("bitsandbytes", bitsandbytes or absent, advice)]
 
 
 def _nvidia() -> list[str]:
-    """A line for each GPU that the driver knows: name, driver, memory."""
+    """A line for each GPU that the driver reports: name, driver, memory."""
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -125,7 +125,7 @@ def _cuda(gpus: list[str]) -> list[Finding]:
 
     found = [Finding("NVIDIA GPU", gpu) for gpu in gpus]
     if not gpus:
-        found.append(Finding("NVIDIA GPU", "none that its driver knows: everything runs on the CPU"))
+        found.append(Finding("NVIDIA GPU", "none reported by its driver: everything runs on the CPU"))
     elif torch.version.cuda is None:
         found.append(Finding("GPU in torch", f"torch {torch.__version__} was built without CUDA", problems.TORCH))
     elif not torch.cuda.is_available():
@@ -134,7 +134,7 @@ def _cuda(gpus: list[str]) -> list[Finding]:
             advice = "unset CUDA_VISIBLE_DEVICES"
         found.append(Finding("GPU in torch", f"torch for CUDA {torch.version.cuda} finds none", advice))
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    pycuda, unused = _version("pycuda"), "not installed, and of no use without a GPU"
+    pycuda, unused = _version("pycuda"), "not installed, and not needed without a GPU"
     found.append(_nvcc(devices) if gpus or nvcc.find() else Finding("nvcc", unused))
     advice = problems.PYCUDA if gpus and not pycuda else None
     found.append(Finding("PyCUDA", pycuda or ("not installed" if gpus else unused), advice))
@@ -154,19 +154,19 @@ def _nvcc(devices: list) -> Finding:
     except KernelError as e:
         return Finding("nvcc", e.message, e.hint)
     if devices and all(nvcc.complete(torch.cuda.get_device_capability(device)) for device in devices):
-        return Finding("nvcc", "not installed, nor needed: the CUDA kernels came compiled")
+        return Finding("nvcc", "not installed, and not needed: qcli was installed with compiled CUDA kernels")
     return Finding("nvcc", "not installed", problems.NVCC)
 
 
 def _cuda_kernels(devices: list, given: set[str | None]) -> list[Finding]:
-    """Whether kernels run on each GPU that torch has; what `given` advises already is not said twice."""
+    """Whether kernels run on each GPU of torch. Advice that is in `given` is not repeated."""
     from qcli.runtime import cuda
 
     found = []
     for device in devices:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it would warn of is what is shown here
+            warnings.simplefilter("ignore")  # the finding says the same
             problem = cuda.problem(device)
-        value = f"not on {device}: {problem}; plain torch serves, more slowly" if problem else f"on {device}"
+        value = f"not on {device}: {problem}; plain torch runs instead, more slowly" if problem else f"on {device}"
         found.append(Finding("CUDA kernels", value, problem.hint if problem and problem.hint not in given else None))
     return found

@@ -1,9 +1,9 @@
-"""The errors a user can meet. One boundary, in `cli.py`, turns each into a sentence, a hint and an exit code.
+"""The errors that a user can see. One boundary, in `cli.py`, turns each into a message, a hint and an exit code.
 
-A message names the thing, what was found and what was expected; the hint says what to do next.
+A message names the thing, what was found and what was expected. The hint says what to do next.
 """
 
-_PROBLEMS = 20  # that a message lists
+_PROBLEMS = 20  # the most problems that a message lists
 
 
 class QcliError(Exception):
@@ -28,11 +28,11 @@ class CheckpointError(QcliError):
 
 
 class HubError(QcliError):
-    """The model hub refused, is unreachable, or does not know the model."""
+    """The model hub refused the request, is unreachable, or does not know the model."""
 
 
 class DeviceError(QcliError):
-    """The requested device is not there."""
+    """The requested device is missing or lacks memory."""
 
 
 class KernelError(QcliError):
@@ -40,7 +40,7 @@ class KernelError(QcliError):
 
 
 class NotCompiledError(KernelError):
-    """A CUDA kernel did not come compiled with the package, and nvcc is not there to compile it."""
+    """The package does not contain a compiled CUDA kernel, and there is no nvcc to compile it."""
 
 
 class NonFiniteError(QcliError):
@@ -48,7 +48,7 @@ class NonFiniteError(QcliError):
 
 
 class PlanError(QcliError):
-    """A run cannot start. `problems` lists every reason found, each one sentence."""
+    """A run cannot start. `problems` lists every reason, each in one sentence."""
 
     def __init__(self, subject: str, problems: list[str], hint: str | None = None):
         self.problems = list(problems)
@@ -69,20 +69,20 @@ class Interrupted(QcliError):
 
 
 class QcliWarning(UserWarning):
-    """Something works less well than it could; a sentence on what and how to mend it."""
+    """Something works less well than it could. The message says what, and what to do."""
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raises UsageError where `value`, given as the option `name`, is none of `allowed`."""
+    """Raises UsageError unless `value`, given as the option `name`, is one of `allowed`."""
     if value not in allowed:
         raise UsageError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
+    """The first line of an error's text, or its type if it has no text."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def together(what: str, names: list[str]) -> str:
-    """One sentence on many things of a kind, the first five by name."""
+    """One phrase for many things of a kind. It names the first five."""
     return f"{len(names):,} {what}: {', '.join(names[:5])}" + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")

@@ -1,10 +1,10 @@
-"""The only copy of each bit layout: two 4-bit codes a byte (bitsandbytes), words of signed codes (compressed-tensors)."""
+"""The only copy of each bit layout: two 4-bit codes per byte (bitsandbytes), words of signed codes (compressed-tensors)."""
 
 import torch
 
 
 def pack_4bit(codes: torch.Tensor, filler: int) -> torch.Tensor:
-    """Codes uint8 [n] in 0..15 to bytes uint8 [ceil(n/2), 1]. An odd last element is followed by `filler`."""
+    """Codes uint8 [n] in 0..15 to bytes uint8 [ceil(n/2), 1], the first code in the high bits. `filler` follows an odd last one."""
     if codes.numel() % 2:
         codes = torch.nn.functional.pad(codes, (0, 1), value=filler)
     pairs = codes.view(-1, 2)
@@ -18,8 +18,8 @@ def unpack_4bit(packed: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Signed codes int8 [rows, n] of 4 or 8 bits to words int32 [rows, ceil(n bits / 32)]: code + 2^(bits-1), the first in the low
-    bits. A last word that is not full ends with zeros."""
+    """Signed codes int8 [rows, n] of 4 or 8 bits to words int32 [rows, ceil(n bits / 32)]. A word holds code + 2^(bits-1), with the
+    first code in the low bits. A partial last word is padded with zeros."""
     raw = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
     raw = torch.nn.functional.pad(raw, (0, -raw.shape[1] % (32 // bits)))
     if bits == 4:

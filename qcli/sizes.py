@@ -1,4 +1,4 @@
-"""Sizes and durations as people write and read them. GB is 1e9 bytes, GiB is 2^30 bytes."""
+"""Sizes and durations as text. GB is 1e9 bytes, GiB is 2^30 bytes."""
 
 import re
 

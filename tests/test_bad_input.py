@@ -89,7 +89,7 @@ HEADERS = {
     "offsets of text": (with_entry(data_offsets=["0", "4"]), "expected a list of 2 items, each a whole number of at least 0"),
     "huge shape": (with_entry(shape=[2**62, 2**62]), "bytes, its data has"),
     "overlap": (overlapping, "overlap"),
-    "duplicate name": (twice, "stands twice"),
+    "duplicate name": (twice, "occurs twice"),
     "no object": (lambda header: [1, 2], "expected a JSON object"),
     "entry is a number": (lambda header: header | {NAME: 3}, "its entry is 3 (a number), expected an object"),
     "broken JSON": (lambda header: b'{"a": ', "not valid JSON"),
@@ -199,7 +199,7 @@ def test_the_same_tensor_in_two_shards(sharded, refused):
     state = load_file(second)
     name = next(iter(load_file(first)))
     save_file(state | {name: torch.zeros(2, dtype=torch.bfloat16)}, second)
-    refused("quantize", "sharded", contains=[f"the tensor {name} stands in both"])
+    refused("quantize", "sharded", contains=[f"the tensor {name} is in both"])
 
 
 def test_missing_and_misshaped_tensors_are_reported_together(model, quick_cli):
@@ -327,9 +327,9 @@ def test_pickles_are_not_run(model, refused, capsys):
     done = refused("quantize", "model", contains=["holds more than tensors"])
     assert "pickle ran" not in done.stdout + done.stderr
     torch.save(state, model / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    refused("quantize", "model", contains=["is no zip file"])
+    refused("quantize", "model", contains=["is not a zip file"])
     torch.save({"state_dict": state}, model / "pytorch_model.bin")
-    refused("quantize", "model", contains=["state_dict is no tensor"])
+    refused("quantize", "model", contains=["state_dict is not a tensor"])
     torch.save({"w": torch.zeros(4, 6).t()}, model / "pytorch_model.bin")
     refused("quantize", "model", contains=["stored with strides"])
     data = (model / "pytorch_model.bin").read_bytes()

@@ -72,7 +72,7 @@ def test_a_conversation_is_what_the_template_makes_of_it(model):
         ("{{ messages + 1 }}", "can only concatenate list"),
         ("{{ 1 // 0 }}", "division"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("a fixed text", "leaves the user's message out"),
+        ("a fixed text", "drops the user's message"),
         ("{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}", "no system message"),
     ],
 )
@@ -98,7 +98,7 @@ def test_content_in_parts_where_the_template_wants_it(model):
 
 
 def test_a_template_that_makes_nothing(model):
-    with pytest.raises(CheckpointError, match="makes no text"):
+    with pytest.raises(CheckpointError, match="returns an empty text"):
         Chat(tokenizer_of("{% if messages[0].content == 'marmalade' %}marmalade{% endif %}"), "m").ids(
             model[0], [{"role": "user", "content": "hi"}]
         )
@@ -219,7 +219,7 @@ def test_a_conversation_that_outgrows_a_table_of_positions(tmp_path, quick_cli, 
         patched.setattr("qcli.console.warn", warned.append)
         done = talk("model", ["a" * 30, "b" * 20, "c" * 25, "d" * 90, "e" * 10, "/exit"], quick_cli, monkeypatch)
     assert done.returncode == 0 and "the prompt has 91 tokens, the model's context holds 64" in done.stderr
-    assert len(prompts(done)) == 4 and max(prompts(done)) < 64 and any("first turn is forgotten" in w for w in warned)
+    assert len(prompts(done)) == 4 and max(prompts(done)) < 64 and any("first turn is dropped" in w for w in warned)
 
 
 def test_a_line_that_is_no_text(folder, quick_cli, monkeypatch):

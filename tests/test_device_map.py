@@ -70,7 +70,7 @@ def test_limits_that_cannot_be_read(text, message, gpus):
 
 
 def test_a_gpu_that_is_not_there(gpus, monkeypatch):
-    with pytest.raises(DeviceError, match="names GPU 2, and there are 2, from 0 on"):
+    with pytest.raises(DeviceError, match="names GPU 2, but there are 2, from 0 on"):
         devices.parse_max_memory("2=1GB")
     for count, words in ((1, "there is only GPU 0"), (0, "there is none")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
@@ -84,7 +84,7 @@ def test_a_gpu_that_is_not_there(gpus, monkeypatch):
         (("cpu", "auto", None), "--device cpu and --device-map were both given"),
         (("auto", None, "cpu=1GB"), "--max-memory was given without --device-map"),
         (("auto", "balanced", None), "--device-map is 'balanced', expected auto"),
-        (("auto", {"": "cpu"}, "cpu=1GB"), "leaves nothing to decide"),
+        (("auto", {"": "cpu"}, "cpu=1GB"), "names every device"),
     ],
 )
 def test_options_that_contradict(arguments, message):

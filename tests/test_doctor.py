@@ -31,7 +31,7 @@ def test_the_table_and_what_to_do_about_a_choice(cli):
 
 def test_a_library_that_is_not_there(cli, tmp_path):
     done = cli("doctor", env={"QCLI_CPU_LIBRARY": str(tmp_path / "none.so")})
-    assert "plain torch serves" in done.stdout and "CPU kernels: unset QCLI_CPU_LIBRARY" in done.stdout
+    assert "plain torch runs" in done.stdout and "CPU kernels: unset QCLI_CPU_LIBRARY" in done.stdout
 
 
 @pytest.mark.parametrize("there, advice", [(None, "apt install g++"), ("libqcli_cpu.so", "install qcli again")])
@@ -40,7 +40,7 @@ def test_without_a_compiler(there, advice, monkeypatch):
     monkeypatch.setattr(cpu, "path", lambda: there)
     monkeypatch.delenv("QCLI_CPU_LIBRARY", raising=False)
     found = {entry.name: entry for entry in doctor._cpu()}["CPU kernels"]
-    assert "plain torch serves" in found.value and advice in found.advice
+    assert "plain torch runs" in found.value and advice in found.advice
 
 
 def test_an_unknown_variant_is_a_sentence(cli):
@@ -92,7 +92,7 @@ def test_a_gpu_on_which_the_kernels_run(gpu_machine):
 
 def test_without_pycuda(gpu_machine, monkeypatch):
     def absent():
-        raise problems.of_import(ModuleNotFoundError("No module named 'pycuda'"))
+        raise problems.import_error(ModuleNotFoundError("No module named 'pycuda'"))
 
     monkeypatch.setattr(doctor, "_version", lambda package: None)
     monkeypatch.setattr(cuda, "_import_driver", absent)
@@ -103,7 +103,7 @@ def test_without_pycuda(gpu_machine, monkeypatch):
 
 def test_a_pycuda_of_another_cuda(gpu_machine, monkeypatch):
     def broken():
-        raise problems.of_import(ImportError("_driver.so: undefined symbol: cuCtxCreate_v4"))
+        raise problems.import_error(ImportError("_driver.so: undefined symbol: cuCtxCreate_v4"))
 
     monkeypatch.setattr(cuda, "_import_driver", broken)
     found = gpu_machine()["CUDA kernels"]
@@ -122,7 +122,7 @@ def test_without_nvcc_where_the_kernels_came_compiled(gpu_machine, monkeypatch):
     monkeypatch.setattr(nvcc, "find", lambda: None)
     monkeypatch.setattr(nvcc, "complete", lambda capability: capability == (9, 0))
     found = gpu_machine()
-    assert "nor needed" in found["nvcc"].value and found["nvcc"].advice is None
+    assert "and not needed" in found["nvcc"].value and found["nvcc"].advice is None
     assert found["CUDA kernels"].value == "on cuda:0"
 
 
@@ -147,7 +147,7 @@ def test_a_gpu_that_is_too_old(gpu_machine, monkeypatch):
     for where, name, value in fake_gpu.torch_parts(fake_gpu.Gpu(capability=(6, 1)), fake_gpu.Current()):
         monkeypatch.setattr(where, name, value, raising=False)
     found = gpu_machine()["CUDA kernels"]
-    assert "compute capability 6.1, the kernels need 7.5 or later; plain torch serves" in found.value
+    assert "compute capability 6.1, the kernels need 7.5 or later; plain torch runs" in found.value
 
 
 def test_a_driver_that_refuses(gpu_machine):
@@ -178,5 +178,5 @@ def test_without_a_gpu_nothing_is_advised(monkeypatch):
     monkeypatch.setattr(nvcc, "find", lambda: None)
     monkeypatch.setattr(doctor, "_version", lambda package: None)
     found = {entry.name: entry for entry in doctor._cuda([])}
-    assert found["nvcc"].value == found["PyCUDA"].value == "not installed, and of no use without a GPU"
+    assert found["nvcc"].value == found["PyCUDA"].value == "not installed, and not needed without a GPU"
     assert not any(entry.advice for entry in found.values())

@@ -73,7 +73,7 @@ def test_a_file_too_large_is_left_and_named(model, quick_cli, monkeypatch, tmp_p
     monkeypatch.setattr(carried, "MOST_BYTES", 1_000_000)
     (model / "corpus.txt").write_bytes(bytes(1_000_001))
     done = quick_cli("quantize", "model", "-o", "out")
-    assert done.returncode == 0 and "corpus.txt is not carried over" in done.stderr.replace("\n", " ")
+    assert done.returncode == 0 and "corpus.txt is not copied" in done.stderr.replace("\n", " ")
     assert not (tmp_path / "out/corpus.txt").exists()
 
 
@@ -103,7 +103,7 @@ def test_an_adapter_beside_the_model_is_left_out_by_all(model, quick_cli, tmp_pa
         for x, s in (("A", (4, 64)), ("B", (64, 4)))
     }
     save_file(adapter, model / "adapter_model.safetensors")
-    with pytest.warns(QcliWarning, match="the adapter beside the model is left out"):
+    with pytest.warns(QcliWarning, match="the adapter beside the model is ignored"):
         assert tokens(quick_cli("generate", "model", "hi", *WORDS)) == plain
     with pytest.warns(QcliWarning):
         assert quick_cli("generate", "model", "hi", "--bits", "4", *WORDS).returncode == 0
@@ -154,7 +154,7 @@ def test_two_files_and_no_index(model, quick_cli):
     shutil.copy(model / "model.fp16.safetensors", model / "model.fp32.safetensors")
     for verb in (["info"], ["quantize"], ["generate", "hi"]):
         done = quick_cli(verb[0], "model", *verb[1:])
-        assert done.returncode == 1 and "which of them is the model is not stated" in done.stderr.replace("\n", " ")
+        assert done.returncode == 1 and "nothing says which of them is the model" in done.stderr.replace("\n", " ")
 
 
 def test_the_root_of_a_cache(model, tmp_path, quick_cli):

@@ -26,10 +26,10 @@ from qcli.files.foreign_json import (
     [
         (b'{"a": ', "is not valid JSON"),
         (b"", "is not valid JSON"),
-        (b'{"\xff": 1}', "byte 2 is no UTF-8"),
+        (b'{"\xff": 1}', "byte 2 is not UTF-8"),
         (b"[" * 100_000, "nested too deeply"),
         (b"9" * 5000, "is not valid JSON"),
-        ("{}".encode("utf-16"), "byte 0 is no UTF-8"),
+        ("{}".encode("utf-16"), "byte 0 is not UTF-8"),
     ],
 )
 def test_what_is_no_json(data, words):
@@ -44,7 +44,7 @@ def test_a_byte_order_mark_is_let_pass():
 
 def test_a_name_that_stands_twice():
     assert parse_object(b'{"a": 1, "a": 2}', "x", "") == {"a": 2}
-    with pytest.raises(CheckpointError, match="the name 'a' stands twice"):
+    with pytest.raises(CheckpointError, match="the name 'a' occurs twice"):
         parse_object(b'{"b": {"a": 1, "a": 2}}', "x", "", unique=True)
 
 

@@ -137,7 +137,7 @@ def test_the_dtype_of_a_model_of_parts(config, stored, expected):
     from qcli.checkpoint.model_dtype import model_dtype
     from qcli.checkpoint.safetensors_file import TensorInfo
 
-    tensors = {code: ("file", TensorInfo(code, code, (count,), 0, 0)) for code, count in stored.items()}
+    tensors = {code: TensorInfo("file", code, code, (count,), 0, 0) for code, count in stored.items()}
     assert model_dtype(SimpleNamespace(config=config, tensors=tensors, label="model"), "auto") == expected
 
 

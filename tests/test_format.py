@@ -307,5 +307,5 @@ def test_bin_checkpoints_read_by_one_thread_after_another(tmp_path):
     torch.save({"w": torch.zeros(2, 3)}, tmp_path / "x.bin")
     for _ in range(3):
         with ThreadPoolExecutor(1) as pool:
-            header = pool.submit(read_header, tmp_path / "x.bin", "x.bin").result()
+            header = pool.submit(read_header, tmp_path / "x.bin", "x.bin", "x.bin").result()
         assert header.tensors["w"].shape == (2, 3)

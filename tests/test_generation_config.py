@@ -264,7 +264,7 @@ def test_temperature_0_is_greedy(model, way):
 def test_options_win_over_the_file(model, way):
     hot = written(model, {"temperature": 0.3}, temperature=1.5, top_k=40)
     assert hot == written(model, SAMPLED | {"top_k": 40})
-    with pytest.warns(QcliWarning, match="sampling is at temperature 1"):
+    with pytest.warns(QcliWarning, match="sampling uses temperature 1"):
         assert written(model, {"temperature": 0}, top_p=0.9) == written(model, {"do_sample": True, "top_p": 0.9})
     assert len(written(model, {"max_length": 500, "max_new_tokens": 9}, max_new_tokens=4)) == 4
 
@@ -296,7 +296,7 @@ def test_stop_strings(model, way):
 
 
 def test_ends_that_never_come(model):
-    with pytest.warns(QcliWarning, match="token 999 is to end a text.* 256 tokens"):
+    with pytest.warns(QcliWarning, match="token 999 should end a text.* 256 tokens"):
         assert written(model, {"eos_token_id": [999, -1]}) == written(model, {})
 
 

@@ -185,7 +185,7 @@ def test_transforms_and_modes_see_the_op():
 def test_a_weight_that_is_elsewhere_is_refused():
     module = four_bit()
     module.weight_absmax = module.weight_absmax.to("meta")
-    with torch.no_grad(), pytest.raises(ValueError, match="absmax lies on meta, expected cpu"):
+    with torch.no_grad(), pytest.raises(ValueError, match="absmax is on meta, expected cpu"):
         module(inputs())
 
 

@@ -1,6 +1,6 @@
-// Statistics of each column of x in one pass: min, max, sum x, sum x^2, sum x^3, sum x^4, how many |x| >= threshold.
+// Statistics of each column of x in one pass: min, max, sum x, sum x^2, sum x^3, sum x^4, the number of |x| >= threshold.
 //
-// A thread takes columns and goes down all rows, adding in float64: the order, and so the bits, do not depend on threads.
+// A thread takes some columns and adds all their rows in float64. The order, and so the bits, do not depend on the threads.
 
 #include "simd.h"
 
@@ -10,7 +10,7 @@ constexpr int64_t kStrip = 64;  // columns: 2.75 KiB of sums
 constexpr int64_t kRowsAhead = 16;
 constexpr int64_t kPanel = 4;   // rows between a load and a store of the sums
 
-// sum + a b, of a product that float64 holds exactly: rounded once or twice, the bits are the same.
+// sum + a b, for a product that is exact in float64. With or without fusing, the bits are the same.
 QCLI_INLINE double plus_exact(double sum, double a, double b) {
 #if defined(__FP_FAST_FMA)
   return __builtin_fma(a, b, sum);
@@ -40,7 +40,7 @@ QCLI_INLINE void add(Sums& to, const T* x, int64_t columns, int64_t width, float
       most = value > most || value != value ? value : most;
       sum += wide;
       square += squared;
-      if constexpr (sizeof(T) == 2) {  // at most 11 significant bits, and so 44 in a fourth power
+      if constexpr (sizeof(T) == 2) {  // at most 11 significant bits, so 44 in a fourth power
         cube = plus_exact(cube, squared, wide);
         fourth = plus_exact(fourth, squared, squared);
       } else {

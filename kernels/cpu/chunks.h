@@ -1,12 +1,12 @@
-// The x of linear_4bit in chunks of 128, laid out as look-ups find the weights, and the products of a chunk.
+// The x of linear_4bit in chunks of 128, in the order in which look-ups decode the weights, and the products of a chunk.
 //
-// Products are float32. With the compute dtype bfloat16 they are of 16-bit integers, since decoding, not memory, is the limit:
-// codes in steps of 1 / 8064, x of each chunk in steps of its largest magnitude / 32767. Half a step of a code is finer than
-// bfloat16's rounding of it, and the steps of x cost no more than that as long as no chunk has an outlier of kOutlier times
-// the mean magnitude of the rest: with one, products are float32 too.
+// Products are float32. With the compute dtype bfloat16 they are products of 16-bit integers, because decoding, not memory, is the
+// limit: codes in steps of 1 / 8064, x of each chunk in steps of its largest magnitude / 32767. Half a step of a code is finer than
+// bfloat16's rounding of it. The steps of x cost no more than that, unless a chunk has an outlier of kOutlier times the mean
+// magnitude of the rest. With such an outlier, products are float32 too.
 //
-// Multiplying pairs of bfloat16 (AVX512_BF16) would round as much and is no faster than float32: vdpbf16ps takes two cycles
-// where vpdpwssd takes half of one (Xeon with AMX).
+// Multiplying pairs of bfloat16 (AVX512_BF16) would round as much, and is no faster than float32: vdpbf16ps takes two cycles,
+// vpdpwssd half a cycle (Xeon with AMX).
 #pragma once
 
 #include "int16.h"
@@ -15,8 +15,8 @@ namespace {
 
 constexpr int64_t kChunk = 128;
 
-// x in float32. Shift j brings the code of element 8 lane + (j ^ 1) to the low four bits of a lane, where the look-up reads it:
-// that element lies at 16 j + lane.
+// x in float32. Shift j moves the code of element 8 lane + (j ^ 1) to the low four bits of a lane, where the look-up reads it.
+// That element of x is therefore stored at 16 j + lane.
 class Float32 {
  public:
   using Table = Table16;
@@ -31,7 +31,7 @@ class Float32 {
   }
   static Table table(const float* code) { return table16(code); }
 
-  // totals += chunk * scales, for the chunk at i of kR rows and of kT tokens from t on.
+  // totals += chunk * scales, for the chunk at i of kR rows and kT tokens from t on.
   template <int kT, int kR>
   QCLI_INLINE void add(Table table, const I32x16* chunk, int64_t t, int64_t i, const F32x16* scales, F32x16 (*totals)[kT]) const {
     const float* x = values_.as<float>() + t * k_ + i;
@@ -66,11 +66,11 @@ class Float32 {
 };
 
 #if defined(QCLI_INT16_PRODUCTS)
-constexpr float kCodeSteps = 8064;  // 8 * 8064 * 32767 is within int32; FP4's codes, of 192nds, stay exact
+constexpr float kCodeSteps = 8064;  // 8 * 8064 * 32767 is within int32; FP4's values, multiples of 1 / 192, stay exact
 constexpr float kSteps = 32767;
 constexpr float kOutlier = 64;
 
-// x in 16-bit integers, a step for each chunk.
+// x in 16-bit integers, with one step size per chunk.
 class Int16 {
  public:
   using Table = Codes16;
@@ -93,7 +93,7 @@ class Int16 {
       *step++ = largest / (kSteps * kCodeSteps);
     }
   }
-  bool usable() const { return usable_; }  // not with outliers, NaN, infinity or magnitudes whose reciprocal is none
+  bool usable() const { return usable_; }  // false with outliers, NaN, infinity or extreme magnitudes
   static Table table(const float* code) {
     int16_t entries[16];
     for (int i = 0; i < 16; i++) entries[i] = int16_t(nearbyintf(code[i] * kCodeSteps));

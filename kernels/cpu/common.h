@@ -1,12 +1,11 @@
-// What every CPU kernel shares: names, dtypes, conversions, threads.
+// Shared by all CPU kernels: names, dtypes, conversions, threads.
 //
-// Each op is one file, compiled once per instruction set ("variant") under the names qcli_<op>_<variant>. All that is not
-// such a symbol lives in an unnamed namespace: an inline function shared by the variants would be merged into one by the
-// linker, and might then run AVX-512 on a CPU without it. For the same reason nothing of the standard library is used that is
-// a template or inline there, such as std::fabs.
+// Each op is one file. It is compiled once per instruction set ("variant"), under the names qcli_<op>_<variant>. Everything else is
+// in an unnamed namespace: the linker would merge an inline function of several variants into one, which might then run AVX-512 on
+// a CPU without it. For the same reason the kernels use no template or inline function of the standard library, such as std::fabs.
 //
-// Floating-point contraction is off (-ffp-contract=off) where results must be the same bits on every variant; the
-// products of linear_4bit ask for fused multiply-add by name.
+// Floating-point contraction is off (-ffp-contract=off) because results must have the same bits in every variant. The products of
+// linear_4bit use fused multiply-add explicitly.
 #pragma once
 
 #include <math.h>
@@ -24,7 +23,7 @@
 #define QCLI_KERNEL(op) extern "C" __attribute__((visibility("default"))) void QCLI_JOIN(op, QCLI_VARIANT)
 #define QCLI_INLINE inline __attribute__((always_inline))
 
-// In parallel.cpp: body(context, begin, end) over [0, count) in pieces of `grain`, by at most `threads` threads.
+// In parallel.cpp. Calls body(context, begin, end) over [0, count) in pieces of `grain`, with at most `threads` threads.
 extern "C" __attribute__((visibility("hidden"))) void qcli_parallel(
     void (*body)(void*, int64_t, int64_t), void* context, int64_t count, int64_t grain, int threads);
 
@@ -65,7 +64,7 @@ QCLI_INLINE float to_float(bf16 value) { return from_bits(uint32_t(value.bits) <
 QCLI_INLINE float to_float(f16 value) {
   const uint32_t sign = uint32_t(value.bits & 0x8000) << 16, magnitude = value.bits & 0x7fff;
   if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000 | (magnitude << 13 & 0x7fffff));
-  // The exponent field moved into place is 112 too small; the product also sets subnormal values right.
+  // After the shift the exponent is 112 too small. The product corrects it, also for subnormal values.
   return from_bits(sign | to_bits(from_bits(magnitude << 13) * 0x1p112f));
 }
 
@@ -92,7 +91,7 @@ QCLI_INLINE void from_float(float value, f16* out) {
   out->bits = uint16_t(sign | half);
 }
 
-// Memory for the time of a call, at a cache line's start.
+// Memory for the duration of a call, aligned to a cache line.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) : data_(aligned_alloc(64, divide_up(bytes + 1, 64) * 64)) {
@@ -112,7 +111,7 @@ class Scratch {
   void* data_;
 };
 
-// A bias in whatever dtype it is stored; none where data is null.
+// A bias in the dtype in which it is stored. There is none if `data` is null.
 struct Bias {
   const void* data;
   int64_t dtype;
@@ -123,7 +122,7 @@ struct Bias {
   }
 };
 
-// The largest |x| as float32 bits, a NaN above all: unsigned order is the order of magnitudes.
+// The largest |x| as float32 bits, with NaN above all. As unsigned integers the bits have the order of the magnitudes.
 QCLI_INLINE uint32_t largest_magnitude(const float* x, int64_t count) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < count; i++) largest = larger(largest, to_bits(x[i]) & 0x7fffffff);
@@ -147,7 +146,7 @@ QCLI_INLINE uint32_t largest_magnitude(const f16* x, int64_t count) {
 
 constexpr uint32_t kInfinity = 0x7f800000, kNaN = 0x7fc00000;
 
-// max |x|; any NaN makes it the one quiet NaN.
+// max |x|. If any x is NaN, it is always the same quiet NaN.
 template <class T>
 QCLI_INLINE float absmax_of(const T* x, int64_t count) {
   const uint32_t bits = largest_magnitude(x, count);

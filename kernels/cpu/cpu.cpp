@@ -1,4 +1,4 @@
-// What the library tells of the CPU, and asks of the system.
+// What the library reports about the CPU, and requests from the system.
 
 #include <cstdint>
 #if defined(__linux__)
@@ -8,8 +8,8 @@
 #include <cpuid.h>
 #endif
 
-// Which variants this library holds and this CPU runs, the best last. __builtin_cpu_supports asks CPUID, and XGETBV whether
-// the system saves the registers.
+// The variants of this library that this CPU supports, the best last. __builtin_cpu_supports asks CPUID, and XGETBV whether the
+// system saves the registers.
 
 #define QCLI_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -18,7 +18,7 @@ QCLI_EXPORT const char* qcli_variants() {
   __builtin_cpu_init();
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   __get_cpuid(1, &eax, &ebx, &ecx, &edx);
-  const bool f16c = ecx >> 29 & 1;  // older compilers do not know it by name
+  const bool f16c = ecx >> 29 & 1;  // __builtin_cpu_supports of older compilers lacks it
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -29,7 +29,7 @@ QCLI_EXPORT const char* qcli_variants() {
   return "generic";
 }
 
-// Whether products of bfloat16 have instructions of their own.
+// Whether the CPU has instructions for products of bfloat16.
 QCLI_EXPORT int qcli_native_bfloat16() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -39,7 +39,7 @@ QCLI_EXPORT int qcli_native_bfloat16() {
 #endif
 }
 
-// Asks for pages of 2 MB where whole ones fit into fresh memory: writing to it then faults once where it faulted 512 times.
+// Requests pages of 2 MB where whole ones fit into new memory. Writing to it then causes one page fault instead of 512.
 QCLI_EXPORT void qcli_prefer_huge_pages(void* start, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = 2 << 20;

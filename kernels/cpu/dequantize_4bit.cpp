@@ -1,7 +1,7 @@
 // Blockwise 4-bit dequantization: code[c] * absmax in float32, rounded once to the wanted dtype.
 //
-// Elements `start` to `start + count` of the flat weight, so that a panel of it can be expanded. Reads half a byte and
-// 4 / block_size bytes an element, writes 2 or 4.
+// It decodes the elements `start` to `start + count` of the flat weight, so a part of it can be expanded. Per element it reads half
+// a byte and 4 / block_size bytes, and writes 2 or 4.
 
 #include "simd.h"
 
@@ -16,7 +16,7 @@ QCLI_INLINE void store_pairs(T* out, F32x16 earlier, F32x16 later) {
 }
 
 #if defined(__AVX512F__)
-// In bfloat16 the two halves of a lane are the two elements of a byte: no shuffle is needed.
+// In bfloat16 the two halves of a lane are the two elements of a byte, so no shuffle is needed.
 QCLI_INLINE void store_pairs(bf16* out, F32x16 earlier, F32x16 later) {
   const __m512i a = _mm512_castps_si512(earlier.v), b = _mm512_castps_si512(later.v);
   const __m512i half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
@@ -48,7 +48,7 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t block_size, 
       int64_t begin = larger(start, b * block_size);
       const int64_t end = smaller(start + count, (b + 1) * block_size);
       const float scale = absmax[b];
-      if (begin % 2 || !__builtin_isfinite(scale)) {  // one by one also keeps a NaN one when it is rounded
+      if (begin % 2 || !__builtin_isfinite(scale)) {  // one_by_one also rounds a NaN to a NaN
         one_by_one(packed, absmax, block_size, code, begin, end, out + (begin - start));
         continue;
       }

@@ -1,4 +1,4 @@
-// The absmax values that double quantization stored: map[code] * nested_absmax + offset, each rounded to float32.
+// Decodes the absmax values that double quantization stored: map[code] * nested_absmax + offset, each step rounded to float32.
 
 #include "simd.h"
 

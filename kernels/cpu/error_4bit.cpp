@@ -1,14 +1,14 @@
-// What 4-bit quantization changed; the definition is in qcli/ops/error_4bit.py.
+// The error of 4-bit quantization. The definition is in qcli/ops/error_4bit.py.
 //
-// Per block, in units of its absmax so that squares stay in range: sums of (w - v)^2, w^2, c (w - v) and c^2, with the code
-// value c and v = c * absmax. 16 float32 lanes, added up in one fixed order, then float64 over blocks in their order: the
-// same bits whatever the threads and the variant.
+// Per block: the sums of (w - v)^2, w^2, c (w - v) and c^2, where c is the code's value and v = c * absmax. They are in units of
+// the block's absmax, so squares stay in range. 16 float32 lanes are added in a fixed order, then float64 adds the blocks in
+// their order. The bits do not depend on threads or variant.
 
 #include "simd.h"
 
 namespace {
 
-constexpr int64_t kRun = 64;  // blocks whose sums are one partial sum
+constexpr int64_t kRun = 64;  // blocks per partial sum
 
 struct Sums {
   double error, norm;
@@ -94,8 +94,8 @@ void measure(const void* input, int64_t count, const uint8_t* packed, const floa
 
 }  // namespace
 
-// x [count] of `dtype` and what quantize_4bit made of it. partial float64 [ceil(blocks / 64), 3]: squared error, squared
-// norm and non-finite elements of each 64 blocks; slopes and curves bfloat16 [blocks].
+// x [count] of `dtype`; packed and absmax are the results of quantize_4bit for x. partial float64 [ceil(blocks / 64), 3]: squared
+// error, squared norm and non-finite elements of each 64 blocks. slopes and curves bfloat16 [blocks].
 QCLI_KERNEL(error_4bit)
 (const void* x, int dtype, int64_t count, const uint8_t* packed, const float* absmax, int64_t block_size, const float* code,
  double* partial, void* slopes, void* curves, int threads) {

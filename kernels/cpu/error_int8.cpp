@@ -1,12 +1,12 @@
-// What row-wise int8 quantization changed; the definition is in qcli/ops/error_int8.py.
+// The error of row-wise int8 quantization. The definition is in qcli/ops/error_int8.py.
 //
-// Per row, in units of its absmax: sums of (w - q absmax / 127)^2 and w^2, in one fixed order.
+// Per row, in units of its absmax: the sums of (w - q absmax / 127)^2 and w^2, in a fixed order.
 
 #include "simd.h"
 
 namespace {
 
-constexpr int64_t kRun = 1024;  // elements that are added up in float32 before float64 takes them
+constexpr int64_t kRun = 1024;  // elements that are added in float32; float64 adds these sums
 
 template <class T>
 void measure(const void* input, int64_t rows, int64_t columns, const int8_t* q, const float* absmax, double* sums,
@@ -53,8 +53,8 @@ void measure(const void* input, int64_t rows, int64_t columns, const int8_t* q, 
 
 }  // namespace
 
-// x [rows, columns] of `dtype` and what quantize_int8 made of it without a threshold. sums float64 [rows, 3]: squared error,
-// squared norm, non-finite elements.
+// x [rows, columns] of `dtype`; q and absmax are the results of quantize_int8 for x, without a threshold. sums float64 [rows, 3]:
+// squared error, squared norm, non-finite elements.
 QCLI_KERNEL(error_int8)
 (const void* x, int dtype, int64_t rows, int64_t columns, const int8_t* q, const float* absmax, double* sums, int threads) {
   QCLI_DISPATCH(dtype, measure, x, rows, columns, q, absmax, sums, threads)

@@ -1,20 +1,20 @@
-// A row to int8, as qcli/ops/quantize_int8.py has it.
+// Quantizes a row to int8, by the rules of qcli/ops/quantize_int8.py.
 #pragma once
 
 #include "simd.h"
 
 namespace {
 
-// Marks the outlier columns of a row; returns the largest magnitude of the rest.
+// Marks the outlier columns of a row. Returns the largest magnitude of the other columns.
 template <class T>
 float find_outliers(const T* row, int64_t columns, float threshold, uint8_t* outliers) {
   const float largest = absmax_of(row, columns);
-  if (largest < threshold) return largest;  // not where it is NaN
+  if (largest < threshold) return largest;  // false for NaN
   uint32_t kept = 0;
   for (int64_t i = 0; i < columns; i++) {
     const float magnitude = __builtin_fabsf(to_float(row[i]));
     if (magnitude >= threshold) {
-      __atomic_store_n(&outliers[i], uint8_t(1), __ATOMIC_RELAXED);  // by any row, in any order
+      __atomic_store_n(&outliers[i], uint8_t(1), __ATOMIC_RELAXED);  // rows may do this in any order
     } else {
       kept = larger(kept, to_bits(magnitude));
     }
@@ -28,7 +28,7 @@ void quantize_row(const T* row, int64_t columns, float absmax, int8_t* q) {
     memset(q, 0, columns);
     return;
   }
-  // 127 / absmax may overflow below 1e-30; a power of two is exact.
+  // Below 1e-30, 127 / absmax may overflow. Scaling by a power of two is exact.
   const float boost = absmax < 1e-30f ? 0x1p100f : 1.0f, scale = 1.0f / (absmax * boost) * 127.0f;
   int64_t i = 0;
   for (; i + 16 <= columns; i += 16) {

@@ -1,30 +1,30 @@
-// The product with a 4-bit weight for a few tokens; the weight is never expanded in memory.
+// The product with a 4-bit weight for few tokens. The weight is never expanded in memory.
 //
 //   y[t, n] = sum_k x[t, k] * code[c[n, k]] * absmax[(n K + k) / block_size]  +  bias[n]
 //
-// Streams half a byte a weight, and 4 / block_size bytes of absmax (or 1 / block_size nested). A chunk of 128 weights is
-// decoded by table look-up and multiplied in 16 lanes, its sums are scaled by absmax once, and rows are summed in float32.
-// x is laid out once as the look-ups find its weights.
+// Reads half a byte per weight, and 4 / block_size bytes of absmax (or 1 / block_size nested). A chunk of 128 weights is decoded by
+// table look-up and multiplied in 16 lanes. absmax scales its sums once, and rows are summed in float32. x is reordered once, to
+// the order in which look-ups decode the weights.
 //
-// Products are float32, or of 16-bit integers: chunks.h.
+// Products are float32, or of 16-bit integers: see chunks.h.
 //
-// Where rows are no multiple of 128, or blocks of none of the sizes below, a row is expanded in L1 and multiplied there.
+// If a row is not a multiple of 128, or the block size is none of those below, a row is expanded in L1 and multiplied there.
 
 #include "chunks.h"
 
 namespace {
 
 constexpr int64_t kAhead = 1024;  // bytes
-constexpr int kPieces = 2;        // of the rows, a thread: each begins with streams that memory does not foresee
+constexpr int kPieces = 2;        // pieces of rows per thread; few, because each begins with streams that are not prefetched
 
-// Tokens share decoded weights, rows share loaded x, as registers allow. Rows that are multiplied together lie far apart:
-// memory then has as many streams to fetch at once.
+// Tokens share decoded weights and rows share loaded x, as far as registers allow. Rows that are multiplied together are far apart,
+// so memory fetches as many streams at once.
 constexpr int kTokens = 4, kRows = 4;
 
-// As qcli/ops/linear_4bit.py lays it out.
+// The layout is that of the Record in qcli/ops/linear_4bit.py.
 struct Weight {
   const uint8_t* packed;        // [ceil(out_features k / 2)]
-  const float* absmax;          // [blocks]; null where it is nested:
+  const float* absmax;          // [blocks]; null if it is nested:
   const uint8_t* nested_codes;  // [blocks]
   const float* nested_absmax;   // [ceil(blocks / 256)]
   const float* map;             // [256]
@@ -35,9 +35,9 @@ struct Weight {
   int32_t coarse;  // the compute dtype is bfloat16
 };
 
-// absmax of blocks first .. first + count.
+// absmax of the blocks first .. first + count.
 QCLI_INLINE const float* scales_of(const Weight& w, int64_t first, int64_t count, float* scratch) {
-  const int64_t later = first + 8 * count;  // some rows on: one line each is no stream that hardware would see
+  const int64_t later = first + 8 * count;  // some rows later; hardware does not detect one line per row as a stream
   if (w.absmax) {
     for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(w.absmax + later + i);
     return w.absmax + first;
@@ -59,7 +59,7 @@ QCLI_INLINE const float* scales_of(const Weight& w, int64_t first, int64_t count
   return scratch;
 }
 
-// The hardware's own prefetching stops at pages and falls behind the arithmetic.
+// The hardware's own prefetching stops at page borders and is slower than the arithmetic.
 QCLI_INLINE I32x16 load_chunk(const uint8_t* p) {
   __builtin_prefetch(p + kAhead);
   return load_ints(p);
@@ -67,11 +67,11 @@ QCLI_INLINE I32x16 load_chunk(const uint8_t* p) {
 
 struct Row {
   const uint8_t* packed;
-  const float* scales;  // of its blocks
-  int64_t into_block;   // where in its first block it begins
+  const float* scales;  // absmax of its blocks
+  int64_t into_block;   // the position of its start in its first block
 };
 
-// kR rows by kT tokens from t on: sums[r][s].
+// kR rows times kT tokens from t on: sums[r][s].
 template <int kT, int kR, class X>
 void products(const Weight& w, const Row* rows, const X& x, int64_t t, float (*sums)[kTokens]) {
   const typename X::Table table = X::table(w.code);
@@ -127,7 +127,7 @@ void products(int tokens, int count, const Weight& w, const Row* rows, const X& 
   }
 }
 
-// A row expanded to float32, whatever its place and its blocks. `pairs` holds the two values of every byte.
+// Expands a row to float32, for any start and any block size. `pairs` has the two values of every byte.
 void expand_row(const Weight& w, int64_t n, const float* scales, int64_t first_block, const float (*pairs)[2], float* out) {
   int64_t i = n * w.k;
   const int64_t end = i + w.k;

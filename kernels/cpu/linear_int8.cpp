@@ -2,20 +2,20 @@
 //
 //   y = int32(q_x q_w^T) * absmax_x / 127^2 * absmax_w  +  x[:, outliers] W[:, outliers]^T  +  bias
 //
-// For a few tokens x is quantized here and the weight streamed once: K bytes a row against 2 K operations a token, so memory sets the pace. VNNI
-// multiplies unsigned by signed bytes, hence (q_x + 128) q_w, less 128 times the row's sum, in wrapping integers.
-// For many tokens the integer product is the caller's (torch._int_mm), and the rest is one pass over it.
+// For few tokens x is quantized here and the weight is read once: K bytes per row and 2 K operations per token, so memory is the
+// limit. VNNI multiplies unsigned by signed bytes, hence (q_x + 128) q_w, minus 128 times the row's sum, in wrapping integers.
+// For many tokens the caller makes the integer product (torch._int_mm), and the rest is one pass over it.
 
 #include "int8_rows.h"
 
 namespace {
 
-// Tokens share one reading of a weight row. Rows that are multiplied together lie far apart: memory then has as many streams
-// to fetch at once.
+// Tokens share one reading of a weight row. Rows that are multiplied together are far apart, so memory fetches as many streams at
+// once.
 constexpr int kTokens = 4, kRows = 4;
-constexpr int kPieces = 2;  // of the rows, a thread: each begins with streams that memory does not foresee
+constexpr int kPieces = 2;  // pieces of rows per thread; few, because each begins with streams that are not prefetched
 
-// As qcli/ops/linear_int8.py lays it out.
+// The layout is that of the Record in qcli/ops/linear_int8.py.
 struct Weight {
   const int8_t* q;     // [out_features, k]
   const float* scale;  // [out_features]
@@ -30,7 +30,7 @@ struct Outliers {
   const float* x;          // [tokens, count]
 };
 
-// A weight in the activation's dtype, as the definition has it.
+// A dequantized weight, rounded to the activation's dtype.
 template <class T>
 QCLI_INLINE float kept(int8_t weight, float step) {
   T value;
@@ -43,10 +43,10 @@ QCLI_INLINE void finish(int32_t sum, float absmax_x, float absmax_w, float other
   from_float(float(sum) * (absmax_x * float(1.0 / (127 * 127))) * absmax_w + others, y);
 }
 
-// q_x is stored as q + 128 where VNNI reads it, and padded with zeros to whole vectors; sums[r][t].
+// q_x is stored as q + 128 for VNNI, and padded with zeros to whole vectors. The results are sums[r][t].
 #if defined(__AVX512VNNI__)
 constexpr int kWidth = 64, kShift = 128;
-constexpr int64_t kAhead = 1024;  // bytes: hardware's own prefetching stops at pages
+constexpr int64_t kAhead = 1024;  // bytes; the hardware's own prefetching stops at page borders
 
 template <int kT, int kR>
 void products(const uint8_t* x, int64_t padded, const int8_t* const* w, int64_t k, int32_t (*sums)[kTokens]) {
@@ -137,7 +137,7 @@ void products(int tokens, int count, const uint8_t* x, int64_t padded, const int
   }
 }
 
-// x in int8, and its outliers apart.
+// x in int8, and its outliers separately.
 class Tokens {
  public:
   template <class T>
@@ -171,7 +171,7 @@ class Tokens {
   const Outliers& outliers() const { return outliers_; }
 
  private:
-  // Finds absmax of the tokens, marks their outlier columns and counts those.
+  // Finds absmax of the tokens, marks their outlier columns and counts the marks.
   template <class T>
   int64_t mark(const T* x, int64_t tokens, int64_t k, float threshold) {
     uint8_t* marks = marks_.as<uint8_t>();
@@ -262,8 +262,8 @@ QCLI_KERNEL(linear_int8)(const void* x, int dtype, int64_t tokens, const void* w
   QCLI_DISPATCH(dtype, linear, x, tokens, *static_cast<const Weight*>(weight), y, threads)
 }
 
-// The same from the integer product, sums int32 [tokens, out_features], and what quantize_int8 made of x: absmax float32
-// [tokens], and outliers, their columns int64 [outliers] and values float32 [tokens, outliers].
+// The same, from the integer product `sums` int32 [tokens, out_features] and the results of quantize_int8 for x: absmax float32
+// [tokens], the outliers' columns int64 [outliers] and values float32 [tokens, outliers].
 QCLI_KERNEL(linear_int8_epilogue)
 (const int32_t* sums, const float* absmax, int64_t tokens, const void* weight, int64_t outliers, const int64_t* columns,
  const float* values, int dtype, void* y, int threads) {

@@ -1,5 +1,5 @@
-// Threads. torch's CPU builds carry libgomp or libomp, and its pool is the one to use: a second one would spin against it.
-// The caller looks GOMP_parallel up in the process and hands it over; without it threads are started per call.
+// Threads. torch's CPU builds contain libgomp or libomp, and this library uses its pool: a second pool would spin against it.
+// The caller finds GOMP_parallel in the process and passes its address. Without it, threads are started for each call.
 
 #include <atomic>
 #include <cstdint>
@@ -17,7 +17,7 @@ struct Work {
   std::atomic<int64_t> next{0};
 };
 
-// Threads take pieces as they come free: one that the system holds up holds up no other.
+// Each thread takes the next piece when it is free, so a thread that the system delays does not delay the others.
 void take_pieces(void* argument) {
   Work& work = *static_cast<Work*>(argument);
   for (;;) {

@@ -1,9 +1,9 @@
-// Blockwise 4-bit quantization; the rules are in qcli/ops/quantize_4bit.py.
+// Blockwise 4-bit quantization. The rules are in qcli/ops/quantize_4bit.py.
 //
 //   absmax[b] = max |x|,   code = number of thresholds below v = x * (1 / absmax[b]),   stored as order[code]
 //
-// Two codes a byte, the earlier element in the high nibble. Reads each element twice (the second time from L1), writes half
-// a byte and 4 / block_size bytes for it. A thread takes runs of blocks; blocks are even, so no two share a byte.
+// A byte has two codes, the earlier element in the high nibble. Each element is read twice, the second time from L1. Per element it
+// writes half a byte and 4 / block_size bytes. A thread takes runs of blocks. Block sizes are even, so no two blocks share a byte.
 
 #include "simd.h"
 
@@ -14,7 +14,7 @@ constexpr int64_t kAhead = 2048;  // bytes
 
 struct Codes {
   const float* thresholds;  // 15, ascending
-  const uint8_t* order;     // code of each rank
+  const uint8_t* order;     // the code of each rank
   Search16 search;
   float order_bits[16];  // order as int32 in lanes
   bool ordered;          // order is 0, 1, ... 15
@@ -35,7 +35,7 @@ uint8_t code_of(float v, const Codes& codes) {
   return codes.order[rank];
 }
 
-// Where a whole vector does not fit, or a quotient stands for the product.
+// For blocks that are not whole vectors, or that need a quotient instead of a product.
 template <class T>
 void one_by_one(const T* x, int64_t count, float factor, bool divide, uint8_t filler, const Codes& codes, uint8_t* out) {
   for (int64_t i = 0; i < count; i += 2) {

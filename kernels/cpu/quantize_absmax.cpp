@@ -26,7 +26,7 @@ void quantize_group(const float* absmax, int64_t length, float offset, const Sea
   for (int64_t i = 0; i < length; i++) y[i] = absmax[i] - offset;
   const float largest = *nested_absmax = absmax_of(y, kGroup);
   if (largest == 0) {
-    // All are zero: v is zero, not 0 / 0.
+    // All y are zero. They stay zero instead of becoming 0 / 0.
   } else if (largest < 1e-38f) {
     for (int64_t i = 0; i < kGroup; i++) y[i] = y[i] / largest;
   } else {
@@ -41,7 +41,7 @@ void quantize_group(const float* absmax, int64_t length, float offset, const Sea
     store_bytes(ranks + i, node + all(int32_t(-256)));
   }
   for (int64_t i = 0; i < length; i++) {
-    // A NaN is above every threshold, as torch.bucketize has it.
+    // A NaN is above every threshold, as in torch.bucketize.
     codes[i] = y[i] != y[i] ? uint8_t(255) : ranks[i];
   }
 }
@@ -61,8 +61,8 @@ QCLI_KERNEL(quantize_absmax)
   });
 }
 
-// Writes to `sum` float64 [1] the sum of the finite values by folding, and to `finite` int64 [1] how many they are.
-// `folded` float64 [half] is scratch, half the power of two that holds `count`, at least 1.
+// Writes the sum of the finite values, by folding, to `sum` float64 [1], and their number to `finite` int64 [1]. `folded` float64
+// [half] is scratch; `half` is half of the least power of two that is not below `count`, and at least 1.
 QCLI_KERNEL(fold_absmax)
 (const float* absmax, int64_t count, int64_t half, double* folded, double* sum, int64_t* finite, int) {
   int64_t kept = 0;

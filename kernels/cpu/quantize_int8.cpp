@@ -1,9 +1,9 @@
-// Row-wise int8 quantization with outliers; the rules are in qcli/ops/quantize_int8.py.
+// Row-wise int8 quantization with outliers. The rules are in qcli/ops/quantize_int8.py.
 //
 //   q = round(x * (1 / absmax * 127)),   absmax = max |x| over the row's elements below the threshold
 //
-// One pass finds outliers and absmax, a second, from cache where rows are few, writes q. Without a threshold both are done
-// row by row.
+// One pass finds outliers and absmax. A second pass writes q; if there are few rows, it reads x from the cache. Without a threshold
+// both passes are made row by row.
 
 #include "int8_rows.h"
 

@@ -1,5 +1,5 @@
-// Sixteen lanes: one AVX-512 register, two of AVX2, or an array that the compiler vectorizes as it can. Every variant
-// adds in the same order, so that sums are the same bits.
+// Sixteen lanes: one AVX-512 register, two of AVX2, or an array that the compiler may vectorize. Every variant adds in the same
+// order, so sums have the same bits.
 #pragma once
 
 #include "common.h"
@@ -46,7 +46,7 @@ QCLI_INLINE F32x16 load(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_sixteen_bytes(p)))};
 }
 QCLI_INLINE I32x16 load_ints(const void* p) { return {_mm512_loadu_si512(p)}; }
-// Sixteen bytes, one a lane.
+// Sixteen bytes, one per lane.
 QCLI_INLINE I32x16 load_bytes(const uint8_t* p) {
   return {_mm512_cvtepu8_epi32(load_sixteen_bytes(p))};
 }
@@ -78,7 +78,7 @@ template <int kBits>
 QCLI_INLINE I32x16 left(I32x16 a) {
   return {_mm512_slli_epi32(a.v, kBits)};
 }
-// Table entries at the low four bits of each index; the bits above are ignored.
+// The table entries at the low four bits of each index. Higher bits are ignored.
 struct Table16 {
   __m512 v;
 };
@@ -94,7 +94,7 @@ QCLI_INLINE F32x16 gather(const float* base, I32x16 index) { return {_mm512_i32g
 QCLI_INLINE I32x16 rounded(F32x16 x) { return {_mm512_cvtps_epi32(x.v)}; }  // to nearest, ties to even
 QCLI_INLINE I32x16 as_ints(F32x16 x) { return {_mm512_castps_si512(x.v)}; }
 QCLI_INLINE F32x16 floats(I32x16 x) { return {_mm512_cvtepi32_ps(x.v)}; }
-// A byte of two codes for every two lanes, the earlier in the high nibble.
+// Packs every two lanes into a byte of two codes, the earlier in the high nibble.
 QCLI_INLINE void store_codes(uint8_t* p, I32x16 codes) {
   const __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(codes.v, 4), _mm512_srli_epi64(codes.v, 32));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(pairs));
@@ -200,7 +200,7 @@ struct Table16 {
 QCLI_INLINE Table16 table16(const float* entries) { return {_mm256_loadu_ps(entries), _mm256_loadu_ps(entries + 8)}; }
 template <int kShift>
 QCLI_INLINE __m256 look_up_eight(Table16 table, __m256i index) {
-  const __m256i low = kShift ? _mm256_srli_epi32(index, kShift) : index;  // its low three bits count
+  const __m256i low = kShift ? _mm256_srli_epi32(index, kShift) : index;  // only its low three bits are read
   const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28 - kShift));
   return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, low), _mm256_permutevar8x32_ps(table.high, low), bit3);
 }
@@ -362,7 +362,7 @@ QCLI_INLINE F32x16 gather(const float* base, I32x16 index) {
 }
 QCLI_INLINE I32x16 rounded(F32x16 x) {
   I32x16 r;
-  // Beyond int32 as the vector instructions have it.
+  // Values beyond int32 give the same result as the vector instructions.
   QCLI_LANES(i) r.v[i] = __builtin_fabsf(x.v[i]) < 0x1p31f ? int32_t(nearbyintf(x.v[i])) : INT32_MIN;
   return r;
 }
@@ -396,8 +396,8 @@ QCLI_INLINE float sum_lanes(F32x16 x) {
 
 #endif
 
-// How many entries of `tree` lie below each lane. `tree` holds 15 ascending thresholds as a binary search visits them: the
-// children of node i are 2 i and 2 i + 1, from 1 on. A NaN lies above none.
+// The number of entries of `tree` below each lane. `tree` has 15 ascending thresholds in the order of a binary search: the children
+// of node i are 2 i and 2 i + 1, from 1 on. A NaN is above none.
 struct Search16 {
   float tree[16];
 };

@@ -1,13 +1,13 @@
-// Statistics of each channel of an activation in one pass: min, max, sum x, sum x^2, sum x^3, sum x^4, and how many
-// |x| >= threshold.
+// Statistics of each channel of an activation in one pass: min, max, sum x, sum x^2, sum x^3, sum x^4, and the number of
+// elements with |x| >= threshold.
 //
 //   x        DTYPE [rows, channels]
 //   partial  float64 [slices, FIELDS, channels]
 //   stats    float64 [FIELDS, channels]
 //
-// activation_stats: a thread follows a channel down a slice of the rows, so a warp reads whole lines; sums are float64.
-// merge_stats: a thread merges a field of a channel over the slices, in their order, so that the result does not depend on
-// who came first. Grid: (channels / THREADS, FIELDS).
+// activation_stats: a thread reads one channel of a slice of rows, so a warp reads whole lines. Sums are float64.
+// merge_stats: a thread merges one field of a channel over the slices, in their order, so the result does not depend on which
+// slice was finished first. Grid: (channels / THREADS, FIELDS).
 // Bytes moved: sizeof(DTYPE) per element. A channel with a NaN has NaN as minimum, maximum and sums.
 // prebuilt: DTYPE={float,__half,__nv_bfloat16}
 #include "common.cuh"
@@ -15,7 +15,7 @@
 using Scalar = DTYPE;
 constexpr int THREADS = 128;
 constexpr int FIELDS = 7;
-constexpr int UNROLL = 8;  // rows, and slices, under way at once
+constexpr int UNROLL = 8;  // rows, and slices, loaded at once
 
 KERNEL void __launch_bounds__(THREADS)
     activation_stats(const Scalar* __restrict__ x, long long rows, int channels, float threshold, long long slice,
@@ -66,7 +66,7 @@ KERNEL void __launch_bounds__(THREADS)
     for (int i = 0; i < UNROLL; ++i) values[i] = first + i < slices ? partial[(first + i) * step + place] : neutral;
 #pragma unroll
     for (int i = 0; i < UNROLL; ++i) {
-      // The first two are written so that a NaN stays.
+      // Minimum and maximum are written so that a NaN stays.
       if (field == 0) {
         found = values[i] >= found || found != found ? found : values[i];
       } else if (field == 1) {

@@ -1,9 +1,9 @@
-// What every kernel shares: the constants it is compiled with, conversions, loads, reductions.
+// Shared by all kernels: the constants that they are compiled with, conversions, loads, reductions.
 //
 // DTYPE        the C++ type of activations or of the unquantized weight: float, __half or __nv_bfloat16
-// BLOCK_SIZE   elements per absmax; 0, or not given, leaves it to the argument `block_size`
+// BLOCK_SIZE   elements per absmax; if 0 or not given, the argument `block_size` decides
 //
-// A kernel is `KERNEL void name(...)`. One file is one op, compiled alone, so nothing here needs a namespace.
+// A kernel is `KERNEL void name(...)`. Each file is one op and is compiled alone, so nothing here needs a namespace.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,7 +14,7 @@
 #include "cuda_emulator.h"
 #else
 #define KERNEL extern "C" __global__
-// Dynamic shared memory, whose size the launch gives, as an array of `type`.
+// Dynamic shared memory as an array of `type`. The launch sets its size.
 #define DYNAMIC_SHARED(type, name)                                        \
   extern __shared__ __align__(16) unsigned char name##_bytes[];          \
   type* name = reinterpret_cast<type*>(name##_bytes)
@@ -46,7 +46,7 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// Two values in a register, the first one in the low half.
+// Two values per register, the first one in the low half.
 __device__ inline float2 unpack2(uint32_t bits, __half) {
   const __half2 pair = *reinterpret_cast<const __half2*>(&bits);
   return make_float2(__low2float(pair), __high2float(pair));
@@ -67,7 +67,7 @@ __device__ inline uint32_t pack2<__nv_bfloat16>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// Eight values as a load gives them.
+// The eight values of a load.
 template <class T>
 __device__ inline void expand8(uint4 bits, float (&to)[8]) {
   const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
@@ -87,7 +87,7 @@ __device__ inline void expand8(const float4 (&four)[2], float (&to)[8]) {
     to[4 * i + 3] = four[i].w;
   }
 }
-// Eight values from an address that is a multiple of 16; the caches keep them.
+// Loads eight values from an address that is a multiple of 16. The caches keep them.
 template <class T>
 __device__ inline void load8_kept(const T* from, float (&to)[8]) {
   expand8<T>(__ldg(reinterpret_cast<const uint4*>(from)), to);
@@ -97,7 +97,7 @@ __device__ inline void load8_kept<float>(const float* from, float (&to)[8]) {
   const float4* fours = reinterpret_cast<const float4*>(from);
   expand8({__ldg(fours), __ldg(fours + 1)}, to);
 }
-// The same, read once: the caches need not keep them.
+// The same for values that are read once: the caches need not keep them.
 template <class T>
 __device__ inline void load8(const T* from, float (&to)[8]) {
   expand8<T>(__ldcs(reinterpret_cast<const uint4*>(from)), to);
@@ -108,7 +108,7 @@ __device__ inline void load8<float>(const float* from, float (&to)[8]) {
   expand8({__ldcs(fours), __ldcs(fours + 1)}, to);
 }
 
-// Eight values to an address that is a multiple of 16.
+// Stores eight values at an address that is a multiple of 16.
 template <class T>
 __device__ inline void store8(T* to, const float (&from)[8]) {
   __stcs(reinterpret_cast<uint4*>(to),
@@ -123,7 +123,7 @@ __device__ inline void store8<float>(float* to, const float (&from)[8]) {
   }
 }
 
-// Four values to an address that is a multiple of four of them.
+// Stores four values at an address that is a multiple of their total size.
 template <class T>
 __device__ inline void store4(T* to, const float (&from)[4]) {
   __stcs(reinterpret_cast<uint2*>(to), make_uint2(pack2<T>(from[0], from[1]), pack2<T>(from[2], from[3])));
@@ -133,10 +133,10 @@ __device__ inline void store4<float>(float* to, const float (&from)[4]) {
   __stcs(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
 }
 
-// |x| as an integer: of non-negative floats the order is the same, and a NaN is above infinity, so that a maximum keeps it.
+// |x| as an integer. The order of non-negative floats is the same, and a NaN is above infinity, so a maximum keeps it.
 __device__ inline uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
-// Over aligned groups of `lanes`, a power of two.
+// The maximum over each aligned group of `lanes` lanes, a power of two.
 __device__ inline uint32_t group_max(uint32_t value, int lanes) {
   for (int offset = lanes / 2; offset > 0; offset /= 2) {
     const uint32_t other = __shfl_xor_sync(WHOLE_WARP, value, offset);
@@ -145,7 +145,7 @@ __device__ inline uint32_t group_max(uint32_t value, int lanes) {
   return value;
 }
 
-// Tables of 16 floats, passed by value: they lie in the constant bank, and no tensor has to hold them.
+// A table of 16 floats that is passed by value: it is in the constant bank, and needs no tensor.
 struct Codebook {
   float value[16];
 };

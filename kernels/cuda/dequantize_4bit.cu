@@ -1,12 +1,12 @@
-// Blockwise 4-bit dequantization: code value times its block's absmax in float32, rounded once.
+// Blockwise 4-bit dequantization: the code's value times the block's absmax in float32, rounded once.
 //
-//   packed  uint8 [ceil(count / 2)]: two codes a byte, the earlier element in the high nibble
+//   packed  uint8 [ceil(count / 2)]: two codes per byte, the earlier element in the high nibble
 //   absmax  float32 [ceil(count / block_size)]
 //   out     DTYPE [count]
 //
-// A lane turns four bytes into eight elements, neighbouring lanes neighbouring words, so that loads and stores of a warp are
-// whole lines; UNROLL words are under way at once. Lanes 16 to 31 repeat the codebook, so a shuffle, which takes its lane
-// number modulo 32, looks a code up without masking it. Bytes moved: count * (sizeof(DTYPE) + 0.5) + 4 * count / block_size.
+// A lane turns four bytes into eight elements. Neighbouring lanes take neighbouring words, so a warp loads and stores whole lines.
+// UNROLL words are loaded at once. Lanes 16 to 31 repeat the codebook; a shuffle takes its lane number modulo 32, so it looks a
+// code up without a mask. Bytes moved: count * (sizeof(DTYPE) + 0.5) + 4 * count / block_size.
 // prebuilt: DTYPE={float,__half,__nv_bfloat16} BLOCK_SIZE={64,}
 #include "common.cuh"
 

@@ -1,9 +1,9 @@
-// The absmax values that double quantization stored: map[code] * nested + offset, in float32.
+// Decodes the absmax values that double quantization stored: map[code] * nested + offset, in float32.
 //
 //   codes   uint8 [count];  nested  float32 [ceil(count / 256)];  map  float32 [256]
 //   absmax  float32 [count]
 //
-// A block is a group of 256, so all its threads share one nested absmax. Bytes moved: 5 per value.
+// A block takes a group of 256, so all its threads share one nested absmax. Bytes moved: 5 per value.
 // prebuilt:
 #include "common.cuh"
 

@@ -1,8 +1,8 @@
-// How linear_int8.cu and linear_w8a16.cu go through an int8 weight for few tokens.
+// How linear_int8.cu and linear_w8a16.cu read an int8 weight for few tokens.
 //
-// A block takes TILE rows at a time, its warps share the columns: a warp takes TURN chunks of CHUNK columns a turn, and lane
-// (g, t) the 16 consecutive columns at 16 t of a chunk, of rows g and g + 8. Each turn is loaded one turn ahead, over all of the
-// block's tiles. Rows and chunks beyond the last give what is not stored, or zeros. FULL is 1 where no turn is cut short.
+// A block takes TILE rows at a time. Its warps divide the columns: a warp takes TURN chunks of CHUNK columns per turn. Lane (g, t)
+// takes the 16 consecutive columns at 16 t of a chunk, in rows g and g + 8. Each turn is loaded one turn ahead, over all tiles of
+// the block. Results of rows beyond the last are not stored; chunks beyond the last are zeros. FULL is 1 if no turn is partial.
 #pragma once
 
 #include "linear_int8.cuh"
@@ -12,9 +12,9 @@ constexpr int THREADS = WARPS * 32;
 constexpr int TILE = 16;   // rows of an mma
 constexpr int CHUNK = 64;  // columns
 constexpr int TURN = 4;    // chunks
-constexpr int MOST = 8;    // tokens: what an mma takes
-constexpr int PITCH = TILE + 4;     // of a token's sums, so that a warp's lie in all banks
-constexpr int SUMS = MOST * PITCH;  // of a warp
+constexpr int MOST = 8;    // the tokens of an mma
+constexpr int PITCH = TILE + 4;     // values per token's sums; the padding spreads a warp's sums over all banks
+constexpr int SUMS = MOST * PITCH;  // per warp
 
 struct Turns {
   const int8_t* weight;
@@ -28,7 +28,7 @@ struct Turns {
     for (int r = 0; r < 2; ++r) from[r] = weight + min(tile * TILE + g + 8 * r, rows - 1) * columns + 16 * t;
   }
 
-  // Whether there are columns for the lane in a chunk.
+  // Whether the lane has columns in the chunk at `column`.
   __device__ inline bool inside(int column) const { return FULL || column + 16 * t < columns; }
 
   __device__ inline void load(int turn) {
@@ -42,7 +42,7 @@ struct Turns {
     }
   }
 
-  // Hands out the turn that was loaded, and begins the next: of this tile, or the warp's first of the block's next tile.
+  // Returns the turn that was loaded, and begins to load the next one: of this tile, or the warp's first of the next tile.
   __device__ inline void take(uint4 (&words)[TURN][2], int turn, int turns, int first, long long next_tile) {
 #pragma unroll
     for (int c = 0; c < TURN; ++c) {

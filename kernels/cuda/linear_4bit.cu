@@ -3,26 +3,26 @@
 //   x     DTYPE (__half, __nv_bfloat16) [tokens, columns]
 //   bias  DTYPE [rows], or null
 //   y     DTYPE [tokens, rows];  the weight as in linear_4bit.cuh
-//   FULL  1 where block_size is CHUNK and columns are a multiple of four of them: no turn is cut short, and one load gets its absmax
+//   FULL  1 if block_size is CHUNK and columns are a multiple of 4 * CHUNK: no turn is partial, and one load gets its absmax
 //
 // The limit is the bandwidth at which the weight is read: 0.5 bytes and 4 / block_size (NESTED: 1 / block_size) per element. One
-// token costs as much as eight. A block takes 16 rows at a time, its warps share the columns, four chunks a turn, with the
-// next turn's loads under way; their sums meet in shared memory. There are no more blocks than fit at once, and they stay
-// until no rows are left, for filling the table costs about as much as a tile. The first loads are under way meanwhile.
+// token costs as much as eight. A block takes 16 rows at a time. Its warps divide the columns; a warp takes four chunks per turn,
+// while the next turn is loading. The warps' sums are added in shared memory. There are only as many blocks as run at once, and
+// they stay until no rows are left, because filling the table costs about as much as a tile. The first loads run meanwhile.
 // prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={32,64} NESTED={0,1} FULL={0,1}
 #include "linear_4bit.cuh"
 
 constexpr int WARPS = 8;
-constexpr int PITCH = TILE + 4;  // floats of a token's sums, so that a warp's lie in all banks
+constexpr int PITCH = TILE + 4;  // floats per token's sums; the padding spreads a warp's sums over all banks
 constexpr int SUMS = 8 * PITCH;
 
 // The part of the weight that a lane reads: rows g and g + 8 of a tile.
 struct Rows {
-  const uint8_t* packed[2];  // at the lane's place in the first chunk
+  const uint8_t* packed[2];  // at the lane's position in the first chunk
   uint32_t block[2];         // the number of the row's first block
 };
 
-// Rows beyond the last read the last: what comes of them is not stored.
+// Rows beyond the last one read the last one. Their results are not stored.
 __device__ inline Rows rows_of(const uint8_t* packed, long long tile, long long rows, int columns, int blocks, int g,
                                int t) {
   Rows r;
@@ -65,8 +65,8 @@ KERNEL void __launch_bounds__(WARPS * 32, 2)
   const Scales scales = {absmax, nested, offset};
   const Scalar* token = x + (long long)g * columns + t * (CHUNK / 4);
 
-  // This warp's work, one turn after the other over all of the block's tiles, each loaded one turn ahead. After the last the
-  // last rows are loaded once more, for nothing.
+  // This warp's work: one turn after the other, over all tiles of the block. Each turn is loaded one turn ahead. After the last
+  // turn the last rows are loaded once more, without use.
   Codes next[TURN];
   RawScale next_scale[2][TURN];
   Rows from = rows_of(packed, blockIdx.x, rows, columns, blocks, g, t);
@@ -111,7 +111,7 @@ KERNEL void __launch_bounds__(WARPS * 32, 2)
       const bool last = turn + WARPS >= turns;
       if (last) from = rows_of(packed, tile + gridDim.x, rows, columns, blocks, g, t);
       load(last ? warp : turn + WARPS);
-      uint32_t b[2][2 * STEPS] = {};  // x of this chunk and of the next
+      uint32_t b[2][2 * STEPS] = {};  // x of this chunk and of the next one
       auto load_tokens = [&](int c) {
         const int chunk = turn * TURN + c;
         const bool there = g < tokens && (FULL || chunk < chunks);
@@ -140,7 +140,7 @@ KERNEL void __launch_bounds__(WARPS * 32, 2)
         for (int i = 0; i < 4; ++i) total[i] = fmaf(scale[i / 2][c], sum[i], total[i]);
       }
     }
-    // [token][row], so that neighbouring threads write neighbouring rows.
+    // The order is [token][row], so neighbouring threads write neighbouring rows.
     float* here = sums + parity * WARPS * SUMS;
 #pragma unroll
     for (int i = 0; i < 4; ++i) here[warp * SUMS + (2 * t + i % 2) * PITCH + g + 8 * (i / 2)] = total[i];
@@ -155,6 +155,6 @@ KERNEL void __launch_bounds__(WARPS * 32, 2)
         y[(long long)m * rows + row] = from_float<Scalar>(sum);
       }
     }
-    parity ^= 1;  // so the next tile's sums need not wait until these are read
+    parity ^= 1;  // the next tile's sums then need not wait until these are read
   }
 }

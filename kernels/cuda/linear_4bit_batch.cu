@@ -1,40 +1,40 @@
-// The product with a 4-bit weight for 9 to 64 tokens: as linear_4bit.cu, whose sizes and names it shares.
+// The product with a 4-bit weight for 9 to 64 tokens. Sizes and names are those of linear_4bit.cu.
 //
 //   TOKENS  16, 32 or 64: the most tokens of a launch
 //   STAGES  turns in shared memory at once
 //   CHUNK   64
 //
-// Here every element of W meets TOKENS of x, so x is what would be read too often: a block takes 64 rows, four times as many,
-// and its x once for all of them. Per turn of four chunks, W and x come by cp.async, STAGES - 1 turns ahead. Of the eight warps
-// two share the rows and four the chunks; a warp decodes 32 rows of its chunk once, and multiplies them with eight tokens after
-// eight. The four partial sums meet in shared memory. Rows of both tiles are padded so that a warp's loads meet no bank twice.
+// Here each element of W multiplies TOKENS values of x, so x would be read too often. A block therefore takes 64 rows, four times
+// as many, and reads its x once for all of them. Per turn of four chunks, cp.async copies W and x, STAGES - 1 turns ahead. Of the
+// eight warps, two divide the rows and four the chunks. A warp decodes 32 rows of its chunk once, and multiplies them with eight
+// tokens at a time. The four partial sums are added in shared memory. Rows of both tiles are padded to avoid bank conflicts.
 //
-// Where the rows alone do not fill the GPU, gridDim.y blocks share a tile's columns, and leave float32 sums in
+// If the rows alone do not fill the GPU, gridDim.y blocks share a tile's columns, and leave float32 sums in
 //   parts  float32 [gridDim.y, tokens, rows], null for one part
-// which merge_parts adds up: they are small, and still in L2.
+// merge_parts adds them up: they are small, and still in L2.
 // prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={64} NESTED={0,1} TOKENS={16,32,64} STAGES={2,3}
 #include "linear_4bit.cuh"
 
 constexpr int ROWS = 64;
-constexpr int COLUMNS = TURN * CHUNK;            // of a turn
+constexpr int COLUMNS = TURN * CHUNK;            // per turn
 constexpr int CODES_PITCH = COLUMNS / 2 + 32;    // bytes
 constexpr int X_PITCH = COLUMNS * 2 + 16;        // bytes
-constexpr int CODES_BYTES = ROWS * CODES_PITCH;  // of a stage
+constexpr int CODES_BYTES = ROWS * CODES_PITCH;  // per stage
 constexpr int STAGE_BYTES = CODES_BYTES + TOKENS * X_PITCH;
 constexpr int THREADS = 256;
 constexpr int SUMS_PITCH = ROWS + 4;
 constexpr int GROUPS = TOKENS / 8;
 
-// What a thread copies of each turn: the same 16 bytes of a row of W, and of the row 32 further, and so for x.
+// What a thread copies in each turn: the same 16 bytes of several rows of W, and of several rows of x.
 struct Source {
   const uint8_t* packed;  // the block's first row
   const Scalar* x;
   uint32_t code, value;         // offsets of the thread's first 16 bytes: in bytes, in values
   uint32_t code_row, value_row; // the thread's first rows
-  uint32_t rows, tokens;        // that there are
+  uint32_t rows, tokens;        // valid ones in this block
 };
 
-constexpr int CODES_PIECES = COLUMNS / 32, X_PIECES = COLUMNS / 8;  // of 16 bytes in a row of a turn
+constexpr int CODES_PIECES = COLUMNS / 32, X_PIECES = COLUMNS / 8;  // pieces of 16 bytes per row and turn
 constexpr int CODES_STEP = THREADS / CODES_PIECES, X_STEP = THREADS / X_PIECES;
 
 __device__ inline void begin_turn(unsigned char* stage, const Source& from, int columns, int turn) {
@@ -67,10 +67,10 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
   float* map = reinterpret_cast<float*>(table + TABLE);  // [256]
   unsigned char* stages = reinterpret_cast<unsigned char*>(map + 256);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int half = warp % 2, part = warp / 2;  // 32 of the rows, and one of a turn's chunks
+  const int half = warp % 2, part = warp / 2;  // this warp's 32 rows, and its chunk of a turn
   const int chunks = columns / CHUNK, all_turns = (chunks + TURN - 1) / TURN;
   const int first_turn = int((long long)all_turns * blockIdx.y / gridDim.y);
-  const int turns = int((long long)all_turns * (blockIdx.y + 1) / gridDim.y) - first_turn;  // of this part
+  const int turns = int((long long)all_turns * (blockIdx.y + 1) / gridDim.y) - first_turn;  // in this part
   const int chunks_per_block = block_size / CHUNK;
   const long long first_row = (long long)blockIdx.x * ROWS;
   const uint32_t mine = shared_address(table + lane);
@@ -93,7 +93,7 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
   map[threadIdx.x] = dynamic_map.value[threadIdx.x];
 #endif
 
-  uint32_t row_block[4];  // of rows g, g + 8, g + 16 and g + 24
+  uint32_t row_block[4];  // the first blocks of rows g, g + 8, g + 16 and g + 24
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     row_block[r] = uint32_t(min(first_row + half * 32 + r * 8 + g, rows - 1) * (columns / block_size));
@@ -109,7 +109,7 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
   float total[2][GROUPS][4] = {};
   for (int turn = 0; turn < turns; ++turn) {
     wait_for_copies<STAGES - 2>();
-    __syncthreads();  // this turn is there, and all have left the one before
+    __syncthreads();  // this turn has arrived, and all threads have finished the previous one
     const int ahead = turn + STAGES - 1;
     if (ahead < turns) begin_turn(stages + ahead % STAGES * STAGE_BYTES, source, columns, first_turn + ahead);
     commit_copies();
@@ -190,7 +190,7 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
   }
 }
 
-// The sum of the parts and the bias, an element a thread, in the parts' order.
+// Adds the parts, in their order, and the bias. A thread makes one element.
 KERNEL void __launch_bounds__(THREADS)
     merge_parts(const float* __restrict__ parts, int count, const Scalar* __restrict__ bias, long long elements, long long rows,
                 Scalar* __restrict__ y) {

@@ -1,22 +1,22 @@
-// LLM.int8() for up to eight tokens, from activations to result in one launch; symbols as in linear_int8.cuh.
+// LLM.int8() for up to eight tokens, from activations to result in one launch. Symbols as in linear_int8.cuh.
 //
-//   threshold  magnitude from which an activation is an outlier, 0 for none
-//   FULL       1 where columns are a multiple of 256, else 0; columns are a multiple of 16
+//   threshold  magnitude from which on an activation is an outlier; 0 means no outliers
+//   FULL       1 if columns are a multiple of 256, else 0; columns are a multiple of 16
 //
-// The limit is the bandwidth at which the weight is read, one byte an element; one token costs as much as eight.
-//   - Every block quantizes the tokens for itself, into shared memory: they are few and lie in L2, and a launch of its own
-//     would cost more. Columns with an outlier are a bit mask there.
-//   - The product is the tensor cores' (mma m16n8k32): 16 rows of W are its A, the tokens its B. Which k an mma calls its 4t is
-//     for A and B to agree on: lane (g, t) takes the 16 consecutive k at 16 t of a chunk of 64, of rows g and g + 8 and of token
-//     g, as they are stored. Nothing is decoded, two instructions multiply 16 bytes of two rows.
-//   - A block takes 16 rows at a time, its warps share the columns, four chunks a turn, the next turn's loads under way. Their
-//     sums meet in shared memory, and with them the outliers' part, in which each thread goes through a 16th of the mask.
+// The limit is the bandwidth at which the weight is read, one byte per element. One token costs as much as eight.
+//   - Every block quantizes the tokens itself, into shared memory. They are few and in L2, and a separate launch would cost
+//     more. A bit mask in shared memory marks the columns with an outlier.
+//   - Tensor cores make the product (mma m16n8k32): 16 rows of W are its A, the tokens its B. The order of k within an mma is
+//     free, as long as A and B agree. Lane (g, t) takes the 16 consecutive k at 16 t of a chunk of 64, of rows g and g + 8 and
+//     of token g, as they are stored. Nothing is decoded; two instructions multiply 16 bytes of two rows.
+//   - A block takes 16 rows at a time. Its warps divide the columns, four chunks per turn, while the next turn is loading. Their
+//     sums are added in shared memory, together with the outliers' part, in which each thread reads a 16th of the mask.
 // prebuilt: DTYPE={float,__half,__nv_bfloat16} FULL={0,1}
 #include "int8_turns.cuh"
 
 constexpr int PARTS = THREADS / TILE;
 
-// Rows of q in shared memory begin 64 bytes past a multiple of 128, so that two tokens meet different banks.
+// The pitch of q's rows in shared memory is 64 bytes more than a multiple of 128, so two tokens are in different banks.
 __device__ inline int pitch_of(int columns) { return (columns + 63) / 128 * 128 + 64; }
 
 KERNEL void __launch_bounds__(THREADS, 2)
@@ -34,7 +34,7 @@ KERNEL void __launch_bounds__(THREADS, 2)
   const int chunks = (columns + CHUNK - 1) / CHUNK, turns = (chunks + TURN - 1) / TURN;
   const long long tiles = (rows + TILE - 1) / TILE;
 
-  Turns weights = {weight, rows, columns, g, t};  // the first ones are on their way before x is looked at
+  Turns weights = {weight, rows, columns, g, t};  // the first loads begin before x is read
   weights.go_to(blockIdx.x);
   if (warp < turns) weights.load(warp);
 

@@ -1,13 +1,13 @@
-// What the kernels of LLM.int8() (arXiv:2208.07339, equation 8) share:
+// Shared by the kernels of LLM.int8() (arXiv:2208.07339, equation 8):
 //
 //   y = int32(q_x q_w^T) * absmax_x * absmax_w / 127^2  +  x[:, outliers] W[:, outliers]^T  +  bias
 //
 //   x       DTYPE [tokens, columns]
-//   weight  int8 [rows, columns], scale float32 [rows], its rows' absmax
-//   bias    BIAS [rows], or null; BIAS is a type as DTYPE is
+//   weight  int8 [rows, columns], scale float32 [rows], the absmax of its rows
+//   bias    BIAS [rows], or null; BIAS is one of the types that DTYPE may be
 //   y       DTYPE [tokens, rows]
 //
-// W's outlier columns are its int8 columns, dequantized to DTYPE. Products of integers are exact, sums of the rest float32.
+// W's outlier columns are its int8 columns, dequantized to DTYPE. Integer products are exact, all other sums are float32.
 #pragma once
 
 #include "common.cuh"
@@ -19,7 +19,7 @@
 using Scalar = DTYPE;
 using Bias = BIAS;
 
-// An element of W as the outlier part sees it.
+// An element of W in the outlier part.
 __device__ inline Scalar dequantized(int8_t q, float scale) {
   return from_float<Scalar>(__fmul_rn(float(q), __fmul_rn(scale, 1.0f / 127)));
 }
@@ -33,7 +33,7 @@ struct RowScale {
   float boost, scale;
 };
 
-// The factors of a row in q = round(x * boost * scale): 127 / absmax, in two where it would overflow.
+// The factors of a row in q = round(x * boost * scale). Together they are 127 / absmax, which alone might overflow.
 __device__ inline RowScale row_scale(float absmax) {
   const float boost = absmax < 1e-30f ? 1.2676506002282294e30f : 1.0f;
   return {boost, absmax > 0.0f ? __fmul_rn(__frcp_rn(__fmul_rn(absmax, boost)), 127.0f) : 0.0f};

@@ -1,14 +1,14 @@
-// LLM.int8() for many tokens, around an int8 product that a library made; symbols as in linear_int8.cuh.
+// LLM.int8() for many tokens: the steps before and after an int8 product that a library makes. Symbols as in linear_int8.cuh.
 //
 //   marks    uint8 [columns], not 0 where a column has an outlier
-//   list     int32 [columns], its first `count` the numbers of those columns, ascending;  count int32 [1]
+//   list     int32 [columns]; its first `count` entries are the numbers of those columns, ascending;  count int32 [1]
 //   product  int32 [tokens, rows]
 //
-// list_outliers: one block of 1024 threads goes through the columns; votes and a prefix sum put each number in its place. The
-// count stays on the device: consumers loop to it, and the list has room for every column.
+// list_outliers: one block of 1024 threads reads all marks. Votes and a prefix sum give the position of each number. The count
+// stays on the device: later kernels loop up to it. The list has room for every column.
 //
-// linear_int8_epilogue: a block takes 32 tokens of 128 rows, a thread four of each. x and W of 16 outlier columns at a time
-// come to shared memory. Bytes moved: 4 + sizeof(DTYPE) per element of y, which is what the product's own time is far from.
+// linear_int8_epilogue: a block takes 32 tokens of 128 rows, a thread four of each. It copies x and W of 16 outlier columns at a
+// time to shared memory. Bytes moved: 4 + sizeof(DTYPE) per element of y, far less than the product needs.
 // prebuilt: DTYPE={float,__half,__nv_bfloat16}
 #include "linear_int8.cuh"
 
@@ -18,7 +18,7 @@ KERNEL void __launch_bounds__(LIST_THREADS)
     list_outliers(const uint8_t* __restrict__ marks, int columns, int* __restrict__ list, int* __restrict__ count) {
   __shared__ int found[LIST_THREADS / 32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int before = 0;  // in the columns gone through
+  int before = 0;  // outliers in the columns so far
   for (int first = 0; first < columns; first += LIST_THREADS) {
     const int column = first + threadIdx.x;
     const bool outlier = column < columns && marks[column];
@@ -37,7 +37,7 @@ KERNEL void __launch_bounds__(LIST_THREADS)
 }
 
 constexpr int TOKENS = 32, ROWS = 128, DEPTH = 16;
-constexpr int EACH = 4;  // tokens and rows of a thread
+constexpr int EACH = 4;  // tokens, and rows, per thread
 constexpr int ACROSS = ROWS / EACH;
 
 KERNEL void __launch_bounds__(256)

@@ -1,16 +1,16 @@
-// LLM.int8() for many tokens in one product, scales, outliers and bias applied to sums that are still in registers; symbols as
-// in linear_int8.cuh. DTYPE is __half or __nv_bfloat16, columns are a multiple of 16.
+// LLM.int8() for many tokens in one kernel: scales, outliers and bias are applied to the sums while they are in registers.
+// Symbols as in linear_int8.cuh. DTYPE is __half or __nv_bfloat16, columns are a multiple of 16.
 //
 //   q         int8 [tokens, columns], x_absmax float32 [tokens]: x quantized
 //   list      int32 [count], the outlier columns;  count int32 [1];  both null without a threshold
 //
-// A block of eight warps makes 128 tokens x 128 rows of y, a warp 64 x 32. 64 columns at a time come by cp.async, STAGES - 1 of
-// them ahead of the tensor cores (mma m16n8k32), and reach them by ldmatrix. A stage's rows have 64 bytes; of 16 bytes each, the place
-// within its row is turned by half the row's number, so that the eight rows of an ldmatrix lie in all banks. Outlier columns
-// are a product too, of 16-bit values over 16 columns at a time (mma m16n8k16), added onto the same registers. Blocks that are
-// neighbours share the weight's rows, so that device memory gives each of them once.
+// A block of eight warps makes 128 tokens x 128 rows of y, a warp makes 64 x 32. cp.async copies a stage of 64 columns at a time,
+// STAGES - 1 stages ahead of the tensor cores (mma m16n8k32); ldmatrix loads it. A stage's rows have 64 bytes, four pieces of 16.
+// The position of a piece within its row is XORed with half the row's number, so the eight rows of an ldmatrix are in all banks.
+// The outlier columns are a product too, of 16-bit values over 16 columns at a time (mma m16n8k16), added to the same registers.
+// Neighbouring blocks share the weight's rows, so device memory delivers each row once.
 //
-// Operations: 2 tokens rows columns, of the int8 rate; bytes: that of x, W and y once, with no int32 result in between.
+// Operations: 2 tokens rows columns, at the int8 rate. Bytes: x, W and y once each, without an int32 result in between.
 // prebuilt: DTYPE={__half,__nv_bfloat16} STAGES={3,4}
 #include "linear_int8.cuh"
 
@@ -18,18 +18,18 @@ constexpr int TILE_M = 128, TILE_N = 128, DEPTH = 64, THREADS = 256;
 constexpr int STAGE_BYTES = (TILE_M + TILE_N) * DEPTH;
 constexpr int WARP_M = 64, WARP_N = 32;
 constexpr int KEPT = 16;               // outlier columns at a time
-constexpr int KEPT_PITCH = KEPT + 8;  // values, so that eight rows meet different banks
+constexpr int KEPT_PITCH = KEPT + 8;  // values; the padding puts eight rows in different banks
 
-// Where 16 bytes of a stage's row lie.
+// The offset of a piece of 16 bytes in a stage.
 __device__ inline int place(int row, int piece) { return row * DEPTH + 16 * (piece ^ (row / 2 & 3)); }
 
-// The block's part of x or W: 128 rows, of which `rows` are there.
+// The block's part of x or W: 128 rows, of which `rows` exist.
 struct Part {
   const int8_t* first;
   uint32_t rows;
 };
 
-constexpr int PIECES = DEPTH / 16, STEP = THREADS / PIECES;  // of 16 bytes in a stage's row; rows between those of a thread
+constexpr int PIECES = DEPTH / 16, STEP = THREADS / PIECES;  // pieces of 16 bytes per row; distance of a thread's rows
 
 __device__ inline void begin_stage(unsigned char* stage, const Part& part, uint32_t columns, uint32_t column) {
   const uint32_t piece = threadIdx.x % PIECES, first = threadIdx.x / PIECES;
@@ -69,7 +69,7 @@ KERNEL void __launch_bounds__(THREADS, 2)
   int sum[WARP_M / 16][WARP_N / 8][4] = {};
   for (int turn = 0; turn < turns; ++turn) {
     wait_for_copies<STAGES - 2>();
-    __syncthreads();  // this stage is there, and all have left the one before
+    __syncthreads();  // this stage has arrived, and all threads have finished the previous one
     const int ahead = turn + STAGES - 1;
     if (ahead < turns) begin(ahead);
     commit_copies();
@@ -78,11 +78,11 @@ KERNEL void __launch_bounds__(THREADS, 2)
     for (int step = 0; step < DEPTH / 32; ++step) {
       uint32_t a[WARP_M / 16][4], b[WARP_N / 16][4];
 #pragma unroll
-      for (int m = 0; m < WARP_M / 16; ++m) {  // rows 0-7 and 8-15 of 16 bytes, then of the next 16
+      for (int m = 0; m < WARP_M / 16; ++m) {  // 16 bytes of rows 0-7 and 8-15, then the next 16 bytes
         load_matrices(a[m], stage + place(warp_m + 16 * m + lane % 16, 2 * step + lane / 16));
       }
 #pragma unroll
-      for (int n = 0; n < WARP_N / 16; ++n) {  // both 16 bytes of rows 0-7, then of rows 8-15
+      for (int n = 0; n < WARP_N / 16; ++n) {  // two times 16 bytes of rows 0-7, then of rows 8-15
         load_matrices(b[n], stage + place(TILE_M + warp_n + 16 * n + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
       }
 #pragma unroll
@@ -117,7 +117,7 @@ KERNEL void __launch_bounds__(THREADS, 2)
   Scalar* w_kept = x_kept + TILE_M * KEPT_PITCH;         // [TILE_N][KEPT_PITCH]
   const uint32_t outliers = count ? *count : 0;
   for (uint32_t first = 0; first < outliers; first += KEPT) {
-    __syncthreads();  // the stages, or the columns before, have been read
+    __syncthreads();  // the stages, or the previous columns, have been read
     for (uint32_t i = threadIdx.x; i < TILE_M * KEPT; i += THREADS) {
       const uint32_t row = i / KEPT, column = first + i % KEPT < outliers ? list[first + i % KEPT] : columns;
       Scalar value = from_float<Scalar>(0.0f), factor = value;

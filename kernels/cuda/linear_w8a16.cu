@@ -1,28 +1,28 @@
-// Int8 weights times activations as they are, for up to eight tokens: y[m, n] = absmax_w[n] / 127 * sum over k of x[m, k] q[n, k],
-// plus bias[n]. The bytes are those of LLM.int8(), without the error of quantizing x and without a step for outliers.
+// Int8 weights times unquantized activations, for up to eight tokens: y[m, n] = absmax_w[n] / 127 * sum over k of x[m, k] q[n, k],
+// plus bias[n]. It reads as many bytes as LLM.int8(), but has no error from quantizing x and no step for outliers.
 //
 //   x       DTYPE (__half, __nv_bfloat16) [tokens, columns], columns a multiple of 16
-//   weight  int8 [rows, columns], scale float32 [rows], its rows' absmax
+//   weight  int8 [rows, columns], scale float32 [rows], the absmax of its rows
 //   bias    BIAS [rows], or null;  y DTYPE [tokens, rows]
-//   FULL    1 where columns are a multiple of 256, else 0
+//   FULL    1 if columns are a multiple of 256, else 0
 //
-// The limit is the bandwidth at which the weight is read, one byte an element. Blocks, warps and turns are those of
-// linear_int8.cu; the product is in 16 bits (mma m16n8k16), so lane (g, t)'s four consecutive k of a step are two registers of
-// two values. An int8 becomes a 16-bit float without a conversion: its bits, put where the mantissa ends, make a number of a known
-// exponent, from which one subtraction for two values takes the rest.
+// The limit is the bandwidth at which the weight is read, one byte per element. Blocks, warps and turns are those of
+// linear_int8.cu. The product is in 16 bits (mma m16n8k16), so the four consecutive k of a step are two registers of two values in
+// lane (g, t). An int8 becomes a 16-bit float without a conversion: its bits become the last bits of the mantissa of a number with
+// a known exponent. One subtraction, for two values at once, then removes the offset.
 // prebuilt: DTYPE={__half,__nv_bfloat16} FULL={0,1}
 #include "int8_turns.cuh"
 
-// Two of four int8, the first two or the last, exactly.
+// Converts two of four int8 exactly: the first two, or with `half` the last two.
 __device__ inline uint32_t widen(uint32_t four, int half, __half) {
-  // 1024 + (q + 128), less 1152.
+  // 1024 + (q + 128), minus 1152.
   const uint32_t bits = __byte_perm(four ^ 0x80808080u, 0x64646464u, half ? 0x4342 : 0x4140);
   const uint32_t less = 0x64806480u;
   const __half2 pair = __hsub2(*reinterpret_cast<const __half2*>(&bits), *reinterpret_cast<const __half2*>(&less));
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 __device__ inline uint32_t widen(uint32_t four, int half, __nv_bfloat16) {
-  // A mantissa has room for seven bits: 128 + (q mod 128), less 128 or, below zero, 256.
+  // A mantissa has room for seven bits: 128 + (q mod 128), minus 128 or, for negative q, minus 256.
   const uint32_t apart = __byte_perm(four, 0, half ? 0x4342 : 0x4140);
   const uint32_t bits = (apart & 0x007f007fu) | 0x43004300u, less = (apart & 0x00800080u) | 0x43004300u;
   const __nv_bfloat162 pair =
@@ -89,6 +89,6 @@ KERNEL void __launch_bounds__(THREADS, 2)
         y[m * rows + row] = from_float<Scalar>(sum);
       }
     }
-    parity ^= 1;  // so the next tile's sums need not wait until these are read
+    parity ^= 1;  // the next tile's sums then need not wait until these are read
   }
 }

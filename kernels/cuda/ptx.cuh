@@ -1,7 +1,7 @@
-// Instructions that CUDA C++ has no name for. The emulator has a twin of each.
+// Instructions that have no name in CUDA C++. The emulator has its own version of each.
 #pragma once
 
-// Eight bytes that are read once: past L1, and L2 fetches the whole line, since a neighbour reads the rest soon.
+// Loads bytes that are read once. They bypass L1. L2 fetches the whole line, because a neighbouring thread reads the rest soon.
 __device__ __forceinline__ uint2 load_once(const uint2* from) {
   uint2 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
@@ -20,10 +20,10 @@ __device__ __forceinline__ uint4 load_once(const uint4* from) {
   return v;
 }
 
-// Shared memory by its own 32-bit addresses: the compiler keeps what is added to them in one instruction.
+// Shared memory by its own 32-bit addresses. The compiler then keeps an addition to an address in one instruction.
 __device__ __forceinline__ uint32_t shared_address(const void* at) {
   uint32_t address = uint32_t(__cvta_generic_to_shared(at));
-  asm volatile("" : "+r"(address));  // not to be taken apart again
+  asm volatile("" : "+r"(address));  // keeps the compiler from taking the sum apart
   return address;
 }
 __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
@@ -32,7 +32,7 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   return v;
 }
 
-// C[16, 8] += A[16, 16] B[16, 8] by a warp, float32 sums. With g = lane / 4 and t = lane % 4, two values a register:
+// C[16, 8] += A[16, 16] B[16, 8] by a warp, with float32 sums. With g = lane / 4 and t = lane % 4, two values per register:
 //   a[0] rows g, k 2t and 2t+1    a[1] row g+8, same k    a[2], a[3] the same rows, k 2t+8 and 2t+9
 //   b[0] k 2t and 2t+1, column g    b[1] k 2t+8 and 2t+9
 //   c[0], c[1] row g, columns 2t and 2t+1    c[2], c[3] row g+8
@@ -42,7 +42,7 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
-  __trap();  // the host code sends bfloat16 elsewhere
+  __trap();  // the host code never launches this for bfloat16
 #endif
 }
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
@@ -60,7 +60,7 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4
 #endif
 }
 
-// The same in integers, C[16, 8] += A[16, 32] B[32, 8], four int8 a register: a[0] row g, k 4t to 4t+3, a[1] row g+8,
+// The same with integers, C[16, 8] += A[16, 32] B[32, 8], four int8 per register: a[0] row g, k 4t to 4t+3, a[1] row g+8,
 // a[2], a[3] k 4t+16 to 4t+19; b[0] k 4t to 4t+3, b[1] k 4t+16 to 4t+19, column g.
 __device__ __forceinline__ void mma_16x8x32(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
@@ -77,7 +77,7 @@ __device__ __forceinline__ void mma_16x8x32(int (&c)[4], const uint32_t (&a)[4],
 #endif
 }
 
-// Four 8x8 matrices of 16-bit values (or 8 rows of 16 bytes each): lane i gives the address of row i % 8 of matrix i / 8.
+// Loads four 8x8 matrices of 16-bit values (or 8 rows of 16 bytes each). Lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
   const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -86,7 +86,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
                : "memory");
 }
 
-// Sixteen bytes to shared memory in the background, zeros where `valid` is false.
+// Copies sixteen bytes to shared memory in the background, or zeros if `valid` is false.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
 #if __CUDA_ARCH__ >= 800
   const uint32_t address = uint32_t(__cvta_generic_to_shared(to));
@@ -101,7 +101,7 @@ __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Waits until at most the `LATEST` latest groups of this thread are under way; a barrier shows them to other threads.
+// Waits until at most the `LATEST` latest groups of this thread are unfinished. After a barrier other threads see the copies.
 template <int LATEST>
 __device__ __forceinline__ void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800

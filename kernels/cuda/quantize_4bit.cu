@@ -1,21 +1,21 @@
 // Blockwise 4-bit quantization (QLoRA, arXiv:2305.14314, section 2): absmax per block, the nearest code of x / absmax.
 //
 //   x       DTYPE [count]
-//   packed  uint8 [ceil(count / 2)]: two codes a byte, the earlier element in the high nibble
+//   packed  uint8 [ceil(count / 2)]: two codes per byte, the earlier element in the high nibble
 //   absmax  float32 [ceil(count / block_size)]
 //
-// A warp takes 256 elements at once, eight a lane: one or two 16-byte loads, the maximum over the lanes of a block by
-// shuffles, one 4-byte store. Other block sizes, the end of the tensor and its partial block: a warp per block, which reads
-// twice. Bytes moved: count * (sizeof(DTYPE) + 0.5) + 4 * count / block_size.
+// A warp takes 256 elements at once, eight per lane: one or two 16-byte loads, the maximum over the lanes of a block by
+// shuffles, one 4-byte store. For other block sizes, and for the end of the tensor with its partial block, a warp takes one block
+// and reads it twice. Bytes moved: count * (sizeof(DTYPE) + 0.5) + 4 * count / block_size.
 //
-// The code of v = x / absmax is found by one comparison. [-1, 1] is cut in 32 cells of 1/16; every cell of both data types holds
-// at most one of the 15 thresholds. Each lane keeps one cell's threshold and the codes on its two sides; two shuffles look them
-// up. Rounding follows the reference bit by bit: the products are never fused.
+// One comparison finds the code of v = x / absmax. [-1, 1] is divided into 32 cells of 1/16. For both codebooks every cell has at
+// most one of the 15 thresholds. Each lane keeps one cell's threshold and the codes on its two sides; two shuffles look them up.
+// Rounding follows the reference bit by bit: the products are never fused.
 // prebuilt: DTYPE={float,__half,__nv_bfloat16} BLOCK_SIZE={64,}
 #include "common.cuh"
 
 struct SearchTable {
-  float threshold[32];  // infinity in a cell without one
+  float threshold[32];  // infinity for a cell without one
   uint32_t codes[32];   // the code up to the threshold, and 16 times the code above it
 };
 
@@ -23,23 +23,23 @@ using Scalar = DTYPE;
 constexpr float SMALLEST_RECIPROCAL = 1e-38f;
 constexpr int SPAN = 256;
 
-// Every lane of the warp must call it. A NaN gets the first code, as where all comparisons fail.
+// Every lane of the warp must call this. A NaN gets the first code, because all comparisons with it fail.
 __device__ inline uint32_t code_of(float v, float threshold, uint32_t codes) {
-  const float inside = fminf(fmaxf(v, -1.0f), 0.99999994f);  // rounding takes v beyond 1
-  // floor(16 v) + 16 is in the last bits of their sum with 2^23, and a shuffle looks at no others.
+  const float inside = fminf(fmaxf(v, -1.0f), 0.99999994f);  // rounding may move v beyond 1
+  // Added to 2^23, floor(16 v) + 16 is in the last bits of the sum. A shuffle reads only those.
   const uint32_t cell = __float_as_uint(__fmaf_rd(inside, 16.0f, 8388624.0f));
   const float limit = __shfl_sync(WHOLE_WARP, threshold, cell);
   const uint32_t both = __shfl_sync(WHOLE_WARP, codes, cell);
   return v > limit ? both >> 4 : both & 15;
 }
 
-// A block whose reciprocal may overflow.
+// Whether the block's reciprocal may overflow.
 __device__ inline bool is_tiny(float absmax) { return absmax < SMALLEST_RECIPROCAL && absmax > 0.0f; }
 __device__ inline float reciprocal_of(float absmax) {
   return __frcp_rn(absmax < SMALLEST_RECIPROCAL ? SMALLEST_RECIPROCAL : absmax);
 }
 
-// A block by a warp, whatever its length. Not inlined, for a division is long.
+// One block by one warp, for any length. Not inlined because a division takes many instructions.
 __device__ __noinline__ void quantize_block(const Scalar* x, long long start, int length, bool whole, float threshold,
                                             uint32_t codes, uint32_t zero_code, uint8_t* packed, float* absmax) {
   const int lane = threadIdx.x % 32;
@@ -65,7 +65,7 @@ __device__ __noinline__ void quantize_block(const Scalar* x, long long start, in
   if (lane == 0) *absmax = scale;
 }
 
-// 256 elements, blocks of 8 `lanes`.
+// 256 elements, in blocks of 8 * `lanes`.
 __device__ inline void quantize_span(const Scalar* x, long long start, int lanes, float threshold, uint32_t codes,
                                      uint32_t zero_code, uint8_t* packed, float* absmax) {
   const int lane = threadIdx.x % 32;
@@ -75,7 +75,7 @@ __device__ inline void quantize_span(const Scalar* x, long long start, int lanes
 #pragma unroll
   for (int i = 0; i < 8; ++i) largest = max(largest, magnitude(values[i]));
   const float scale = __uint_as_float(group_max(largest, lanes));
-  if (__ballot_sync(WHOLE_WARP, is_tiny(scale))) {  // hardly ever
+  if (__ballot_sync(WHOLE_WARP, is_tiny(scale))) {  // rare
     for (int i = 0; i < SPAN; i += lanes * 8) {
       quantize_block(x, start + i, lanes * 8, true, threshold, codes, zero_code, packed, absmax + (start + i) / (lanes * 8));
     }
@@ -100,7 +100,7 @@ KERNEL void __launch_bounds__(256)
   const long long warps = (long long)gridDim.x * (blockDim.x / 32);
   const float threshold = table.threshold[lane];
   const uint32_t codes = table.codes[lane];
-  long long begin = 0;  // of the blocks that go one by one
+  long long begin = 0;  // the first block that is done by quantize_block
   if (size >= 16 && size <= SPAN && (size & (size - 1)) == 0) {
     const long long spans = count / SPAN;
     for (long long span = warp; span < spans; span += warps) {

@@ -1,11 +1,11 @@
-// Double quantization (QLoRA, arXiv:2305.14314, section 3): absmax less an offset, in 8 bits, groups of 256.
+// Double quantization (QLoRA, arXiv:2305.14314, section 3): absmax minus an offset, in 8 bits, in groups of 256.
 //
 //   absmax  float32 [count]
 //   codes   uint8 [count]: the number of thresholds below (absmax - offset) / nested_absmax
 //   nested  float32 [ceil(count / 256)]: the largest |absmax - offset| of the group
 //
-// A block is a group, a thread an element; it finds its code among 255 ascending thresholds by halving. One launch reads a
-// 64th of what the weight's own quantization does. Rounding follows the reference bit by bit.
+// A block takes a group, a thread an element. The thread finds its code among 255 ascending thresholds by bisection. A launch
+// reads a 64th of the elements that the quantization of the weight reads. Rounding follows the reference bit by bit.
 // prebuilt:
 #include "common.cuh"
 
@@ -31,7 +31,7 @@ KERNEL void __launch_bounds__(GROUP)
   int code = 0;
 #pragma unroll
   for (int step = 128; step > 0; step /= 2) {
-    // !(<=): a NaN lies above all thresholds, as where they are searched by bisection.
+    // !(<=): a NaN is above all thresholds, as in torch.bucketize.
     if (!(scaled <= __ldg(thresholds + code + step - 1))) code += step;
   }
   codes[i] = uint8_t(code);

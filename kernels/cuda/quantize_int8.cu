@@ -2,15 +2,15 @@
 //
 //   x         DTYPE [rows, columns]
 //   q         int8 [rows, columns]
-//   absmax    float32 [rows], of what is below the threshold in magnitude
+//   absmax    float32 [rows], of the elements whose magnitude is below the threshold
 //   outliers  uint8 [columns], 1 where any element of the column is at or above the threshold; null without a threshold
 //
-// find_outliers marks columns, all zero before: whoever finds one writes a 1, so no atomics. quantize_int8 gives a block to a
-// row: the row's maximum, and then its codes, with what it reads again still in the cache; outlier columns get 0. Neither asks
-// the host anything. Bytes moved: 3 per 16-bit element, and 2 more to find outliers.
+// find_outliers marks columns; all marks are zero before. Every thread that finds an outlier writes the same 1, so atomics are not
+// needed. In quantize_int8 a block takes a row: first the row's maximum, then its codes. The second reading comes from the cache.
+// Outlier columns get 0. Neither kernel waits for the host. Bytes moved: 3 per 16-bit element, and 2 more to find outliers.
 //
-// Rounding follows the reference bit by bit: the reciprocal is rounded, then its product with 127, and rows below 1e-30, whose
-// reciprocal would overflow, are scaled by 2^100 first. A row with NaN or infinity has that as its absmax, and q 0.
+// Rounding follows the reference bit by bit: the reciprocal is rounded, then its product with 127. Rows below 1e-30, whose
+// reciprocal would overflow, are scaled by 2^100 first. A row with a NaN or an infinity has that as its absmax, and q 0.
 // prebuilt: DTYPE={float,__half,__nv_bfloat16}
 #include "linear_int8.cuh"
 
@@ -18,7 +18,7 @@ constexpr int THREADS = 256;
 
 KERNEL void __launch_bounds__(THREADS)
     find_outliers(const Scalar* __restrict__ x, long long rows, int columns, float threshold, uint8_t* __restrict__ outliers) {
-  // Eight columns a thread, as many rows at a time as the grid has in y.
+  // A thread takes eight columns, and every gridDim.y-th row.
   const int column = (blockIdx.x * THREADS + threadIdx.x) * 8;
   if (column >= columns) return;
   const bool aligned = columns % 8 == 0;
@@ -62,7 +62,7 @@ KERNEL void __launch_bounds__(THREADS)
       for (int column = threadIdx.x; column < columns; column += THREADS) take(to_float(from[column]));
     }
     largest = group_max(largest, 32);
-    __syncthreads();  // the row before is done with warp_max
+    __syncthreads();  // the previous row no longer reads warp_max
     if (lane == 0) warp_max[warp] = largest;
     __syncthreads();
 #pragma unroll

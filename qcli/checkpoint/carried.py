@@ -1,7 +1,7 @@
-"""Which files of a checkpoint go into the output as they are: everything that is not its weights in another form.
+"""Which files of a checkpoint are copied into the output unchanged: every file that does not hold its weights in another form.
 
-Tokenizers have many names (tekken.json, source.spm, bpe.codes, original/tokenizer.model), and so have templates, processors,
-pooling folders, prompts and licences; so files are known by what they are not.
+Tokenizers have many names (tekken.json, source.spm, bpe.codes, original/tokenizer.model). So have templates, processors,
+pooling folders, prompts and licences. A list of names would miss some, hence the rule names what is left out.
 """
 
 import re
@@ -11,7 +11,7 @@ from qcli.errors import CheckpointError
 from qcli.files.foreign_json import parse
 from qcli.sizes import format_bytes
 
-MOST_BYTES = 100_000_000  # of one file: the largest tokenizers have a third of it
+MOST_BYTES = 100_000_000  # per file; the largest tokenizers have a third of it
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data(_\d+)?|h5|msgpack|tflite|ot|pdparams|mlmodel|engine|plan|pte)$"
     r"|\.(safetensors|bin|h5|msgpack)\.index(\.\w+)?\.json$|\.(mlpackage|mlmodelc)/|(^|/)adapter_config\.json$",
@@ -22,37 +22,37 @@ _IS_TOKENIZER = re.compile(
     r"(tokenizer.*|vocab.*|merges\.txt|.*spiece.*|sentencepiece.*|tekken\.json|.*\.(tiktoken|spm|bpe|codes|tokenizer))",
     re.IGNORECASE,
 )
-# What the output has of its own, and what belongs to the folder and not to the model.
+# `_OWN`: files that the output writes itself. `_NO_PART`: files of the folder that do not belong to the model.
 _OWN = ("config.json", "qcli.json", "README.md")
 _NO_PART = re.compile(r"(^|/)(\.[^/]*|__pycache__)(/|$)|\.(partial|tmp|lock|incomplete)(/|$)")
 _TO_RUN = re.compile(r"(.*\.(json|txt|model|jinja|py|spm|tiktoken|codes|bpe|tokenizer|vocab)|[^.]*)", re.IGNORECASE)
-_POOLING = "modules.json"  # of sentence-transformers: the folders of what follows the model, small weights included
+_POOLING = "modules.json"  # sentence-transformers: lists the folders of the steps after the model, with their small weights
 
 
 @dataclass(frozen=True)
 class Carried:
-    """`files` go along; `too_large` would, but for their size. Names are relative to the checkpoint, in order."""
+    """`files` are copied; `too_large` are left out for their size alone. Names are relative to the checkpoint, sorted."""
 
     files: list[str]
     too_large: list[str]
 
     @property
     def to_run(self) -> list[str]:
-        """Those that a tokenizer, a template or a generation config may be made of: not papers, pictures and data."""
+        """The files that a tokenizer, a template or a generation config may need. Papers, pictures and data are not among them."""
         at_top = [n for n in self.files if "/" not in n or n.startswith("additional_chat_templates/")]
         return [name for name in at_top if _TO_RUN.fullmatch(name) or _IS_TOKENIZER.fullmatch(name)]
 
     def notes(self, size) -> list[str]:
-        """A sentence on what is left behind; `size` gives a file's bytes."""
+        """A sentence for each file that is too large. `size` gives a file's bytes."""
         return [
-            f"{name} is not carried over: it has {format_bytes(size(name))}, and files beyond {format_bytes(MOST_BYTES)} are left"
+            f"{name} is not copied: it has {format_bytes(size(name))}, and the limit for such files is {format_bytes(MOST_BYTES)}"
             for name in self.too_large
         ]
 
 
 def choose(place, weights: list[str]) -> Carried:
-    """What of the files of `place` goes along with a model whose weights are in the files `weights`."""
-    outputs = {name.rpartition("/")[0] for name in place.names if name.endswith("/qcli.json")}  # of qcli, inside this folder
+    """Which files of `place` are copied with the model. `weights` are the names of its weight files."""
+    outputs = {name.rpartition("/")[0] for name in place.names if name.endswith("/qcli.json")}  # qcli's outputs in this folder
     pooling = _pooling_folders(place)
     files, too_large = [], []
     for name in place.names:
@@ -71,11 +71,11 @@ def _pooling_folders(place) -> set[str]:
     try:
         modules = parse(place.local(_POOLING).read_bytes(), _POOLING, "")
     except (OSError, CheckpointError):
-        return set()  # carried as it is; it is for another tool
+        return set()  # the file is copied unchanged: another tool reads it
     paths = [m.get("path") for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []
     return {path.rstrip("/") for path in paths if isinstance(path, str) and path}
 
 
 def has_tokenizer(names: list[str]) -> bool:
-    """Whether a tokenizer's files are among `names`."""
+    """Whether `names` contain a tokenizer's files."""
     return any("/" not in name and _IS_TOKENIZER.fullmatch(name) for name in names)

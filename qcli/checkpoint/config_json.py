@@ -1,6 +1,6 @@
-"""The config.json of a model, checked: the fields by which qcli decides anything, in each of its parts.
+"""Checks config.json: the fields that qcli itself reads, in the config and in each of its sub-configs.
 
-Everything else of it is for the configuration class of transformers, which checks its own.
+The configuration classes of transformers read all other fields and check them.
 """
 
 import re
@@ -20,14 +20,14 @@ _OUTER = {
     "tie_word_embeddings": FLAG,
 }
 _EVERY_PART = {"model_type": TEXT, "dtype": TEXT, "torch_dtype": TEXT, "layer_types": list_of(TEXT)}
-# How many of something a model is built of, one by one. Before it is built, these are held against what is stored.
+# Fields that count layers, experts or labels. They are compared with the stored tensors before the model is built.
 _COUNT = re.compile(r"(^|_)(n_?layers?|layers?|depths?|n_?blocks|num_blocks|stages|experts?|labels)$")
 _FLOATS = ("Infinity", "-Infinity", "NaN")
 _DEEPEST = 8  # objects within objects
 
 
 def check_config(config: dict, label: str) -> None:
-    """Raises CheckpointError for a field of another kind than the model's loaders take, naming the part that holds it."""
+    """Raises CheckpointError for a field whose type the model's loaders do not accept. The message names the sub-config."""
     check(config, _OUTER, label, HINT)
     for path, part in parts(config):
         check(part, _EVERY_PART, f"{label}: {path}" if path else label, HINT)
@@ -36,7 +36,7 @@ def check_config(config: dict, label: str) -> None:
 def parts(config: dict, path: str = "", depth: int = 0) -> Iterator[tuple[str, dict]]:
     """(dotted path, object) of `config` itself, whose path is "", and of each of its sub-configs at any depth.
 
-    What a `quantization_config` holds is a format's, and no part.
+    `quantization_config` is not a sub-config: it belongs to the format.
     """
     yield path, config
     for name, value in config.items():
@@ -45,8 +45,11 @@ def parts(config: dict, path: str = "", depth: int = 0) -> Iterator[tuple[str, d
 
 
 def for_transformers(config: dict) -> dict:
-    """A copy for a configuration class of transformers, which writes infinity as {"__float__": "Infinity"}, and takes a
-    quantization_config without content for one."""
+    """A copy for transformers' configuration classes, which write infinity as {"__float__": "Infinity"}: here it is a float.
+
+    An empty quantization_config is removed: transformers would take the model for a quantized one. `return_dict` is true, whatever
+    the file says: it changes no number, and without it a model returns bare tuples.
+    """
 
     def decoded(value: object) -> object:
         if isinstance(value, dict):
@@ -58,30 +61,33 @@ def for_transformers(config: dict) -> dict:
     made = decoded(config)
     if not made.get("quantization_config"):
         made.pop("quantization_config", None)
+    for _, part in parts(made):
+        if "return_dict" in part:
+            part["return_dict"] = True
     return made
 
 
 def check_counts(config: dict, tensors: int, widest: int, label: str) -> None:
-    """Raises CheckpointError where the config claims more layers, experts or labels than the headers can hold.
+    """Raises CheckpointError where the config claims more layers, experts or labels than the stored tensors can provide.
 
-    Each takes a tensor of its own, or a row of one: `tensors` is how many there are, `widest` the largest size in any shape.
-    A damaged count would otherwise be built, module by module, until memory ends.
+    Each needs a tensor of its own, or a row of one. `tensors` is the number of tensors, `widest` the largest size in any shape.
+    Without this check a damaged count would be built, module by module, until memory runs out.
     """
     most = max(tensors, widest)
     for path, part in parts(config):
         for name, value in part.items():
             if is_whole(value) and value > most and _COUNT.search(name):
                 raise CheckpointError(
-                    f"{label}: {f'{path}.' if path else ''}{name} is {value:,}, and the checkpoint holds {tensors:,} tensors, "
+                    f"{label}: {f'{path}.' if path else ''}{name} is {value:,}, but the checkpoint holds {tensors:,} tensors, "
                     f"none wider than {widest:,}",
                     HINT,
                 )
 
 
 def live_auto_map(auto_map: object, files: list[str]) -> dict | None:
-    """The entries of an `auto_map` whose code is among `files`, or lies in another repository; None where none is left.
+    """The entries of an `auto_map` whose code is in `files` or in another repository. None where no entry is left.
 
-    An entry is "module.Class", or a list of such (or null) for a slow and a fast tokenizer.
+    An entry is "module.Class", or a list of two such names (or null) for a slow and a fast tokenizer.
     """
 
     def lives(entry: object) -> bool:

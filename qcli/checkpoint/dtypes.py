@@ -1,4 +1,4 @@
-"""The names of dtypes, safetensors' codes and torch's names, and the size of a tensor. torch is imported only where tensors are."""
+"""Dtypes: the codes of safetensors, torch's names, sizes. torch is imported only when a torch.dtype is asked for."""
 
 from dataclasses import dataclass
 from math import prod
@@ -26,9 +26,9 @@ TORCH_NAMES = {
 }
 CODES = {name: code for code, name in TORCH_NAMES.items()}
 MODEL_DTYPES = ("bfloat16", "float16", "float32")
-FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # every value of which bfloat16 holds exactly
+FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")  # bfloat16 represents all of their values exactly
 FLOATS = ("F64", "F32", "F16", "BF16", *FLOAT8)
-# Every dtype of the safetensors format. Some are smaller than a byte, and torch has no name for those.
+# Every dtype of the safetensors format. Some are smaller than a byte; torch has no dtype for those.
 DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -42,7 +42,7 @@ ITEMSIZE = {code: DTYPE_BITS[code] // 8 for code in TORCH_NAMES}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor before there is any data: full name, safetensors dtype code, shape."""
+    """A tensor before its data exist: full name, safetensors dtype code, shape."""
 
     name: str
     dtype: str
@@ -55,7 +55,7 @@ class TensorSpec:
 
 
 def torch_dtype(code: str):
-    """The torch.dtype of a safetensors code. Raises KeyError for one that torch has no dtype for."""
+    """The torch.dtype of a safetensors code. Raises KeyError where torch has none."""
     import torch
 
     return getattr(torch, TORCH_NAMES[code])

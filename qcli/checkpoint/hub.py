@@ -1,6 +1,6 @@
-"""Models on the hub, through huggingface_hub's public names: listing, ranged reads of headers, shard by shard, upload.
+"""Models on the Hugging Face hub: listing files, reading headers by byte range, fetching shard by shard, uploading.
 
-The user's token, cache, endpoint and offline settings are huggingface_hub's own business and are honoured by it.
+Only public names of huggingface_hub are used. It applies the user's token, cache, endpoint and offline settings itself.
 """
 
 import errno
@@ -15,12 +15,12 @@ from qcli.checkpoint.local_files import LocalFiles
 from qcli.errors import CheckpointError, HubError
 
 _TRIES = 4
-_WITHOUT_RANGES = 128 << 20  # bytes that are read where a server ignores ranges: enough for any header
+_WITHOUT_RANGES = 128 << 20  # bytes read at most where a server ignores ranges: enough for any header
 _BACK_OFF = 1.0  # seconds before the second try; doubles
 
 
 def open_repository(repo: str, revision: str | None, *, stream: bool):
-    """The files of a hub repository, pinned to one commit. Offline, its snapshot in the user's cache. Raises HubError."""
+    """The files of a hub repository at one commit. Offline: the snapshot in the user's cache. Raises HubError."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -49,7 +49,7 @@ def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
 
 
 class _Repository:
-    """A repository at one commit. Small files come through the user's cache, weights when they are opened."""
+    """A repository at one commit. Small files are fetched through the user's cache, weight files when they are opened."""
 
     is_hub = True
 
@@ -71,7 +71,7 @@ class _Repository:
         from huggingface_hub import hf_hub_download
 
         with _translated(self.repo, self.revision):
-            if name == "config.json":  # by the name that was asked for, so that the cache knows it offline
+            if name == "config.json":  # by the user's own revision name: the cache then finds it offline
                 _retried(lambda: hf_hub_download(self.repo, name, revision=self.asked))
             return Path(_retried(lambda: hf_hub_download(self.repo, name, revision=self.revision)))
 
@@ -102,13 +102,13 @@ class _Repository:
             skip = offset if whole else 0
             if skip and skip + count > _WITHOUT_RANGES:
                 raise HubError(
-                    f"the hub sends {self.repo}/{name} whole where bytes {offset:,} to {offset + count:,} were asked for",
+                    f"the hub sends the whole of {self.repo}/{name}, expected only bytes {offset:,} to {offset + count:,}",
                     f"Fetch the model first, then give its folder: hf download {self.repo} --local-dir FOLDER",
                 )
             data = bytearray()
             for piece in response.iter_bytes():
                 data += piece
-                if whole and len(data) >= skip + count:  # else read to its end, so that the connection serves again
+                if whole and len(data) >= skip + count:  # a ranged answer is read to its end: the connection is then reused
                     break
         return bytes(data[skip : skip + count])
 
@@ -150,7 +150,7 @@ def check_can_push(repo: str) -> None:
 
 
 def push(folder: Path, repo: str) -> str:
-    """Uploads a finished folder to the model repository `repo`, made if it is not there; returns its address."""
+    """Uploads a finished folder to the model repository `repo` and returns its address. Creates the repository if missing."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -177,7 +177,7 @@ def _retried(call):
     for left in range(_TRIES - 1, -1, -1):
         try:
             return call()
-        except Exception as e:  # only a lost connection is tried again
+        except Exception as e:  # only a lost connection is retried
             answered = isinstance(e, HfHubHTTPError) and e.response is not None
             lost = e if answered or not e.__cause__ or _is_connection_loss(e) else e.__cause__
             if not left or not _is_connection_loss(lost):
@@ -188,7 +188,7 @@ def _retried(call):
 
 @contextmanager
 def _translated(repo: str, revision: str | None) -> Iterator[None]:
-    """Turns what huggingface_hub raises into one sentence and what to do."""
+    """Turns huggingface_hub's exceptions into a HubError: one sentence, and what to do."""
     from huggingface_hub import errors
 
     at = f" at revision {revision}" if revision else ""
@@ -197,7 +197,7 @@ def _translated(repo: str, revision: str | None) -> Iterator[None]:
         yield
     except errors.GatedRepoError as e:
         raise HubError(
-            f"{repo} is gated: the hub gives it only to those who accepted its terms",
+            f"{repo} is gated: the hub gives it only to users who accepted its terms",
             f"Accept them at the model's page, then log in: hf auth login (model {repo}).",
         ) from e
     except errors.RepositoryNotFoundError as e:
@@ -211,16 +211,16 @@ def _translated(repo: str, revision: str | None) -> Iterator[None]:
         raise HubError(f"{repo}{at} lacks a file that it lists: {_line(e)}", "Try again later.") from e
     except errors.OfflineModeIsEnabled as e:
         raise HubError(
-            f"{repo} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it", "Unset HF_HUB_OFFLINE, or fetch it first."
+            f"{repo} is not in the cache, and HF_HUB_OFFLINE forbids fetching it", "Unset HF_HUB_OFFLINE, or fetch it first."
         ) from e
     except errors.LocalTokenNotFoundError as e:
-        raise HubError(f"no hub token to write to {repo} with", "Log in first: hf auth login.") from e
+        raise HubError(f"there is no hub token, and writing to {repo} needs one", "Log in first: hf auth login.") from e
     except errors.HfHubHTTPError as e:
         status = e.response.status_code if e.response is not None else "?"
         hint = "Log in with a token that may do this: hf auth login." if status in (401, 403) else rerun
         raise HubError(f"the hub answered {status} for {repo}: {_line(e)}", hint) from e
     except errors.HFValidationError as e:
-        raise HubError(f"{repo} is no valid hub id: {_line(e)}", "Write it as org/name.") from e
+        raise HubError(f"{repo} is not a valid hub id: {_line(e)}", "Write it as org/name.") from e
     except (errors.HTTPError, ConnectionError, TimeoutError, errors.FileMetadataError) as e:
         here = "" if "/" in repo else f"; there is no folder {repo} here either"
         raise HubError(f"the connection to the hub was lost while reading {repo} ({_line(e)}){here}", rerun) from e

@@ -1,10 +1,10 @@
-"""Files of a folder on this machine: a user's model, or a snapshot of one in the user's hub cache. Nothing is ever deleted."""
+"""Files of a folder on this machine: a user's model, or a model's snapshot in the user's hub cache. Nothing is ever deleted."""
 
 from pathlib import Path
 
 
 class LocalFiles:
-    """`names` are relative to `path`. A hub snapshot has the `revision` it is of, and blobs that are called by their hash."""
+    """`names` are relative to `path`. A hub snapshot has a `revision`; its files are links to blobs named by their hash."""
 
     stream = False
 
@@ -31,10 +31,10 @@ class LocalFiles:
             return file.read(count)
 
     def release(self, name: str) -> None:
-        """Nothing to let go."""
+        """Does nothing: the file stays."""
 
     def download_to(self, folder: Path) -> None:
-        """Nothing to fetch."""
+        """Does nothing: there is nothing to fetch."""
 
     def download_bytes(self, volume: Path, names: list[str]) -> int:
         return 0

@@ -1,16 +1,17 @@
-"""The dtype of a model: as its config and its weights have it."""
+"""The dtype of a model, from its config or from its weights."""
 
 from qcli.checkpoint import config_json, dtypes
 from qcli.errors import PlanError
 
-_LANGUAGE = ("text_config", "language_config", "llm_config", "decoder")  # parts whose dtype speaks for the model
+_LANGUAGE = ("text_config", "language_config", "llm_config", "decoder")  # sub-configs whose dtype decides for the model
 
 
 def model_dtype(source, dtype: str) -> str:
-    """The safetensors code of the model's dtype: as asked, else what the config states, else that of most of the weights.
+    """The safetensors code of the model's dtype: `dtype` unless it is "auto", else the config's, else that of most weights.
 
-    The outermost statement holds, as for transformers. Without one, the parts of a composite model decide where they agree and the
-    language model is among them or several speak; else the weights do. Raises PlanError for a stated dtype that no model is run in.
+    The config's top level decides if it states a dtype, as in transformers. Otherwise its sub-configs decide, if those that state
+    a dtype agree, and the language model is among them or they are at least two. Otherwise the weights decide.
+    Raises PlanError for a stated dtype in which no model runs.
     """
     if dtype != "auto":
         return dtypes.CODES[dtype]
@@ -22,14 +23,14 @@ def model_dtype(source, dtype: str) -> str:
         name = found.pop()
         if name in dtypes.MODEL_DTYPES:
             return dtypes.CODES[name]
-        if dtypes.CODES.get(name) not in dtypes.FLOAT8:  # which weights may be stored in, and no model is run in
+        if dtypes.CODES.get(name) not in dtypes.FLOAT8:  # weights may be stored in float8, but no model runs in it
             raise PlanError(
                 source.label,
                 [f"config.json says dtype {name!r}, expected one of {', '.join(dtypes.MODEL_DTYPES)}"],
                 "Choose one with --dtype.",
             )
     count = {"F32": 0, "F16": 0, "BF16": 0}
-    for _, info in source.tensors.values():
+    for info in source.tensors.values():
         if info.dtype in count:
             count[info.dtype] += info.numel
         elif info.dtype in dtypes.FLOAT8:

@@ -1,8 +1,8 @@
 """Which tensors of a checkpoint are the weights of linear modules.
 
-The transformers class of the config, built on the meta device, decides: what it converts when it loads a bitsandbytes
-checkpoint is what may be quantized, and nothing else. For an architecture transformers does not know there are rules by
-name and shape, which the plan shows as such.
+The model's transformers class, built on the meta device, decides: only modules that transformers converts when it loads a
+bitsandbytes checkpoint may be quantized. For an architecture that transformers does not know, rules by name and shape decide;
+the plan says so.
 """
 
 import re
@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from qcli.checkpoint.config_json import for_transformers
 from qcli.errors import CheckpointError
 
-# Parts of a name that mark a 2-D weight which is no linear layer to quantize: embeddings, heads, norms, routers.
+# Parts of a name that mark a 2-D weight which is not quantized: embeddings, heads, norms, routers.
 _NOT_LINEAR = re.compile(
     r"(?:^|[._])(?:embed\w*|emb|wte|wpe|lm_head|embed_out|output_layer|head|score|classifier|\w*norm\w*|ln\w*|router|gate)$"
     r"|embedding|relative_attention_bias|conv1d"
 )
-_MODULES_A_TENSOR, _MODULES_AT_LEAST = 50, 20_000  # of real models, at most 4 modules a tensor
+_MODULES_A_TENSOR, _MODULES_AT_LEAST = 50, 20_000  # real models have at most 4 modules per tensor
 _RULES_MIN_FEATURES = 32  # a narrower 2-D weight is a gate, a bias table or a projection too small to matter
 
 
@@ -27,7 +27,7 @@ _RULES_MIN_FEATURES = 32  # a narrower 2-D weight is a gate, a bias table or a p
 class Linear:
     """One linear module: `tensor` is its weight's name in the checkpoint, `module` its name in transformers.
 
-    `transposed` is True for transformers' Conv1D, stored [in_features, out_features].
+    `transposed` is True for transformers' Conv1D, whose weight is stored as [in_features, out_features].
     """
 
     tensor: str
@@ -39,32 +39,32 @@ class Linear:
 
 @dataclass
 class Layout:
-    """What a model is made of, as far as quantization asks."""
+    """The modules of a model, as far as quantization needs them."""
 
     decided_by: str
     linears: dict[str, Linear] = field(default_factory=dict)  # by tensor name
     candidates: list[str] = field(default_factory=list)  # every module that transformers would convert
-    explicit_skip: bool = False  # no loader's default is known, so the skip list must be written out
+    explicit_skip: bool = False  # the loaders' default is unknown, so the config must spell out the skip list
     modules: dict[str, str] = field(default_factory=dict)  # every tensor name -> its name in transformers
-    default_skip: list[str] = field(default_factory=list)  # modules transformers leaves alone when no list is given
-    always_skip: list[str] = field(default_factory=list)  # patterns it leaves alone whatever the list
-    keep_fp32: list[str] = field(default_factory=list)  # patterns kept float32 under float16
-    keep_fp32_strict: list[str] = field(default_factory=list)  # patterns kept float32 under 16-bit types
+    default_skip: list[str] = field(default_factory=list)  # modules that transformers skips when no list is given
+    always_skip: list[str] = field(default_factory=list)  # patterns that it skips whatever the list says
+    keep_fp32: list[str] = field(default_factory=list)  # patterns kept in float32 when the model's dtype is float16
+    keep_fp32_strict: list[str] = field(default_factory=list)  # patterns kept in float32 when it is float16 or bfloat16
     missing: list[str] = field(default_factory=list)  # parameters of the model that no tensor provides
-    misshaped: dict[str, tuple] = field(default_factory=dict)  # tensor name -> (shape stored, shape that the model has)
-    unknown: set[str] = field(default_factory=set)  # tensors that are no part of the model
+    misshaped: dict[str, tuple] = field(default_factory=dict)  # tensor name -> (stored shape, the model's shape)
+    unknown: set[str] = field(default_factory=set)  # tensors that do not belong to the model
     linear_kinds: list[str] = field(default_factory=list)  # class names of linear modules, converted or not
-    expert_parameters: int = 0  # in fused 3-D expert tensors, which are no Linear
+    expert_parameters: int = 0  # count in fused 3-D expert tensors, which are not Linear modules
     notes: list[str] = field(default_factory=list)
 
     def skipped(self, module: str, skip: list[str] | None) -> bool:
-        """Whether transformers leaves `module` alone, given the config's skip list (None: its own default)."""
+        """Whether transformers skips `module`, given the config's skip list (None: its own default)."""
         patterns = (self.default_skip if skip is None else skip) + self.always_skip
         boundary = r"(?:(?<=\.)|(?=\.|$))"
         return any(re.match(rf"(?:{key}){boundary}", module) or module.endswith(key) for key in patterns)
 
     def quantizable(self) -> list[Linear]:
-        """The linear modules that transformers converts where nothing else is asked for."""
+        """The linear modules that transformers converts by default."""
         return [linear for linear in self.linears.values() if not self.skipped(linear.module, None)]
 
     def stays_fp32(self, tensor: str, dtype: str) -> bool:
@@ -75,7 +75,7 @@ class Layout:
 
 
 def find_linears(source, *, trust_remote_code: bool = False, rules: bool = False) -> Layout:
-    """The layout of `source`'s model. `rules` asks for the rules by name and shape whatever transformers knows.
+    """The layout of `source`'s model. `rules` asks for the rules by name and shape even if transformers knows the architecture.
 
     Raises CheckpointError where transformers knows the architecture but cannot build it from this config.
     """
@@ -91,7 +91,7 @@ def find_linears(source, *, trust_remote_code: bool = False, rules: bool = False
 
 
 def transformers_class(source, trust_remote_code: bool):
-    """(model class, config) by which transformers loads `source`; (None, None) where it does not know the architecture.
+    """(model class, config) with which transformers loads `source`; (None, None) where it does not know the architecture.
 
     Raises CheckpointError.
     """
@@ -109,7 +109,7 @@ def transformers_class(source, trust_remote_code: bool):
             raise CheckpointError(
                 f"{source.label}: the model's code comes with the checkpoint ({next(iter(remote.values()))}) and is not run "
                 "unless allowed",
-                "Read that code, then pass --trust-remote-code; or --set modules=rules to go by names and shapes.",
+                "Read that code, then pass --trust-remote-code; or pass --set modules=rules to use names and shapes.",
             )
     try:
         if known and not (remote.get("AutoConfig") and trust_remote_code):
@@ -117,11 +117,11 @@ def transformers_class(source, trust_remote_code: bool):
         else:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
             if not source.quantization and hasattr(config, "quantization_config"):
-                del config.quantization_config  # without content, which loaders take for a quantized model
+                del config.quantization_config  # it is empty; loaders would take the model for a quantized one
     except Exception as e:  # transformers raises many kinds for a config it cannot read
         raise CheckpointError(
             f"{source.label}/config.json: transformers cannot read it: {reason(e)}",
-            "Mend the config, or pass --set modules=rules to go by names and shapes.",
+            "Mend the config, or pass --set modules=rules to use names and shapes.",
         ) from e
     reference = _own_class(remote, architecture) if trust_remote_code else None
     if reference:
@@ -135,21 +135,23 @@ def transformers_class(source, trust_remote_code: bool):
             ) from e
     model_class = getattr(transformers, architecture, None) if architecture else None
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        # A name of another time or of a fine-tune: what transformers makes of its model_type.
+        # transformers has no class of this name (an old name, or a fine-tune's own): model_type decides.
         model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return model_class, config
 
 
 def _own_class(auto_map: Mapping[str, str], architecture: str | None) -> str | None:
-    """The entry of an `auto_map` for the model that config.json names, else for one that continues a text, else for any."""
+    """The entry of `auto_map` for the class that config.json names, else for a causal LM, else for any other model."""
     named = [value for key, value in auto_map.items() if key != "AutoConfig" and value.endswith(f".{architecture}")]
     kinds = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
     return next(iter([*named, *(auto_map[kind] for kind in kinds if kind in auto_map)]), None)
 
 
 def model_layout(source, model_class, config, weight_name: Callable[[str], str] = str) -> Layout:
-    """The layout of the transformers model of this class and config. `weight_name` gives the weight for which a stored tensor of
-    another name stands. Raises CheckpointError where the model cannot be built."""
+    """The layout of the transformers model of this class and config. Raises CheckpointError where the model cannot be built.
+
+    `weight_name` maps the name of a stored tensor to the name of the weight that it stands for.
+    """
     import torch
     from torch import nn
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -164,7 +166,7 @@ def model_layout(source, model_class, config, weight_name: Callable[[str], str] 
     except Exception as e:  # a config can be wrong in as many ways as there are models
         raise CheckpointError(
             f"{source.label}: {model_class.__name__} cannot be built from config.json: {reason(e)}",
-            "Check the config's fields, or pass --set modules=rules to go by names and shapes.",
+            "Check the config's fields, or pass --set modules=rules to use names and shapes.",
         ) from e
     layout = Layout(decided_by=f"transformers' {model_class.__name__}")
     layout.default_skip = sorted(get_keys_to_not_convert(model))
@@ -177,7 +179,7 @@ def model_layout(source, model_class, config, weight_name: Callable[[str], str] 
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     state = model.state_dict()
     prefix = model.base_model_prefix
-    merged = set()  # parameters that transformers makes out of several tensors
+    merged = set()  # parameters that transformers builds from several tensors
     for name in source.tensors:
         weight = weight_name(name)
         renamed, pattern = rename_source_key(weight, renamings, converters, prefix, state)
@@ -213,21 +215,21 @@ def model_layout(source, model_class, config, weight_name: Callable[[str], str] 
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     layout.misshaped = {
         name: (info.shape, shapes[layout.modules[name]])
-        for name, (_, info) in source.tensors.items()
+        for name, info in source.tensors.items()
         if layout.modules[name] in shapes and layout.modules[name] not in merged and info.shape != shapes[layout.modules[name]]
     }
     unknown = [name for name, renamed in layout.modules.items() if renamed not in state and renamed not in merged]
     layout.unknown = set(unknown)
     if unknown:
         shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        layout.notes.append(f"{len(unknown)} tensors are no part of {model_class.__name__} and are carried over: {shown}")
+        layout.notes.append(f"{len(unknown)} tensors do not belong to {model_class.__name__} and are copied: {shown}")
     layout.expert_parameters = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n)
     return layout
 
 
 def _by_rules(source, decided_by: str) -> Layout:
     layout = Layout(decided_by=decided_by, explicit_skip=True)
-    for name, (_, info) in source.tensors.items():
+    for name, info in source.tensors.items():
         layout.modules[name] = name
         module = name.removesuffix(".weight")
         if name == module or len(info.shape) != 2:
@@ -246,14 +248,14 @@ def _check_converts(source, layout: Layout, model_class) -> None:
         raise CheckpointError(
             f"{source.label}: transformers converts no Linear of {model_class.__name__}{found}, so a quantized checkpoint "
             "of it would not load there",
-            "Pass --set modules=rules to quantize by names and shapes all the same, for a loader that can read it.",
+            "For another loader that can read it, pass --set modules=rules: names and shapes then decide.",
         )
 
 
 def tied_groups(ties: Mapping[str, str]) -> dict[str, set[str]]:
-    """Each tied parameter -> all that are one with it, itself included. Any of a group may be the one that is stored.
+    """Maps each tied parameter to its group: all parameters that share its weight, itself included. Any of them may be stored.
 
-    `ties` maps a parameter to the one that it is made the same as, as transformers' `all_tied_weights_keys` does.
+    `ties` maps a parameter to the one that it is tied to, as transformers' `all_tied_weights_keys` does.
     """
     groups: dict[str, set[str]] = {}
     for name, other in ties.items():
@@ -264,7 +266,7 @@ def tied_groups(ties: Mapping[str, str]) -> dict[str, set[str]]:
 
 @contextmanager
 def modules_within(source) -> Iterator[None]:
-    """Stops the building of a model of many more modules than there are tensors for, which would go on until memory ends."""
+    """Stops the building of a model that has far more modules than there are tensors. It would fill the memory."""
     from torch.nn.modules.module import register_module_module_registration_hook
 
     tensors = len(source.tensors)
@@ -274,7 +276,7 @@ def modules_within(source) -> Iterator[None]:
         nonlocal count
         count += 1
         if count > most:
-            raise CheckpointError(f"its numbers make more than {most:,} modules, and the checkpoint holds {tensors:,} tensors")
+            raise CheckpointError(f"its numbers make more than {most:,} modules, but the checkpoint holds {tensors:,} tensors")
 
     handle = register_module_module_registration_hook(watch)
     try:
@@ -284,7 +286,7 @@ def modules_within(source) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what an error says that is more than its kind; the kind where it says nothing."""
+    """The first line of an error's message that says more than the error's type. The type where there is no message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

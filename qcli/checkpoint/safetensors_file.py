@@ -1,7 +1,7 @@
-"""safetensors files: headers checked to the letter before anything trusts them, data read by pread into reused buffers.
+"""safetensors files: headers are checked in full before they are trusted; data are read by pread into reused buffers.
 
-Layout: 8 bytes little-endian N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data. Mapped pages would count
-as this process's memory; preads into one buffer do not.
+Layout: 8 bytes little-endian N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data. Why not mmap: mapped pages
+would count as this process's memory, reads into one buffer do not.
 """
 
 import json
@@ -22,8 +22,10 @@ DAMAGED = "The file is damaged or its download was cut short: fetch it again."
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor in a file: bytes `start` to `end`, counted from the file's beginning."""
+    """A tensor's entry in a header. Its data are the bytes `start` to `end` of the weight file `file`, whose name is relative to
+    the checkpoint. `dtype` is a safetensors code."""
 
+    file: str
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -56,55 +58,55 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"cannot read {path}: {e.strerror}", "Check its permissions.") from e
     try:
         size = os.fstat(fd).st_size
-        return read_header_with(lambda offset, count: os.pread(fd, count, offset), size, str(path))
+        return read_header_with(lambda offset, count: os.pread(fd, count, offset), path.name, size, str(path))
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e.strerror}", "Check the file and its disk.") from e
     finally:
         os.close(fd)
 
 
-def read_header_with(read: Callable[[int, int], bytes], file_size: int, name: str, hint: str = DAMAGED) -> Header:
-    """The header through `read(offset, count)`, of a file of `file_size` bytes called `name` in messages.
+def read_header_with(read: Callable[[int, int], bytes], file: str, file_size: int, label: str, hint: str = DAMAGED) -> Header:
+    """The header of `file`, which has `file_size` bytes. `read(offset, count)` gives its bytes.
 
-    `hint` says what to do about a damaged file. Raises CheckpointError.
+    Messages call the file `label`; `hint` says what to do about a damaged file. Raises CheckpointError.
     """
     if file_size < 8:
-        raise CheckpointError(f"{name}: {file_size} bytes, expected at least the 8 of a header length", hint)
+        raise CheckpointError(f"{label}: {file_size} bytes, expected at least the 8 of a header length", hint)
     head = read(0, min(FIRST_READ, file_size))
     length = int.from_bytes(head[:8], "little")
     if length < 2 or length > MAX_HEADER:
         raise CheckpointError(
-            f"{name}: the header claims {length:,} bytes, expected 2 to {MAX_HEADER:,}", "This is no safetensors file."
+            f"{label}: the header claims {length:,} bytes, expected 2 to {MAX_HEADER:,}", "This is not a safetensors file."
         )
     if 8 + length > file_size:
-        raise CheckpointError(f"{name}: the header claims {length:,} bytes, the whole file has {file_size:,}", hint)
+        raise CheckpointError(f"{label}: the header claims {length:,} bytes, the whole file has {file_size:,}", hint)
     if len(head) < 8 + length:
         head += read(len(head), 8 + length - len(head))
     if len(head) < 8 + length:
-        raise CheckpointError(f"{name}: read {len(head):,} bytes of a header of {8 + length:,}", hint)
+        raise CheckpointError(f"{label}: read {len(head):,} bytes of a header of {8 + length:,}", hint)
     raw = bytes(head[8 : 8 + length])
-    return parse_header(raw, file_size, name, hint)
+    return parse_header(raw, file, file_size, label, hint)
 
 
-def parse_header(raw: bytes, file_size: int, name: str, hint: str = DAMAGED) -> Header:
+def parse_header(raw: bytes, file: str, file_size: int, label: str, hint: str = DAMAGED) -> Header:
     """Checks the header JSON `raw` of a file of `file_size` bytes. Raises CheckpointError at the first fault."""
-
-    entries = parse_object(raw, f"{name}: the header", hint, unique=True)
-    check(entries, {"__metadata__": map_of(TEXT)}, f"{name}: the header", hint)
+    entries = parse_object(raw, f"{label}: the header", hint, unique=True)
+    check(entries, {"__metadata__": map_of(TEXT)}, f"{label}: the header", hint)
     metadata = entries.pop("__metadata__", None) or {}
     data_start = 8 + len(raw)
     data_size = file_size - data_start
-    tensors = sorted((_entry(name, key, entry, data_start, data_size, hint) for key, entry in entries.items()), key=_place)
+    found = (_entry(file, f"{label}: tensor {name}", name, entry, data_start, data_size, hint) for name, entry in entries.items())
+    tensors = sorted(found, key=_place)
     position = data_start
     previous = None
     for tensor in tensors:
         if tensor.start < position:
-            raise CheckpointError(f"{name}: the tensors {previous} and {tensor.name} overlap", hint)
+            raise CheckpointError(f"{label}: the tensors {previous} and {tensor.name} overlap", hint)
         if tensor.start > position:
-            raise CheckpointError(f"{name}: {tensor.start - position:,} bytes before {tensor.name} belong to no tensor", hint)
+            raise CheckpointError(f"{label}: {tensor.start - position:,} bytes before {tensor.name} belong to no tensor", hint)
         position, previous = tensor.end, tensor.name
     if position != file_size:
-        raise CheckpointError(f"{name}: {file_size - position:,} bytes after the last tensor belong to none", hint)
+        raise CheckpointError(f"{label}: {file_size - position:,} bytes after the last tensor belong to none", hint)
     return Header({t.name: t for t in tensors}, metadata, raw)
 
 
@@ -119,13 +121,13 @@ _ENTRY = {
 }
 
 
-def _entry(file: str, name: str, entry: object, data_start: int, data_size: int, hint: str) -> TensorInfo:
+def _entry(file: str, label: str, name: str, entry: object, data_start: int, data_size: int, hint: str) -> TensorInfo:
     def wrong(what: str) -> CheckpointError:
-        return CheckpointError(f"{file}: tensor {name}: {what}", hint)
+        return CheckpointError(f"{label}: {what}", hint)
 
     if not isinstance(entry, dict):
         raise wrong(f"its entry is {shown(entry)}, expected an object")
-    check(entry, _ENTRY, f"{file}: tensor {name}", hint)
+    check(entry, _ENTRY, label, hint)
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if start > end:
         raise wrong(f"its data ends ({end:,}) before it begins ({start:,})")
@@ -134,13 +136,12 @@ def _entry(file: str, name: str, entry: object, data_start: int, data_size: int,
     bits = prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or bits // 8 != end - start:
         raise wrong(f"{dtype} of shape {shape} takes {bits // 8:,} bytes, its data has {end - start:,}")
-    return TensorInfo(name, dtype, tuple(shape), data_start + start, data_start + end)
+    return TensorInfo(file, name, dtype, tuple(shape), data_start + start, data_start + end)
 
 
 def build_header(specs: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of a file whose tensors (name, dtype, shape) follow in this order, and each one's absolute start.
-
-    The JSON is padded with blanks to a multiple of 8 bytes, as the safetensors library does.
+    """(the first bytes of a file, each tensor's start counted from the file's beginning). `specs` are (name, dtype, shape) of the
+    tensors, in the order of their data. The JSON is padded with blanks to a multiple of 8 bytes, as the safetensors library does.
     """
     entries: dict[str, object] = {"__metadata__": metadata}
     position = 0
@@ -156,7 +157,7 @@ def build_header(specs: list[tuple[str, str, tuple[int, ...]]], metadata: dict[s
 
 
 def read_into(fd: int, offset: int, view: memoryview) -> None:
-    """Fills `view` from byte `offset` of `fd`. Raises CheckpointError where the file ends or the disk fails."""
+    """Fills `view` from byte `offset` of `fd`. Raises CheckpointError where the file ends too early or the disk fails."""
     done = 0
     while done < len(view):
         try:

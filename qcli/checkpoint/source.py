@@ -1,4 +1,4 @@
-"""Where a model is read from: one face for a folder and for a hub repository. Opening one reads headers, never weights."""
+"""Where a model is read from: one interface for a folder and for a hub repository. Opening reads headers, never weights."""
 
 import hashlib
 import json
@@ -18,16 +18,16 @@ from qcli.checkpoint.safetensors_file import DAMAGED, Header, TensorInfo, read_h
 from qcli.errors import CheckpointError
 from qcli.files.foreign_json import read_object
 
-_CONNECTIONS = 8  # at a time: the largest models have two hundred shards, and a header's time is the way there and back
-PIECE_BYTES = 4 << 20  # what a piece should have: on a hub a ranged request each
-_AHEAD = 4  # pieces under way at once, for a hub's answers take their time
+_CONNECTIONS = 8  # at a time: the largest models have two hundred shards, and each header costs a round trip
+PIECE_BYTES = 4 << 20  # recommended size of a piece; on the hub each piece is one ranged request
+_AHEAD = 4  # pieces requested at once, which hides the hub's latency
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 
 def open_source(model: str, revision: str | None = None, *, stream: bool = False, trust_remote_code: bool = False) -> "Source":
     """The checkpoint in the folder `model`, or in the hub repository of that id at `revision`.
 
-    Raises CheckpointError, HubError. Faults that do not stop the reading of headers are listed in `Source.problems`.
+    Raises CheckpointError, HubError. Faults that still let the headers be read are listed in `Source.problems`.
     """
     return Source(open_place(model, revision, stream=stream), model, trust_remote_code)
 
@@ -42,16 +42,16 @@ def open_place(model: str, revision: str | None = None, *, stream: bool = False)
     if path.exists():
         raise CheckpointError(f"{model} is a file, expected a model's folder", "Give the folder that holds config.json.")
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
-        raise CheckpointError(f"there is no folder {model}, and it is no hub id either", "Check the path, or write org/name.")
+        raise CheckpointError(f"there is no folder {model}, and it is not a hub id either", "Check the path, or write org/name.")
     return hubs.open_repository(model, revision, stream=stream)
 
 
 class Source:
-    """A checkpoint's headers, config and files. What is the model here is the model of every verb.
+    """A checkpoint's headers, config and files. Every verb reads the model through it.
 
-    `tensors` maps each name to (file, TensorInfo), `files` lists the weight files in reading order, `fingerprint` recognises
-    the checkpoint by its headers, its config and the hub's own hashes. `problems` are faults with which the model would load
-    wrongly or not at all, `notes` what is odd and harmless; each is a sentence.
+    `tensors` maps each name to its TensorInfo. `files` lists the weight files in reading order. `fingerprint` identifies the
+    checkpoint by its headers, its config and the hub's own hashes. `problems` are faults that make the model load wrongly or
+    not at all; `notes` are harmless oddities. Each is a sentence.
     """
 
     def __init__(self, place, label: str, trust_remote_code: bool):
@@ -61,14 +61,14 @@ class Source:
         self.notes: list[str] = []
         self.config = self._config()
         self.config_folder = place.local("config.json").parent
-        self.tensors: dict[str, tuple[str, TensorInfo]] = {}
+        self.tensors: dict[str, TensorInfo] = {}
         self.headers: dict[str, Header] = {}
         self.files, self.index, notes = weight_files.find(place.names, self.json, self.label)
         self.notes += notes
         self._read_headers()
         self._check_index()
         self._check_scales()
-        widest = max((max(info.shape, default=0) for _, info in self.tensors.values()), default=0)
+        widest = max((max(info.shape, default=0) for info in self.tensors.values()), default=0)
         check_counts(self.config, len(self.tensors), widest, f"{label}/config.json")
         self.carried = carried.choose(place, self.files)
         self.trusted = trust_remote_code
@@ -84,19 +84,14 @@ class Source:
         check_config(config, f"{self.label}/config.json")
         return config
 
-    @property
-    def infos(self) -> dict[str, TensorInfo]:
-        """Every tensor's header entry by its name."""
-        return {name: info for name, (_, info) in self.tensors.items()}
-
     def json(self, name: str) -> dict:
-        """The object that the JSON file `name` holds, fetched if it is not here. Raises CheckpointError, HubError."""
+        """The object in the JSON file `name`, which is fetched if it is not here. Raises CheckpointError, HubError."""
         return read_object(self.place.local(name), f"{self.label}/{name}", self.again("Mend it, or fetch it again."))
 
     def again(self, otherwise: str = "Fetch the model again.") -> str:
-        """What to do about a damaged file: where the hub has it so, fetching it again brings the same."""
+        """What to do about a damaged file. On the hub, fetching it again would bring the same damaged file."""
         if self.is_hub:
-            return "The repository itself holds it so: ask its authors, or give another --revision."
+            return "The repository itself holds this fault: ask its authors, or give another --revision."
         return otherwise
 
     @property
@@ -106,7 +101,7 @@ class Source:
 
     @property
     def quantization(self) -> dict | None:
-        """The `quantization_config` of a model that is stored quantized, else None."""
+        """The `quantization_config` of a quantized checkpoint, else None."""
         return self.config.get("quantization_config") or None
 
     def _read_headers(self) -> None:
@@ -117,11 +112,11 @@ class Source:
             self.headers[file] = header
             for name, info in header.tensors.items():
                 if name in self.tensors and (self.index or {}).get(name) != file:
-                    twice.setdefault((self.tensors[name][0], file), []).append(name)
-                self.tensors[name] = (file, info)
+                    twice.setdefault((self.tensors[name].file, file), []).append(name)
+                self.tensors[name] = info
         for (first, second), names in twice.items():
-            stands = "stands" if len(names) == 1 else "stand"
-            self.problems.append(f"{_counted(names, 'tensor')} {stands} in both {first} and {second}")
+            verb = "is" if len(names) == 1 else "are"
+            self.problems.append(f"{_counted(names, 'tensor')} {verb} in both {first} and {second}")
         if not self.tensors:
             raise CheckpointError(f"{self.label} holds no tensors", self.again())
 
@@ -129,14 +124,14 @@ class Source:
         label = f"{self.label}/{file}"
         if file.endswith(".safetensors"):
             return read_header_with(
-                lambda offset, count: self.read(file, offset, count), self.place.size(file), label, self.again(DAMAGED)
+                lambda offset, count: self.read(file, offset, count), file, self.place.size(file), label, self.again(DAMAGED)
             )
-        return torch_file.read_header(self.place.weights(file), label)
+        return torch_file.read_header(self.place.weights(file), file, label)
 
     def read(self, file: str, offset: int, count: int) -> bytes:
-        """`count` bytes of a weight file from byte `offset` on. On the hub that is a ranged request: the file is not fetched.
+        """`count` bytes of a weight file from byte `offset` on. On the hub this is a ranged request: the file is not fetched.
 
-        Threads may read at the same time. Raises CheckpointError, also where the file ends sooner, and HubError.
+        Several threads may read at the same time. Raises HubError, and CheckpointError, also where the file ends too early.
         """
         try:
             data = self.place.read(file, offset, count)
@@ -150,41 +145,41 @@ class Source:
         return data
 
     def _check_index(self) -> None:
-        """Loaders go by the headers of the files that an index names, so a wrong entry alone is harmless."""
+        """Loaders use the headers of the files that the index names, so a wrong entry alone is harmless."""
         if self.index is None:
             return
-        elsewhere = Counter(f for n, f in self.index.items() if n in self.tensors and self.tensors[n][0] != f)
+        elsewhere = Counter(f for n, f in self.index.items() if n in self.tensors and self.tensors[n].file != f)
         lost = [name for name in self.index if name not in self.tensors]
         unlisted = [name for name in self.tensors if name not in self.index]
         for file, count in elsewhere.items():
-            self.notes.append(f"the index places {count:,} tensors in {file} that lie in another of its files")
+            self.notes.append(f"the index places {count:,} tensors in {file} that are in another of its files")
         if lost:
             self.notes.append(f"the index names {_counted(lost, 'tensor')} that no file holds")
         if unlisted:
             self.notes.append(f"the index leaves out {_counted(unlisted, 'tensor')}")
 
     def _check_scales(self) -> None:
-        """Float8 weights beside scales that no quantization_config explains would be read without them."""
+        """Finds float8 weights with scales but without a quantization_config. They would be read without their scales."""
         if self.quantization:
             return
-        small = [name for name, (_, info) in self.tensors.items() if info.dtype in dtypes.FLOAT8]
+        small = [name for name, info in self.tensors.items() if info.dtype in dtypes.FLOAT8]
         bases = {name.removesuffix("weight") for name in small}
         scales = [n for n in self.tensors if "scale" in n and any(n[:i] in bases for i in range(len(n)))] if small else []
         if scales:
             self.problems.append(
-                f"{_counted(small, 'weight')} in float8 have scales ({scales[0]}, ...) and config.json has no quantization_config"
+                f"{_counted(small, 'weight')} in float8 have scales ({scales[0]}, ...), but config.json has no quantization_config"
             )
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over config, headers, sizes and, on the hub, its own hashes of the weight files."""
+        """sha256 over config, headers, file sizes and, on the hub, the hub's hashes of the weight files."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for file in self.files:
             digest.update(f"\n{file} {self.place.size(file)} {self.place.hash(file)}\n".encode() + self.headers[file].raw)
         return digest.hexdigest()
 
     def fetch_what_runs(self) -> None:
-        """Brings the files that tokenizers and templates are made of to `config_folder`, where transformers looks for them."""
+        """Fetches the files of tokenizers and templates into `config_folder`, where transformers looks for them."""
         for name in self.carried.to_run:
             self.place.local(name)
 
@@ -196,16 +191,16 @@ class Source:
             raise CheckpointError(f"cannot read {self.label}/{name}: {e.strerror}", "Check its permissions.") from e
 
     def download_bytes(self, volume: Path) -> int:
-        """Bytes that will be downloaded to the file system of `volume` while the run lasts."""
+        """Bytes that the run will download to the file system of `volume`."""
         return self.place.download_bytes(volume, self.files)
 
     def download_to(self, folder: Path) -> None:
-        """Where to keep shards that are to be deleted once they are read."""
+        """Sets the folder for shards that are deleted once they are read."""
         self.place.download_to(folder)
 
     @contextmanager
     def open(self, file: str) -> Iterator[int]:
-        """A descriptor for preads of a weight file, which is fetched first if it is not here."""
+        """A file descriptor of a weight file, for pread. The file is fetched first if it is not here."""
         path = self.place.weights(file)
         try:
             fd = os.open(path, os.O_RDONLY)
@@ -222,7 +217,7 @@ class Source:
             os.close(fd)
 
     def release(self, file: str) -> None:
-        """Lets go of a weight file that is read to its end."""
+        """Called when a weight file is no longer needed: a streamed shard is deleted."""
         self.place.release(file)
 
 
@@ -234,7 +229,7 @@ def _counted(names: list[str], what: str) -> str:
 
 
 def read_pieces(source: Source, pieces: Iterable[tuple[str, int, int]]) -> Iterator[bytes]:
-    """The bytes of each (file, offset, count), in their order. Raises what `Source.read` raises."""
+    """The bytes of each piece (file, offset, count), in order. Raises what `Source.read` raises."""
     pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="qcli")
     under_way = deque()
     try:

@@ -1,7 +1,7 @@
-"""A tensor of a checkpoint, read when transformers asks for it: the face of a safetensors slice, over any weight file.
+"""A tensor of a checkpoint that is read when transformers asks for it. It has the interface of a safetensors slice.
 
-Which tensors these are is the source's decision. Two ways to read: a private map of the file, whose pages the system takes
-back as it needs (for a model that stays as it is stored), or a pread into memory (for one that is let go piece by piece).
+The source decides which tensors there are. There are two ways to read one. A private map of the file suits a model that stays as
+it is stored: the system can take its pages back. A pread into memory suits a model whose weights are released one by one.
 """
 
 import mmap
@@ -16,7 +16,7 @@ from qcli.checkpoint.safetensors_file import TensorInfo, read_into
 
 
 class StoredTensor:
-    """`get_dtype`, `get_shape` and indexing as safetensors' slices have them; `load` gives the whole tensor."""
+    """`get_dtype`, `get_shape` and indexing are those of a safetensors slice. `load` gives the whole tensor."""
 
     def __init__(self, info: TensorInfo, load: Callable[[TensorInfo], torch.Tensor]):
         self.info, self._load = info, load
@@ -34,7 +34,7 @@ class StoredTensor:
 
 
 def pread(fd: int) -> Callable[[TensorInfo], torch.Tensor]:
-    """Reads a tensor of the open file `fd` into memory of its own. Raises CheckpointError where the file ends."""
+    """A function that reads a tensor of the open file `fd` into new memory. It raises CheckpointError where the file ends early."""
 
     def load(info: TensorInfo) -> torch.Tensor:
         data = torch.empty(info.nbytes, dtype=torch.uint8)
@@ -45,11 +45,11 @@ def pread(fd: int) -> Callable[[TensorInfo], torch.Tensor]:
 
 
 def mapped(fd: int) -> Callable[[TensorInfo], torch.Tensor]:
-    """Gives a tensor over pages of the file `fd`. That may be closed: the map has a descriptor of its own, while a tensor lives.
+    """A function that gives a tensor over mapped pages of the file `fd`, which may be closed: the map has its own descriptor.
 
-    Writes to it stay in this process.
+    The map lives as long as one of its tensors. Writes to a tensor stay in this process.
     """
-    # Without a reserve: the file may be larger than memory, and nothing writes to it.
+    # No swap is reserved: the file may be larger than memory, and normally nothing writes to it.
     flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
     pages = mmap.mmap(fd, os.fstat(fd).st_size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
@@ -59,16 +59,16 @@ def mapped(fd: int) -> Callable[[TensorInfo], torch.Tensor]:
             return torch.empty(info.shape, dtype=dtype)
         flat = torch.frombuffer(pages, dtype=torch.uint8, count=info.nbytes, offset=info.start)
         if info.start % dtype.itemsize:
-            flat = flat.clone()  # kernels read whole elements
+            flat = flat.clone()  # kernels need aligned elements
         return flat.view(dtype).reshape(info.shape)
 
     return load
 
 
 def state_dict(source, opened: ExitStack) -> Mapping[str, StoredTensor]:
-    """Every tensor of `source` by name, over mapped files; `opened` keeps what must be closed after loading.
+    """Every tensor of `source` by name, over mapped files. `opened` receives what must be closed after loading.
 
     Raises CheckpointError, HubError.
     """
     loads = {file: mapped(opened.enter_context(source.open(file))) for file in source.files}
-    return {name: StoredTensor(info, loads[file]) for name, (file, info) in source.tensors.items()}
+    return {name: StoredTensor(info, loads[info.file]) for name, info in source.tensors.items()}

@@ -1,8 +1,8 @@
 """`.bin` checkpoints: the names, dtypes, shapes and byte positions of a torch zip pickle's tensors, without reading them.
 
-The pickle goes through torch.load(weights_only=True), which builds tensors and nothing else, under fake tensors, which have
-no data; torch then notes where in the file each storage lies, uncompressed, and the weights are read by pread as from
-safetensors.
+torch.load(weights_only=True) reads the pickle: it builds tensors and nothing else. It runs under fake tensors, which have no
+data; torch then notes the position of each storage in the file. Storages are uncompressed, so weights are read by pread, as
+from safetensors.
 """
 
 import json
@@ -15,11 +15,12 @@ from qcli.checkpoint.safetensors_file import Header, TensorInfo
 from qcli.errors import CheckpointError
 
 _RESAVE = "Save it as safetensors with transformers (save_pretrained), and quantize that."
-# Fake tensors in a thread after another thread that had them ended: torch 2.11 for CUDA, on a machine without, crashes there.
+# One thread for all fake tensors. torch 2.11 for CUDA crashes, on a machine without CUDA, when a thread uses fake tensors after
+# another thread that used them has ended.
 _FAKES = ThreadPoolExecutor(1, thread_name_prefix="qcli")
 
 
-def read_header(path: Path, label: str) -> Header:
+def read_header(path: Path, file: str, label: str) -> Header:
     """The tensors of a `.bin` file, called `label` in messages. Raises CheckpointError."""
     try:
         whole_zip = zipfile.is_zipfile(path)
@@ -29,11 +30,11 @@ def read_header(path: Path, label: str) -> Header:
         raise CheckpointError(f"cannot read {label}: {e.strerror}", "Check its permissions.") from e
     if not whole_zip:
         raise CheckpointError(
-            f"{label} is no zip file: it is damaged, or in the layout that torch wrote before 1.6, which cannot be read in pieces",
+            f"{label} is not a zip file: it is damaged, or in the layout of torch before 1.6, which cannot be read in pieces",
             _RESAVE,
         )
     _check_archive(path, label)
-    tensors = [_tensor(label, name, value) for name, value in _FAKES.submit(_load, path, label).result().items()]
+    tensors = [_tensor(file, label, name, value) for name, value in _FAKES.submit(_load, path, label).result().items()]
     size = os.path.getsize(path)
     for tensor in tensors:
         if tensor.end > size:
@@ -66,27 +67,29 @@ def _load(path: Path, label: str) -> dict:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else "its pickle is refused"
-        raise CheckpointError(f"{label} holds more than tensors, and such pickles are not run: {reason[:200]}", _RESAVE) from None
+        raise CheckpointError(
+            f"{label} holds more than tensors, and qcli does not run such a pickle: {reason[:200]}", _RESAVE
+        ) from None
     except (RuntimeError, EOFError, ValueError, KeyError) as e:
         raise CheckpointError(f"{label} cannot be read by torch: {str(e).splitlines()[0][:200]}", "Fetch it again.") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
         raise CheckpointError(f"{label} holds a {type(state).__name__}, expected a state dict of named tensors", _RESAVE)
     others = [k for k, v in state.items() if not isinstance(v, torch.Tensor)]
     if others:
-        raise CheckpointError(f"{label}: {others[0]} is no tensor; a bare state dict was expected", _RESAVE)
+        raise CheckpointError(f"{label}: {others[0]} is not a tensor, expected a bare state dict", _RESAVE)
     return state
 
 
-def _tensor(label: str, name: str, tensor) -> TensorInfo:
+def _tensor(file: str, label: str, name: str, tensor) -> TensorInfo:
     from qcli.checkpoint.dtypes import CODES
 
     code = CODES.get(str(tensor.dtype).removeprefix("torch."))
     if code is None:
         raise CheckpointError(f"{label}: {name} has dtype {tensor.dtype}, which qcli does not read", _RESAVE)
     if not tensor.is_contiguous():
-        raise CheckpointError(f"{label}: {name} is stored with strides {tuple(tensor.stride())}, not in a row", _RESAVE)
+        raise CheckpointError(f"{label}: {name} is stored with strides {tuple(tensor.stride())}, expected contiguous", _RESAVE)
     start = tensor.untyped_storage()._checkpoint_offset
     if start is None:
-        raise CheckpointError(f"{label}: torch does not tell where {name} lies", _RESAVE)
+        raise CheckpointError(f"{label}: torch does not report the position of {name} in the file", _RESAVE)
     start += tensor.storage_offset() * tensor.element_size()
-    return TensorInfo(name, code, tuple(tensor.shape), start, start + tensor.numel() * tensor.element_size())
+    return TensorInfo(file, name, code, tuple(tensor.shape), start, start + tensor.numel() * tensor.element_size())

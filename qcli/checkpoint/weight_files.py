@@ -1,8 +1,8 @@
-"""Which files of a folder or repository are the model: decided once, for every verb.
+"""Which files of a folder or repository hold the model's weights: decided in one place, for every verb.
 
-A model.safetensors, else the shards of an index, else the same of torch's .bin; these are transformers' own names and its
-order. Else the only index, or the only loose safetensors file, whatever its name (a variant such as model.fp16.safetensors).
-An adapter is no model.
+The first that exists: model.safetensors, the shards of its index, pytorch_model.bin, the shards of its index. These are
+transformers' own names, in its order. Otherwise the only index, or the only safetensors file, whatever its name (a variant such
+as model.fp16.safetensors). An adapter is not a model.
 """
 
 import re
@@ -21,10 +21,10 @@ _OTHER_FORMS = {"gguf": "GGUF", "onnx": "ONNX", "h5": "TensorFlow", "msgpack": "
 def find(names: Sequence[str], read_json: Callable[[str], dict], label: str) -> tuple[list[str], dict[str, str] | None, list[str]]:
     """(weight files in reading order, the index's weight_map or None, notes) of a place that has the files `names`.
 
-    `read_json` gives the object that a file holds. Raises CheckpointError.
+    `read_json` gives the object in a JSON file. Raises CheckpointError.
     """
     present = set(names)
-    notes = [f"{_ADAPTER}: the adapter beside the model is left out"] if _ADAPTER in present else []
+    notes = [f"{_ADAPTER}: the adapter beside the model is ignored"] if _ADAPTER in present else []
     for single, index in _NAMED:
         if single in present:
             return [single], None, notes
@@ -40,7 +40,7 @@ def find(names: Sequence[str], read_json: Callable[[str], dict], label: str) -> 
 
 
 def has_safetensors(names: Sequence[str]) -> bool:
-    """Whether `find` would choose safetensors files: torch's own would have to be fetched, and loaded."""
+    """Whether `find` would choose safetensors files. torch's own files would have to be fetched and loaded."""
     present = set(names)
     for (single, index), is_safe in zip(_NAMED, (True, False)):
         if single in present or index in present:
@@ -71,13 +71,13 @@ def _no_weights(names, loose, indexes, read_json, label: str) -> CheckpointError
     if _ADAPTER in names:
         return _is_adapter(read_json, label)
     several = indexes or loose
-    found = f"; found {', '.join(several[:5])}, and which of them is the model is not stated" if several else ""
+    found = f"; found {', '.join(several[:5])}, and nothing says which of them is the model" if several else ""
     others = sorted({word for n in names for end, word in _OTHER_FORMS.items() if n.endswith(f".{end}")})
     if others and not several:
         found = f"; found weights in {' and '.join(others)} form"
     hint = "Give the folder or repository that holds the weights as safetensors."
     if several:
-        hint = "Put the one to use into a folder of its own, with config.json and the tokenizer."
+        hint = "Put the files to use into their own folder, with config.json and the tokenizer."
     return CheckpointError(f"{label} has no model.safetensors, no pytorch_model.bin and no index of shards{found}", hint)
 
 
@@ -92,7 +92,7 @@ def _is_adapter(read_json: Callable[[str], dict], label: str) -> CheckpointError
 
 
 def no_config(names: Sequence[str], label: str) -> CheckpointError:
-    """The error of a place without config.json, with where one may be meant."""
+    """The error for a place without config.json. Its hint names a folder that may be meant."""
     if _ADAPTER in names:
         return CheckpointError(
             f"{label} has no config.json: it is an adapter, not a model",
@@ -103,10 +103,10 @@ def no_config(names: Sequence[str], label: str) -> CheckpointError:
     hint = "Give the folder or repository of a Hugging Face model."
     if snapshots:
         folders = [n.removesuffix("/config.json") for n in snapshots[:3]]
-        hint = f"It is the root of a cache; the model lies below it: {', '.join(f'{label}/{f}' for f in folders)}"
+        hint = f"It is the root of a cache. The model is in {', '.join(f'{label}/{f}' for f in folders)}"
     elif below:
         folders = [n.removesuffix("/config.json") for n in below[:3]]
-        hint = f"A config.json lies in {', '.join(f'{label}/{f}' for f in folders)}: give that folder."
+        hint = f"A config.json is in {', '.join(f'{label}/{f}' for f in folders)}: give that folder."
     elif any(n.endswith(".gguf") for n in names):
         hint = "It holds GGUF files: give the original model that they were made from."
     return CheckpointError(f"{label} has no config.json", hint)

@@ -1,4 +1,4 @@
-"""`qcli doctor`: what this machine has, what qcli will use, and how to add what is missing."""
+"""`qcli doctor`: shows what this machine has, what qcli will use, and how to add what is missing."""
 
 from typing import Annotated
 

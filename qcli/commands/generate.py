@@ -1,4 +1,4 @@
-"""`qcli generate`: text out of a model, streamed as it is made."""
+"""`qcli generate`: continues a prompt and streams the text."""
 
 import signal
 import sys
@@ -20,14 +20,14 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text to continue; '-' reads it from stdin.", show_default=False)] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.", show_default=False)] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="At most so many. Default: the model's own, else 128.", show_default=False)
+        int | None, typer.Option(help="At most this many. Default: the model's own, else 128.", show_default=False)
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy. Default: the model's own, else greedy.", show_default=False)
     ] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from this much probability.", show_default=False)] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from so many tokens.", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(help="For the same text again.", show_default=False)] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.", show_default=False)] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the chat template; without a prompt, talk turn by turn.")] = False,
     bits: Annotated[
         int | None, typer.Option(help="Quantize an unquantized model while reading it: 4 or 8.", show_default=False)
@@ -37,13 +37,13 @@ def generate(
         Path | None, typer.Option(help="A recipe in JSON, instead of --bits and --method.", show_default=False)
     ] = None,
     skip: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Modules to leave as they are. Repeatable.", show_default=False)
+        list[str] | None, typer.Option(metavar="GLOB", help="Modules to leave unquantized. Repeatable.", show_default=False)
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Options of the method, such as block_size=128.", show_default=False),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of all that is not quantized: auto, bfloat16, float16, float32.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Dtype of all that is not quantized: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     device_map: Annotated[
         str | None, typer.Option(help="auto splits the model over GPUs and CPU memory.", show_default=False)
@@ -52,8 +52,7 @@ def generate(
         str | None, typer.Option(help="Limits of --device-map, such as 0=20GB,cpu=30GB.", show_default=False)
     ] = None,
     no_int8_activations: Annotated[
-        bool,
-        typer.Option("--no-int8-activations", help="8-bit models: only weights are 8-bit; what flows between layers stays 16-bit."),
+        bool, typer.Option("--no-int8-activations", help="8-bit models: only weights are 8-bit; activations stay 16-bit.")
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
     trust_remote_code: Annotated[
@@ -78,7 +77,7 @@ def generate(
     asked = models.asked_recipe(recipe and read_recipe(recipe), bits, method, {}, skip or (), pairs(set_))
     placement = place(device, device_map, max_memory)
     source = models.open_checkpoint(model, revision, trust_remote_code)
-    # Before a weight is read.
+    # These checks come before any weight is read.
     check_can_generate(source.config, model, trust_remote_code)
     generation_config.check_source(source)
     loaded, tokenizer = models.load_source(
@@ -125,7 +124,7 @@ def _readable(what: str) -> Iterator[None]:
 
 
 def _answer(decoding, tokenizer, ids: list[int], parts: list[str], json: bool) -> None:
-    """Generates, adds the text to `parts` piece by piece, streams it unless `json`, and tells what it took."""
+    """Generates, appends the text to `parts` piece by piece, streams it unless `json`, and reports speed and memory."""
     from qcli.generation import decode
 
     stream = decode.TextStream(tokenizer, ids)
@@ -186,8 +185,8 @@ def _say_stats(stats: dict) -> None:
 
 
 def _talk(decoding, tokenizer, template) -> None:
-    """Turn by turn until the end of input, or /exit."""
-    console.say("Type a message; an end of input (Ctrl-D) or /exit leaves, Ctrl-C stops an answer.")
+    """Answers messages turn by turn until the end of input or /exit."""
+    console.say("Type a message. Ctrl-D or /exit leaves, Ctrl-C stops an answer.")
     messages: list[dict[str, str]] = []
     while (line := _ask()) is not None and line.strip() != "/exit":
         if not line.strip():
@@ -200,7 +199,7 @@ def _talk(decoding, tokenizer, template) -> None:
                 _answer(decoding, tokenizer, ids, parts, json=False)
         except _Stopped:
             console.say("[stopped]")
-        except UsageError as e:  # this message alone is at fault
+        except UsageError as e:  # only this message is wrong: the conversation continues
             console.error(e.message, e.hint)
         if parts:
             messages.append({"role": "assistant", "content": "".join(parts)})
@@ -217,7 +216,7 @@ def _ask() -> str | None:
 
 
 def _fitting(decoding, template, messages: list[dict[str, str]]) -> list[int]:
-    """Ids of the conversation, whose first turns are forgotten as long as the model's positions do not reach."""
+    """Ids of the conversation. Its first turns are dropped while it is longer than the model's positions."""
     while True:
         ids = template.ids(decoding.model, messages)
         try:
@@ -226,13 +225,13 @@ def _fitting(decoding, template, messages: list[dict[str, str]]) -> list[int]:
             if len(messages) == 1:
                 raise
             del messages[:2]
-            console.warn("the conversation outgrew the model's context: its first turn is forgotten")
+            console.warn("the conversation is longer than the model's context: its first turn is dropped")
         else:
             return ids
 
 
 class _Stopped(BaseException):
-    """Ctrl-C while an answer is made. No Exception, so that no library takes it for a fault of its own."""
+    """Ctrl-C during an answer. Not an Exception, so that no library catches it."""
 
 
 @contextmanager

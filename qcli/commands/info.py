@@ -1,4 +1,4 @@
-"""`qcli info`: what a checkpoint holds, from its headers."""
+"""`qcli info`: shows the content of a checkpoint, from its headers."""
 
 from typing import Annotated
 

@@ -127,7 +127,7 @@ def _measured(skeletons: Sequence[Skeleton], corpus: Corpus, advance: Advance) -
     rows = []
     for skeleton, scored in zip(skeletons, scores):
         source, linears = skeleton.source, quantizable(skeleton)
-        size = sum(info.nbytes for _, info in source.tensors.values())
+        size = sum(info.nbytes for info in source.tensors.values())
         bits = 8 * _linear_bytes(source, linears) / sum(x.out_features * x.in_features for x in linears)
         rows.append(_row(source.label, scored, of_base, corpus, size, bits))
     return rows
@@ -152,7 +152,7 @@ def _simulated(skeleton: Skeleton, wanted: Sequence[Scheme], corpus: Corpus, adv
     except SequencesMixed:
         observer = Methods(skeleton, wanted)
         of_base, *others = run(observer, lambda count, name: None, alone=True)  # the work has been told of, in part
-    whole = sum(info.nbytes for _, info in skeleton.source.tensors.values())
+    whole = sum(info.nbytes for info in skeleton.source.tensors.values())
     rest = whole - _linear_bytes(skeleton.source, observer.linears)
     count = sum(x.out_features * x.in_features for x in observer.linears)
     rows = []
@@ -174,7 +174,7 @@ def _row(name: str, scored: TokenScores, base: TokenScores | None, corpus: Corpu
 
 
 def _stored_bytes(scheme: Scheme, linear: Linear, source: Source, rounding: Rounding) -> int:
-    dtype = source.tensors[linear.tensor][1].dtype
+    dtype = source.tensors[linear.tensor].dtype
     outlier_columns = rounding.outlier_columns(linear.module)
     return formats.stored_bytes(scheme, Weight(linear.tensor, linear.out_features, linear.in_features, dtype), outlier_columns)
 
@@ -183,7 +183,7 @@ def _linear_bytes(source: Source, linears: Sequence[Linear]) -> int:
     """Bytes of these weights in the checkpoint, with their scales and tables."""
     owners = {linear.tensor for linear in linears}
     companions = {name: weight for each in formats.all_formats() for name, weight in each.companions(source.tensors).items()}
-    return sum(info.nbytes for name, (_, info) in source.tensors.items() if companions.get(name, name) in owners)
+    return sum(info.nbytes for name, info in source.tensors.items() if companions.get(name, name) in owners)
 
 
 def _time(

@@ -1,1 +1,1 @@
-"""Files that are there whole or not at all, figures, and JSON that others wrote."""
+"""Files that are written completely or not at all, figures, and JSON from other tools."""

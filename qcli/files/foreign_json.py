@@ -1,8 +1,8 @@
-"""JSON that others wrote, read in one place: which field, what was found, what was expected.
+"""Reads JSON from other tools. Errors name the field, what was found and what was expected.
 
 Headers, indexes, configs, quant_states, journals and reports come from other tools, other versions and damaged disks. Here
-each is parsed, and each field that qcli uses is held against a table of kinds. Code behind this sees checked values only.
-A field that no table names passes as it is: configs hold hundreds, and most concern others.
+each is parsed, and each field that qcli uses is checked against a table of kinds. Later code sees checked values only.
+A field that no table names is not checked: configs have hundreds, and most are not for qcli.
 """
 
 import json
@@ -19,7 +19,7 @@ _NAMES = {dict: "an object", list: "a list", str: "a string", bool: "a truth val
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field must be: `words` say it in a message after "expected", `fits` decides. null counts as absent."""
+    """What a field must be. `fits` decides; `words` follow "expected" in a message. null counts as absent."""
 
     words: str
     fits: Callable[[object], bool]
@@ -27,7 +27,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Required:
-    """A field that must be there."""
+    """A field that must be present."""
 
     kind: Kind
 
@@ -41,12 +41,12 @@ NUMBER = Kind("a finite number", lambda v: is_number(v) and _is_finite(v))
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number beyond what a float holds
+    except OverflowError:  # an integer too large for a float
         return False
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a JSON number: true and false are none."""
+    """Whether `value` is a JSON number. true and false are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -73,7 +73,7 @@ def one_of(*values: object) -> Kind:
 
 
 def list_of(kind: Kind, count: int | None = None) -> Kind:
-    """A list whose items are each `kind`; of `count` items, where that is given."""
+    """A list whose items are each `kind`, with exactly `count` items if that is given."""
     return Kind(
         f"a list of {'' if count is None else f'{count} items, each '}{_plural(kind.words) if count is None else kind.words}",
         lambda v: isinstance(v, list) and count in (None, len(v)) and all(kind.fits(item) for item in v),
@@ -98,7 +98,7 @@ def _plural(words: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value for a message: as JSON, short, with its type where the JSON alone would not tell."""
+    """A value for a message: short JSON, followed by its type."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
@@ -108,9 +108,9 @@ def shown(value: object) -> str:
 
 
 def parse(data: bytes, label: str, hint: str, *, unique: bool = False) -> object:
-    """The value of JSON text in UTF-8; a byte order mark before it is let pass.
+    """The value of JSON text in UTF-8. A byte order mark before it is accepted.
 
-    `unique` refuses a name that stands twice in an object. Raises CheckpointError.
+    `unique` refuses an object with the same name twice. Raises CheckpointError.
     """
 
     def pairs(found: list[tuple[str, object]]) -> dict:
@@ -118,13 +118,13 @@ def parse(data: bytes, label: str, hint: str, *, unique: bool = False) -> object
         if unique and len(made) != len(found):
             names = [name for name, _ in found]
             twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{label}: the name {twice!r} stands twice", hint)
+            raise CheckpointError(f"{label}: the name {twice!r} occurs twice", hint)
         return made
 
     try:
         return json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs)
     except UnicodeDecodeError as e:
-        raise CheckpointError(f"{label} is not valid JSON: byte {e.start:,} is no UTF-8", hint) from None
+        raise CheckpointError(f"{label} is not valid JSON: byte {e.start:,} is not UTF-8", hint) from None
     except RecursionError:
         raise CheckpointError(f"{label} is not valid JSON: it is nested too deeply", hint) from None
     except ValueError as e:
@@ -132,7 +132,7 @@ def parse(data: bytes, label: str, hint: str, *, unique: bool = False) -> object
 
 
 def parse_object(data: bytes, label: str, hint: str, *, unique: bool = False) -> dict:
-    """`parse`, where nothing but an object will do. Raises CheckpointError."""
+    """Like `parse`, for text that must hold an object. Raises CheckpointError."""
     value = parse(data, label, hint, unique=unique)
     if not isinstance(value, dict):
         raise CheckpointError(f"{label} holds {shown(value)}, expected a JSON object", hint)
@@ -140,16 +140,16 @@ def parse_object(data: bytes, label: str, hint: str, *, unique: bool = False) ->
 
 
 def read_object(path: Path, label: str, hint: str) -> dict:
-    """`parse_object` of a file. Raises CheckpointError."""
+    """Like `parse_object`, for a file. Raises CheckpointError."""
     try:
         data = path.read_bytes()
     except OSError as e:
-        raise CheckpointError(f"cannot read {label}: {e.strerror}", "Check that it is there and may be read.") from e
+        raise CheckpointError(f"cannot read {label}: {e.strerror}", "Check that it exists and is readable.") from e
     return parse_object(data, label, hint)
 
 
 def check(value: Mapping, fields: Mapping[str, Kind | Required], label: str, hint: str | None = None) -> None:
-    """Raises CheckpointError at the first of `fields` that `value` holds in another kind, or lacks though it is required."""
+    """Raises CheckpointError at the first of `fields` that has another kind in `value`, or is required and missing."""
     for name, kind in fields.items():
         required = isinstance(kind, Required)
         kind = kind.kind if required else kind

@@ -1,4 +1,4 @@
-"""A result file that is there whole or not at all."""
+"""Writes a result file completely or not at all."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ from qcli.errors import QcliError
 
 
 def check_place(path: Path) -> None:
-    """Raises QcliError where no file can stand at `path`: its folder is missing, or it is a folder itself."""
+    """Raises QcliError if no file can be at `path`: its folder is missing, or it is a folder itself."""
     if path.is_dir():
         raise QcliError(f"{path} is a folder, not a file", "Name a file in it.")
     if not path.parent.is_dir():
@@ -27,9 +27,9 @@ def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes `data` beside `path`, then puts it in its place: whoever looks finds what was there or the whole new file.
+    """Writes `data` beside `path`, then renames it: other processes see the old file or the whole new one.
 
-    Raises QcliError where it cannot be written; what was there before stays.
+    Raises QcliError if it cannot be written. The old file then stays.
     """
     check_place(path)
     try:
@@ -39,7 +39,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes a file by a rename, synced, with the mode that the umask asks for. Nothing is left of a write that fails."""
+    """Writes a temporary file, syncs it and renames it. Its mode follows the umask. A write that fails leaves nothing behind."""
     temporary = path.with_name(path.name + ".tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
@@ -54,7 +54,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Brings renames inside `path` to the disk."""
+    """Syncs the folder `path`, so that renames in it are on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

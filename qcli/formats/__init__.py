@@ -181,7 +181,7 @@ def stored_bytes(scheme: Scheme, weight: Weight, outlier_columns: int = 0) -> in
 
 def quantized_weights(source: "Source") -> dict[str, Scheme]:
     """The tensors of codes in `source`, with their schemes, by its config and headers alone."""
-    config, tensors, found = source.quantization, source.infos, {}
+    config, tensors, found = source.quantization, source.tensors, {}
     stated = of_config(config) if config else None
     for each in [stated] if stated else all_formats():
         for weight in dict.fromkeys(each.companions(tensors).values()):

@@ -45,21 +45,21 @@ def made_again(source: Source) -> str:
 
 def expect(source: Source, name: str, allowed: tuple[str, ...], shape: tuple[int, ...]) -> None:
     """Raises Problem unless the tensor `name` is of an allowed dtype and as large as `shape`; of two dimensions, of that shape."""
-    info = source.tensors[name][1]
+    info = source.tensors[name]
     if info.dtype not in allowed or prod(info.shape) != prod(shape) or (len(shape) > 1 and info.shape != shape):
         raise Problem(f"{name} is {info.dtype} of shape {list(info.shape)}, expected {' or '.join(allowed)} of {list(shape)}")
 
 
 def present(source: Source, names: dict[str, str]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """(dtype, shape) of each attribute whose tensor is stored."""
-    found = {attribute: source.tensors[name][1] for attribute, name in names.items() if name in source.tensors}
+    found = {attribute: source.tensors[name] for attribute, name in names.items() if name in source.tensors}
     return {attribute: (info.dtype, tuple(info.shape)) for attribute, info in found.items()}
 
 
 def read_bytes(source: Source, name: str) -> bytes:
     """The data of a small tensor."""
-    file, info = source.tensors[name]
+    info = source.tensors[name]
     data = bytearray(info.nbytes)
-    with source.open(file) as fd:
+    with source.open(info.file) as fd:
         read_into(fd, info.start, memoryview(data))
     return bytes(data)

@@ -293,7 +293,7 @@ def _check_4bit(source: "Source", tensor: str, scheme: Scheme, count: int) -> No
     from qcli.codebooks import CODEBOOKS, DYNAMIC_MAP
     from qcli.formats._reading import Problem, expect, read_bytes
 
-    info = source.tensors[tensor][1]
+    info = source.tensors[tensor]
     # bnb_4bit_quant_storage may call the bytes another dtype, so that they can be sharded beside 16-bit weights.
     if info.nbytes != -(-count // 2) or info.dtype not in ("U8", "I8", *dtypes.FLOATS):
         raise Problem(f"{tensor} holds {info.nbytes:,} bytes of {info.dtype}, expected {-(-count // 2):,} for {count:,} codes")

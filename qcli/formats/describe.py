@@ -49,11 +49,10 @@ def describe(source: Source) -> Description:
     """The description of an opened source."""
     parts: dict[tuple[str, str], Part] = {}
     companions = {name: weight for each in formats.all_formats() for name, weight in each.companions(source.tensors).items()}
-    infos = source.infos
-    for name, info in infos.items():
+    for name, info in source.tensors.items():
         owner = companions.get(name, name)
-        format, scheme = _scheme(owner, infos, source.quantization)
-        word = scheme.name if scheme else TORCH_NAMES.get(infos[owner].dtype, infos[owner].dtype)
+        format, scheme = _scheme(owner, source.tensors, source.quantization)
+        word = scheme.name if scheme else TORCH_NAMES.get(source.tensors[owner].dtype, source.tensors[owner].dtype)
         kind = module_kind(format.weight_name(owner) if format else owner)
         part = parts.setdefault((kind, word), Part(kind, word))
         part.bytes += info.nbytes

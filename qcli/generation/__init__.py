@@ -1,1 +1,1 @@
-"""Text out of a loaded model: prompts, what the model's own files ask for, and the step of a token."""
+"""Generates text from a loaded model: prompts, sampling, and the step that makes one token."""

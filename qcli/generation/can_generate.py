@@ -1,4 +1,4 @@
-"""Whether a model writes text after a text, by its class in transformers alone: before a weight is read."""
+"""Whether a model can continue a text. Its class in transformers decides, before any weight is read."""
 
 import transformers
 
@@ -8,9 +8,9 @@ _HINT = "qcli generate runs models that continue a text."
 
 
 def check_can_generate(config: dict, label: str, trust_remote_code: bool = False) -> None:
-    """Raises CheckpointError where the model of a config.json takes no text or writes none: encoders, speech and image models.
+    """Raises CheckpointError if the model of this config.json reads no text or writes none: encoders, speech and image models.
 
-    A class that comes with the checkpoint is not known before it is run, nor is one that a config does not name well: they pass.
+    Two kinds of models pass unchecked: those whose code comes with the checkpoint, and those that transformers does not know.
     """
     if trust_remote_code and config.get("auto_map"):
         return
@@ -28,24 +28,24 @@ def _continues_text(config_class: type) -> bool:
 
 
 def check_class(model_class: type, label: str) -> None:
-    """As `check_can_generate`, for a model's class."""
+    """Like `check_can_generate`, for a model's class."""
     name = model_class.__name__
     try:
         writes = model_class.can_generate()
-    except AttributeError:  # no model at all, or one that is not transformers'
+    except AttributeError:  # not a model, or not one of transformers' classes
         return
     except ImportError as e:
         raise CheckpointError(f"{label} cannot be run: {' '.join(str(e).split())}") from e
     reads = model_class.main_input_name
     if not writes:
         raise CheckpointError(f"{label} cannot generate: {name} does not write text", _HINT)
-    if reads != "input_ids" or not _speaks(getattr(model_class, "input_modalities", None)):
+    if reads != "input_ids" or not _includes_text(getattr(model_class, "input_modalities", None)):
         raise CheckpointError(f"{label} cannot generate from a prompt: {name} reads {reads}, not text alone", _HINT)
-    if not _speaks(getattr(model_class, "output_modalities", None)):
+    if not _includes_text(getattr(model_class, "output_modalities", None)):
         raise CheckpointError(f"{label} cannot generate: {name} writes {_listed(model_class.output_modalities)}, not text", _HINT)
 
 
-def _speaks(modalities: str | tuple[str, ...] | None) -> bool:
+def _includes_text(modalities: str | tuple[str, ...] | None) -> bool:
     return modalities is None or "text" in _listed(modalities)
 
 

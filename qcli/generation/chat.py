@@ -1,16 +1,16 @@
-"""A conversation as the model's chat template writes it. A template is code that comes with a model and may raise anything."""
+"""Turns a conversation into token ids with the model's chat template. A template is code of the model and may raise anything."""
 
 from qcli.errors import CheckpointError, first_line
 from qcli.generation.prompt import check_ids, check_text, tokenized
 
-_WORD = "marmalade"  # in no template, and left alone by those that trim or quote
+_WORD = "marmalade"  # no template contains it, and templates that trim or quote leave it unchanged
 
 
 class Chat:
-    """The chat template of a tokenizer. `label` is what messages call the model.
+    """The chat template of a tokenizer. Messages call the model `label`.
 
-    `turn_end` is the id that closes an answer in the template's own conversations, None where none is to be seen. Raises
-    CheckpointError where there is no template, or none that writes a user's message down.
+    `turn_end` is the id with which the template closes an answer, None if there is no such id. Raises CheckpointError if there
+    is no template, or if it drops a user's message.
     """
 
     def __init__(self, tokenizer, label: str):
@@ -27,12 +27,12 @@ class Chat:
         self.turn_end = self._turn_end()
 
     def ids(self, model, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, messages of {"role", "content"}, up to where the answer begins."""
+        """Token ids of a conversation up to the point where the answer begins. A message is {"role": ..., "content": ...}."""
         for message in messages:
             check_text(message["content"])
         ids = tokenized(self.tokenizer, self._text(messages, self.in_parts), add_special_tokens=False)
         if not ids:
-            raise CheckpointError(f"the chat template of {self.label} makes no text of the conversation")
+            raise CheckpointError(f"the chat template of {self.label} returns an empty text for the conversation")
         check_ids(model, self.tokenizer, ids)
         return ids
 
@@ -41,17 +41,17 @@ class Chat:
             messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
         try:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=answer_next, tokenize=False)
-        except Exception as e:  # what Jinja raises, what the template does, and what its expressions stumble over
+        except Exception as e:  # Jinja's own errors, the template's, and those of its expressions
             raise CheckpointError(
-                f"the chat template of {self.label} does not take the conversation: {first_line(e)}",
+                f"the chat template of {self.label} rejects the conversation: {first_line(e)}",
                 "Leave out --chat to continue the prompt as plain text.",
             ) from e
         if not isinstance(text, str):
-            raise CheckpointError(f"the chat template of {self.label} makes {type(text).__name__} of a conversation, not text")
+            raise CheckpointError(f"the chat template of {self.label} returns {type(text).__name__}, expected text")
         return text
 
     def _wants_parts(self) -> bool:
-        """Whether a message's content must be a list of parts: where the template loses or refuses it as text."""
+        """Whether a message's content must be a list of parts: the template drops or rejects a plain text."""
         messages, refusal = [{"role": "user", "content": _WORD}], None
         for in_parts in (False, True):
             try:
@@ -60,17 +60,16 @@ class Chat:
             except CheckpointError as e:
                 refusal = refusal or e
         raise refusal or CheckpointError(
-            f"the chat template of {self.label} leaves the user's message out",
-            "Leave out --chat to continue the prompt as plain text.",
+            f"the chat template of {self.label} drops the user's message", "Leave out --chat to continue the prompt as plain text."
         )
 
     def _turn_end(self) -> int | None:
-        """The special token that follows an answer: where the conversation ends with it, else where the user goes on."""
+        """The special token that follows an answer at the end of a conversation, else the one before the user's next message."""
         answered = [{"role": "user", "content": "Yes?"}, {"role": "assistant", "content": _WORD}]
         for more in ([], [{"role": "user", "content": "No."}]):
             try:
                 text = self._text(answered + more, self.in_parts, answer_next=False)
-            except CheckpointError:  # some templates know no answers yet
+            except CheckpointError:  # some templates accept no answers
                 return None
             before, word, after = text.rpartition(_WORD)
             if word and after.strip():

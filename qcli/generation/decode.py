@@ -1,7 +1,7 @@
-"""Token by token through a model: prefill, then one token at a time. Prints nothing.
+"""Generates text with a model: first the prefill, then one token at a time. Prints nothing.
 
-On CUDA the step of a token is captured (decode_graph.py) where that can be. Elsewhere the loop is transformers' `generate`,
-over the model's own cache; rules of sampling are its own everywhere.
+On CUDA the step of one token is captured if possible (graph.py). Otherwise transformers' `generate` runs the loop with the
+model's own cache. The sampling rules are transformers' own in both cases.
 """
 
 import copy
@@ -25,7 +25,7 @@ from qcli.loading import generation_config, out_of_memory
 from qcli.loading.load import quiet
 
 DEFAULT_NEW_TOKENS = 128
-# What transformers and models of others raise where they cannot go on.
+# Errors that transformers and other people's models raise when they cannot continue.
 _FAILURES = (
     ArithmeticError,
     AssertionError,
@@ -41,14 +41,14 @@ _FAILURES = (
 
 @dataclass
 class Generation:
-    """The new token ids and what they took. The first one comes out of the prefill."""
+    """The new token ids and the time they took. The prefill makes the first one."""
 
     token_ids: list[int]
     prompt_tokens: int
     prefill_seconds: float
     decode_seconds: float
-    finished: bool  # by an end token or a stop string, not by the limit
-    capture_seconds: float | None = None  # what capturing the step took, before the prefill; None where it was not
+    finished: bool  # an end token or a stop string ended the text, not the limit
+    capture_seconds: float | None = None  # time to capture the step, before the prefill; None if it was not captured
 
     @property
     def prefill_rate(self) -> float:
@@ -57,13 +57,13 @@ class Generation:
 
     @property
     def decode_rate(self) -> float | None:
-        """Tokens per second after the first; None where there was but one."""
+        """Tokens per second after the first; None if there was only one."""
         count = len(self.token_ids) - 1
         return count / max(self.decode_seconds, 1e-9) if count > 0 else None
 
 
 class _Streamer:
-    """Notes each token and when it came. transformers calls `put` with the prompt first and then with each token."""
+    """Records each token and its time. transformers calls `put` with the prompt first and then with each token."""
 
     def __init__(self, on_token: Callable[[int], None], ends: set[int]):
         self.on_token, self.ends, self.prompt_is_next = on_token, ends, True
@@ -72,11 +72,11 @@ class _Streamer:
         self.first_at = self.last_at = self.captured_at = self.refused = None
 
     def ready(self) -> None:
-        """Called when a step is captured; the prefill follows."""
+        """Called when the step is captured and before the prefill."""
         self.captured_at = time.monotonic()
 
-    def hear(self, token: int) -> bool:
-        """Notes a token; whether it ends the text."""
+    def add(self, token: int) -> bool:
+        """Records a token. Returns whether it ends the text."""
         self.last_at = time.monotonic()
         self.first_at = self.first_at or self.last_at
         self.token_ids.append(token)
@@ -92,24 +92,24 @@ class _Streamer:
             self.prompt_is_next = False
             return
         for token in value.reshape(-1).tolist():
-            self.hear(token)
+            self.add(token)
 
     def end(self) -> None:
         """Called after the last token."""
 
 
 def end_tokens(model, tokenizer, turn_end: int | None = None) -> set[int]:
-    """Every id that ends a text: the generation config's one or many, the tokenizer's, and in a chat `turn_end`."""
+    """Every id that ends a text: those of the generation config, the tokenizer's, and `turn_end` in a chat."""
     stated = model.generation_config.eos_token_id
     stated = list(stated) if isinstance(stated, (list, tuple)) else [stated]
     return {i for i in (*stated, tokenizer.eos_token_id, turn_end) if i is not None}
 
 
 class Decoding:
-    """Texts out of a model by one set of rules: its generation config, checked and cleared, and over it what the user asked.
+    """Generates texts by one set of rules: the model's generation config, checked, with the user's options on top.
 
-    `ends` are the ids that end a text. Warns (QcliWarning) of each field that is overridden, once. Raises CheckpointError for
-    a field whose value cannot be followed.
+    `ends` are the ids that end a text. Warns (QcliWarning) once about each field that is overridden. Raises CheckpointError for
+    a field with an invalid value.
     """
 
     def __init__(self, model, tokenizer, sampling: Sampling, turn_end: int | None = None):
@@ -129,16 +129,16 @@ class Decoding:
         self.rules.stop_strings = None
         self.prompt_end, self.end = positions.ends(model)
         self.made_for = positions.made_for(model)
-        self.told_of_length = False
+        self.length_warned = False
         for note in notes:
             warnings.warn(note, QcliWarning, stacklevel=3)
 
     def _sample(self) -> list[str]:
-        """Puts the user's options over the model's. Temperature 0 is greedy, from either."""
+        """Applies the user's options over the model's. Temperature 0 means greedy in both."""
         notes, options = [], self.sampling.options()
         if options.get("do_sample") and "temperature" not in options and self.rules.temperature == 0:
             options["temperature"] = 1.0
-            notes.append("the generation config has temperature 0, which is greedy: sampling is at temperature 1")
+            notes.append("the generation config has temperature 0, which is greedy: sampling uses temperature 1")
         for name, value in options.items():
             setattr(self.rules, name, value)
         if self.rules.do_sample and self.rules.temperature == 0:
@@ -149,25 +149,25 @@ class Decoding:
         return notes
 
     def _settle_ends(self) -> list[str]:
-        """Leaves out ends that the model cannot say, and rules that speak of an end where there is none."""
+        """Removes end tokens beyond the vocabulary, and rules about an end token where there is none."""
         beyond = {i for i in self.ends if i < 0 or (self.vocabulary is not None and i >= self.vocabulary)}
         self.ends -= beyond
         notes = []
         if any(i >= 0 for i in beyond):
             notes.append(
-                f"token {max(beyond)} is to end a text, but the model's vocabulary has {self.vocabulary:,} tokens: it never comes"
+                f"token {max(beyond)} should end a text, but the model's vocabulary has {self.vocabulary:,} tokens: it never comes"
             )
         if not self.ends and self.rules.exponential_decay_length_penalty is not None:
             self.rules.exponential_decay_length_penalty = None
-            notes.append("exponential_decay_length_penalty favours the end of a text, and the model has no token for it")
+            notes.append("exponential_decay_length_penalty favours the end of a text, but the model has no end token")
         self.rules.eos_token_id = sorted(self.ends) or None
-        # One sequence is never padded, but transformers reckons with the id.
+        # One sequence is never padded, but transformers reads the id.
         self.rules.pad_token_id = min(self.ends, default=0)
         return notes
 
     def limit(self, prompt_tokens: int) -> int:
-        """How many tokens may follow a prompt. Raises UsageError where positions end before the prompt does."""
-        alone = self.model.config.is_encoder_decoder  # then the text begins with one token of its own
+        """How many tokens may follow a prompt. Raises UsageError if the prompt is longer than the model's positions."""
+        alone = self.model.config.is_encoder_decoder  # the text is then apart from the prompt and begins with one start token
         if self.prompt_end is not None and prompt_tokens > self.prompt_end - (not alone):
             raise UsageError(
                 f"the prompt has {prompt_tokens:,} tokens, the model's context holds {self.prompt_end:,}", "Shorten the prompt."
@@ -180,48 +180,48 @@ class Decoding:
         return wanted if self.end is None else max(1, min(wanted, self.end - before))
 
     def generate(self, prompt_ids: list[int], on_token: Callable[[int], None]) -> Generation:
-        """Continues `prompt_ids`; `on_token` hears of each new id at once, end tokens included.
+        """Continues `prompt_ids`. `on_token` is called with each new id at once, end tokens included.
 
-        Raises UsageError for a prompt that leaves no room in the model's context, DeviceError where a GPU's memory does not
-        do, CheckpointError where transformers cannot continue.
+        Raises UsageError for a prompt that leaves no room in the model's context, DeviceError where the GPU's memory is too
+        small, CheckpointError where transformers cannot continue.
         """
         limit = self.limit(len(prompt_ids))
-        self._tell_length(len(prompt_ids), "the prompt")
-        # Weights that accelerate brings in only for their product are on "meta"; its hooks move the ids then.
+        self._warn_of_length(len(prompt_ids), "the prompt")
+        # accelerate keeps weights on "meta" until their product needs them. Its hooks then move the ids.
         device = "cpu" if self.model.device.type == "meta" else self.model.device
         ids = torch.tensor([prompt_ids], dtype=torch.int64, device=device)
         if self.sampling.seed is not None:
             torch.manual_seed(self.sampling.seed)
-        heard = _Streamer(on_token, self.ends)
+        streamer = _Streamer(on_token, self.ends)
         free = out_of_memory.free_memory(gpus_of(self.model))
         try:
             with torch.inference_mode(), quiet(), self._in_force(limit, len(prompt_ids)):
-                self._decode(ids, heard)
+                self._decode(ids, streamer)
         except (*out_of_memory.KINDS, *_FAILURES) as e:
             if out_of_memory.is_out_of_memory(e):
                 raise out_of_memory.while_generating(self.model, len(prompt_ids), limit, free) from e
-            if isinstance(e, (QcliError, MemoryError)) or e is heard.refused:
+            if isinstance(e, (QcliError, MemoryError)) or e is streamer.refused:
                 raise
             raise CheckpointError(
                 f"{type(self.model).__name__} cannot continue this prompt: {first_line(e)}",
                 "QCLI_TRACEBACK=1 shows where it stopped.",
             ) from e
-        started = heard.captured_at or heard.started
-        first = heard.first_at or time.monotonic()
+        started = streamer.captured_at or streamer.started
+        first = streamer.first_at or time.monotonic()
         before = 0 if self.model.config.is_encoder_decoder else len(prompt_ids)
-        self._tell_length(before + len(heard.token_ids), "the text")
+        self._warn_of_length(before + len(streamer.token_ids), "the text")
         return Generation(
-            heard.token_ids,
+            streamer.token_ids,
             len(prompt_ids),
             prefill_seconds=first - started,
-            decode_seconds=(heard.last_at or first) - first,
-            finished=bool(heard.token_ids) and (heard.token_ids[-1] in self.ends or bool(self.stop and self.stop.met)),
-            capture_seconds=heard.captured_at and started - heard.started,
+            decode_seconds=(streamer.last_at or first) - first,
+            finished=bool(streamer.token_ids) and (streamer.token_ids[-1] in self.ends or bool(self.stop and self.stop.met)),
+            capture_seconds=streamer.captured_at and started - streamer.started,
         )
 
-    def _tell_length(self, tokens: int, what: str) -> None:
-        if self.made_for is not None and tokens > self.made_for and self.end is None and not self.told_of_length:
-            self.told_of_length = True
+    def _warn_of_length(self, tokens: int, what: str) -> None:
+        if self.made_for is not None and tokens > self.made_for and self.end is None and not self.length_warned:
+            self.length_warned = True
             warnings.warn(
                 f"{what} has {tokens:,} tokens, the model was made for {self.made_for:,}: beyond them it may make no sense",
                 QcliWarning,
@@ -230,7 +230,7 @@ class Decoding:
 
     @contextmanager
     def _in_force(self, limit: int, prompt_tokens: int) -> Iterator[None]:
-        """The rules as the model's own for a while: transformers checks the model's generation config whatever it is given."""
+        """Makes the rules the model's own while this lasts: transformers checks the model's generation config in any case."""
         rules = copy.copy(self.rules)
         rules.max_new_tokens, rules.max_length = limit, None
         if rules.min_new_tokens is not None:
@@ -243,31 +243,31 @@ class Decoding:
         finally:
             self.model.generation_config = before
 
-    def _decode(self, ids: torch.Tensor, heard: _Streamer) -> None:
+    def _decode(self, ids: torch.Tensor, streamer: _Streamer) -> None:
         options = {"stopping_criteria": StoppingCriteriaList([self.stop])} if self.stop else {}
         capture = decode_graph.capture_for(self.model)
         if capture is not None:
             try:
-                decode_graph.generate(self.model, ids, capture, heard.hear, heard.ready, **options)
+                decode_graph.generate(self.model, ids, capture, streamer.add, streamer.ready, **options)
                 return
             except decode_graph.Unsupported:
-                heard.started = time.monotonic()
-        self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=heard, **options)
+                streamer.started = time.monotonic()
+        self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
 
 
 def generate(model, tokenizer, prompt_ids: list[int], sampling: Sampling, on_token: Callable[[int], None]) -> Generation:
-    """Continues one prompt: `Decoding.generate`, for a model that writes a single text."""
+    """Continues one prompt. The same as `Decoding.generate`, for a single text."""
     return Decoding(model, tokenizer, sampling).generate(prompt_ids, on_token)
 
 
 class TextStream:
-    """Turns token ids into text as they come: whole characters only, with the spaces the tokenizer means.
+    """Turns token ids into text one by one: whole characters only, with the tokenizer's own spaces.
 
-    The text of an id depends on its neighbours, so each step decodes a short tail twice, with and without the new ids, and
-    gives out the difference once it ends in no half character.
+    The text of an id depends on its neighbours. Each step therefore decodes a short tail twice, with and without the new ids.
+    The difference is the new text; it is held back while it ends in half a character.
     """
 
-    CONTEXT = 6  # earlier ids that a decoder may look at
+    CONTEXT = 6  # earlier ids that the decoded text may depend on
 
     def __init__(self, tokenizer, prompt_ids: list[int]):
         self.tokenizer = tokenizer
@@ -284,7 +284,7 @@ class TextStream:
         return now[len(before) :]
 
     def flush(self) -> str:
-        """What is left, half characters included."""
+        """The remaining text, half characters included."""
         before, now = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
         self.shown = len(self.ids)
         return now[len(before) :]

@@ -1,7 +1,7 @@
-"""Decoding as one captured step: the launches of a token are recorded once, as a CUDA graph, and replayed for each token.
+"""Decoding as one captured step: a CUDA graph records the launches of one token, and is replayed for every token.
 
-Ids travel to the host while the next step runs and are looked at one step late: no step waits for the host, a text that has
-ended is noticed by then, and the id that was one too many is dropped. Prompts and sampling rules go through transformers.
+Ids are copied to the host while the next step runs, and read one step late, so no step waits for the host. When a text has
+ended, one id too many has been made; it is dropped. transformers prepares the prompt and the sampling rules.
 """
 
 import inspect
@@ -25,16 +25,16 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from qcli.generation.step import Capture, Decoder, Step, Unsupported
 from qcli.nn.quantized_linear import QuantizedLinear
 
-# What a step can be made of: nothing that looks at the length of the text or runs on the host.
+# The rules that a captured step supports: they neither depend on the length of the text nor run on the host.
 _RULES = {MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper}
 _STOPS = {EosTokenCriteria, MaxLengthCriteria}
-_LONGEST = 1 << 20  # tokens of a text: what a step keeps of each is made room for at once
+_LONGEST = 1 << 20  # tokens of a text: the history of the whole text is allocated at once
 _MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
 
 
 def capture_for(model) -> Capture | None:
-    """How a step of `model` is captured; None where it must not be: off CUDA, split over devices, or where a quantized module
-    runs without a kernel, for the references wait for the host."""
+    """The function that captures a step of `model`. None where a step cannot be captured: not on CUDA, split over devices, or with
+    a quantized module that runs without a kernel, because the reference waits for the host."""
     tensors = [*model.parameters(), *model.buffers()]
     device = model.device
     if device.type != "cuda" or any(tensor.device != device for tensor in tensors):
@@ -51,7 +51,7 @@ def _cuda_capture(device: torch.device, stream) -> Capture:
         with torch.cuda.device(device):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                rehearse()  # compiles and loads every kernel, which a capture does not allow
+                rehearse()  # compiles and loads every kernel: a capture does not allow that
                 with _no_waits():
                     rehearse()
             torch.cuda.current_stream().wait_stream(stream)
@@ -65,7 +65,7 @@ def _cuda_capture(device: torch.device, stream) -> Capture:
 
 @contextmanager
 def _no_waits() -> Iterator[None]:
-    """Makes torch raise RuntimeError where it would wait for the GPU: here that does no harm, in a capture it would."""
+    """Makes torch raise RuntimeError where it would wait for the GPU. Here this error is harmless, inside a capture it is not."""
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls this mode a prototype
@@ -77,15 +77,15 @@ def _no_waits() -> Iterator[None]:
 
 
 def supported(model) -> bool:
-    """Whether transformers declares the model fit for a static cache, and its layers, positions and masks are of the kinds that
-    a step knows: full and sliding attention, given positions, masks made from the cache's own length."""
+    """Whether a step of `model` can be captured. transformers must declare that the model works with a static cache. Its layers,
+    positions and masks must be full or sliding attention, positions passed as an argument, masks made from the cache's length."""
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder or config is not model.config or not getattr(model, "_can_compile_fullgraph", 0):
         return False
     if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager") or getattr(config, "alibi", False):
         return False
     rope = _rope_types(getattr(config, "rope_parameters", None))
-    if not rope.isdisjoint({"dynamic", "longrope"}):  # recomputed when the text outgrows a length
+    if not rope.isdisjoint({"dynamic", "longrope"}):  # recomputed when the text grows beyond a length
         return False
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
@@ -100,18 +100,18 @@ def supported(model) -> bool:
 
 
 def _rope_types(parameters) -> set[str]:
-    """Every rope_type in a config's rope_parameters, which may hold one set of them or one per kind of layer."""
+    """Every rope_type in a config's rope_parameters, which hold either one set or one set per kind of layer."""
     if not isinstance(parameters, dict):
         return set()
     found = {parameters.get("rope_type")} - {None}
     return found.union(*(_rope_types(value) for value in parameters.values()))
 
 
-def generate(model, ids: torch.Tensor, capture: Capture, hear: Callable[[int], bool], ready: Step, **options) -> None:
+def generate(model, ids: torch.Tensor, capture: Capture, on_token: Callable[[int], bool], ready: Step, **options) -> None:
     """Continues ids int64 [1, tokens] by transformers' rules for `options`, arguments of its `generate`.
 
-    `hear` takes each new id and says whether it was the last; `ready` is called when the step is captured and before the
-    prompt is read. Raises Unsupported before anything was heard.
+    `on_token` is called with each new id and returns whether it was the last. `ready` is called when the step is captured and
+    before the prompt is read. Raises Unsupported before the first call of `on_token`.
     """
 
     def decode(_, input_ids, *, logits_processor, stopping_criteria, generation_config, **inputs):
@@ -125,7 +125,7 @@ def generate(model, ids: torch.Tensor, capture: Capture, hear: Callable[[int], b
         decoder = Decoder(model, count, length, logits_processor, generation_config.do_sample, capture)
         ready()
         keep = {name: value for name, value in inputs.items() if name == "logits_to_keep"}
-        _run(decoder, input_ids, length - count, hear, keep)
+        _run(decoder, input_ids, length - count, on_token, keep)
         return input_ids
 
     if not supported(model):
@@ -133,8 +133,8 @@ def generate(model, ids: torch.Tensor, capture: Capture, hear: Callable[[int], b
     model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=decode, **options)
 
 
-def _run(decoder: Decoder, ids: torch.Tensor, limit: int, hear: Callable[[int], bool], keep: dict) -> None:
-    """At most `limit` ids, each heard after the launch of the step behind it."""
+def _run(decoder: Decoder, ids: torch.Tensor, limit: int, on_token: Callable[[int], bool], keep: dict) -> None:
+    """Makes at most `limit` ids. `on_token` gets each id after the next step was launched."""
     reader = _Reader(limit, decoder.token.device)
     try:
         for i in range(limit):
@@ -143,15 +143,15 @@ def _run(decoder: Decoder, ids: torch.Tensor, limit: int, hear: Callable[[int], 
             else:
                 decoder.prefill(ids, keep)
             reader.send(i, decoder.token)
-            if i and hear(reader.get(i - 1)):
+            if i and on_token(reader.get(i - 1)):
                 return
-        hear(reader.get(limit - 1))
+        on_token(reader.get(limit - 1))
     finally:
         reader.wait()  # a graph that still runs must not be destroyed
 
 
 class _Reader:
-    """Takes ids to the host behind the step's back."""
+    """Copies ids to the host while the next step runs."""
 
     def __init__(self, limit: int, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -170,6 +170,6 @@ class _Reader:
         return int(self.ids[i])
 
     def wait(self) -> None:
-        """Until everything sent has arrived."""
+        """Waits until everything sent has arrived."""
         for event in self.events.values():
             event.synchronize()

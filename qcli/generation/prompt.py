@@ -1,10 +1,10 @@
-"""A prompt's token ids. Tokenizers are files and code of others: whatever they raise becomes a sentence."""
+"""A prompt's token ids. Tokenizers are other people's files and code: any exception becomes a message of one sentence."""
 
 from qcli.errors import CheckpointError, UsageError, first_line
 
 
 def check_text(text: str) -> None:
-    """Raises UsageError for a text that is no Unicode: bytes that the command line or stdin could not decode."""
+    """Raises UsageError for a text with bytes that the command line or stdin could not decode as UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as e:
@@ -14,15 +14,15 @@ def check_text(text: str) -> None:
 
 
 def plain_ids(model, tokenizer, text: str) -> list[int]:
-    """Ids of a text to be continued. An empty one begins where the tokenizer's texts begin.
+    """Ids of a text to be continued. For an empty text: the tokenizer's start token.
 
-    Raises UsageError for an empty prompt without such a token, CheckpointError where the tokenizer does not fit the model.
+    Raises UsageError for an empty prompt where there is no such token, CheckpointError if the tokenizer does not fit the model.
     """
     ids = tokenized(tokenizer, text)
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not model.config.is_encoder_decoder:
-        ids = ids[:-1]  # some tokenizers close a text; a prompt is to be continued
+        ids = ids[:-1]  # some tokenizers add an end token, but a prompt is to be continued
     if not ids and tokenizer.bos_token_id is None:
-        raise UsageError("the prompt is empty, and the tokenizer has no token to begin a text with", "Give a prompt.")
+        raise UsageError("the prompt is empty, and the tokenizer has no token that begins a text", "Give a prompt.")
     ids = ids or [tokenizer.bos_token_id]
     check_ids(model, tokenizer, ids)
     return ids
@@ -33,24 +33,24 @@ def tokenized(tokenizer, text: str, **options) -> list[int]:
     check_text(text)
     try:
         ids = tokenizer(text, **options)["input_ids"]
-    except Exception as e:  # tokenizers raises plain Exception, remote code anything
+    except Exception as e:  # tokenizers raises plain Exception, remote code raises anything
         raise CheckpointError(
             f"{type(tokenizer).__name__} cannot read the prompt: {first_line(e)}", "Fetch the tokenizer's files again."
         ) from e
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise CheckpointError(f"{type(tokenizer).__name__} makes no list of token ids of the prompt")
+        raise CheckpointError(f"{type(tokenizer).__name__} does not return a list of token ids for the prompt")
     return ids
 
 
 def check_ids(model, tokenizer, ids: list[int]) -> None:
-    """Raises CheckpointError for an id that the model's embedding has no row for."""
+    """Raises CheckpointError for an id beyond the rows of the model's embedding."""
     rows = _embedding_rows(model)
     beyond = next((i for i in ids if rows is not None and i >= rows), None)
     if beyond is not None:
         raise CheckpointError(
             f"the tokenizer makes token {beyond} of the prompt ({tokenizer.convert_ids_to_tokens(beyond)!r}), "
             f"the model's embedding has {rows:,} rows",
-            "The tokenizer is another model's, or tokens were added to it and not to the model.",
+            "The tokenizer belongs to another model, or tokens were added to it and not to the model.",
         )
 
 

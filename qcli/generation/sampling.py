@@ -1,4 +1,4 @@
-"""What the user asks of a text: its length, and how its tokens are drawn."""
+"""The user's options for a text: its length, and how its tokens are drawn."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from qcli.errors import UsageError
 
 @dataclass(frozen=True)
 class Sampling:
-    """What the user asked for; None leaves it to the model's generation_config. temperature 0 is greedy."""
+    """The user's options. None means that the model's generation_config decides. temperature 0 is greedy."""
 
     max_new_tokens: int | None = None
     temperature: float | None = None

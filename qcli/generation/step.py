@@ -1,13 +1,13 @@
-"""One step of decoding over tensors that never move, so that it can be captured once and replayed.
+"""One step of decoding over tensors at fixed addresses, so that it can be captured once and replayed.
 
-A step reads its input where the last one wrote its output:
+A step reads its input where the last step wrote its output:
 
-  token     int64 [1, 1]       the id to read next; the step puts the one that it chose there
-  position  int64 []           where that id stands in the text; its keys and values go to the same place of the cache
-  history   int64 [1, length]  every id so far, then copies of the first: rules ask which ids occurred, not how often
-  cache     per layer keys and values [1, heads, span, head_dim], of which the mask leaves those of the text
+  token     int64 [1, 1]       the id to read next; the step replaces it by the id that it chose
+  position  int64 []           the position of that id in the text, and of its keys and values in the cache
+  history   int64 [1, length]  every id so far, then copies of the first; rules need which ids occurred, not how often
+  cache     per layer keys and values [1, heads, span, head_dim]; the mask hides the positions beyond the text
 
-A text that outgrows the span gets one twice as long, and a new capture with it.
+When a text outgrows the span, the span is doubled and the step is captured again.
 """
 
 import inspect
@@ -19,25 +19,25 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qcli.loading import out_of_memory
 
-# Places of a cache to begin with, doubled until the prompt fits. Attention reads all of them at each step.
+# Positions of a cache at first, doubled until the prompt fits. Attention reads all of them at each step.
 SPAN = 256
 
 Step = Callable[[], None]
-# Takes a rehearsal, which leaves nothing behind, and the step; returns what runs the step. May run it itself.
+# Called with a rehearsal (which changes nothing) and the step. Returns a function that runs the step. May run the step itself.
 Capture = Callable[[Step, Step], Step]
 
 
 def cache_argument(model) -> str:
-    """The name under which a model takes its cache: "cache" from transformers 5.24 on, "past_key_values" before."""
+    """The name of a model's argument for its cache: "cache" from transformers 5.24 on, "past_key_values" before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class Unsupported(Exception):
-    """This model, or what was asked of it, cannot be captured: no token has been made yet."""
+    """The model or one of the options cannot be captured. No token has been made yet."""
 
 
 class _Places:
-    """What the layers of a cache have in common: how many places they have and where the next token goes."""
+    """What the layers of a cache share: the number of positions, and the position of the next token."""
 
     def __init__(self, device: torch.device):
         self.span, self.prefilling = SPAN, False
@@ -45,9 +45,9 @@ class _Places:
 
 
 class _Layer(CacheLayerMixin):
-    """Keys and values of one layer, of the whole text whatever its window: which places count is the mask's affair.
+    """Keys and values of one layer for the whole text, whatever its window. The mask selects the positions.
 
-    A prefill attends to its own keys and values, as in transformers' own cache; they are only noted here.
+    A prefill attends to its own keys and values, as in transformers' own cache; this class only stores them.
     """
 
     is_compileable, is_sliding = True, False
@@ -61,14 +61,14 @@ class _Layer(CacheLayerMixin):
         self.is_initialized = True
 
     def stretch(self) -> None:
-        """Makes room for the span of now."""
+        """Makes room for the current span."""
         if self.is_initialized:
             self.keys = self._of_span(self.keys)
             self.values = self._of_span(self.values)
 
     def _of_span(self, old: torch.Tensor) -> torch.Tensor:
         batch, heads, count, head_dim = old.shape
-        new = old.new_zeros(batch, heads, self.places.span, head_dim)  # zeros, for a masked NaN would still be one
+        new = old.new_zeros(batch, heads, self.places.span, head_dim)  # zeros: a masked NaN would still be NaN
         new[:, :, :count] = old
         return new
 
@@ -96,10 +96,10 @@ class _Layer(CacheLayerMixin):
 
 
 class Decoder:
-    """The step of `model`, its tensors and what replays it.
+    """The step of `model`, its tensors, and the function that replays it.
 
-    `rules` turn logits into scores as in transformers; the id is the best one, or where `sampled` drawn by the softmax of
-    the scores. `prompt_tokens` and `length` are those of the prompt and of the longest text. Raises Unsupported.
+    `rules` turn logits into scores, as in transformers. The next id is the one with the best score, or, if `sampled`, drawn with
+    the softmax of the scores. `prompt_tokens` is the length of the prompt, `length` that of the longest text. Raises Unsupported.
     """
 
     def __init__(self, model, prompt_tokens: int, length: int, rules, sampled: bool, capture: Capture):
@@ -111,7 +111,7 @@ class Decoder:
         self.cache_argument = cache_argument(model)
         self.token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         self.history = torch.zeros(1, self.length, dtype=torch.int64, device=model.device)
-        self.at = 0  # the position, as the host counts it
+        self.at = 0  # the position, counted on the host
         self.replay: Step | None = None
         try:
             self._capture(prompt_tokens)
@@ -121,7 +121,7 @@ class Decoder:
             raise Unsupported from e
 
     def prefill(self, ids: torch.Tensor, options: dict) -> None:
-        """Reads ids int64 [1, tokens] and chooses the first new one. `options` are further arguments of the model."""
+        """Reads ids int64 [1, tokens] and chooses the first new id. `options` are further arguments of the model."""
         count = ids.shape[1]
         self.history.copy_(ids[:, :1].expand_as(self.history))
         self.history[:, :count] = ids
@@ -141,7 +141,7 @@ class Decoder:
         self.at += 1
 
     def _capture(self, place: int) -> None:
-        """Captures a step that reaches `place` and beyond."""
+        """Captures a step whose span contains the position `place`."""
         while self.places.span <= place:
             self.places.span *= 2
         self.places.span = min(self.places.span, self.length)
@@ -159,7 +159,7 @@ class Decoder:
             restore()
 
         devices = [self.token.device] if self.token.is_cuda else []
-        with torch.random.fork_rng(devices):  # a seed means the same text, captured or not
+        with torch.random.fork_rng(devices):  # a seed gives the same text, captured or not
             self.replay = self.capture(rehearse, self._step)
         restore()
 
@@ -169,7 +169,7 @@ class Decoder:
         self._choose(logits)
 
     def _logits(self, ids: torch.Tensor, positions: torch.Tensor, options: dict) -> torch.Tensor:
-        """[1, vocabulary] of the last id."""
+        """Logits [1, vocabulary] after the last id."""
         options = options | {self.cache_argument: self.cache}
         output = self.model(input_ids=ids, position_ids=positions, use_cache=True, **options)
         return output.logits[:, -1]
@@ -177,7 +177,7 @@ class Decoder:
     def _choose(self, logits: torch.Tensor) -> None:
         scores = self.rules(self.history, logits.to(copy=True, dtype=torch.float32))
         if self.sampled:
-            # torch.multinomial draws like this too, but may first ask the host whether the numbers are sound.
+            # torch.multinomial draws in the same way, but may wait for the host to check the numbers.
             probabilities = scores.softmax(-1)
             scores = probabilities / torch.empty_like(probabilities).exponential_()
         token = scores.argmax(-1)

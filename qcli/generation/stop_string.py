@@ -1,4 +1,4 @@
-"""Texts that end an answer: transformers' rule, which looks for them across the borders of tokens."""
+"""Texts that end an answer. transformers' rule finds them also where they cross the borders of tokens."""
 
 from transformers.generation.stopping_criteria import StopStringCriteria
 
@@ -6,7 +6,7 @@ from qcli.errors import CheckpointError, first_line
 
 
 class StopString(StopStringCriteria):
-    """transformers' rule, which also remembers in `met` whether the last token completed one of the texts."""
+    """transformers' rule. `met` also records whether the last token completed one of the texts."""
 
     met = False
 
@@ -17,13 +17,13 @@ class StopString(StopStringCriteria):
 
 
 def stop_string(tokenizer, texts: str | list[str] | None) -> StopString | None:
-    """The rule for `texts`, None where there are none. Raises CheckpointError for a tokenizer that it cannot read."""
+    """The rule for `texts`, None if there are none. Raises CheckpointError for a tokenizer that the rule cannot read."""
     if not texts:
         return None
     try:
         return StopString(tokenizer, texts)
-    except Exception as e:  # any kind: it reads the tokenizer's vocabulary as text
+    except Exception as e:  # of any type: the rule reads the tokenizer's vocabulary as text
         raise CheckpointError(
-            f"stop_strings of the generation config cannot be looked for: {first_line(e)}",
+            f"stop_strings of the generation config cannot be searched for: {first_line(e)}",
             "Remove the field, or use another tokenizer.",
         ) from e

@@ -1,9 +1,9 @@
-"""The generation config that comes with a model, field by field: what each may hold, and what becomes of it here.
+"""The generation config of a model, field by field: which values are valid, and what qcli does with them.
 
-qcli writes one text and shows each token at once. Fields that ask for something else are overridden with a warning; fields
-that have no effect on such a text are put aside without a word; all others are obeyed, by transformers' own rules. A value
-that no rule could follow is refused before it is used. The fields are those of transformers 5.17 to 5.24
-(`transformers.GenerationConfig`). A field that a newer transformers adds is handed on to it as it is.
+qcli writes one text and shows each token at once. A field that asks for something else is overridden with a warning. A field
+without effect on such a text is ignored without a warning. All other fields are followed, by transformers' own rules. An invalid
+value is refused before it is used. The fields are those of transformers 5.17 to 5.24 (`transformers.GenerationConfig`). A field
+that a newer transformers adds is passed on unchanged.
 """
 
 import copy
@@ -41,10 +41,10 @@ FILE = "generation_config.json"
 
 @dataclass(frozen=True)
 class Field:
-    """`kind` is what the field may hold; None, null in JSON, always stands for "not set".
+    """`kind` describes the valid values. None (null in JSON) always means "not set".
 
-    `instead`, where there is a `why`, takes the place of a value that is not in `idle` (values that ask for nothing), with a
-    warning. A field that is `unused` is put aside without one. All others are obeyed.
+    A field with a `why` is overridden: its value becomes `instead`, with a warning unless the value is in `idle` (values that ask
+    for nothing). A field that is `unused` is ignored without a warning. All others are followed.
     """
 
     kind: Kind
@@ -56,7 +56,7 @@ class Field:
 
 _ONE = (None, 1)
 _UNUSED = Field(ANY, unused=True)
-_ASSISTED = "each token is chosen by the model itself, without guesses to be checked"
+_ASSISTED = "the model itself chooses each token, without assisted generation"
 _BEAMS = "tokens are chosen one at a time, without beams"
 _WORDS = "no words are forced into the text"
 
@@ -100,7 +100,7 @@ FIELDS: dict[str, Field] = {
     "decoder_start_token_id": Field(IDS),
     # the cache
     "use_cache": Field(FLAG),
-    "cache_implementation": Field(ANY, "the cache is the usual one, which grows with the text", idle=(None, "dynamic", "hybrid")),
+    "cache_implementation": Field(ANY, "the default cache is used, which grows with the text", idle=(None, "dynamic", "hybrid")),
     "cache_config": _UNUSED,
     "max_cache_len": _UNUSED,
     "prefill_chunk_size": Field(ANY, "the prompt is read in one piece"),
@@ -112,7 +112,7 @@ FIELDS: dict[str, Field] = {
     "dola_layers": Field(ANY, "layers are not contrasted (DoLa)", idle=(None,)),
     "constraints": Field(ANY, _WORDS, idle=(None, [])),
     "force_words_ids": Field(ANY, _WORDS, idle=(None, [])),
-    "token_healing": Field(ANY, "the prompt is read as it stands"),
+    "token_healing": Field(ANY, "the prompt is read unchanged"),
     "use_mtp": Field(ANY, _ASSISTED),
     "prompt_lookup_num_tokens": Field(ANY, _ASSISTED, idle=(None,)),
     "assistant_early_exit": Field(ANY, _ASSISTED, idle=(None,)),
@@ -142,15 +142,15 @@ FIELDS: dict[str, Field] = {
 }
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Fields that mean nothing where tokens are not drawn by chance."""
+"""Fields without effect where tokens are not drawn at random."""
 
 _BELOW_VOCABULARY = ("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "sequence_bias", "decoder_start_token_id")
 
 
 def check(values: dict, label: str, vocabulary: int | None = None) -> None:
-    """Raises CheckpointError that names every field of `values` which holds what its rule cannot follow.
+    """Raises CheckpointError that names every field of `values` with an invalid value.
 
-    `label` is what messages call the file. With a `vocabulary`, a count of tokens, ids that the rules use must lie below it.
+    Messages call the file `label`. If `vocabulary` (a count of tokens) is given, the ids that the rules use must be below it.
     """
     wrong = []
     for name, value in values.items():
@@ -177,8 +177,7 @@ def _ids(value) -> list[int]:
 
 
 def cleared(config):
-    """A copy of a transformers GenerationConfig that asks for one text, token by token; and a sentence on each field that
-    was overridden."""
+    """(a copy of a transformers GenerationConfig that asks for one text, token by token; a sentence for each overridden field)."""
     clear = copy.deepcopy(config)
     notes = _notes({name: getattr(clear, name, None) for name in FIELDS})
     for name, field in FIELDS.items():
@@ -186,14 +185,14 @@ def cleared(config):
         if field.why or field.unused:
             _put(clear, name, field.instead)
         elif field.kind in (NUMBER, POSITIVE_NUMBER, SHARE, SHARE_ABOVE_0, TEMPERATURE) and value is not None:
-            setattr(clear, name, float(value))  # some rules of transformers take no whole number
+            setattr(clear, name, float(value))  # some rules of transformers accept no int
     if isinstance(getattr(clear, "sequence_bias", None), list):
         clear.sequence_bias = [[list(ids), float(bias)] for ids, bias in clear.sequence_bias]
     return clear, notes
 
 
 def _notes(values: dict) -> list[str]:
-    """A sentence on each value that is overridden."""
+    """A sentence for each value that is overridden."""
     notes = []
     for name, value in values.items():
         field = FIELDS.get(name)
@@ -216,23 +215,23 @@ def check_source(source: Source) -> None:
 
 
 def for_loading(source: Source, config):
-    """What from_pretrained is to take for the generation config of a model with this `config`: None, where nothing is stated.
+    """The generation config that from_pretrained gets for a model with this `config`. None if the checkpoint states nothing.
 
-    transformers refuses some values and combinations as soon as it loads a model, and passes over a file that it cannot
-    parse. Here what has no effect on one text is left out, and the rest is refused in words: CheckpointError.
+    transformers refuses some values and combinations when it loads a model, and silently skips a file that it cannot parse.
+    This function drops the fields that have no effect on one text. It raises CheckpointError for other faults.
     """
     from transformers import GenerationConfig
 
     values, label = _stated(source)
     if not values:
         return None
-    if FILE not in source.place.names:  # the ids of a language model within another lie in its own part
+    if FILE not in source.place.names:  # a composite model keeps the ids of its language model in a sub-config
         derived = GenerationConfig.from_model_config(config).to_dict()
         values = {name: value for name, value in derived.items() if value is not None} | values
     taken = {name: value for name, value in values.items() if not _reserved(GenerationConfig, name)}
     try:
         return GenerationConfig.from_dict(dict(taken))
-    except Exception:  # any kind: transformers checks some values and stumbles over others
+    except Exception:  # of any type: transformers checks some values and fails on others
         check(values, label)
         without = {n: v for n, v in taken.items() if n not in FIELDS or not (FIELDS[n].why or FIELDS[n].unused)}
         try:
@@ -245,7 +244,7 @@ def for_loading(source: Source, config):
 
 
 def _stated(source: Source) -> tuple[dict, str]:
-    """What generation_config.json says; where there is none, what an old config.json has of its fields. And which it is."""
+    """(the fields stated, the file that states them): generation_config.json, or an old config.json if there is none."""
     if FILE in source.place.names:
         return source.json(FILE), f"{FILE} of {source.label}"
     found = {name: value for name, value in source.config.items() if name in FIELDS and value is not None}
@@ -253,7 +252,7 @@ def _stated(source: Source) -> tuple[dict, str]:
 
 
 def _reserved(config_class: type, name: str) -> bool:
-    """Whether a field of this name would hide a part of the class, or is an argument of `generate` and no field."""
+    """Whether a field of this name would hide an attribute of the class, or is an argument of `generate`, not a field."""
     arguments = (
         "logits_processor",
         "stopping_criteria",

@@ -1,6 +1,6 @@
-"""Kinds of values in a generation config: what a field may hold, in words and as a test.
+"""Kinds of values in a generation config: each kind has a description in words and a test.
 
-Ranges are those of the rules in transformers' generation/logits_process.py and stopping_criteria.py.
+The ranges are those of the rules in transformers' generation/logits_process.py and stopping_criteria.py.
 """
 
 import json
@@ -8,19 +8,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _BIGGEST_ID = 2**31
-_LARGEST = 1e30  # no rule means anything by more, and whole numbers in JSON have no end
+_LARGEST = 1e30  # no rule needs a larger number, and an integer in JSON may be too large for a float
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`expected` is the end of a sentence; `holds` says whether a value, which is not None, is of this kind."""
+    """`expected` ends the sentence "expected ...". `holds` says whether a value other than None is of this kind."""
 
     expected: str
     holds: Callable[[object], bool]
 
 
 def _is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) < _LARGEST  # which NaN is not
+    return type(value) in (int, float) and abs(value) < _LARGEST  # False for NaN
 
 
 def _is_token(value) -> bool:
@@ -57,7 +57,7 @@ _WATERMARK: dict[str, Callable[[object], bool]] = {
 
 
 def _is_watermark(value) -> bool:
-    if hasattr(value, "to_dict"):  # as transformers has it once it is read
+    if hasattr(value, "to_dict"):  # transformers' own class, after reading
         value = value.to_dict()
     return isinstance(value, dict) and all(name in _WATERMARK and _WATERMARK[name](value[name]) for name in value)
 
@@ -83,11 +83,11 @@ TEXTS = Kind(
 )
 DECAY = Kind("a list of a position and a factor above 0", _is_decay)
 SEQUENCE_BIAS = Kind("a list of pairs, each a list of token ids and a number", _is_bias)
-WATERMARK = Kind(f"an object of {', '.join(_WATERMARK)}, each as transformers' WatermarkingConfig has it", _is_watermark)
+WATERMARK = Kind(f"an object with any of {', '.join(_WATERMARK)}, each as in transformers' WatermarkingConfig", _is_watermark)
 
 
 def spelled(value: object) -> str:
-    """A value as its file has it, cut where it is long."""
+    """A value as JSON, shortened if it is long."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):

@@ -220,8 +220,8 @@ def check_fits(source: Source, layout: Layout) -> None:
         for name, (stored, expected) in layout.misshaped.items()
         if name not in decoded
     ]
-    codes = {source.tensors[name][1].dtype for name in layout.linears if name not in decoded} - set(dtypes.FLOATS)
-    undecoded = [name for name in layout.linears if name not in decoded and source.tensors[name][1].dtype in codes]
+    codes = {source.tensors[name].dtype for name in layout.linears if name not in decoded} - set(dtypes.FLOATS)
+    undecoded = [name for name in layout.linears if name not in decoded and source.tensors[name].dtype in codes]
     strays = sorted(n for n in decoded if n in source.tensors and n not in layout.linears and n not in layout.unknown)
     kinds = (
         ("quantized, which are no linear modules in this transformers", strays),

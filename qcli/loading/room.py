@@ -27,7 +27,7 @@ def costs_of(source: Source, method: str | None, dtype: str) -> Costs | None:
 def weight_bytes(source: Source, method: str | None, dtype: str) -> int:
     """Bytes of the weights in memory; as they lie in the files where the estimate cannot make the model out."""
     costs = costs_of(source, method, dtype)
-    return costs.weights.total if costs else sum(info.nbytes for _, info in source.tensors.values())
+    return costs.weights.total if costs else sum(info.nbytes for info in source.tensors.values())
 
 
 def fewer_bits(source: Source, method: str | None) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's tokenizer through transformers. Whatever a tokenizer library raises becomes a sentence."""
+"""Reads a checkpoint's tokenizer through transformers. Any exception of a tokenizer library becomes a message of one sentence."""
 
 import importlib.util
 import re
@@ -10,7 +10,7 @@ from qcli.checkpoint.source import Source
 from qcli.errors import CheckpointError, first_line
 from qcli.files.foreign_json import NUMBER, check
 
-# What a message or a file speaks of -> (module, package that has it)
+# A word in an error message -> (the module that is needed, the package that has it)
 _PACKAGES = {
     "tekken": ("mistral_common", "mistral-common"),
     "mistral-common": ("mistral_common", "mistral-common"),
@@ -28,9 +28,9 @@ _PACKAGES = {
 
 
 def read_tokenizer(source: Source, trust_remote_code: bool, config):
-    """The tokenizer of a checkpoint, or None where there are no files of one.
+    """The tokenizer of a checkpoint, or None if it has no tokenizer files.
 
-    `config` is the model's in transformers, by whose kind a tokenizer without a class of its own is made. Raises
+    `config` is the model's transformers config: its type decides the class of a tokenizer whose files name none. Raises
     CheckpointError.
     """
     names = [name for name in source.place.names if "/" not in name]
@@ -42,10 +42,10 @@ def read_tokenizer(source: Source, trust_remote_code: bool, config):
         )
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as e:  # tokenizers raises plain Exception, and where its Rust code panics a BaseException
+    except BaseException as e:  # tokenizers raises plain Exception, and BaseException when its Rust code panics
         raise _unreadable(source.label, names, e) from e
-    if not hasattr(tokenizer, "decode"):  # transformers has returned False for one that it could not make
-        raise CheckpointError(f"{source.label}: transformers makes no tokenizer of its files", "Fetch its files again.")
+    if not hasattr(tokenizer, "decode"):  # transformers returns False for a tokenizer that it cannot make
+        raise CheckpointError(f"{source.label}: transformers cannot make a tokenizer from its files", "Fetch its files again.")
     longest = {"model_max_length": getattr(tokenizer, "model_max_length", None)}
     check(longest, {"model_max_length": NUMBER}, f"{source.label}/tokenizer_config.json", "Mend it, or fetch it again.")
     if getattr(tokenizer, "chat_template", None) is None and "chat_template.json" in names:
@@ -75,12 +75,12 @@ def _unreadable(label: str, names: list[str], error: BaseException) -> Checkpoin
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent
+    except ModuleNotFoundError:  # a parent package is missing
         return False
 
 
 def _processor_template(source: Source) -> str | None:
-    """The chat template of a processor, which older models with images keep in a file of its own."""
+    """The chat template of a processor: older models with images keep it in a separate file."""
     value = source.json("chat_template.json")
     template = value.get("chat_template")
     return template if isinstance(template, str) else None

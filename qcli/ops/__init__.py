@@ -1,11 +1,13 @@
-"""The ops: each file defines one, in the torch.library namespace `qcli`: its schema, its plain-torch reference, its
-fake and its `cases()`. The reference is the specification, what serves on a device without a kernel, and the oracle in
-tests. A file here is an op; names that begin with an underscore are shared parts.
+"""The ops, one per file, in the torch.library namespace `qcli`. A file has the op's schema, its reference in plain torch, its fake
+and its `cases()`.
+
+The reference is the specification. It also runs on devices without a kernel, and tests compare kernels with it. Files whose name
+begins with an underscore are shared parts, not ops.
 """
 
 from pathlib import Path
 
 
 def names() -> list[str]:
-    """The ops there are, by looking at this folder; `qcli.ops.NAME` defines `torch.ops.qcli.NAME` when imported."""
+    """The names of all ops, from the files in this folder. Importing `qcli.ops.NAME` defines `torch.ops.qcli.NAME`."""
     return sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py"))

@@ -1,4 +1,4 @@
-"""Registration of ops, the same way for all."""
+"""Registers the ops, all in the same way."""
 
 import warnings
 from collections.abc import Callable
@@ -13,15 +13,16 @@ _LIBRARY = torch.library.Library("qcli", "FRAGMENT")
 
 
 def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | None = None, cuda: Callable | None = None) -> Callable:
-    """Defines `qcli::schema`; `reference` serves every device that no kernel is registered for. Returns the op.
+    """Defines the op `qcli::schema` and returns it. `reference` runs on every device without a kernel.
 
-    `cpu` calls the compiled kernel, where the library was built; `cuda` that of PyCUDA, where it serves the device.
+    `cpu` calls the compiled kernel; it is used if the library was built. `cuda` calls the CUDA kernel; it is used on devices on
+    which kernels run.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     if cpu is not None and cpu_runtime.variants():
-        # Looked up at each call, for `using` may change it.
+        # The variant is looked up at each call because `using` may change it.
         _LIBRARY.impl(name, lambda *arguments: (cpu if cpu_runtime.variant() else reference)(*arguments), "CPU")
     if cuda is not None:
         _LIBRARY.impl(name, _on_cuda(cuda, reference), "CUDA")
@@ -30,27 +31,27 @@ def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | Non
 
 
 def _on_cuda(cuda: Callable, reference: Callable) -> Callable:
-    """Calls the kernel where it serves, and the reference elsewhere, also for the rare form of a kernel that a package
-    without nvcc lacks."""
+    """Calls the kernel on devices on which kernels run, else the reference. The reference also replaces a rare form of a kernel
+    that is not precompiled where there is no nvcc."""
 
     def run(*arguments):
         if cuda_runtime.serves(arguments[0]):
             try:
                 return cuda(*arguments)
             except NotCompiledError as e:
-                warnings.warn(f"{e}; plain torch serves in its place: {e.hint}", QcliWarning, stacklevel=2)
+                warnings.warn(f"{e}; plain torch runs in its place: {e.hint}", QcliWarning, stacklevel=2)
         return reference(*arguments)
 
     return run
 
 
 def blocks(count: int, block_size: int) -> int:
-    """Blocks that `count` elements take, the last one possibly partial."""
+    """The number of blocks for `count` elements. The last block may be partial."""
     return (count + block_size - 1) // block_size
 
 
 def persistent_grid(x: torch.Tensor, tiles: int, shared: int) -> tuple[int]:
-    """CUDA blocks that stay until all tiles are done: as many as fit at once, two to a multiprocessor where each gets `shared`
-    bytes of shared memory."""
+    """The grid of a kernel whose CUDA blocks stay until all tiles are done: as many blocks as run at the same time. That is two per
+    multiprocessor if `shared` bytes of shared memory per block allow it, else one."""
     together = 2 if 2 * (shared + 1024) <= cuda_runtime.shared_memory(x) else 1
     return (min(tiles, together * cuda_runtime.multiprocessors(x)),)

@@ -1,7 +1,7 @@
 """Statistics of each channel of an activation in one pass, for finding outliers and for choosing a method.
 
-All seven can be merged over batches: least of minima, greatest of maxima, and sums. From them follow mean, variance, absmax,
-skewness and kurtosis, about zero and about the mean. A channel with a NaN has NaN as minimum, maximum and sums.
+All seven can be merged over batches: the least minimum, the greatest maximum, and sums. Mean, variance, absmax, skewness and
+kurtosis follow from them, about zero and about the mean. A channel with a NaN has NaN as minimum, maximum and sums.
 """
 
 import torch
@@ -50,7 +50,7 @@ def _cuda(x: torch.Tensor, threshold: float) -> torch.Tensor:
         return _reference(x, threshold)
     constants = (f"DTYPE={cuda.type_name('activation_stats', x)}",)
     across = blocks(channels, 128)
-    # Slices of 64 rows or more, and enough of them to fill the device.
+    # Slices have 64 rows or more, and there are enough of them to fill the device.
     slices = min(blocks(rows, 64), max(1, 16 * cuda.multiprocessors(x) // across))
     partial = stats.new_empty((slices, *stats.shape))
     step = blocks(rows, slices)
@@ -65,8 +65,8 @@ _op = define("activation_stats(Tensor x, float threshold) -> Tensor", _reference
 def activation_stats(x: torch.Tensor, threshold: float) -> torch.Tensor:
     """x [..., channels], float32, bfloat16 or float16.
 
-    Returns float64 [7, channels], in the order of FIELDS: min, max, sum x, sum x^2, sum x^3, sum x^4, and how many elements
-    have |x| >= threshold.
+    Returns float64 [7, channels], in the order of FIELDS: min, max, sum x, sum x^2, sum x^3, sum x^4, and the number of elements
+    with |x| >= threshold.
     """
     return _op(x, threshold)
 

@@ -1,4 +1,4 @@
-"""Blockwise 4-bit dequantization: code value times its block's absmax, in float32, rounded once to the wanted dtype."""
+"""Blockwise 4-bit dequantization: the code's value times the block's absmax, in float32, rounded once to the wanted dtype."""
 
 from math import prod
 
@@ -16,7 +16,7 @@ def _reference(
 ) -> torch.Tensor:
     count = prod(shape)
     code = torch.from_numpy(codebooks.CODEBOOKS[quant_type]).to(packed.device)
-    # One look-up a byte: an entry is the pair of float32 that the byte stands for.
+    # One look-up per byte: an entry is the pair of float32 values that the byte stands for.
     both = unpack_4bit(torch.arange(256, dtype=torch.uint8, device=packed.device), 512)
     pairs = code.index_select(0, both.int()).view(torch.int64)
     out = torch.empty(count, dtype=dtype, device=packed.device)
@@ -27,7 +27,7 @@ def _reference(
         full = decoded.numel() // block_size * block_size
         decoded[:full].view(-1, block_size).mul_(scales[: full // block_size].unsqueeze(1))
         decoded[full:].mul_(scales[full // block_size :])
-        out[start : start + piece] = decoded  # views of a split may not be written where gradients are on
+        out[start : start + piece] = decoded  # with gradients on, the views of a split cannot be written
     return out.view(shape)
 
 
@@ -39,7 +39,7 @@ _kernel = cpu.kernel("dequantize_4bit", "ppqpqqip")
 
 
 def expand(packed: torch.Tensor, absmax: torch.Tensor, block_size: int, quant_type: str, start: int, out: torch.Tensor) -> None:
-    """The compiled kernel: fills `out`, contiguous, with the elements of the flat weight from `start` on."""
+    """Calls the compiled kernel: it fills `out`, contiguous, with the elements of the flat weight from `start` on."""
     op, end = "dequantize_4bit", start + out.numel()
     if block_size < 2 or block_size % 2:
         raise ValueError(f"{op}: block_size is {block_size}, expected an even number")
@@ -98,7 +98,8 @@ _op = define(
 def dequantize_4bit(
     packed: torch.Tensor, absmax: torch.Tensor, block_size: int, quant_type: str, shape: list[int], dtype: torch.dtype
 ) -> torch.Tensor:
-    """packed uint8 [ceil(n/2), 1], absmax float32 [ceil(n/block_size)], n the product of `shape`. Returns `shape`."""
+    """packed uint8 [ceil(n/2), 1], absmax float32 [ceil(n/block_size)], where n is the product of `shape`. Returns a tensor of that
+    shape and `dtype`."""
     return _op(packed, absmax, block_size, quant_type, shape, dtype)
 
 

@@ -1,4 +1,4 @@
-"""The absmax values that double quantization stored: map[code] * nested_absmax + offset, in float32."""
+"""Decodes the absmax values that double quantization stored: map[code] * nested_absmax + offset, in float32."""
 
 import torch
 

@@ -8,7 +8,7 @@ from qcli.runtime import cpu, cuda
 
 
 def _reference(q: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # The row's step first, for 127 * absmax could overflow; a product, for devices differ in dividing by a constant.
+    # absmax / 127 comes first: q * absmax could overflow. It is a product because devices differ in dividing by a constant.
     return (q.float() * (absmax.float() * (1 / 127)).unsqueeze(1)).to(dtype)
 
 

@@ -1,9 +1,9 @@
-"""What blockwise 4-bit quantization changed: sums over the weight, and two per block for double quantization.
+"""The error of blockwise 4-bit quantization: sums over the weight, and two sums per block for double quantization.
 
-With code value c, absmax a and v = c * a rounded to float32: squared error sum (w - v)^2, squared norm sum w^2, and the
-number of elements that are NaN or infinite. Those are in neither sum, and where v is not finite there is no error. Per
-block, the slope sum c (w - v) and the curve sum c^2 tell what another absmax a + d would do to the squared error:
-it becomes sum (w - v)^2 - 2 d slope + d^2 curve.
+Let c be a code's value, a the absmax, and v = c * a rounded to float32. The sums over the weight are the squared error
+sum (w - v)^2, the squared norm sum w^2, and the number of elements that are NaN or infinite. Such elements are in neither sum,
+and where v is not finite there is no error. Per block there are the slope sum c (w - v) and the curve sum c^2. With another
+absmax a + d the block's squared error becomes sum (w - v)^2 - 2 d slope + d^2 curve.
 """
 
 import torch
@@ -21,7 +21,7 @@ def _reference(
     x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int, quant_type: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     flat = x.reshape(-1)
-    # Pieces of whole blocks: on a CPU small enough that the intermediate values stay in its cache.
+    # Pieces of whole blocks. On a CPU they are so small that the intermediate values stay in its cache.
     piece = block_size * max(1, (1 << (16 if x.is_cpu else 24)) // block_size)
     parts = zip(flat.split(piece), packed.split(piece // 2), absmax.split(piece // block_size))
     sums, slopes, curves = zip(*(_error(*part, block_size, quant_type) for part in parts))
@@ -68,7 +68,7 @@ def _cpu(
     partial = torch.empty(blocks(absmax.numel(), _RUN), 3, dtype=torch.float64)
     code = cpu.address(codebooks.CODEBOOKS[quant_type])
     _kernel(x.contiguous(), cpu.dtype_code(op, x), count, packed, absmax, block_size, code, partial, slope, curve)
-    # In their order, whatever the threads: a sum over rows that torch would split among them.
+    # numpy adds in order. torch would split the sum among threads, and the result would depend on their number.
     return torch.from_numpy(partial.numpy().sum(0)), slope, curve
 
 
@@ -83,9 +83,9 @@ _op = define(
 def error_4bit(
     x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, block_size: int, quant_type: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x as quantize_4bit took it, packed and absmax as it returned them.
+    """x is the input of quantize_4bit, packed and absmax are its results.
 
-    Returns sums float64 [3] (squared error, squared norm, non-finite elements), and slope and curve bfloat16 [blocks].
+    Returns sums float64 [3] (squared error, squared norm, non-finite elements), slope bfloat16 [blocks], curve bfloat16 [blocks].
     """
     return _op(x, packed, absmax, block_size, quant_type)
 

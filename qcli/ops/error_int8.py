@@ -1,5 +1,5 @@
-"""What row-wise int8 quantization changed: squared error sum (w - q absmax / 127)^2, squared norm sum w^2, and the number
-of elements that are NaN or infinite. Those are in neither sum, and where the stored value is not finite there is no error.
+"""The error of row-wise int8 quantization: squared error sum (w - q absmax / 127)^2, squared norm sum w^2, and the number of
+elements that are NaN or infinite. Such elements are in neither sum. Where the stored value is not finite there is no error.
 """
 
 import torch
@@ -39,7 +39,7 @@ _op = define("error_int8(Tensor x, Tensor q, Tensor absmax) -> Tensor", _referen
 
 
 def error_int8(x: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """x [..., columns] as quantize_int8 took it, q and absmax [rows] as it returned them without a threshold.
+    """x [..., columns] is the input of quantize_int8, q and absmax [rows] are its results without a threshold.
 
     Returns sums float64 [3]: squared error, squared norm, non-finite elements.
     """

@@ -1,4 +1,4 @@
-"""The product with a 4-bit weight: linear(x, dequantized W) in the compute dtype, back in x's dtype."""
+"""The product with a 4-bit weight: linear(x, dequantized W) in the compute dtype, rounded to x's dtype."""
 
 import torch
 
@@ -24,7 +24,7 @@ def _fake(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-# Of the expanded weight: what the cache keeps until it is multiplied, and enough for torch's product to reach its speed.
+# Bytes of expanded weight at a time: the cache keeps them until they are multiplied, and torch's product reaches its full speed.
 _PANEL_BYTES = min(max(2 << 20, cpu.last_level_cache() // 2), 16 << 20)
 
 _kernel = cpu.kernel("linear_4bit", "piqpp")
@@ -33,9 +33,10 @@ _MAP = cpu.address(codebooks.DYNAMIC_MAP)
 
 
 class Prepared4bit:
-    """A weight checked and laid out for the CPU kernel of a few tokens. Takes what the op takes after x, and raises as it does."""
+    """A weight, checked and prepared for the CPU kernel for few tokens. Its arguments after in_features are those of the op after
+    x. It raises the same errors as the op."""
 
-    MOST_TOKENS = 16  # beyond it panels are faster
+    MOST_TOKENS = 16  # for more tokens, panels are faster
 
     def __init__(
         self, in_features, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype
@@ -95,10 +96,10 @@ def _cpu(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type,
 
 
 def _by_panels(x, packed, absmax, bias, block_size, quant_type, y):
-    """Expands a few rows of the weight at a time, and leaves their product to torch while the cache holds them."""
+    """Expands a few rows of the weight at a time. torch multiplies them while the cache still holds them."""
     in_features, out_features = x.shape[1], y.shape[1]
     bias = None if bias is None else bias.to(x.dtype)
-    # A panel begins with a whole byte.
+    # A panel begins at a whole byte.
     grain = 1 + in_features % 2
     step = grain * max(1, _PANEL_BYTES // (in_features * x.element_size() * grain))
     panel = torch.empty(min(step, out_features), in_features, dtype=x.dtype)
@@ -115,7 +116,7 @@ _batch_cuda = cuda.kernel("linear_4bit_batch", "pipppfpqiittpp")
 _merge_cuda = cuda.kernel("linear_4bit_batch", "pipqqp", "merge_parts")
 _CODE_BYTES = {quant_type: code.tobytes() for quant_type, code in codebooks.CODEBOOKS.items()}
 _MAP_BYTES = codebooks.DYNAMIC_MAP.tobytes()
-_TABLE = 256 * 32 * 4 + 256 * 4  # bytes of shared memory: pairs of every byte, and the map of double quantization
+_TABLE = 256 * 32 * 4 + 256 * 4  # bytes of shared memory: the pair of values of every byte, and the map of double quantization
 
 
 def _cuda(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype):
@@ -164,15 +165,15 @@ def _cuda(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type
 
 
 def _batch(x: torch.Tensor, y: torch.Tensor, constants: tuple[str, ...], arguments: tuple, tokens: int) -> None:
-    """Launches linear_4bit_batch.cu: which sizes, and in how many parts of the columns."""
+    """Launches linear_4bit_batch.cu. Chooses its sizes, and into how many parts the columns are divided."""
     most, (out_features, in_features) = _most(x, tokens), (y.shape[1], arguments[0].shape[1])
     stage = _stage(most)
-    # Two blocks share a multiprocessor where its memory allows; with 64 tokens their registers do not.
+    # Two blocks share a multiprocessor if its shared memory allows. With 64 tokens the registers do not suffice.
     together = 2 if most < 64 and _TABLE + 2 * stage <= cuda.shared_memory(x) // 2 - 1024 else 1
     stages = 3 if _TABLE + 3 * stage <= cuda.shared_memory(x) // together - 1024 else 2
     shared = _TABLE + max(stages * stage, 4 * most * 68 * 4)
     tiles, turns = blocks(out_features, 64), blocks(in_features, 256)
-    # So many that they fill the device once, each with a few turns of its own.
+    # Enough parts to fill the device once, each with a few turns of its own.
     parts = max(1, min(together * cuda.multiprocessors(x) // tiles, turns // 3))
     constants = (*constants, f"TOKENS={most}", f"STAGES={stages}")
     sums = x.new_empty((parts, tokens, out_features), dtype=torch.float32) if parts > 1 else None
@@ -183,12 +184,12 @@ def _batch(x: torch.Tensor, y: torch.Tensor, constants: tuple[str, ...], argumen
 
 
 def _stage(most: int) -> int:
-    """Bytes of shared memory of a stage: codes of 64 rows and x of `most` tokens, 256 columns of each, and padding."""
+    """Bytes of shared memory of a stage: the codes of 64 rows and x of `most` tokens, 256 columns each, and padding."""
     return 64 * (128 + 32) + most * (512 + 16)
 
 
 def _most(x: torch.Tensor, tokens: int) -> int:
-    """How many tokens a launch of linear_4bit_batch.cu is compiled for; 0 where these are too many for this GPU."""
+    """The number of tokens for which linear_4bit_batch.cu is compiled. 0 if `tokens` are too many for this GPU."""
     fitting = (n for n in (16, 32, 64) if n >= tokens and _TABLE + 2 * _stage(n) <= cuda.shared_memory(x) - 1024)
     return next(fitting, 0)
 
@@ -217,8 +218,8 @@ def linear_4bit(
 ) -> torch.Tensor:
     """x [..., in_features]; packed uint8 [ceil(out*in/2), 1]; bias [out_features] or None.
 
-    absmax is float32 [blocks], or its uint8 codes where nested_absmax float32 [ceil(blocks/256)] is given with its
-    offset. Returns [..., out_features] in x's dtype.
+    absmax is float32 [blocks]. If nested_absmax float32 [ceil(blocks/256)] and its offset are given, absmax is the uint8 codes
+    [blocks]. Returns [..., out_features] in x's dtype.
     """
     return _op(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype)
 
@@ -227,7 +228,7 @@ def cases():
     """(id, arguments) for parity tests and benchmarks."""
     generator = torch.Generator().manual_seed(0)
     shapes = (((1, 128), 48, 64), ((5, 70), 33, 32), ((2, 65, 64), 16, 256))
-    # Whole turns of 256 columns and none, a tile of 16 or 64 rows and a part of one, every number of tokens that matters.
+    # Whole and partial turns of 256 columns, whole and partial tiles of 16 or 64 rows, every number of tokens that matters.
     more = (
         ((1, 2304), 40, 64),
         ((7, 416), 37, 32),

@@ -1,11 +1,11 @@
-"""LLM.int8() (arXiv:2208.07339, equation 8): int8 product of what is ordinary, 16-bit product of the outlier columns.
+"""LLM.int8() (arXiv:2208.07339, equation 8): an int8 product of the ordinary columns, a 16-bit product of the outlier columns.
 
   y = int32(q_x q_w^T) * absmax_x * absmax_w / 127^2  +  x[:, outliers] W[:, outliers]^T  +  bias
 
-A column of x is an outlier where any |x| >= threshold in this call; row absmax excludes those elements. W's outlier
-columns are its int8 columns, dequantized to x's dtype, as in bitsandbytes; nothing more is stored. x is of any float
-dtype: nothing passes through float16, the integer product is exact, sums are float32, and y is rounded once.
-bitsandbytes casts x to float16 first and rounds to it along the way, and its CPU constant exceeds 1/127^2 by 1.8e-5.
+A column of x is an outlier if any of its |x| >= threshold in this call. A row's absmax excludes those elements. W's outlier
+columns are its int8 columns, dequantized to x's dtype, as in bitsandbytes; nothing else is stored for them. x has any float
+dtype. No value is cast to float16, the integer product is exact, sums are float32, and y is rounded once. bitsandbytes casts x
+to float16 first, also rounds intermediate results to it, and its CPU constant exceeds 1/127^2 by 1.8e-5.
 """
 
 from functools import cache
@@ -17,8 +17,8 @@ from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.quantize_int8 import quantize_int8
 from qcli.runtime import cpu, cuda
 
-_LONGEST = 1 << 17  # of a sum of products of int8 within int32
-_EXACT_IN_FLOAT32 = 1024  # products of int8 that float32 adds without rounding: 1024 * 128^2 = 2^24
+_LONGEST = 1 << 17  # columns: from this number on, a sum of int8 products may overflow int32
+_EXACT_IN_FLOAT32 = 1024  # int8 products that float32 adds without rounding: 1024 * 128^2 = 2^24
 
 
 def _reference(
@@ -38,10 +38,10 @@ def _reference(
 
 
 def int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a int8 [M, K] times b int8 [N, K] transposed, exactly, as int32 [M, N]. K below 2^17, or int32 overflows."""
+    """The exact int32 [M, N] product of a int8 [M, K] and b int8 [N, K] transposed. K must be below 2^17, or int32 overflows."""
     (m, k), n = a.shape, b.shape[0]
     if a.is_cuda and m and n and k:
-        # cuBLASLt takes more than 16 rows, and multiples of 8 for the other two sizes.
+        # cuBLASLt needs more than 16 rows, and multiples of 8 for the other two sizes.
         a = _pad(a, max(17 - m, 0), -k % 8)
         return torch._int_mm(a, _pad(b, -n % 8, -k % 8).t())[:m, :n]
     if a.is_cpu and m and n and k > 1 and _int_mm_is_exact():  # torch 2.13 misreads a matrix of one column
@@ -58,7 +58,7 @@ def _pad(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 @cache
 def _int_mm_is_exact() -> bool:
-    """Whether this CPU's int8 product never saturates, as some do between int16 on processors without VNNI."""
+    """Whether this CPU's int8 product never saturates. Some products without VNNI saturate in int16."""
     signs = torch.cat((torch.full((32, 256), 127, dtype=torch.int8), torch.full((32, 256), -127, dtype=torch.int8)))
     expected = 256 * 127**2 * torch.outer(signs[:, 0].int().sign(), signs[:, 0].int().sign())
     return all(torch.equal(torch._int_mm(signs[:m], signs.t()), expected[:m]) for m in (1, 64))
@@ -73,9 +73,10 @@ _epilogue = cpu.kernel("linear_int8_epilogue", "ppqpqppip")
 
 
 class PreparedInt8:
-    """A weight checked and laid out for the CPU kernels. Takes what the op takes after x, and raises as it does."""
+    """A weight, checked and prepared for the CPU kernels. Its arguments after in_features are those of the op after x. It raises
+    the same errors as the op."""
 
-    MOST_TOKENS = 16  # up to so many the weight is streamed once, and torch's product is the slower one
+    MOST_TOKENS = 16  # up to this number the weight is read once, and torch's product is slower
 
     def __init__(self, in_features: int, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float):
         op, self.in_features, self.out_features = "linear_int8", in_features, weight.shape[0]
@@ -131,7 +132,7 @@ def _cpu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch
     return y
 
 
-_FEW = 8  # tokens of the kernel that does all at once
+_FEW = 8  # the most tokens of the kernel that does everything in one launch
 _few_cuda = cuda.kernel("linear_int8", "pipppqifp")
 _list_cuda = cuda.kernel("linear_int8_epilogue", "pipp", "list_outliers")
 _gemm_cuda = cuda.kernel("linear_int8_gemm", "ppppppppqqip")
@@ -175,7 +176,7 @@ def _cuda(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torc
     rest = (bias, tokens, out_features, in_features, y)
     if _fuses(x, in_features):
         grid = (blocks(tokens, 128), blocks(out_features, 128))
-        # Two blocks share a multiprocessor: with four stages where it has room for them.
+        # Two blocks share a multiprocessor. They have four stages if its shared memory allows, else three.
         stages = 4 if 2 * (4 * 256 * 64 + 1024) <= cuda.shared_memory(x) else 3
         constants += (f"STAGES={stages}",)
         _gemm_cuda(constants, grid, 256, stages * 256 * 64, q, absmax, weight, scale, rows, found, count, *rest)
@@ -187,8 +188,8 @@ def _cuda(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torc
 
 
 def _fuses(x: torch.Tensor, columns: int) -> bool:
-    """Whether our own int8 product, with all that follows in it, takes the place of cuBLAS's: where cuBLAS has no faster
-    instructions for it. On 9.0 it has (wgmma); on later ones torch still gets it in those of 8.0 (pytorch#187094)."""
+    """Whether our own fused int8 product replaces cuBLAS's: if cuBLAS uses no faster instructions. On 9.0 cuBLAS does (wgmma). On
+    later GPUs torch's product still uses the instructions of 8.0 (pytorch#187094)."""
     major, _ = capability = cuda.capability(x)
     return capability >= (8, 0) and major != 9 and x.dtype != torch.float32 and columns % 16 == 0
 
@@ -196,8 +197,8 @@ def _fuses(x: torch.Tensor, columns: int) -> bool:
 def kernel_arguments(
     op: str, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[tuple[str, ...], torch.Tensor, torch.Tensor, torch.Tensor | int]:
-    """What CUDA kernels of an int8 weight are compiled with, and weight, scale and bias as they take them. Raises TypeError
-    and ValueError."""
+    """(the constants that CUDA kernels of an int8 weight are compiled with, weight, scale, bias), checked for the kernels. bias is
+    0 if there is none. Raises TypeError, ValueError."""
     constants, rows = (f"DTYPE={cuda.type_name(op, x)}",), weight.shape[0]
     weight = cuda.require(op, "weight", weight, torch.int8, rows * x.shape[-1], x.device)
     scale = cuda.require(op, "scale", scale.float(), torch.float32, rows, x.device)
@@ -209,7 +210,7 @@ def kernel_arguments(
 
 
 def _few_shared(tokens: int, columns: int) -> int:
-    """Bytes of shared memory of linear_int8.cu: sums of products and of outliers, absmax, q, the outliers' mask."""
+    """Bytes of shared memory of linear_int8.cu: sums of products, sums of outliers, absmax, q, the mask of outliers."""
     pitch = (columns + 63) // 128 * 128 + 64
     return 2 * 8 * 8 * 20 * 4 + 16 * 8 * 16 * 4 + 32 + 16 + tokens * pitch + blocks(columns, 32) * 4
 
@@ -222,7 +223,8 @@ _op = define(
 def linear_int8(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float
 ) -> torch.Tensor:
-    """x [..., K] float; weight int8 [N, K]; scale float32 [N], its rows' absmax; bias [N] or None. Returns [..., N]."""
+    """x [..., K] float; weight int8 [N, K]; scale float32 [N], the absmax of its rows; bias [N] or None. Returns [..., N] in x's
+    dtype."""
     return _op(x, weight, scale, bias, threshold)
 
 

@@ -1,9 +1,9 @@
-"""Linear layer of int8 weights and activations as they are (W8A16): nothing of x is rounded, so no column is an outlier.
+"""Linear layer with int8 weights and unquantized activations (W8A16). x is not rounded, so no column is an outlier.
 
   y = (x q_w^T) * absmax_w / 127  +  bias
 
-The weight is that of LLM.int8(), read as it is stored: the same bytes per token, and of its two errors only the weight's.
-Sums are float32, the step of a row multiplies its sum, and y is rounded once to x's dtype.
+The weight is that of LLM.int8(), read as it is stored. The bytes per token are the same; there is the error of the weight, but
+none of x. Sums are float32, absmax_w / 127 multiplies the sum, and y is rounded once to x's dtype.
 """
 
 import torch
@@ -14,7 +14,7 @@ from qcli.ops.linear_int8 import kernel_arguments
 from qcli.ops.quantize_int8 import quantize_int8
 from qcli.runtime import cuda
 
-_ROWS = 512  # of the weight that are float32 at a time
+_ROWS = 512  # rows of the weight in float32 at a time
 
 
 def _reference(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -30,7 +30,7 @@ def _fake(x, weight, scale, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-_FEW = 8  # tokens of the CUDA kernel
+_FEW = 8  # the most tokens of the CUDA kernel
 _kernel_cuda = cuda.kernel("linear_w8a16", "pipppqip")
 
 
@@ -67,7 +67,7 @@ _op = define("linear_w8a16(Tensor x, Tensor weight, Tensor scale, Tensor? bias) 
 
 
 def linear_w8a16(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., K] float; weight int8 [N, K]; scale float32 [N], its rows' absmax; bias [N] or None. Returns [..., N] in x's
+    """x [..., K] float; weight int8 [N, K]; scale float32 [N], the absmax of its rows; bias [N] or None. Returns [..., N] in x's
     dtype."""
     return _op(x, weight, scale, bias)
 

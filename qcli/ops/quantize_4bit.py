@@ -1,15 +1,15 @@
 """Blockwise 4-bit quantization: absmax per block, and for each element the nearest code of v = x / absmax.
 
-NF4 gives the bytes of bitsandbytes' CPU path: v = x * (1 / absmax) in full blocks and x / absmax in a last partial one;
-a v exactly on a threshold takes the lower code. FP4 follows bitsandbytes' CUDA kernels: a code is chosen for |v|, a tie
-takes the smaller magnitude, and the sign bit is set where v < 0. Its CPU path swaps +0 and -0, rounds negative ties to
-the larger magnitude, and decides at midpoints that differ from the kernel's literals by up to 4e-7: about 0.6% of
+NF4 gives the same bytes as bitsandbytes' CPU path. v is x * (1 / absmax) in full blocks and x / absmax in a last partial block.
+A v exactly on a threshold takes the lower code. FP4 follows bitsandbytes' CUDA kernels: the code is chosen for |v|, a tie takes
+the smaller magnitude, and the sign bit is set where v < 0. bitsandbytes' CPU path for FP4 differs: it swaps +0 and -0, rounds
+negative ties to the larger magnitude, and its midpoints differ from the kernel's literals by up to 4e-7. About 0.6% of the
 nibbles differ, nearly all of them between the two zeros.
 
-A block of zeros has absmax 0 and the codes of zero. In a block with 0 < absmax < 1e-38, whose reciprocal may overflow,
-v is the quotient x / absmax. (bitsandbytes' CPU path divides by 1e-38 there, and its codes shrink towards zero.)
-A block that holds a NaN or an infinity gets it as its absmax, so that every element of it decodes to NaN or infinity:
-callers that cannot accept this look for them first. Other blocks are not affected.
+A block of zeros has absmax 0 and the codes of zero. In a block with 0 < absmax < 1e-38 the reciprocal may overflow, so v is the
+quotient x / absmax. (bitsandbytes' CPU path divides by 1e-38 there, and its codes shrink towards zero.)
+A block with a NaN or an infinity has it as its absmax, so all its elements decode to NaN or infinity. Callers that cannot accept
+this check for such values first. Other blocks are not affected.
 """
 
 import numpy as np
@@ -25,14 +25,14 @@ _CELLS = 1024
 
 
 def _cell(v):
-    """The cell of a v in [-1, 1], before truncation. Ascending in v, the same for numpy and torch."""
+    """The cell of a v in [-1, 1], before truncation. It ascends with v, and is the same in numpy and torch."""
     return (v + 1) * (_CELLS / 2)
 
 
 def _search_table(quant_type: str) -> tuple[np.ndarray, np.ndarray]:
-    """Per cell: how many thresholds lie in cells below, and the threshold inside it (infinity where there is none).
+    """Per cell: the number of thresholds in lower cells, and the threshold inside the cell (infinity if there is none).
 
-    A table, two look-ups and one comparison find the code as 15 comparisons would, in a fifth of the time.
+    Two look-ups and one comparison then find the same code as 15 comparisons, in a fifth of the time.
     """
     thresholds = codebooks.THRESHOLDS[quant_type]
     cells = _cell(thresholds).astype(np.int64)
@@ -46,10 +46,10 @@ _TABLES = {quant_type: _search_table(quant_type) for quant_type in codebooks.THR
 
 def _codes(v: torch.Tensor, quant_type: str) -> torch.Tensor:
     below, inside = (torch.from_numpy(table).to(v.device) for table in _TABLES[quant_type])
-    # Rounding takes v beyond 1, and a NaN becomes any integer.
+    # Rounding may move v beyond 1, and a NaN becomes any integer.
     cells = _cell(v).int().clamp_(0, _CELLS - 1)
     rank = below.index_select(0, cells).add_((v > inside.index_select(0, cells)).view(torch.uint8))
-    if quant_type == "nf4":  # its codes are in the order of their values
+    if quant_type == "nf4":  # its codes ascend with their values
         return rank
     return torch.from_numpy(codebooks.ORDER[quant_type]).to(v.device).index_select(0, rank.int())
 
@@ -74,7 +74,7 @@ def _quantize(x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.
 
 def _reference(x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
     flat = x.reshape(-1)
-    # Pieces of whole blocks: on a CPU small enough that the intermediate values stay in its cache.
+    # Pieces of whole blocks. On a CPU they are so small that the intermediate values stay in its cache.
     piece = block_size * max(1, (1 << (16 if x.is_cpu else 24)) // block_size)
     packed, absmax = zip(*(_quantize(part, block_size, quant_type) for part in flat.split(piece)))
     return torch.cat(packed), torch.cat(absmax)
@@ -113,13 +113,13 @@ _kernel_cuda = cuda.kernel("quantize_4bit", "pqitipp")
 
 
 def _warp_table(quant_type: str) -> bytes:
-    """The kernel's 32 cells of [-1, 1): per cell the threshold in it (infinity where there is none), and the code up to it plus
-    16 times the code above it."""
+    """The kernel's table of 32 cells of [-1, 1). Per cell: the threshold in it (infinity if there is none), and the code below the
+    threshold plus 16 times the code above it."""
     thresholds, order = codebooks.THRESHOLDS[quant_type], codebooks.ORDER[quant_type]
     inside, codes = np.full(32, np.inf, dtype=np.float32), np.zeros(32, dtype=np.uint32)
     for cell in range(32):
         low, high = np.float32((cell - 16) / 16), np.float32((cell - 15) / 16)
-        # A threshold that the largest v of the cell does not exceed decides nothing there.
+        # A threshold that even the largest v of the cell does not exceed has no effect there.
         (found,) = np.nonzero((thresholds >= low) & (thresholds < np.nextafter(high, np.float32(-1))))
         assert len(found) <= 1
         rank = np.count_nonzero(thresholds < low)
@@ -160,10 +160,10 @@ _op = define("quantize_4bit(Tensor x, int block_size, str quant_type) -> (Tensor
 
 
 def quantize_4bit(x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantizes x of any shape, float32, bfloat16 or float16, taken row-major. (QLoRA, arXiv:2305.14314, section 2.)
+    """Quantizes x of any shape, float32, bfloat16 or float16, in row-major order. (QLoRA, arXiv:2305.14314, section 2.)
 
-    block_size is even; quant_type is "nf4" or "fp4". Returns packed uint8 [ceil(n/2), 1], an odd last element being
-    followed by the code of zero, and absmax float32 [ceil(n/block_size)].
+    block_size is even; quant_type is "nf4" or "fp4". Returns packed uint8 [ceil(n/2), 1] and absmax float32 [ceil(n/block_size)].
+    If n is odd, the code of zero follows the last element.
     """
     return _op(x, block_size, quant_type)
 

@@ -1,15 +1,15 @@
-"""Double quantization (QLoRA, arXiv:2305.14314, section 3): the absmax values of a weight, less their mean, in 8 bits.
+"""Double quantization (QLoRA, arXiv:2305.14314, section 3): the absmax values of a weight, minus their mean, in 8 bits.
 
-y = absmax - offset; groups of 256; code = the nearest entry of the dynamic map to y * (1 / max|y|), exactly, a tie to
-the lower one. This is the rule of bitsandbytes' CUDA kernel; its CPU path first rounds to one of 65536 steps, and so
-gives some values another code nearby: 0.24% of them for a normal weight, 1% where each group has an outlier of ten
-times the size.
+y = absmax - offset, in groups of 256. The code is that of the entry of the dynamic map that is exactly nearest to
+y * (1 / max|y|); a tie takes the lower one. This is the rule of bitsandbytes' CUDA kernel. Its CPU path first rounds to one of
+65536 steps, and so gives some values a neighbouring code: 0.24% of them for a normal weight, 1% if each group has an outlier of
+ten times the size.
 
-A group whose y are all zero has nested_absmax 0 and the code of 0.0; where 0 < max|y| < 1e-38 the quotient stands for
-the product. A NaN or an infinity in absmax spoils its group alone.
+A group whose y are all zero has nested_absmax 0 and the code of 0.0. Where 0 < max|y| < 1e-38, the quotient y / max|y| replaces
+the product. A NaN or an infinity in absmax affects only its own group.
 
-The offset is the mean of the finite absmax, summed in float64 by folding: pad with zeros to a power of two, add the
-upper half to the lower half until one value is left. So, unlike a reduction, it depends on neither threads nor device.
+The offset is the mean of the finite absmax values. They are summed in float64 by folding: pad with zeros to a power of two, then
+add the upper half to the lower half until one value is left. Unlike a reduction, this sum depends on neither threads nor device.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ GROUP_SIZE = 256
 
 
 def mean_absmax(absmax: torch.Tensor) -> float:
-    """The offset of absmax float32 [n]: the mean of its finite values, rounded to float32; 0.0 where there are none."""
+    """The offset of absmax float32 [n]: the mean of its finite values, rounded to float32; 0.0 if there are none."""
     if absmax.is_cpu and cpu.variant():
         return _folded(absmax)
     finite = torch.isfinite(absmax)
@@ -96,7 +96,7 @@ _op = define("quantize_absmax(Tensor absmax, float offset) -> (Tensor, Tensor)",
 
 
 def quantize_absmax(absmax: torch.Tensor, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """absmax float32 [n] to codes uint8 [n] and nested_absmax float32 [ceil(n/256)]; `offset` from `mean_absmax`."""
+    """absmax float32 [n] to codes uint8 [n] and nested_absmax float32 [ceil(n/256)]. `offset` is that of `mean_absmax`."""
     return _op(absmax, offset)
 
 

@@ -1,12 +1,12 @@
 """Row-wise int8 quantization (LLM.int8(), arXiv:2208.07339, section 2): q = round(x * (127 / absmax)), half to even.
 
-127 / absmax is the rounded reciprocal times 127, as in bitsandbytes' CPU path: a quotient would round some ties the
-other way. All in float32 from the stored dtype, so bfloat16 and float32 values beyond float16's range stay finite;
-bitsandbytes goes through float16, and gives the same where float16 represents the values. With a threshold, elements of
-|x| >= threshold are outliers: a row's absmax excludes them, and their whole columns are zero in q.
+127 / absmax is the rounded reciprocal times 127, as in bitsandbytes' CPU path: a quotient would round some ties the other way.
+All values are computed in float32 from the stored dtype, so bfloat16 and float32 values beyond float16's range stay finite.
+bitsandbytes casts to float16 first, and gives the same result where float16 represents the values. With a threshold, elements
+with |x| >= threshold are outliers: a row's absmax excludes them, and their whole columns are zero in q.
 
-A row of zeros has absmax 0 and q 0. Rows with absmax < 1e-30, where 127 / absmax may overflow, are scaled by 2^100
-first, which is exact. A row with NaN or infinity has that as its absmax, and q 0.
+A row of zeros has absmax 0 and q 0. In rows with absmax < 1e-30, 127 / absmax may overflow; they are scaled by 2^100 first, which
+is exact. A row with a NaN or an infinity has that as its absmax, and q 0.
 """
 
 import torch
@@ -21,13 +21,13 @@ def _reference(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.T
     absmax = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
     outliers = torch.zeros(rows.shape[1], dtype=torch.bool, device=x.device)
     if threshold > 0 and len(rows):
-        # The maximum of bytes is the quicker any().
+        # A maximum of bytes is faster than any().
         outliers = (rows.float().abs() >= threshold).view(torch.uint8).amax(0).bool()
     columns = outliers.nonzero().view(-1)
-    # Pieces of whole rows: on a CPU small enough that the intermediate values stay in its cache.
+    # Pieces of whole rows. On a CPU they are so small that the intermediate values stay in its cache.
     piece = max(1, (1 << (16 if x.is_cpu else 24)) // rows.shape[1])
     for start in range(0, len(rows), piece):
-        here = slice(start, start + piece)  # views of a split may not be written where gradients are on
+        here = slice(start, start + piece)  # with gradients on, the views of a split cannot be written
         kept = rows[here].float()
         magnitude = kept.abs()
         if columns.numel():
@@ -110,7 +110,7 @@ def cases():
     hostile[2, 0] = 3e38
     hostile[3] = 7.0
     hostile[4] = 1e-45
-    hostile[5] = torch.arange(32) * 8 + 4  # halves, once divided by 2 * 127
+    hostile[5] = torch.arange(32) * 8 + 4  # they become halves when divided by 2 * 127
     hostile[5, 0] = 254
     for threshold in (0.0, 6.0):
         yield f"hostile-{threshold}", {"x": hostile, "threshold": threshold}

@@ -42,7 +42,7 @@ def execute(plan: Plan, staging: Staging, device: torch.device, advance: Callabl
     torch.set_num_threads(1)
     try:
         for file in plan.source.files:
-            work = [w for w in plan.work if w.file == file and w.index not in staging.done]
+            work = [w for w in plan.work if w.info.file == file and w.index not in staging.done]
             if work:
                 # The file is closed once no thread reads from it, whatever ends this.
                 with plan.source.open(file) as fd, Pipeline(threads + 1) as pipeline:

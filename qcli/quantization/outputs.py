@@ -20,7 +20,6 @@ from qcli.recipe import Recipe
 class Planned:
     """A source tensor and what will be stored of it, not yet anywhere. `linear` and `method` as in Work."""
 
-    file: str
     info: TensorInfo
     linear: Linear | None
     method: Method | None
@@ -55,8 +54,8 @@ def plan_tensors(
     of_no_use: dict[str, list[str]] = {}
     refused: dict[str, list[str]] = {}
     order = {file: i for i, file in enumerate(source.files)}
-    tensors = sorted(source.tensors.values(), key=lambda place: (order[place[0]], place[1].start))
-    for file, info in tensors:
+    tensors = sorted(source.tensors.values(), key=lambda info: (order[info.file], info.start))
+    for info in tensors:
         method = chosen.get(info.name)
         linear = layout.linears[info.name] if method else None
         if linear and method:
@@ -83,7 +82,7 @@ def plan_tensors(
             if info.dtype in dtypes.FLOATS:
                 target = "F32" if layout.stays_fp32(info.name, dtype) else dtype
             specs = [TensorSpec(info.name, target, tuple(info.shape))]
-        found.append(Planned(file, info, linear, method, tuple(specs)))
+        found.append(Planned(info, linear, method, tuple(specs)))
     if misshaped:
         problems.append(together("tensors whose shape is not the model's", misshaped))
     for code, names in of_no_use.items():
@@ -120,6 +119,6 @@ def place_outputs(planned: list[Planned], max_shard_size: int) -> tuple[list[Wor
         header, starts = build_header([(s.name, s.dtype, s.shape) for s in specs], {"format": "pt"})
         for each in group:
             outputs = tuple(Output(s.name, s.dtype, s.shape, name, starts[s.name], starts[s.name] + s.nbytes) for s in each.specs)
-            work.append(Work(len(work), each.info, each.file, each.linear, each.method, outputs))
+            work.append(Work(len(work), each.info, each.linear, each.method, outputs))
         shards.append(Shard(name, header, len(header) + sum(s.nbytes for s in specs)))
     return work, shards

@@ -39,11 +39,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Work:
-    """One source tensor in `file` and everything that is made of it. `linear` and `method` are None for what is carried over."""
+    """One source tensor and everything that is made of it. `linear` and `method` are None for what is carried over."""
 
     index: int
     info: TensorInfo
-    file: str
     linear: Linear | None
     method: Method | None
     outputs: tuple[Output, ...]
@@ -211,7 +210,7 @@ class Plan:
         work = [
             {
                 "tensor": w.info.name,
-                "file": w.file,
+                "file": w.info.file,
                 "linear": None if w.linear is None else asdict(w.linear),
                 "choice": None if w.method is None else _choice_of(w.method).summary(),
                 "outputs": [asdict(o) for o in w.outputs],
@@ -263,8 +262,7 @@ def from_json(value: dict[str, Any], source: Source | None = None) -> Plan:
         work.append(
             Work(
                 index,
-                source.tensors[w["tensor"]][1],
-                w["file"],
+                source.tensors[w["tensor"]],
                 None if w["linear"] is None else Linear(**w["linear"]),
                 None if choice is None else made(Choice(choice["method"], tuple(choice.get("options", {}).items()))),
                 tuple(Output(**(o | {"shape": tuple(o["shape"])})) for o in w["outputs"]),

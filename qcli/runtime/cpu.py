@@ -1,8 +1,8 @@
-"""Everything ctypes: the compiled CPU kernels, which variant of them runs, and how many threads.
+"""Calls the compiled CPU kernels through ctypes: which variant runs, and on how many threads.
 
-The library holds every kernel once per instruction set ("variant"). The best one that this CPU runs is used;
-QCLI_CPU_ISA names another, or `reference` for the ops in plain torch, which also serve where the library was not built.
-Threads are those of torch: its OpenMP pool, and torch.get_num_threads() of them.
+The library holds every kernel once per instruction set ("variant"). By default the best variant that this CPU supports runs.
+QCLI_CPU_ISA names another, or `reference` for the ops in plain torch. Those also run where the library was not built.
+The threads are torch's: its OpenMP pool, and torch.get_num_threads() of them.
 """
 
 import ctypes
@@ -28,25 +28,25 @@ REFERENCE = "reference"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _HUGE_FROM = 8 << 20  # bytes
-_NUMBERS = {int, float, bool, type(None)}  # all but tensors: quicker than isinstance
+_NUMBERS = {int, float, bool, type(None)}  # every argument type except tensors; a look-up is faster than isinstance
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_int64, "f": ctypes.c_float}
 
 
 @cache
 def path() -> Path | None:
-    """The compiled library, None where the package was installed without a compiler. QCLI_CPU_LIBRARY names another."""
+    """The compiled library. None if the package was installed without a compiler. QCLI_CPU_LIBRARY names another library."""
     if os.environ.get(OTHER):
         return Path(os.environ[OTHER])
     from qcli import runtime
 
-    # An editable install keeps compiled files apart from the sources: this package then has two folders.
+    # An editable install keeps compiled files outside the sources: this package then has two folders.
     places = [Path(__file__).parent / LIBRARY, *(Path(folder) / LIBRARY for folder in runtime.__path__)]
     return next((place for place in places if place.exists()), None)
 
 
 @cache
 def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or why there is none."""
+    """(the library, None), or (None, why there is none)."""
     if path() is None:
         return None, "not built: there was no C++ compiler when qcli was installed"
     try:
@@ -60,7 +60,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
         library.qcli_use_openmp.argtypes = [ctypes.c_void_p]
         library.qcli_use_openmp(_torch_openmp())
     except AttributeError:
-        return None, f"{path()} is not of this version of qcli"
+        return None, f"{path()} belongs to another version of qcli"
     return library, None
 
 
@@ -69,14 +69,14 @@ def _library() -> ctypes.CDLL | None:
 
 
 def problem() -> str | None:
-    """Why the reference serves where nobody asked for it."""
+    """Why the library cannot be used and the reference runs instead. None if it can be used."""
     return _loaded()[1]
 
 
 def _torch_openmp() -> int | None:
-    """The address of GOMP_parallel in the OpenMP that torch uses; None where it has none by that name."""
+    """The address of GOMP_parallel in the OpenMP library that torch uses. None if there is no such name."""
     bundled = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*"))
-    for place in [*map(str, bundled), None]:  # None: what is loaded already
+    for place in [*map(str, bundled), None]:  # None: the libraries that are loaded already
         try:
             return ctypes.cast(ctypes.CDLL(place).GOMP_parallel, ctypes.c_void_p).value
         except (OSError, AttributeError):
@@ -85,12 +85,12 @@ def _torch_openmp() -> int | None:
 
 
 def variants() -> list[str]:
-    """The variants that this CPU runs, the best last; none without the library."""
+    """The variants that this CPU supports, the best one last. Empty without the library."""
     return _library().qcli_variants().decode().split() if _library() else []
 
 
 def _chosen() -> str | None:
-    """The variant to use; None stands for the reference. Raises UsageError for a name that is none."""
+    """The variant to use; None means the reference. Raises UsageError for an unknown name."""
     known = variants()
     wanted = os.environ.get(CHOICE)
     if not wanted:
@@ -100,7 +100,7 @@ def _chosen() -> str | None:
     if wanted not in known:
         raise UsageError(
             f"the environment variable {CHOICE} is {wanted!r}" + (f"; the CPU kernels: {problem()}" if problem() else ""),
-            f"On this CPU: {', '.join([*known, REFERENCE])}; unset it for the best of them.",
+            f"This CPU supports {', '.join([*known, REFERENCE])}; unset it for the best of them.",
         )
     return wanted
 
@@ -109,13 +109,13 @@ _variant: str | None = _chosen()
 
 
 def variant() -> str | None:
-    """The variant in use, None where the reference serves."""
+    """The variant in use. None means the reference."""
     return _variant
 
 
 @contextmanager
 def using(name: str | None) -> Iterator[None]:
-    """Runs the kernels of another variant for a while, or with None the reference: for tests and benchmarks."""
+    """Runs the kernels of another variant while this lasts; None means the reference. For tests and benchmarks."""
     global _variant
     before, _variant = _variant, name
     try:
@@ -125,12 +125,12 @@ def using(name: str | None) -> Iterator[None]:
 
 
 def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 itself, so that a product in it is faster than one in float32."""
+    """Whether this CPU has bfloat16 instructions: a product in bfloat16 is then faster than one in float32."""
     return bool(_library() and _library().qcli_native_bfloat16())
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache; 8 MiB where the system does not tell."""
+    """Bytes of the largest cache; 8 MiB where the system does not report it."""
     largest = 0
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         found = re.fullmatch(r"(\d+)([KMG]?)", file.read_text().strip())
@@ -140,10 +140,10 @@ def last_level_cache() -> int:
 
 
 def kernel(name: str, signature: str) -> Callable[..., None]:
-    """The kernel `name` of the variant in use. A letter of `signature` per argument: p a tensor, address or None,
-    i int32, q int64, f float32. The number of threads follows as the last argument by itself.
+    """The kernel `name` of the variant in use. `signature` has one letter per argument: p for a tensor, an address or None,
+    i for int32, q for int64, f for float32. The number of threads is appended as the last argument.
 
-    Tensors must be contiguous and of the sizes that the kernel states: nothing is checked from here on.
+    Tensors must be contiguous and have the sizes that the kernel states: they are not checked again.
     """
     argtypes = [_TYPES[letter] for letter in signature] + [ctypes.c_int]
     functions: dict[str | None, Callable] = {}
@@ -160,8 +160,8 @@ def kernel(name: str, signature: str) -> Callable[..., None]:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A new tensor for a kernel to fill. Where it is large, faults at its pages cost more than the kernel: they are huge
-    where the system grants it."""
+    """A new tensor that a kernel will fill. For a large tensor page faults cost more than the kernel, so it asks the system for
+    huge pages."""
     tensor = torch.empty(shape, dtype=dtype)
     if tensor.nbytes >= _HUGE_FROM:
         _library().qcli_prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
@@ -169,9 +169,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 class Record:
-    """A struct that a kernel reads, and the tensors that it points into.
+    """A struct that a kernel reads, together with the tensors that it points to.
 
-    A letter of `layout` per value, as in `kernel`, in C's own alignment.
+    `layout` has one letter per value, as in `kernel`. Values are aligned as in C.
     """
 
     def __init__(self, layout: str, *values: torch.Tensor | int | float | None):
@@ -183,8 +183,8 @@ class Record:
 
 
 def plain(x: torch.Tensor) -> bool:
-    """Whether a kernel may be called without the op around it, whose dispatch costs as much as a small product: x lies on the
-    CPU as it is, and nothing records or transforms what happens to it: no autograd, compiler, tracer, mode or profiler."""
+    """Whether a kernel may be called directly, without the dispatch of its op, which costs as much as a small product. x must be a
+    plain tensor on the CPU. Nothing may record or transform the call: no autograd, compiler, tracer, mode or profiler."""
     return (
         type(x) is torch.Tensor
         and x.is_cpu
@@ -201,7 +201,7 @@ def plain(x: torch.Tensor) -> bool:
 
 
 def address(table: np.ndarray) -> int:
-    """Where a table of codebooks.py lies, for a kernel to read. It must live as long as the process."""
+    """The address of a table of codebooks.py, for a kernel. The table must live as long as the process."""
     return table.ctypes.data
 
 
@@ -213,10 +213,10 @@ def dtype_code(op: str, x: torch.Tensor, name: str = "x") -> int:
 
 
 def require(op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype, numel: int, *, at_least: bool = False) -> torch.Tensor:
-    """The tensor, contiguous. Raises ValueError unless it lies on the CPU with that dtype and so many elements: a kernel
-    reads and writes where it is told to."""
+    """The tensor, contiguous. Raises ValueError unless it is on the CPU and has that dtype and `numel` elements: a kernel checks
+    none of this itself."""
     if not tensor.is_cpu:
-        raise ValueError(f"{op}: {name} lies on {tensor.device}, expected cpu")
+        raise ValueError(f"{op}: {name} is on {tensor.device}, expected cpu")
     if tensor.dtype != dtype or tensor.numel() < numel or (tensor.numel() != numel and not at_least):
         raise ValueError(f"{op}: {name} has {tensor.numel()} elements of {tensor.dtype}, expected {numel} of {dtype}")
     return tensor.contiguous()

@@ -1,15 +1,16 @@
 """Launches the CUDA kernels of kernels/cuda/ through PyCUDA, on torch's tensors, context and streams.
 
-torch works in the primary context of each GPU; PyCUDA takes the same one. PyCUDA notes contexts per thread, ends the process
-where a thread ends with one noted, and makes streams only of its own. So the context is pushed around each call and popped
-after it, in whichever thread, and torch finds the driver as it left it. Work goes to torch's current stream:
+torch works in the primary context of each GPU, and PyCUDA uses the same one. PyCUDA records contexts per thread. It ends the
+process if a thread ends with a context recorded, and it launches only on its own streams. Each call therefore pushes the context
+before it and pops it after it, in any thread, so torch finds the driver unchanged. Work is launched on torch's current stream:
 
-- its default stream, which PyCUDA calls None;
-- one that PyCUDA made and torch adopted (`capture_stream`);
-- any other by way of a stream of ours that waits for it, and that it waits for: both are orders to the GPU and part of a
-  graph where one is captured. Each has one of its own, so that no capture meets work of another stream.
+- the default stream is None in PyCUDA;
+- a stream that PyCUDA made and torch adopted (`capture_stream`) is used directly;
+- for any other stream there is a stream of our own. It waits for that stream before the kernel, and that stream waits for it
+  afterwards. Both waits are orders to the GPU, so a captured graph contains them. Each foreign stream has its own partner, so a
+  capture contains no work of another stream.
 
-Nothing here is imported or touched before a tensor on a GPU asks.
+PyCUDA is imported only when a tensor on a GPU needs it.
 """
 
 import atexit
@@ -25,11 +26,11 @@ from qcli.errors import KernelError, QcliWarning
 from qcli.runtime import nvcc, problems
 from qcli.runtime.arguments import TYPES, aligned, packer, require, table, type_name
 
-__all__ = ["TYPES", "aligned", "require", "table", "type_name"]  # what ops need beside the functions below
+__all__ = ["TYPES", "aligned", "require", "table", "type_name"]  # ops need these beside the functions below
 
 
 class Backend(Protocol):
-    """What compiles and runs a kernel: PyCUDA, or in tests an emulator on the CPU."""
+    """Compiles and runs kernels: PyCUDA, or in tests an emulator on the CPU."""
 
     def serves(self, device: torch.device) -> bool:
         """Whether kernels run on tensors of this device."""
@@ -38,31 +39,31 @@ class Backend(Protocol):
         """The kernel `entry` of kernels/cuda/SOURCE.cu, compiled with each "NAME=VALUE" of `constants` defined."""
 
     def launch(self, function: object, grid: tuple, block: tuple, shared: int, arguments: bytes, device: torch.device) -> None:
-        """Launches it on torch's current stream; `shared` are bytes of dynamic shared memory."""
+        """Launches the kernel on torch's current stream. `shared` is the dynamic shared memory in bytes."""
 
     def multiprocessors(self, device: torch.device) -> int:
         """How many streaming multiprocessors the device has."""
 
     def capability(self, device: torch.device) -> tuple[int, int]:
-        """Its compute capability."""
+        """The device's compute capability."""
 
     def shared_memory(self, device: torch.device) -> int:
-        """Bytes of shared memory of a multiprocessor."""
+        """Shared memory of one multiprocessor, in bytes."""
 
 
 class _Device:
-    """One GPU: torch's context on it, our streams, or the problem with it."""
+    """One GPU: torch's context on it and our streams, or the problem that keeps kernels from running on it."""
 
     def __init__(self):
         self.problem: KernelError | None = None
-        self.context = None  # as PyCUDA has it
+        self.context = None  # PyCUDA's object
         self.busy = threading.Lock()  # held while a thread has the context pushed
-        self.streams: dict[int, object] = {0: None}  # by handle, those that PyCUDA can launch on
+        self.streams: dict[int, object] = {0: None}  # handle -> stream on which PyCUDA can launch
         self.capture_streams: dict[int, torch.cuda.Stream] = {}  # by thread
-        self.beside: dict[int, tuple[object, torch.cuda.Stream]] = {}  # by the handle of the foreign stream
+        self.beside: dict[int, tuple[object, torch.cuda.Stream]] = {}  # handle of a foreign stream -> its partner
 
     def open(self, index: int) -> None:
-        """Raises KernelError where no kernel can run."""
+        """Raises KernelError if no kernel can run."""
         if torch.version.cuda is None:
             raise KernelError("this torch was built without CUDA", problems.TORCH)
         self.driver, self.index = _import_driver(), index
@@ -86,13 +87,13 @@ class _Device:
         self.load("probe", "probe", ())
 
     def close(self) -> None:
-        """Gives the context back. PyCUDA releases a primary context where it is pushed, whatever the thread, and does not
-        complain of modules and streams that live on."""
-        with self.busy:  # a daemon thread that ends with the interpreter must not have it pushed
+        """Releases the context. PyCUDA releases a primary context in any thread that has pushed it, and accepts that modules and
+        streams still exist."""
+        with self.busy:  # a daemon thread must not have it pushed when the interpreter ends
             self.problem = KernelError("the process is ending")
             context, self.context = self.context, None
         if context is not None:
-            with suppress(self.driver.Error):  # the GPU may have failed before
+            with suppress(self.driver.Error):  # the GPU may have failed already
                 context.push()
                 context.detach()
 
@@ -116,14 +117,14 @@ class _Device:
             return _Function(self, entry, self.driver.module_from_buffer(image).get_function(entry))
 
     def stream(self) -> tuple[object, torch.cuda.Stream]:
-        """A new stream as PyCUDA and as torch know it, which does not wait for the default stream."""
+        """A new stream, as PyCUDA's object and as torch's. It does not wait for the default stream."""
         with self._entered("make a stream"):
             made = self.driver.Stream(1)
         return made, torch.cuda.get_stream_from_external(made.handle, self.index)
 
 
 class _Function:
-    """A loaded kernel. `room` is how many bytes of dynamic shared memory it may have as of now."""
+    """A loaded kernel. `room` is its current limit of dynamic shared memory, in bytes."""
 
     def __init__(self, device: _Device, entry: str, function):
         self.device, self.entry, self.function, self.launch = device, entry, function, function._launch_kernel
@@ -150,11 +151,11 @@ class _Function:
 
 
 def _import_driver():
-    """pycuda.driver. Raises KernelError with what is wrong with PyCUDA."""
+    """pycuda.driver. Raises KernelError that says what is wrong with PyCUDA."""
     try:
         import pycuda.driver as driver
     except Exception as e:  # a module compiled for another numpy raises more than ImportError
-        raise problems.of_import(e) from e
+        raise problems.import_error(e) from e
     return driver
 
 
@@ -166,11 +167,11 @@ class PyCuda:
         self._lock = threading.RLock()
 
     def serves(self, device: torch.device) -> bool:
-        """As in Backend. A GPU that kernels cannot run on is told of in a warning, once."""
+        """As in Backend. Warns once about a GPU on which kernels cannot run."""
         return device.type == "cuda" and self.problem(device) is None
 
     def problem(self, device: torch.device) -> KernelError | None:
-        """Why kernels do not run on that GPU."""
+        """Why kernels do not run on that GPU; None if they do."""
         return (self._devices.get(device) or self._open(device)).problem
 
     def _open(self, device: torch.device) -> _Device:
@@ -186,18 +187,18 @@ class PyCuda:
                 opened.problem = e
             self._devices[device] = opened
             if e := opened.problem:
-                text = f"no CUDA kernels, plain torch serves in their place, more slowly: {e.message}"
+                text = f"no CUDA kernels, plain torch runs in their place, more slowly: {e.message}"
                 warnings.warn(f"{text}; {e.hint}" if e.hint else text, QcliWarning, stacklevel=3)
             return opened
 
     def close(self) -> None:
-        """Gives every context back, which PyCUDA wants done before the interpreter ends."""
+        """Releases every context. PyCUDA needs this before the interpreter ends."""
         for device in self._devices.values():
             device.close()
 
     def function(self, source: str, entry: str, constants: tuple[str, ...], device: torch.device) -> _Function:
         """As in Backend. Raises KernelError."""
-        with self._lock:  # two threads would compile the same
+        with self._lock:  # otherwise two threads could compile the same kernel
             return self._devices[device].load(source, entry, constants)
 
     def launch(self, function: _Function, grid: tuple, block: tuple, shared: int, arguments: bytes, device: torch.device) -> None:
@@ -219,7 +220,7 @@ class PyCuda:
             return device.beside[handle]
 
     def capture_stream(self, device: torch.device) -> torch.cuda.Stream:
-        """As the function of that name. Raises KernelError."""
+        """As the module's function of that name. Raises KernelError."""
         with self._lock:
             opened, thread = self._devices.get(device) or self._open(device), threading.get_ident()
             if opened.problem:
@@ -246,13 +247,13 @@ _backend: Backend | None = PyCuda()
 
 
 def serves(x: torch.Tensor) -> bool:
-    """Whether the kernels run on x's device; else the reference serves."""
+    """Whether the kernels run on x's device. Otherwise the reference runs."""
     return _backend is not None and _backend.serves(x.device)
 
 
 @contextmanager
 def using(backend: Backend | None) -> Iterator[None]:
-    """Runs kernels on another backend for a while, or with None the reference: for tests and benchmarks."""
+    """Runs kernels on another backend while this lasts; None means the reference. For tests and benchmarks."""
     global _backend
     before, _backend = _backend, backend
     try:
@@ -272,33 +273,33 @@ def capability(x: torch.Tensor) -> tuple[int, int]:
 
 
 def shared_memory(x: torch.Tensor) -> int:
-    """Bytes of shared memory of a multiprocessor of x's device."""
+    """Shared memory of one multiprocessor of x's device, in bytes."""
     return _backend.shared_memory(x.device)
 
 
 def problem(device: torch.device) -> KernelError | None:
-    """Why the reference serves a GPU, None where the kernels do."""
+    """Why the reference runs on a GPU; None if the kernels run."""
     return _backend.problem(device)
 
 
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream to capture a CUDA graph of kernels on, with torch.cuda.graph(graph, stream=...): they are launched on it
-    directly. Each thread has its own, for during a capture another thread's work would become part of the graph.
+    """The stream for capturing a CUDA graph of kernels: torch.cuda.graph(graph, stream=...). Kernels are launched on it directly.
+    Each thread has its own stream: on a shared one, the work of another thread would become part of the graph.
 
-    Run every kernel once before the capture: loading one is not allowed in it. Raises KernelError where none can run.
+    Run every kernel once before the capture: a kernel cannot be loaded during it. Raises KernelError if no kernel can run.
     """
     return _backend.capture_stream(device if device.index is not None else torch.device("cuda", torch.cuda.current_device()))
 
 
 def kernel(source: str, signature: str, entry: str | None = None) -> Callable[..., None]:
-    """The kernel `entry` (by default of the file's name) of kernels/cuda/SOURCE.cu.
+    """The kernel `entry` (by default: the name of the file) of kernels/cuda/SOURCE.cu.
 
-    Called as launch(constants, grid, threads, shared, *arguments): constants a tuple of "NAME=VALUE", grid one to three
-    ints, threads of a block, bytes of dynamic shared memory. A letter of `signature` per argument: p a tensor or an address (0 for
-    none), i int32, q int64, f float32, t bytes, a table passed by value whose elements have 4 bytes. The first argument
-    is a tensor and says on which device.
+    It is called as launch(constants, grid, threads, shared, *arguments): `constants` is a tuple of "NAME=VALUE", `grid` has one to
+    three ints, `threads` is the size of a block, `shared` the dynamic shared memory in bytes. `signature` has one letter per
+    argument: p for a tensor or an address (0 for none), i for int32, q for int64, f for float32, t for bytes, which are a table
+    of 4-byte elements passed by value. The first argument is a tensor; its device is the device of the launch.
 
-    Tensors must be contiguous and of the sizes that the kernel states: nothing is checked from here on.
+    Tensors must be contiguous and have the sizes that the kernel states: they are not checked again.
     """
     entry, pack, ones = entry or source, packer(signature), (1, 1)
     functions: dict[tuple, object] = {}

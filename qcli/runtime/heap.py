@@ -13,22 +13,22 @@ def _trim():
     """glibc's malloc_trim; None with another C library."""
     try:
         return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # TypeError: Windows wants a name
+    except (OSError, AttributeError, TypeError):  # TypeError: Windows needs a name
         return None
 
 
 def give_back() -> None:
-    """Returns free pages of the heap to the system: small tensors that stay lie between large ones that went, and without this
-    a long run grows by what they pin."""
+    """Returns free pages of the heap to the system. Small tensors that stay lie between large ones that were freed; without this
+    call a long run would grow by the pages that they hold back."""
     if (trim := _trim()) is not None:
         trim(ctypes.c_size_t(0))
 
 
 @cache
 def keep_free_pages() -> None:
-    """Lets freed memory lie in the heap, up to 64 MiB at its end, until `give_back`. glibc alone returns what a block's tensors of
-    some hundred kilobytes took after each operation, and the system hands out the same pages again, zeroed, for the next: a
-    tenth of the time of small models. Does nothing where the environment sets malloc up."""
+    """Keeps freed memory in the heap, up to 64 MiB at its end, until `give_back`. By default glibc returns the pages of tensors of
+    some hundred kilobytes after each operation, and the system zeroes the same pages for the next one: a tenth of the time of
+    small models. Does nothing if the environment configures malloc."""
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
     with suppress(OSError, AttributeError, TypeError):

@@ -1,4 +1,4 @@
-// The smallest kernel: whether nvcc, its headers, the driver and this GPU agree is found out with it.
+// The smallest kernel. It shows whether nvcc, its headers, the driver and this GPU work together.
 // prebuilt:
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

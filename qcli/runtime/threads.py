@@ -1,13 +1,13 @@
-"""Threads on a machine that others use too: how long one waits awake, and how many there are.
+"""Threads on a machine that other processes use too: how long a waiting thread spins, and how many threads there are.
 
-torch's OpenMP pool ends every divided product with a barrier, and by default its threads spin there for milliseconds. Beside
-one busy process that is ruin: a thread that the system has put aside is waited for by one that keeps a core from it, at every
-product of every layer. Never to spin is no way out, for on a quiet machine waking a thread takes longer than the small
-products of a token. So threads spin for about as long as Python takes from one product to the next (`settle`, read by OpenMP
-once, when torch is loaded), and there are as many of them as cores that others leave free (`following`, twice a second).
-What the user has set in the environment stands, and so does a number of threads that anybody but `following` has set.
+torch's OpenMP pool ends every parallel product with a barrier, and by default its threads spin there for milliseconds. Beside
+one busy process this is slow: at every product of every layer, a spinning thread occupies the core that a suspended thread
+needs, and waits for that thread. No spinning at all is slow too: on a quiet machine, waking a thread takes longer than the small
+products of a token. Threads therefore spin for about the time that Python needs between two products (`settle`, which OpenMP
+reads once, when torch is loaded). And there are as many threads as cores that other processes leave free (`following`, twice a
+second). Settings in the user's environment take precedence, and so does a number of threads that other code has set.
 
-A float32 product of one row may differ in its last bits with the number of threads that share it: libraries split its sum.
+A float32 product of one row may differ in its last bits with the number of threads, because libraries split its sum among them.
 """
 
 import os
@@ -19,27 +19,27 @@ from contextlib import contextmanager
 from math import ceil, floor
 from pathlib import Path
 
-# Of libgomp: some 0.3 to 0.5 ms. Its default of 300,000 is longer than the slice that Linux gives a thread at a time.
+# Turns of libgomp's waiting loop, some 0.3 to 0.5 ms. Its default of 300,000 lasts longer than a time slice of Linux.
 SPINS = "10000"
-INTERVAL = 0.5  # seconds between two looks at what others use
+INTERVAL = 0.5  # seconds between two measurements of the load
 
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _COUNTING = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_DYNAMIC", "OMP_THREAD_LIMIT")
-_STRAY = 0.4  # cores; what runs now and then beside a user takes less, a busy process that shares its core with a thread more
+_STRAY = 0.4  # cores; occasional background work takes less, a busy process that shares a core with a thread takes more
 
 
 def settle(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets how long torch's threads spin. Does nothing where the environment says it already, or torch is loaded."""
+    """Sets how long torch's threads spin. Does nothing if the environment sets it already, or if torch is loaded."""
     if "torch" not in sys.modules and not any(environment.get(name) for name in _WAITING):
         environment["GOMP_SPINCOUNT"] = SPINS
 
 
 @contextmanager
 def following(environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
-    """While this lasts, torch has as many threads in the main thread as cores are free: those that this process may use,
-    less those that others use. Never less than half, which is its fair share however busy they are.
+    """While this lasts, torch uses as many threads in the main thread as cores are free: the cores that this process may use, less
+    those that other processes use. It keeps at least half of them, a fair share however busy the others are.
 
-    torch may be imported later. Does nothing where the environment names a number, or the system does not say who works.
+    torch may be imported later. Does nothing if the environment sets a number, or if the system does not report the load.
     """
     if any(environment.get(name) for name in _COUNTING) or _work() is None:
         yield
@@ -57,12 +57,12 @@ def following(environment: MutableMapping[str, str] = os.environ) -> Iterator[No
 
 
 def wanted(most: int, free: float) -> int:
-    """The threads for `free` cores, of `most` at most."""
+    """The number of threads for `free` cores: at least half of `most`, at most all."""
     return max(min(floor(free + _STRAY), most), ceil(most / 2), 1)
 
 
 def cores() -> float:
-    """The cores that this process may use: its affinity, or less where a container has a quota."""
+    """The cores that this process may use: its affinity, or less if a container has a quota."""
     return min([_allowed(), *_quotas()])
 
 
@@ -71,7 +71,7 @@ def _allowed() -> int:
 
 
 def _quotas(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:
-    """The cores of every quota above this process: control groups of version 2, and of version 1 as a container sees them."""
+    """The cores of every quota on this process: control groups of version 2, and of version 1 as a container sees them."""
     found = []
     try:
         paths = [line[3:] for line in own.read_text().splitlines() if line.startswith("0::")]
@@ -85,18 +85,18 @@ def _quotas(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cg
 
 
 def _read(*files: Path) -> float | None:
-    """Quota / period, of one file or of two; None where there is no quota."""
+    """Quota / period, from one file or two; None if there is no quota."""
     try:
         quota, period = " ".join(file.read_text() for file in files).split()
         return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError):  # "max" is no number
+    except (OSError, ValueError):  # the quota is "max": none
         return None
 
 
 def _work() -> tuple[float, float] | None:
-    """(seconds that this process's cores have worked for anybody, for this process); None where the system does not tell.
+    """(seconds that this process's cores have worked in total, seconds of this process). None if the system does not report them.
 
-    Time that a hypervisor has taken counts as work for others.
+    Time that a hypervisor has taken counts as work of other processes.
     """
     try:
         allowed = os.sched_getaffinity(0)
@@ -110,7 +110,7 @@ def _work() -> tuple[float, float] | None:
 
 
 class _Count:
-    """The number of threads: `most` where nobody else works, of torch's own choice and no more than a quota allows."""
+    """Sets torch's number of threads. On a quiet machine that is torch's own default, limited by a quota."""
 
     def __init__(self):
         self._torch = sys.modules["torch"]
@@ -121,19 +121,19 @@ class _Count:
         self._done.set()
 
     def ask(self, free: float) -> None:
-        """Has the main thread set what `free` cores want, when it comes to it."""
+        """Asks the main thread to set the number for `free` cores."""
         self._next = wanted(self._most, free)
         if self._next != self._last and self._done.is_set():
             self._done.clear()
             _in_main_thread(self._set)
 
     def restore(self) -> None:
-        """Sets the number that there was at first. To be called in the main thread."""
+        """Sets the original number again. Must be called in the main thread."""
         self._next = self._first
         self._set()
 
     def _set(self) -> None:
-        if self._torch.get_num_threads() == self._last:  # else somebody has set a number of their own, for now or for good
+        if self._torch.get_num_threads() == self._last:  # otherwise other code has set a number of its own
             self._torch.set_num_threads(self._next)
             self._last = self._next
         self._done.set()
@@ -155,12 +155,12 @@ def _watch(over: threading.Event, counts: list[_Count]) -> None:
 
 def _torch_is_there() -> bool:
     torch = sys.modules.get("torch")
-    return hasattr(torch, "compile")  # one of the last things that importing it makes
+    return hasattr(torch, "compile")  # one of the last names that importing torch defines
 
 
 def _in_main_thread(function) -> None:
-    """Calls `function` in the main thread, between two of its bytecodes. OpenMP keeps the number of threads for each thread that
-    starts some, so that another one cannot set it."""
+    """Calls `function` in the main thread, between two of its bytecodes. Another thread could not do the same: OpenMP keeps a
+    number of threads for each thread that starts some."""
     import ctypes
 
     global _pending
@@ -168,4 +168,4 @@ def _in_main_thread(function) -> None:
     ctypes.pythonapi.Py_AddPendingCall(_pending, None)
 
 
-_pending = None  # what Python has been asked to call, which must not be let go of before
+_pending = None  # the function that Python will call; it must stay referenced until then

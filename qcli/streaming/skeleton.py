@@ -132,15 +132,15 @@ class Skeleton:
         prefix = self.model.base_model_prefix
         owners = {name: unit for unit in self.units for name, _, _ in unit.weights()}
         blocks = [unit for unit in self.units if unit.index is not None]
-        self._origin: dict[str, list[tuple[str, str, TensorInfo]]] = {}
-        for name, (file, info) in self.source.tensors.items():
+        self._origin: dict[str, list[TensorInfo]] = {}
+        for name, info in self.source.tensors.items():
             renamed, _ = rename_source_key(name, renamings, converters, prefix, state)
             if renamed not in state and name in state:
                 renamed = name
             unit = owners.get(renamed) or next((b for b in blocks if renamed.startswith(f"{b.name}.")), None)
             if unit is not None:
-                unit.tensors.append((name, file, info))
-                self._origin.setdefault(renamed, []).append((name, file, info))
+                unit.tensors.append(info)
+                self._origin.setdefault(renamed, []).append(info)
         groups = tied_groups(self.model.all_tied_weights_keys)
         for unit in self.units:
             for name, _, _ in unit.weights():
@@ -179,15 +179,15 @@ class Skeleton:
                 f"{self.source.label} lacks {len(empty)} tensors of {unit.name}: {', '.join(empty[:5])}", self.source.again()
             )
 
-    def _read(self, tensors: Iterable[tuple[str, str, TensorInfo]]) -> None:
+    def _read(self, tensors: Iterable[TensorInfo]) -> None:
         with ExitStack() as opened:
-            loads = {file: pread(opened.enter_context(self.source.open(file))) for file in {f for _, f, _ in tensors}}
-            state = {name: StoredTensor(info, loads[file]) for name, file, info in tensors}
+            loads = {file: pread(opened.enter_context(self.source.open(file))) for file in {info.file for info in tensors}}
+            state = {info.name: StoredTensor(info, loads[info.file]) for info in tensors}
             with quiet(), torch.inference_mode():
-                info, _ = convert_and_load_state_dict_in_model(self.model, state, self._config)
-        self.bytes_read += sum(info.nbytes for _, _, info in tensors)
-        if info.conversion_errors or info.mismatched_keys:
-            wrong = sorted(info.conversion_errors) or sorted(str(key[0]) for key in info.mismatched_keys)
+                loaded, _ = convert_and_load_state_dict_in_model(self.model, state, self._config)
+        self.bytes_read += sum(info.nbytes for info in tensors)
+        if loaded.conversion_errors or loaded.mismatched_keys:
+            wrong = sorted(loaded.conversion_errors) or sorted(str(key[0]) for key in loaded.mismatched_keys)
             raise CheckpointError(f"{self.source.label} does not fit its model: {', '.join(wrong[:5])}", self.source.again())
 
     def _tie(self, name: str, origin: str) -> None:

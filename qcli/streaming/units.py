@@ -19,13 +19,13 @@ class Unit:
     module: nn.Module
     index: int | None = None
     resident: bool = False
-    tensors: list[tuple[str, str, TensorInfo]] = field(default_factory=list)  # name, file, info
+    tensors: list[TensorInfo] = field(default_factory=list)
     ties: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors as stored."""
-        return sum(info.nbytes for _, _, info in self.tensors)
+        return sum(info.nbytes for info in self.tensors)
 
     def weights(self) -> list[tuple[str, nn.Module, str]]:
         """(full name, module that holds it, name there) of each parameter and stored buffer."""

@@ -2,8 +2,8 @@
 
     python -m tests.emulator.check FOLDER OP      compiled kernels are kept in FOLDER
 
-Prints a line for each disagreement, and at the end which kernels ran, as JSON. A process of its own, for a sanitizer has to
-be loaded first and ends it at what it finds.
+Prints a line for each disagreement, and at the end which kernels ran, as JSON. It runs in a separate process, because a sanitizer
+must be loaded first and ends the process at the first error.
 """
 
 import json
@@ -17,7 +17,7 @@ from qcli.runtime import cpu, cuda
 from tests.emulator.emulator import ORDERS, Emulator
 from tests.parity import disagreement
 
-# Ops that go another way with many tokens where there is less shared memory, or no wgmma.
+# Ops that take another path for many tokens on GPUs with less shared memory, or without wgmma.
 TWO_WAYS = {"linear_4bit", "linear_int8"}
 MANY = 8
 

@@ -1,17 +1,18 @@
-// Runs a CUDA kernel on the CPU, thread by thread: included in place of the CUDA runtime's part of common.cuh, so that g++
-// compiles the very same .cu file.
+// Runs a CUDA kernel on the CPU, thread by thread. common.cuh includes this file instead of the CUDA runtime's part, so g++
+// compiles the same .cu file.
 //
-// A block is a set of fibers, one a thread, each on a stack of its own. A fiber runs until it waits: at __syncthreads, or in a
-// collective of its warp (shuffles, votes, tensor-core products). When all that it waits for have come it may go on. Blocks
-// run one after the other. `order` says who has a turn when; a result that depends on it lacks a barrier:
-//   forward   the threads in turn, so warps stay side by side; cp.async copies when it is waited for, as late as may be
-//   reverse   each warp, last first, goes on until it waits for another, as far ahead as may be; cp.async copies at once
+// A block is a set of fibers, one per thread, each with its own stack. A fiber runs until it waits: at __syncthreads, or in a
+// collective of its warp (shuffles, votes, tensor-core products). It continues when all threads of the block, or lanes of the warp,
+// have arrived. Blocks run one after the other. `order` decides which thread runs next. If the result depends on it, a barrier is
+// missing:
+//   forward   the threads in turn, so warps stay side by side; cp.async copies when it is waited for, as late as possible
+//   reverse   each warp, last first, runs until it waits for another, as far ahead as possible; cp.async copies at once
 //   shuffled  the same in a shuffled order, with late copies
-// Reported as errors: a barrier that some threads of the block, or of the warp, never reach or
-// reach from another line; arguments of another size than the kernel's; partial warps. Shared memory is filled with 0xFF
-// before each block. Build it with AddressSanitizer and UBSan, and they see every access.
+// Errors are: a barrier that some threads of the block, or of the warp, never reach or reach from another line; arguments of
+// another size than the kernel's; partial warps. Shared memory is filled with 0xFF before each block. When this is built with
+// AddressSanitizer and UBSan, they check every access.
 //
-// Not here: wgmma, TMA, clusters, cooperative groups, and the order of float atomics.
+// Not supported: wgmma, TMA, clusters, cooperative groups, and the order of float atomics.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -43,13 +44,13 @@
 #define KERNEL extern "C" __attribute__((noinline))
 #define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(emulator::block->dynamic_shared)
 
-// Bounds of the section that all static shared memory lies in; a kernel without any has none.
+// Bounds of the section of all static shared memory. A kernel without static shared memory has no such section.
 extern "C" char __start_emulated_shared[] __attribute__((weak));
 extern "C" char __stop_emulated_shared[] __attribute__((weak));
 
 namespace emulator {
 
-// Saves what the System V ABI asks a function to save, and continues on the other stack.
+// Saves the registers that the System V ABI requires a function to save, and continues on the other stack.
 extern "C" void emulator_switch(void** from, void* to);
 asm(R"(
 .text
@@ -77,7 +78,7 @@ emulator_switch:
 constexpr int WARP = 32;
 constexpr size_t STACK = 256 << 10;
 
-// Where threads wait for each other: `generation` counts how often all of them have come.
+// Threads wait for each other here. `generation` counts how often all of them have arrived.
 struct Barrier {
   int expected = 0, arrived = 0, line = 0;
   unsigned generation = 0;
@@ -85,11 +86,11 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier;
-  // What each lane gives to a collective; the next one uses the other half, since some may not have read this one yet.
+  // The value of each lane in a collective. The next collective uses the other half: some lanes may not have read this one yet.
   alignas(16) unsigned char slots[2][WARP][32];
 };
 
-// Sixteen bytes that cp.async copies: when they are waited for.
+// A copy of sixteen bytes by cp.async that is made when a thread waits for it.
 struct Copy {
   void* to;
   const void* from;  // null for zeros
@@ -126,7 +127,7 @@ inline Block* block = nullptr;
 inline std::string error;
 
 __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
-  if (!error.empty()) return;  // the first one counts
+  if (!error.empty()) return;  // only the first error is kept
   char text[512];
   va_list values;
   va_start(values, format);
@@ -155,10 +156,10 @@ inline void wait(Barrier& barrier, int line) {
   }
   self->waits = &barrier;
   self->line = line;
-  yield();  // the last one too: else it would always be ahead of the others
+  yield();  // the last thread yields too: otherwise it would always be ahead of the others
 }
 
-// Puts `value` before the warp and returns where all lanes' values are.
+// Shares `value` with the warp and returns the values of all lanes.
 template <class T>
 inline unsigned char (*exchange(const T& value, int line))[32] {
   static_assert(sizeof(T) <= 32, "a slot has 32 bytes");
@@ -183,11 +184,11 @@ inline void whole(unsigned mask) {
   if (mask != ~0u) fail("a warp collective with mask %08x, expected all 32 lanes", mask);
 }
 
-// The place of turn `i` of `n`.
+// Which of `n` runs at turn `i`.
 inline long turn(int order, long i, long n, unsigned seed) {
   if (order == 0) return i;
   if (order == 1) return n - 1 - i;
-  long step = 17;  // any that shares no factor with n visits each once
+  long step = 17;  // a step without a common factor with n visits each once
   while (std::gcd(step, n) != 1) ++step;
   return (i * step + seed % n) % n;
 }
@@ -202,7 +203,7 @@ inline void start(Block& b, unsigned char* stacks) {
     fiber.lane = i % WARP;
     fiber.warp = &b.warps[i / WARP];
     auto top = reinterpret_cast<void**>(stacks + size_t(i + 1) * STACK);
-    *--top = nullptr;  // a return address that keeps the alignment which a call would give
+    *--top = nullptr;  // a return address, for the stack alignment that a call would give
     *--top = reinterpret_cast<void*>(&run_fiber);
     for (int k = 0; k < 6; ++k) *--top = nullptr;
     fiber.stack_pointer = top;
@@ -224,7 +225,7 @@ inline void report_divergence(const Block& b) {
        b.index.z, where.substr(0, 300).c_str(), finished, b.fibers.size());
 }
 
-// Lets a fiber run until it waits. Returns whether it could.
+// Runs a fiber until it waits. Returns false if it cannot run.
 inline bool step(Block& b, Fiber& fiber) {
   if (fiber.finished || (fiber.waits && fiber.waits->generation == fiber.since)) return false;
   fiber.waits = nullptr;
@@ -261,7 +262,7 @@ template <class F>
 struct Arguments;
 template <class... A>
 struct Arguments<void(A...)> {
-  // As in the buffer that a launch packs: each at a multiple of its alignment.
+  // As in the packed buffer of a launch, each argument is at a multiple of its alignment.
   static std::tuple<A...> unpack(const unsigned char* bytes, size_t length) {
     size_t at = 0;
     std::tuple<A...> values{next<A>(bytes, at)...};
@@ -280,7 +281,7 @@ struct Arguments<void(A...)> {
   }
 };
 
-// Returns null, or what went wrong.
+// Returns null, or the error.
 template <class F>
 inline const char* launch(F* kernel, const unsigned* grid, const unsigned* threads, size_t shared, const unsigned char* bytes,
                           size_t length, int order) {
@@ -307,7 +308,7 @@ inline const char* launch(F* kernel, const unsigned* grid, const unsigned* threa
   for (long i = 0; i < blocks && error.empty(); ++i) {
     const unsigned k = unsigned(turn(order, i, blocks, 0));
     b.index = {k % b.grid.x, k / b.grid.x % b.grid.y, k / (b.grid.x * b.grid.y)};
-    // Of exactly this size, so that a sanitizer sees what goes beyond.
+    // The memory has exactly this size, so a sanitizer sees an access beyond it.
     void* memory = nullptr;
     if (shared && posix_memalign(&memory, 16, shared)) abort();
     b.dynamic_shared = static_cast<unsigned char*>(memory);
@@ -411,5 +412,5 @@ inline T atomicAdd(T* at, T value) { const T old = *at; *at += value; return old
 inline unsigned atomicOr(unsigned* at, unsigned value) { const unsigned old = *at; *at |= value; return old; }
 inline unsigned atomicMax(unsigned* at, unsigned value) { const unsigned old = *at; *at = max(old, value); return old; }
 
-// Twins of ptx.cuh.
+// The emulator's versions of the instructions in ptx.cuh.
 #include "emulated_ptx.h"

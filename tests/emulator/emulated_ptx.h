@@ -1,4 +1,5 @@
-// The twins of kernels/cuda/ptx.cuh, in the words of the PTX manual: which lane holds which element.
+// The emulator's versions of the instructions in kernels/cuda/ptx.cuh. Names are those of the PTX manual, which says which lane
+// holds which element.
 #pragma once
 
 template <class T>
@@ -24,7 +25,7 @@ struct EmulatedOperands {
   uint32_t a[4], b[2];
 };
 
-// Products of two 11-bit values are exact in float32; the hardware's order of summation is its own.
+// Products of two 11-bit values are exact in float32. The hardware's order of summation is not known.
 template <class T>
 inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T type, int line = __builtin_LINE()) {
   const auto slots = emulator::exchange(EmulatedOperands{{a[0], a[1], a[2], a[3]}, {b0, b1}}, line);
@@ -70,7 +71,8 @@ inline void land(const Copy& copy) {
 }
 }  // namespace emulator
 
-// Done when waited for, and who does not wait sees what was there; or at once, and who still reads there sees what is new.
+// The copy is made when a thread waits for it: a thread that does not wait sees the old bytes. Or it is made at once: a thread that
+// still reads the old bytes sees the new ones.
 inline void copy_async(void* to, const void* from, bool valid) {
   emulator::Fiber* self = emulator::block->current;
   if (reinterpret_cast<uintptr_t>(to) % 16) emulator::fail("cp.async to an address that is no multiple of 16");

@@ -1,4 +1,4 @@
-"""Compiles the .cu files with g++ and the header beside this file, and launches them on tensors of the CPU."""
+"""Compiles the .cu files with g++ and the header beside this file, and launches them on CPU tensors."""
 
 import ctypes
 import hashlib
@@ -29,12 +29,12 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 class LaunchError(Exception):
-    """What the emulator found wrong with a launch."""
+    """An error that the emulator found in a launch."""
 
 
 @cache
 def cuda_headers() -> Path | None:
-    """The folder of cuda_fp16.h: of the toolkit, or of the nvidia-cuda-runtime package."""
+    """The folder of cuda_fp16.h, from the toolkit or from the nvidia-cuda-runtime package."""
     site = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
     nvcc = shutil.which("nvcc")
     places = [
@@ -47,7 +47,7 @@ def cuda_headers() -> Path | None:
 
 
 def missing() -> str | None:
-    """Why the emulator cannot run here."""
+    """Why the emulator cannot run here; None if it can."""
     if platform.machine() != "x86_64":
         return "the emulator needs an x86-64 processor"
     if not shutil.which("g++"):
@@ -56,7 +56,7 @@ def missing() -> str | None:
 
 
 def sanitized() -> dict[str, str]:
-    """The environment of a Python process that loads sanitized kernels: the sanitizer has to be there first."""
+    """The environment of a Python process that loads sanitized kernels: the sanitizer must be loaded first."""
     found = (
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
@@ -74,7 +74,7 @@ class Emulator:
 
     def __init__(self, folder: Path, *, sanitize: bool = False, sources: Path = KERNELS):
         self.folder, self.sources, self.order = folder, sources, "forward"
-        self.of = 9, 0  # the compute capability that host code is told
+        self.of = 9, 0  # the compute capability that the emulator reports
         self.flags = ["-std=c++17", "-Og", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-frounding-math"]
         self.flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-variable"]
         self.flags += ["-DQCLI_EMULATOR", "-I", str(HERE), "-I", str(KERNELS), "-isystem", str(cuda_headers())]
@@ -85,7 +85,7 @@ class Emulator:
         return device.type == "cpu"
 
     def multiprocessors(self, device: torch.device) -> int:
-        return 1 if self.of[0] == 9 else 6  # so that blocks take several tiles, or share one
+        return 1 if self.of[0] == 9 else 6  # with these, blocks take several tiles, or share one
 
     def capability(self, device: torch.device) -> tuple[int, int]:
         return self.of
@@ -101,7 +101,7 @@ class Emulator:
 
     def launch(self, function, grid, block, shared: int, arguments: bytes, device: torch.device) -> None:
         name, call = function
-        # A block leaves a kilobyte of it to the system. (CUDA C++ programming guide, compute capabilities)
+        # The system reserves a kilobyte of it per block. (CUDA C++ programming guide, compute capabilities)
         if shared > SHARED[self.of] - 1024:
             raise LaunchError(f"{name}: {shared} bytes of dynamic shared memory, a block has {SHARED[self.of] - 1024}")
         three = ctypes.c_uint * 3

@@ -1,4 +1,4 @@
-// Kernels with a fault each, for the tests of the emulator itself.
+// Kernels with one fault each, for the tests of the emulator itself.
 #include "common.cuh"
 
 // Reads what another thread writes, without a barrier.
@@ -58,7 +58,7 @@ KERNEL void waited_for(const float* from, float* out) {
   out[threadIdx.x] = values[4 * threadIdx.x];
 }
 
-// The second round of writes does not wait until the first has been read by all.
+// The second round of writes does not wait until all threads have read the first.
 KERNEL void writes_too_soon(float* out) {
   __shared__ float values[64];
   for (int round = 0; round < 2; ++round) {
@@ -68,7 +68,7 @@ KERNEL void writes_too_soon(float* out) {
   }
 }
 
-// Copies into what a neighbour may still read.
+// Copies to memory that a neighbour may still read.
 KERNEL void copies_too_soon(const float* from, float* out) {
   DYNAMIC_SHARED(float, values);
   for (int round = 0; round < 2; ++round) {

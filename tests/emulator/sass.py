@@ -1,4 +1,4 @@
-"""What nvcc made of a kernel: registers, spills, and the instructions of its loops."""
+"""Inspects the code that nvcc made of a kernel: registers, spills, and the instructions of its loops."""
 
 import re
 import shutil
@@ -16,13 +16,13 @@ _BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 
 @cache
 def nvdisasm() -> str | None:
-    """The disassembler: of the toolkit, or of the nvidia-cuda-nvdisasm package."""
+    """The disassembler, from the toolkit or from the nvidia-cuda-nvdisasm package."""
     packaged = sorted(Path(sysconfig.get_paths()["purelib"], "nvidia").glob("*/bin/nvdisasm"))
     return shutil.which("nvdisasm") or next(map(str, packaged), None)
 
 
 def usage(ptxas: str) -> dict[str, dict[str, int]]:
-    """Registers, and bytes spilled to local memory, of each kernel that `nvcc -Xptxas -v` tells of."""
+    """Registers, and bytes spilled to local memory, of each kernel in the output of `nvcc -Xptxas -v`."""
     found = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         ptxas,
@@ -32,7 +32,7 @@ def usage(ptxas: str) -> dict[str, dict[str, int]]:
 
 
 def loops(cubin: Path) -> dict[str, list[Counter]]:
-    """The innermost loops of every kernel in an image: how often each instruction occurs in them."""
+    """The innermost loops of every kernel in an image, each as a count of its instructions."""
     text = subprocess.run([nvdisasm(), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     found: dict[str, list[Counter]] = {}
     for kernel, lines in _kernels(text).items():
@@ -43,7 +43,7 @@ def loops(cubin: Path) -> dict[str, list[Counter]]:
             elif instruction := _INSTRUCTION.search(line):
                 mnemonics.append(instruction[1])
                 branch = _BRANCH.search(line)
-                if branch and branch[1] in labels:  # back to what came before
+                if branch and branch[1] in labels:  # a jump backwards: a loop
                     spans.append((labels[branch[1]], len(mnemonics)))
         innermost = [s for s in spans if not any(s != o and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
         found[kernel] = [Counter(mnemonics[begin:end]) for begin, end in innermost]

@@ -1,4 +1,4 @@
-"""The emulator finds what it is there to find, and multiplies as the tensor cores do."""
+"""The emulator finds the faults that it should find, and multiplies as tensor cores do."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def run(entry: str, *arguments, signature="p", threads=64, shared=0, grid=1):
 
 
 def results(emulator, entry, **options):
-    """What a kernel gives in each order."""
+    """The result of a kernel in each order."""
     found = {}
     for emulator.order in ORDERS:
         found[emulator.order] = run(entry, torch.zeros(64), **options)
@@ -94,7 +94,7 @@ def test_copies_are_there_once_waited_for(emulator):
         expected = torch.arange(64) * 4.0
         expected[3] = 0
         assert torch.equal(out, expected)
-    for emulator.order in ("forward", "shuffled"):  # where they come late
+    for emulator.order in ("forward", "shuffled"):  # the orders with late copies
         assert run("not_waited_for", values, torch.zeros(64), signature="pp", shared=1024).isnan().all()
 
 
@@ -144,7 +144,7 @@ print("nothing found")
     ],
 )
 def test_sanitizers_see_what_a_kernel_does(arguments, report, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "sanitized"  # compiled once for all
+    folder = tmp_path_factory.getbasetemp() / "sanitized"  # compiled once for all cases
     command = [sys.executable, "-c", CRASH, str(folder), *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=sanitized(), capture_output=True, text=True)
     assert done.returncode != 0 and report in done.stderr and "faulty.cu" in done.stderr, done.stderr[-3000:]

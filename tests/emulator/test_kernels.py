@@ -1,4 +1,4 @@
-"""Every CUDA kernel on the emulator, under AddressSanitizer and UBSan, against the reference of its op."""
+"""Every CUDA kernel on the emulator, with AddressSanitizer and UBSan, compared with the reference of its op."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def test_every_kernel_is_reached():
 
 
 def check(name, folder):
-    """tests.emulator.check in a process of its own."""
+    """Runs tests.emulator.check in a process of its own."""
     command = [sys.executable, "-m", "tests.emulator.check", str(folder), name]
     done = subprocess.run(command, cwd=ROOT, env=sanitized(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -53,7 +53,7 @@ def check(name, folder):
     assert found["launches"] >= 24
 
 
-# Those of products take longest and have a file of their own, for another worker.
+# The products take longest. They are in a separate file, so that another worker can run them.
 @pytest.mark.parametrize("name", [name for name in REACHED if not name.startswith("linear")])
 def test_kernels_agree_with_the_reference(name, tmp_path):
     check(name, tmp_path)
@@ -61,7 +61,7 @@ def test_kernels_agree_with_the_reference(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["quantize_4bit", "dequantize_4bit"])
 def test_an_image_for_any_block_size_gives_the_same(name, tmp_path):
-    """As a package carries it for those without nvcc."""
+    """A package contains such an image for machines without nvcc."""
 
     class AnyBlockSize(Emulator):
         def function(self, source, entry, constants, device):

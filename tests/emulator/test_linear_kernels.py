@@ -1,4 +1,4 @@
-"""The CUDA kernels of products on the emulator: as in test_kernels.py."""
+"""The CUDA kernels of products on the emulator, tested as in test_kernels.py."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A whole model on the CUDA kernels, run by the emulator: the same logits as on the CPU's own."""
+"""A whole model with the CUDA kernels on the emulator gives the same logits as with the CPU kernels."""
 
 import pytest
 import torch
@@ -44,6 +44,6 @@ def test_logits_of_the_demo_model(bits, int8_activations, kernels, emulator, tmp
             monkeypatch.setattr(Linear8bit, "forward", lambda self, x: of_8_bits(x, *self._arguments()))
             found = model(ids).logits.float()
     assert emulator.launched == kernels
-    # bfloat16 between layers: a result rounded the other way goes on to the next.
+    # Activations between layers are bfloat16: a difference in rounding reaches the next layer.
     assert (found - expected).norm() / expected.norm() < 0.01
     assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.8

@@ -1,7 +1,8 @@
-"""nvcc compiles every kernel for the GPUs of 2020 and of 2022, and what comes of it keeps to a budget.
+"""nvcc compiles every kernel for the GPUs of 2020 and of 2022, and the code stays within a budget.
 
-budget.json, per source: constants, the instruction by which the hot loop is known, how many elements a lane gets through in one
-turn of it, and at most how many instructions per element, and registers per thread. No hot loop touches local memory.
+budget.json has for each source: its constants, the instruction that identifies the hot loop, the number of elements that a lane
+processes in one turn of the loop, the limit of instructions per element, and the limit of registers per thread. No hot loop uses
+local memory.
 """
 
 import json
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(nvcc.find() is None, reason="needs nvcc")
 
 
 def compiled(source: str, constants: list[str], architecture: str, folder: Path) -> tuple[Path, str]:
-    """The image, and what ptxas says of it. Any warning is an error."""
+    """(the image, the output of ptxas). Any warning is an error."""
     image = folder / f"{source}.cubin"
     command = [nvcc.find(), "-cubin", f"-arch={architecture}", *nvcc.FLAGS, "-Werror", "all-warnings", "-Xptxas", "-v"]
     defined = [f"-D{constant}" for constant in constants]
@@ -58,7 +59,7 @@ def test_budget(source, architecture, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("source", BUDGET)
 def test_every_image_that_a_package_carries_compiles(source, tmp_path):
-    """Minutes: for both architectures, with no warning."""
+    """Takes minutes: every image for both architectures, without a warning."""
     listed = nvcc.instances(source)
     assert listed
     for constants in listed:

@@ -1,6 +1,6 @@
-"""Damaged folders by the thousand: python -m tests.fuzz.campaign --count 20000 --jobs 2
+"""Runs commands on thousands of damaged folders: python -m tests.fuzz.campaign --count 20000 --jobs 2
 
-Each case is told by its number alone: `--only NUMBER` repeats one and shows what it printed.
+The number of a case determines it: `--only NUMBER` repeats one case and shows what it printed.
 """
 
 import argparse
@@ -42,7 +42,7 @@ _TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
 def make_models(folder: Path) -> list[Path]:
-    """The intact models: unquantized, sharded, with tied weights, of another family, and quantized both ways."""
+    """The intact models: unquantized, sharded, with tied weights, of another family, and quantized in both ways."""
     torch.manual_seed(0)
     made = {
         "plain": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**_SMALL), {}),
@@ -70,7 +70,7 @@ def make_models(folder: Path) -> list[Path]:
 
 
 def verbs(model: str, output: str, text: str) -> list[list[str]]:
-    """Each verb, as often as it reads much."""
+    """Each verb, in proportion to how much it reads."""
     few = ["--max-new-tokens", "2", "--device", "cpu"]
     return [
         ["info", model],
@@ -93,7 +93,7 @@ def verbs(model: str, output: str, text: str) -> list[list[str]]:
 
 
 def case(number: int, models: list[Path], work: Path) -> tuple[str, list[str], runs.Outcome]:
-    """(what was damaged, the command, how it ended)."""
+    """(the damage, the command, the outcome)."""
     random = Random(number)
     intact = random.choice(models)
     folder, output = work / "model", work / "out"
@@ -105,7 +105,7 @@ def case(number: int, models: list[Path], work: Path) -> tuple[str, list[str], r
     command = random.choice(verbs(str(folder), str(output), str(models[0].parent / "text.txt")))
     outcome = runs.run(command)
     if outcome.fault is None and outcome.code == 0 and command[0] == "quantize" and output.exists():
-        if _values(folder) == before:  # no weight was touched
+        if _values(folder) == before:  # no weight was damaged
             outcome.fault = runs.wrong_bytes(output, intact)
         if not (output / "config.json").exists():
             outcome.fault = "a folder under its final name that is not whole"
@@ -119,7 +119,7 @@ def _values(folder: Path) -> list[tuple[str, bytes]]:
 
 
 def work_through(arguments) -> tuple[Counter, list[str]]:
-    """Cases `first`, `first + step`, ...: how they ended, and the faults."""
+    """Runs the cases `first`, `first + step`, ... Returns their outcomes and the faults."""
     first, last, step, models = arguments
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -152,7 +152,7 @@ def main() -> None:
             return
         last = options.first + options.count
         parts = [(options.first + i, last, options.jobs, models) for i in range(options.jobs)]
-        # A worker that is killed ends this, where a Pool would wait for it.
+        # If a worker is killed, this ends. A Pool would wait for the worker.
         with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
             results = list(pool.map(work_through, parts))
     ended, faults = sum((r[0] for r in results), Counter()), [fault for r in results for fault in r[1]]

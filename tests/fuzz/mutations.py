@@ -1,6 +1,6 @@
-"""Damage to a model's folder, as other tools, other versions, hand edits and bad disks do it. Each kind takes a random source.
+"""Damages a model's folder in the way of other tools, other versions, manual edits and bad disks.
 
-A mutation edits the folder in place and returns a sentence on what it did.
+A mutation gets a random source, edits the folder in place, and returns a sentence about what it did.
 """
 
 import json
@@ -120,7 +120,7 @@ def _json_files(folder: Path) -> list[Path]:
 
 
 def _spots(value: object, path: tuple = ()) -> list[tuple]:
-    """The path of every value in a JSON tree, but for the thousands of a vocabulary."""
+    """The path of every value in a JSON tree, except for the thousands in a vocabulary."""
     found = [path] if path else []
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for count, (key, item) in enumerate(inside):
@@ -137,7 +137,7 @@ def _at(value, path: tuple):
 
 
 def _changed(random: Random, old: object) -> object:
-    """A value in place of `old`: of another type, or near it."""
+    """A value to replace `old`: of another type, or close to it."""
     near = []
     if isinstance(old, bool):
         near = [not old, str(old).lower(), int(old)]
@@ -171,7 +171,7 @@ def _edit_tree(random: Random, value: dict, more: tuple[str, ...]) -> str:
 
 
 def json_field(random: Random, folder: Path) -> str:
-    """A field of one of the JSON files."""
+    """Damages a field of one of the JSON files."""
     path = random.choice(_json_files(folder))
     if random.random() < 0.5:
         path = folder / "config.json"
@@ -192,7 +192,7 @@ def json_field(random: Random, folder: Path) -> str:
 
 
 def json_root(random: Random, folder: Path) -> str:
-    """A JSON file that is another value altogether, or none."""
+    """Replaces the whole content of a JSON file by another value, or by no JSON."""
     path = random.choice(_json_files(folder))
     good = path.read_bytes()
     name, data = random.choice(
@@ -218,7 +218,7 @@ def json_root(random: Random, folder: Path) -> str:
 
 
 def header(random: Random, folder: Path) -> str:
-    """The header of a safetensors file."""
+    """Damages the header of a safetensors file."""
     path = random.choice(sorted(folder.glob("*.safetensors")))
     data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
@@ -230,7 +230,7 @@ def header(random: Random, folder: Path) -> str:
 
 
 def file_bytes(random: Random, folder: Path) -> str:
-    """Bytes of any file: cut, longer, flipped."""
+    """Cuts, extends or flips bytes of any file."""
     path = random.choice(sorted(p for p in folder.iterdir() if p.is_file()))
     data = bytearray(path.read_bytes())
     choice = random.random()
@@ -247,7 +247,7 @@ def file_bytes(random: Random, folder: Path) -> str:
 
 
 def quant_state(random: Random, folder: Path) -> str:
-    """The JSON inside a quant_state tensor."""
+    """Damages the JSON inside a quant_state tensor."""
     for path in sorted(folder.glob("*.safetensors")):
         state = load_file(path)
         names = [name for name in state if ".quant_state." in name]
@@ -262,7 +262,7 @@ def quant_state(random: Random, folder: Path) -> str:
 
 
 def tensor(random: Random, folder: Path) -> str:
-    """A tensor lost, renamed, cast, reshaped, or one too many."""
+    """Removes, renames, casts or reshapes a tensor, or adds one."""
     path = random.choice(sorted(folder.glob("*.safetensors")))
     state = load_file(path)
     name = random.choice(sorted(state))
@@ -296,7 +296,7 @@ def tensor(random: Random, folder: Path) -> str:
 
 
 def files(random: Random, folder: Path) -> str:
-    """A file lost, renamed, a folder in its place, or more files than there should be."""
+    """Removes or renames a file, replaces it by a folder, or adds files."""
     path = random.choice(sorted(p for p in folder.iterdir() if p.is_file()))
     choice = random.choice(("lost", "renamed", "folder", "link", "adapter", "subfolder", "twice", "unreadable index"))
     if choice in ("lost", "folder", "link"):
@@ -334,12 +334,12 @@ KINDS: tuple[tuple[Callable[[Random, Path], str], int], ...] = (
 
 
 def mutate(random: Random, folder: Path) -> str:
-    """One or two mutations of `folder`; what they were."""
+    """Applies one or two mutations to `folder`. Returns what they did."""
     done = []
     for _ in range(1 if random.random() < 0.85 else 2):
         kind = random.choices([k for k, _ in KINDS], [w for _, w in KINDS])[0]
         try:
             done.append(kind(random, folder))
-        except Exception as e:  # the first left nothing that the second could read
+        except Exception as e:  # the second mutation cannot read what the first left
             done.append(f"({kind.__name__} not possible: {type(e).__name__})")
     return "; ".join(done)

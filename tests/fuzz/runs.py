@@ -1,6 +1,6 @@
-"""A verb on a damaged folder, in this process: it must end in an exit code and words, in time and within memory.
+"""Runs a verb on a damaged folder, in this process. It must end with an exit code and a message, within limits of time and memory.
 
-Where `quantize` went through, what it wrote is decoded here, by tables of its own, and held against the intact model.
+If `quantize` succeeds, its output is decoded here, with separate tables, and compared with the intact model.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from qcli import cli
 
-SECONDS = 60  # no verb may take longer on a model of some ten tensors
+SECONDS = 60  # the limit for a verb on a model of some ten tensors
 NF4 = np.array(
     [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]
 )  # QLoRA, appendix E, to four places
@@ -29,7 +29,7 @@ NF4 = np.array(
 
 @dataclass
 class Outcome:
-    """How a run ended. `fault` is None, or what was wrong with it."""
+    """How a run ended. `fault` says what was wrong with it, or is None."""
 
     code: int | None
     stdout: str
@@ -38,11 +38,11 @@ class Outcome:
 
 
 class TooSlow(BaseException):
-    """A run that does not end."""
+    """A run did not end in time."""
 
 
 def run(arguments: list[str]) -> Outcome:
-    """`qcli ARGUMENTS`. A traceback, a wrong exit code, an error without words, and no end in sight are faults."""
+    """Runs `qcli ARGUMENTS`. A traceback, a wrong exit code, an error without a message, and a run without an end are faults."""
     out, err = io.StringIO(), io.StringIO()
     code, fault = None, None
 
@@ -75,10 +75,10 @@ def run(arguments: list[str]) -> Outcome:
 
 
 def wrong_bytes(output: Path, intact: Path) -> str | None:
-    """What of a quantized `output` does not decode to the weights of the `intact` model; None where all does.
+    """The part of a quantized `output` that does not decode to the weights of the `intact` model. None if all weights do.
 
-    A tensor that the damage took away or replaced is no fault of the output: only names whose values are still those of the
-    intact model in the damaged one are compared, by the caller's choice of `intact`.
+    A tensor that the damage removed or replaced is not a fault of the output. The caller therefore passes as `intact` only the
+    names whose values the damage did not change.
     """
     original = {}
     for path in sorted(intact.glob("*.safetensors")):
@@ -91,7 +91,7 @@ def wrong_bytes(output: Path, intact: Path) -> str | None:
         if name not in written:
             continue
         stored = written[name]
-        # GPT-2 stores [in, out], which the model's modules turn round and the rules by name and shape do not.
+        # GPT-2 stores [in, out]. The model's modules transpose it, the rules by name and shape do not.
         ways = [weight, weight.t().contiguous()] if weight.dim() == 2 and "c_" in name else [weight]
         if stored.dtype == torch.uint8 and f"{name}.absmax" in written:
             fault = min((_wrong_4bit(written, name, way) for way in ways), key=bool)
@@ -128,7 +128,7 @@ def _wrong_4bit(written: dict, name: str, weight: torch.Tensor) -> str | None:
         nested = written[f"{name}.nested_absmax"].double().repeat_interleave(256)[: len(absmax)]
         absmax = written[f"{name}.nested_quant_map"].double()[absmax.long()] * nested + state["nested_offset"]
     spread = absmax.double().repeat_interleave(state["blocksize"])[: weight.numel()]
-    # Half of the widest gap of a table (FP4's, 1/6) and what 8-bit absmax adds.
+    # Half of the widest gap of a table (FP4's, 1/6), plus the error of an 8-bit absmax.
     return _beyond((table[codes] * spread - weight.double().reshape(-1)).abs(), 0.2 * spread + 1e-3)
 
 
@@ -137,7 +137,7 @@ def _beyond(error: torch.Tensor, bound: torch.Tensor) -> str | None:
 
 
 def limit_memory(more: int) -> None:
-    """Lets this process take `more` bytes beyond what it has: a size that damage made huge fills no machine."""
+    """Limits this process to `more` bytes beyond its present memory. A damaged, huge size then cannot fill the machine."""
     import resource
 
     with open("/proc/self/statm") as file:

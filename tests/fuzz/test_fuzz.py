@@ -1,4 +1,4 @@
-"""A few hundred damaged folders of the campaign, always the same ones."""
+"""A few hundred damaged folders of the campaign, always the same."""
 
 import sys
 
@@ -7,7 +7,7 @@ import pytest
 from tests.fuzz import campaign
 
 CASES, GROUPS = 320, 8
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="bounds memory and time as Linux does")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory and time with functions of Linux")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def test_every_damaged_folder_ends_in_words(first, models, tmp_path):
 
 
 def test_a_fault_is_seen(models, tmp_path, monkeypatch):
-    """The campaign can fail: a verb that breaks, and one that writes other weights than it read."""
+    """The campaign finds a verb that breaks, and one that writes other weights than it read."""
     from qcli.formats import describe
     from qcli.methods import _blockwise
 

@@ -1,4 +1,4 @@
-"""What the tests of the CUDA kernels share: an op's kernel on a device, against its reference computed on the CPU.
+"""Shared by the tests of the CUDA kernels: compares an op's kernel on a device with its reference on the CPU.
 
 Nothing here assumes a GPU: tests/test_gpu_checks.py runs the same functions on the emulator's kernels.
 """
@@ -17,14 +17,14 @@ from qcli.runtime import cpu, cuda, nvcc
 from tests.gpu.images import wanted
 from tests.parity import bits, disagreement, flat
 
-KERNELS = [name for name in ops.names() if hasattr(import_module(f"qcli.ops.{name}"), "_cuda")]  # ops that have one
-PRODUCTS = ("as chosen", "fused")  # of LLM.int8() for many tokens
+KERNELS = [name for name in ops.names() if hasattr(import_module(f"qcli.ops.{name}"), "_cuda")]  # ops that have a CUDA kernel
+PRODUCTS = ("as chosen", "fused")  # products of LLM.int8() for many tokens
 WAYS = [(name, PRODUCTS[0]) for name in KERNELS] + [("linear_int8", PRODUCTS[1])]
-FORMS = ("plain", "unaligned", "strided")  # how a tensor lies in memory
+FORMS = ("plain", "unaligned", "strided")  # layouts of a tensor in memory
 
 
 class Noting:
-    """A backend that notes the kernels launched through another one."""
+    """A backend that records the kernels that it launches through another one."""
 
     def __init__(self, backend):
         self.backend, self.launched = backend, set()
@@ -43,7 +43,7 @@ class Noting:
 
 @contextmanager
 def noting() -> Iterator[set[str]]:
-    """The names of the kernels launched meanwhile."""
+    """The names of the kernels that are launched while this lasts."""
     backend = Noting(cuda._backend)
     with cuda.using(backend):
         yield backend.launched
@@ -51,7 +51,7 @@ def noting() -> Iterator[set[str]]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that torch hands out begins as NaN, or the largest integer: an element that a kernel leaves out shows."""
+    """New memory of torch begins as NaN, or as the largest integer, so an element that a kernel does not write is visible."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -61,7 +61,7 @@ def poisoned() -> Iterator[None]:
 
 
 def moved(arguments: dict, device: torch.device, form: str = "plain") -> dict:
-    """The arguments with their tensors on the device, each lying there in that form."""
+    """The arguments with their tensors on the device, each in that form."""
     return {name: _in_form(value, device, form) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 
@@ -80,18 +80,18 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def reference(name: str, arguments: dict):
-    """The specification's result, on the CPU."""
+    """The result of the reference, on the CPU."""
     with cpu.using(None):
         return import_module(f"qcli.ops.{name}")._reference(**arguments)
 
 
 def kernel(name: str, arguments: dict):
-    """The kernel's, wherever the arguments are."""
+    """The result of the kernel, on the arguments' device."""
     return import_module(f"qcli.ops.{name}")._cuda(**arguments)
 
 
 def wrong(name: str, arguments: dict, device: torch.device, form: str = "plain") -> str | None:
-    """What is wrong with the kernel's result for arguments that lie on the CPU; None where nothing is."""
+    """What is wrong with the kernel's result for arguments on the CPU; None if nothing is."""
     given = moved(arguments, device, form)
     before = {key: _copy(value) for key, value in given.items() if isinstance(value, torch.Tensor)}
     with poisoned():
@@ -103,8 +103,8 @@ def wrong(name: str, arguments: dict, device: torch.device, form: str = "plain")
 
 
 def wrong_in_rows(name: str, arguments: dict, rows: torch.Tensor) -> str | None:
-    """As `wrong` for a product with arguments on the device, of which only some rows of the weight are computed again: all of a
-    large layer would take the CPU minutes."""
+    """As `wrong`, for a product with arguments on the device. Only some rows of the weight are computed again, because all rows of
+    a large layer would take minutes on the CPU."""
     with poisoned():
         ours = kernel(name, arguments)[..., rows.to(arguments["x"].device)]
     some = of_rows(name, arguments, rows)
@@ -112,7 +112,7 @@ def wrong_in_rows(name: str, arguments: dict, rows: torch.Tensor) -> str | None:
 
 
 def of_rows(name: str, arguments: dict, rows: torch.Tensor) -> dict:
-    """The arguments of the product with those rows of the weight, on the CPU."""
+    """The arguments of the product for those rows of the weight, on the CPU."""
     on_cpu, on_device = torch.device("cpu"), rows.to(arguments["x"].device)
     some = {key: value for key, value in arguments.items() if key not in ("packed", "absmax", "weight", "scale", "bias")}
     if name == "linear_4bit":
@@ -134,19 +134,19 @@ def of_rows(name: str, arguments: dict, rows: torch.Tensor) -> dict:
 
 
 def same_bits(ours, theirs) -> bool:
-    """Whether two results of a kernel are the same, NaN included."""
+    """Whether two results of a kernel are the same. NaN equals NaN."""
     return all(torch.equal(bits(a), bits(b)) for a, b in zip(flat(ours), flat(theirs), strict=True))
 
 
 def compile_all(capability: tuple[int, int], more: dict[str, list[tuple[str, ...]]]) -> int:
-    """Compiles every image that a package would carry, and `more`, on all cores: one by one they would take minutes. Returns how
-    many there are."""
+    """Compiles every image that a package would contain, and `more`, on all cores: one by one they would take minutes. Returns the
+    number of images."""
     with ThreadPoolExecutor() as pool:
         return len(list(pool.map(lambda one: nvcc.image(*one, capability), wanted(more))))
 
 
 def far_from_thresholds(x, ours, theirs, absmax, block_size: int, quant_type: str) -> int:
-    """How many elements of x have other codes in `theirs` than in `ours` though x / absmax lies on no threshold."""
+    """The number of elements of x whose codes differ between `theirs` and `ours` although x / absmax is on no threshold."""
     codes = [unpack_4bit(packed.view(-1).cpu(), x.numel()) for packed in (ours, theirs)]
     other = (codes[0] != codes[1]).nonzero().view(-1)
     of_block = absmax.cpu().double().index_select(0, other // block_size)

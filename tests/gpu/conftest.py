@@ -10,7 +10,7 @@ from tests.gpu.images import MORE
 
 
 def pytest_terminal_summary(terminalreporter):
-    """A header would not be shown with -q."""
+    """Shows the GPU and the seed at the end: a header would not be shown with -q."""
     if torch.cuda.is_available():
         where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
         terminalreporter.write_line(f"GPU: {where}; inputs of seed {_SEED} (QCLI_TEST_SEED)")
@@ -21,7 +21,7 @@ _SEED = int(os.environ.get("QCLI_TEST_SEED") or int.from_bytes(os.urandom(3), "l
 
 @pytest.fixture(scope="session")
 def _ready() -> torch.device:
-    """The first GPU, with every kernel compiled. One on which the kernels do not run fails the tests."""
+    """The first GPU, with every kernel compiled. If the kernels do not run on it, the tests fail."""
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA GPU")
     first = torch.device("cuda", 0)
@@ -33,7 +33,7 @@ def _ready() -> torch.device:
 
 @pytest.fixture
 def device(_ready) -> torch.device:
-    """The GPU, all cores for the references, and fresh random inputs, the same again with the seed that is shown last."""
+    """The GPU, with all cores for the references and with new random inputs. The seed shown at the end repeats them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(_SEED)
@@ -45,7 +45,7 @@ def device(_ready) -> torch.device:
 
 @pytest.fixture(params=PRODUCTS)
 def product(request, monkeypatch) -> str:
-    """LLM.int8() for many tokens on the product that this GPU would take, or on our own."""
+    """LLM.int8() for many tokens with the product that is chosen for this GPU, or with our own."""
     if request.param == "fused":
         fits = lambda x, columns: x.dtype != torch.float32 and columns % 16 == 0  # noqa: E731
         monkeypatch.setattr(linear_int8, "_fuses", fits)

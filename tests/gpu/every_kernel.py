@@ -1,4 +1,4 @@
-"""Launches every kernel of kernels/cuda/ on small inputs, for compute-sanitizer to watch: python -m tests.gpu.every_kernel"""
+"""Launches every kernel of kernels/cuda/ on small inputs, under compute-sanitizer: python -m tests.gpu.every_kernel"""
 
 import re
 import sys
@@ -16,12 +16,12 @@ _ENTRY = re.compile(r"^KERNEL\s+void\s+(?:__launch_bounds__\(.*\)\s+)?(\w+)\(", 
 
 
 def entries() -> set[str]:
-    """The names of all kernels there are."""
+    """The names of all kernels."""
     return {name for path in nvcc.folder().glob("*.cu") for name in _ENTRY.findall(path.read_text())}
 
 
 def launch(names: list[str], device: torch.device, dtypes=(torch.bfloat16, torch.float32)) -> set[str]:
-    """Runs the ops' kernels over their own cases in 16 bits and over hostile inputs; returns the kernels that were launched."""
+    """Runs the ops' kernels on their own cases in 16 bits and on hostile inputs. Returns the kernels that were launched."""
     fits = lambda x, columns: x.dtype != torch.float32 and columns % 16 == 0  # noqa: E731
     with noting() as launched:
         for name in names:

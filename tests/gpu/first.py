@@ -1,7 +1,7 @@
 """The first products on a GPU: a layer of a 7B model in 4 and in 8 bits, for few tokens and for many.
 
-python -m tests.gpu.first             against the references; ends with 1 at the first that is wrong
-python -m tests.gpu.first --launch    only launches them, for a profiler to watch
+python -m tests.gpu.first             compares them with the references; ends with 1 at the first wrong result
+python -m tests.gpu.first --launch    only launches them, for a profiler
 """
 
 import sys
@@ -24,7 +24,7 @@ def products(device: torch.device, shape: tuple[int, int], every_tokens: tuple[i
 
 
 def check(device: torch.device, shape: tuple[int, int] = LAYERS["llama-7b-up"]) -> str | None:
-    """What is wrong first; prints what has run."""
+    """The first problem, or None. Prints what has run."""
     rows = torch.linspace(0, shape[0] - 1, 64).long()
     for name, tokens, arguments in products(device, shape, FEW + MANY):
         with noting() as launched:

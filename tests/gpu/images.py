@@ -1,4 +1,4 @@
-"""Which images of the kernels the tests ask for: compiled at once, on all cores, before the first test."""
+"""The images of the kernels that the tests need. They are compiled together, on all cores, before the first test."""
 
 from itertools import product
 
@@ -16,7 +16,7 @@ def _with_other_bias(dtypes: tuple[str, ...], **more: tuple[int, ...]) -> list[t
     return [(f"DTYPE={x}", *few, f"BIAS={b}") for x in dtypes for b in _ALL if x != b for few in rest]
 
 
-# By source, beyond those that a package would carry.
+# Images by source, in addition to those that a package would contain.
 MORE = {
     **dict.fromkeys(("quantize_4bit", "dequantize_4bit"), [(f"DTYPE={x}", f"BLOCK_SIZE={n}") for x in _ALL for n in _BLOCK_SIZES]),
     "linear_int8": _with_other_bias(_ALL, FULL=(0, 1)),
@@ -27,14 +27,14 @@ MORE = {
 
 
 def wanted(more: dict[str, list[tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
-    """(source, constants) of every image that a package would carry, and of `more`."""
+    """(source, constants) of every image that a package would contain, and of `more`."""
     every = [(source, constants) for source in nvcc.sources() for constants in nvcc.instances(source)]
     return list(dict.fromkeys(every + [(source, constants) for source in more for constants in more[source]]))
 
 
 class Asking:
-    """A backend that notes which kernels are asked for on a GPU of that compute capability, and runs nothing. `asked` are
-    (source, entry, constants)."""
+    """A backend that records which kernels are needed on a GPU of that compute capability, and runs nothing. `asked` are (source,
+    entry, constants)."""
 
     def __init__(self, capability: tuple[int, int], shared_memory: int, multiprocessors: int = 132):
         self.of, self.shared, self.count, self.asked = capability, shared_memory, multiprocessors, set()

@@ -1,4 +1,4 @@
-"""Inputs beyond an op's own cases: real layers, and small ones made to go wrong. All on the CPU unless a device is asked for."""
+"""Inputs in addition to an op's own cases: real layers, and small hostile ones. They are on the CPU unless a device is given."""
 
 from collections.abc import Iterator
 
@@ -26,7 +26,7 @@ LAYERS = {
 
 
 def activations(tokens: int, columns: int, dtype: torch.dtype, outliers: int = 0, device=CPU) -> torch.Tensor:
-    """Normal values, of which the first element of that many columns lies beyond a threshold of 6."""
+    """Normal values. In that many columns the first element is beyond a threshold of 6."""
     x = torch.randn(tokens, columns, device=device)
     chosen = torch.randperm(columns, device=device)[:outliers]
     if tokens:
@@ -37,7 +37,7 @@ def activations(tokens: int, columns: int, dtype: torch.dtype, outliers: int = 0
 def layer_4bit(
     tokens, out_features, in_features, dtype, *, block_size=64, quant_type="nf4", nested=True, bias=None, device=CPU
 ) -> dict:
-    """Arguments of linear_4bit with a weight of random codes; `bias` is its dtype."""
+    """Arguments of linear_4bit with a weight of random codes. `bias` is the dtype of the bias."""
     blocks = out_features * in_features // block_size
     packed = torch.randint(256, (out_features * in_features // 2, 1), dtype=torch.uint8, device=device)
     absmax, nested_absmax, offset = torch.rand(blocks, device=device) * 0.05 + 0.01, None, 0.0
@@ -70,19 +70,19 @@ def layer_8bit(tokens, out_features, in_features, dtype, *, outliers=0, threshol
 
 
 def w8a16(arguments: dict) -> dict:
-    """Those of linear_w8a16, from those of linear_int8."""
+    """The arguments of linear_w8a16, from those of linear_int8."""
     return {name: value for name, value in arguments.items() if name != "threshold"}
 
 
 def hostile(name: str, dtypes=DTYPES) -> Iterator[tuple[str, dict]]:
-    """(id, arguments): sizes that fit no tile, spoiled values, strange options."""
+    """(id, arguments): sizes that fit no tile, non-finite values, unusual options."""
     for dtype in dtypes:
         for case, arguments in _HOSTILE[name](dtype):
             yield f"{str(dtype)[6:]}-{case}", arguments
 
 
 def _spoiled(x: torch.Tensor) -> torch.Tensor:
-    """With NaN, infinities, zeros and the largest value there is."""
+    """Values with NaN, infinities, zeros and the largest finite value."""
     x = x.clone()
     flat = x.view(-1)
     most = torch.finfo(x.dtype).max

@@ -1,4 +1,4 @@
-"""bitsandbytes' own CUDA kernels, written by others: the same codes, the same absmax, the same results within roundings."""
+"""Comparison with bitsandbytes' own CUDA kernels: the same codes, the same absmax, the same results up to rounding."""
 
 import pytest
 import torch
@@ -20,7 +20,8 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_4_bit_codes_and_absmax(quant_type, dtype, block_size, device):
-    """Theirs is compiled with fast arithmetic: its reciprocal may be a bit off, which shows where v lies on a threshold."""
+    """Their kernel is compiled with fast arithmetic: its reciprocal may differ in the last bit, which matters if v is on a
+    threshold."""
     x = torch.randn(512, 4096, device=device).to(dtype)
     packed, absmax = quantize_4bit(x, block_size, quant_type)
     theirs, state = bnb.functional.quantize_4bit(x, blocksize=block_size, quant_type=quant_type)
@@ -69,7 +70,7 @@ def test_results_of_a_linear4bit(dtype, quant_type, double_quant, device):
         "out_features": n,
         "compute_dtype": dtype,
     }
-    weight = moved(weight, device)  # on a CPU their first call packs it anew
+    weight = moved(weight, device)  # on a CPU their first call packs it again
     for tokens in (1, 4, 8, 32, 100):
         arguments = {"x": torch.randn(tokens, k, device=device).to(dtype), **weight}
         with torch.no_grad():

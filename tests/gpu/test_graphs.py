@@ -1,4 +1,4 @@
-"""Forward paths captured as CUDA graphs and replayed with other inputs; nothing in them waits for the host."""
+"""Forward paths are captured as CUDA graphs and replayed with other inputs. Nothing in them waits for the host."""
 
 import warnings
 from contextlib import contextmanager
@@ -19,13 +19,13 @@ N, K = 1000, 2048
 
 
 def captured(call, device: torch.device) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-    """A graph of the call, and the tensor in which each replay leaves its result."""
+    """(a graph of the call, the tensor that holds the result of each replay)."""
     stream, main = cuda.capture_stream(device), torch.cuda.current_stream(device)
     graph = torch.cuda.CUDAGraph()
     with noting() as launched:
         stream.wait_stream(main)
         with torch.cuda.stream(stream):
-            call()  # loads what a capture must not load
+            call()  # loads the kernels: a capture must not load them
             call()
         main.wait_stream(stream)
         launched.clear()
@@ -36,7 +36,7 @@ def captured(call, device: torch.device) -> tuple[torch.cuda.CUDAGraph, torch.Te
 
 
 def replays(op, arguments: dict, inputs: list[torch.Tensor], device: torch.device) -> None:
-    """Each input gives in a replay what it gives in a call."""
+    """Each input gives the same result in a replay as in a call."""
     x = arguments["x"]
     graph, result = captured(lambda: op(**arguments), device)
     for new in inputs:
@@ -46,7 +46,7 @@ def replays(op, arguments: dict, inputs: list[torch.Tensor], device: torch.devic
         graph.replay()
         torch.cuda.synchronize()
         assert same_bits(result, expected) and not result.isnan().any()
-    x.fill_(torch.nan)  # the graph is replayed, and not what it saw when it was captured
+    x.fill_(torch.nan)  # the replay must read its input, not the values at the capture
     graph.replay()
     torch.cuda.synchronize()
     assert result.isnan().all()
@@ -73,7 +73,7 @@ def test_linear_w8a16(tokens, device):
 
 
 def test_a_chain_of_layers(device):
-    """As in a model: what one kernel writes the next one reads, and the allocator gives memory out again in between."""
+    """As in a model: each kernel reads the previous kernel's result, and the allocator reuses memory in between."""
     layers = [layer_4bit(1, K, K, torch.bfloat16, device=device) for _ in range(4)]
     ints = [layer_8bit(1, K, K, torch.bfloat16, device=device) for _ in range(4)]
     x = torch.randn(1, K, device=device).bfloat16()
@@ -97,7 +97,7 @@ def test_a_chain_of_layers(device):
 
 @contextmanager
 def no_waits():
-    """Makes torch raise where it waits for the GPU."""
+    """Makes torch raise when it waits for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls this mode a prototype

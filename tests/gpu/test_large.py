@@ -1,4 +1,4 @@
-"""Tensors of more than 2^31 elements or bytes: where an offset of 32 bits would end. Parts are compared, spread over all of it."""
+"""Tensors of more than 2^31 elements or bytes, too large for offsets of 32 bits. Parts all over the tensor are compared."""
 
 from math import prod
 
@@ -22,7 +22,7 @@ BEYOND = 2**31
 
 @pytest.fixture
 def room(device):
-    """Skips where that many bytes are not free."""
+    """Skips the test unless that many bytes are free."""
 
     def require(nbytes: int) -> None:
         torch.cuda.empty_cache()
@@ -34,7 +34,7 @@ def room(device):
 
 
 def random(*shape: int, device: torch.device) -> torch.Tensor:
-    """Normal bfloat16 values, drawn piece by piece."""
+    """Normal bfloat16 values, generated piece by piece."""
     x = torch.empty(shape, dtype=torch.bfloat16, device=device)
     for part in x.view(-1).split(1 << 28):
         part.normal_()
@@ -43,7 +43,7 @@ def random(*shape: int, device: torch.device) -> torch.Tensor:
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_4_bit_quantization(quant_type, device, room):
-    count, length = BEYOND + 64_010, 1 << 16  # the last block is a part of one
+    count, length = BEYOND + 64_010, 1 << 16  # the last block is partial
     room(count * 5)
     x = random(count, device=device)
     packed, absmax = quantize_4bit(x, 64, quant_type)
@@ -65,14 +65,14 @@ def test_8_bit_quantization_and_statistics(device, room):
     rows = BEYOND // columns + 1000
     room(rows * columns * 8)
     x = random(rows, columns, device=device)
-    x[-1, 7] = 50.0  # found only by who reaches the end
+    x[-1, 7] = 50.0  # found only if the kernel reaches the end
     x[:, 100:3000].clamp_(-4, 4)
     chosen = torch.tensor([0, 1, rows // 2, rows - 1001, rows - 1000, rows - 2, rows - 1])
     some = x[chosen.to(device)].cpu()
     q, absmax, outliers = quantize_int8(x, threshold)
     found = torch.stack([(part.abs() >= threshold).any(0) for part in x.split(1 << 15)]).any(0)
     assert torch.equal(outliers, found) and found[7] and not found.all()
-    marks = torch.where(found.cpu(), 50.0, 0.0).bfloat16()[None]  # so that the reference finds the same columns
+    marks = torch.where(found.cpu(), 50.0, 0.0).bfloat16()[None]  # the reference then finds the same columns
     expected = [
         part[: len(chosen)] for part in reference("quantize_int8", {"x": torch.cat([some, marks]), "threshold": threshold})[:2]
     ]
@@ -89,7 +89,7 @@ def test_8_bit_quantization_and_statistics(device, room):
 
 
 def ends(out_features: int) -> torch.Tensor:
-    """Rows spread over all, with the first and the last."""
+    """Rows spread over the whole weight, including the first and the last."""
     return torch.linspace(0, out_features - 1, 60, dtype=torch.float64).long()
 
 

@@ -1,4 +1,4 @@
-"""Modules and whole models on the GPU beside the CPU, and the command line."""
+"""Modules and whole models on the GPU compared with the CPU, and the command line."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ KINDS = [(4, True, "linear_4bit"), (8, True, "linear_int8"), (8, False, "linear_
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind[2] if isinstance(kind, tuple) else str(kind))
 def quantized(request, tmp_path_factory):
-    """The demo model in bfloat16; its 4-bit blocks divide every layer's columns, so that kernels serve all of them."""
+    """The demo model in bfloat16. Its 4-bit blocks divide every layer's columns, so kernels run all layers."""
     bits, int8_activations, kernel = request.param
     folder = tmp_path_factory.mktemp("models") / "model"
     options = {"block_size": 32} if bits == 4 else {}
@@ -37,12 +37,12 @@ def test_logits(tokens, quantized, device):
             found[where] = model(ids.to(where)).logits.float().cpu()
     if tokens <= 8:
         assert kernel in launched
-    # bfloat16 between layers: a result rounded the other way goes on to the next.
+    # Activations between layers are bfloat16: a difference in rounding reaches the next layer.
     assert (found["cuda"] - found["cpu"]).norm() / found["cpu"].norm() < 0.01
 
 
 def test_modules(quantized, device):
-    """Each module for itself, so that no difference of an earlier one comes in."""
+    """Each module is tested alone, so differences of earlier modules do not matter."""
     folder, int8_activations, _ = quantized
     here, _ = qcli.load(str(folder), device="cpu", int8_activations=int8_activations)
     there, _ = qcli.load(str(folder), device="cuda", int8_activations=int8_activations)
@@ -84,9 +84,9 @@ def test_quantizing_on_the_gpu_writes_the_same_files(bits, device, tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_generate_says_the_same_as_on_the_cpu(bits, device, cli):
-    """In float32, where no two sums of another order give another token."""
+    """In float32 another order of summation does not change a token."""
     options = ("--bits", bits, "--dtype", "float32", "--temperature", 0, "--max-new-tokens", 60)
     there, here = (cli("generate", DEMO, *options, "--device", where, PROMPT) for where in ("cuda", "cpu"))
     assert (there.returncode, here.returncode) == (0, 0), there.stderr + here.stderr
     assert there.stdout == here.stdout and len(there.stdout) > 50
-    assert "plain torch serves" not in there.stderr
+    assert "plain torch runs" not in there.stderr

@@ -1,4 +1,4 @@
-"""Every kernel on a GPU against the reference of its op on the CPU."""
+"""Every kernel on a GPU is compared with the reference of its op on the CPU."""
 
 from importlib import import_module
 
@@ -10,7 +10,7 @@ from tests.gpu import inputs
 from tests.gpu.checks import FORMS, WAYS, noting, wrong, wrong_in_rows
 from tests.gpu.inputs import LAYERS, layer_4bit, layer_8bit, w8a16
 
-# The first argument of many: a kernel that cannot run warns, and its reference would answer in its place.
+# A kernel that cannot run warns, and its reference runs in its place. Here the warning is an error.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error::qcli.errors.QcliWarning")]
 
 
@@ -31,7 +31,7 @@ def test_hostile_inputs(name, form, device, product):
 
 
 def some_rows(out_features: int) -> torch.Tensor:
-    """The first, the last, and any."""
+    """The first element, the last, and any others."""
     ends = torch.cat([torch.arange(17), torch.arange(out_features - 17, out_features)])
     return torch.cat([ends, torch.randint(out_features, (94,))])
 

@@ -1,4 +1,4 @@
-"""compute-sanitizer over every kernel, each tool for itself and within a time: `make test-gpu ARGS="-m slow -k memcheck"`."""
+"""compute-sanitizer on every kernel, one tool per test, with a time limit: `make test-gpu ARGS="-m slow -k memcheck"`."""
 
 import os
 import re
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 
 def reports(output: str, tool: str) -> list[str]:
-    """What was found: of initcheck only what names a kernel of ours, for torch's own kernels read what they never use."""
+    """The findings. Of initcheck only those that name a kernel of ours: torch's own kernels read values that they never use."""
     found = re.findall(r"^=+ (?!COMPUTE-SANITIZER|ERROR SUMMARY|RACECHECK SUMMARY)\S.*(?:\n=+ {5,}.*)*", output, re.MULTILINE)
     if tool != "initcheck":
         return found
@@ -26,7 +26,7 @@ def reports(output: str, tool: str) -> list[str]:
 
 
 def run(words: list[str], environment: dict[str, str], seconds: float) -> tuple[int | None, str]:
-    """Exit status and output of a command; None where it was ended, with all that it had started, when its time was over."""
+    """(exit status, output) of a command. The status is None if its time was over: it was then ended with all its processes."""
     with subprocess.Popen(
         words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:
@@ -44,7 +44,7 @@ def test_no_report(tool, device):
         pytest.skip("compute-sanitizer is not on PATH")
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     status, output = run(command(tool, sys.executable), environment, SECONDS)
-    assert status is not None, f"{tool} was not done within {SECONDS} s:\n{output[-2000:]}"
+    assert status is not None, f"{tool} was not finished within {SECONDS} s:\n{output[-2000:]}"
     assert "kernels launched" in output and "SUMMARY" in output, output[-4000:]
     found = reports(output, tool)
     assert not found, "\n".join(found[:5])

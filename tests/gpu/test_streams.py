@@ -1,4 +1,4 @@
-"""Several streams, threads and devices at once, and the same bits again."""
+"""Several streams, threads and devices at once give the same bits again."""
 
 import threading
 
@@ -17,11 +17,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error::qcli.errors.Qc
 
 N, K = 4096, 4096
 ROUNDS = 50
-LONG = 20_000_000  # clock cycles, about 10 ms: what is not waited for is seen unfinished
+LONG = 20_000_000  # clock cycles, about 10 ms: a missing wait then shows unfinished results
 
 
 def work(device: torch.device) -> list:
-    """Calls of every kind of product, whose results are known."""
+    """Calls of every kind of product, with known results."""
     four = [layer_4bit(tokens, N, K, torch.bfloat16, device=device) for tokens in (1, 8, 32, 100)]
     eight = [layer_8bit(tokens, N, K, torch.bfloat16, outliers=9, device=device) for tokens in (1, 8, 100)]
     calls = [lambda a=a: linear_4bit(**a) for a in four] + [lambda a=a: linear_int8(**a) for a in eight]
@@ -59,7 +59,7 @@ def test_two_streams_at_once(device):
 
 @pytest.mark.parametrize("kind", ["default", "of PyCUDA", "foreign"])
 def test_a_kernel_keeps_to_the_order_of_its_stream(kind, device):
-    """It reads what a long task before it on the stream wrote, and a copy behind it reads what it wrote."""
+    """The kernel reads what a long task before it on the stream wrote, and a copy after it reads the kernel's result."""
     makers = {"default": torch.cuda.default_stream, "of PyCUDA": cuda.capture_stream, "foreign": torch.cuda.Stream}
     stream = makers[kind](device)
     arguments = layer_4bit(8, 28672, 8192, torch.bfloat16, device=device)
@@ -72,7 +72,7 @@ def test_a_kernel_keeps_to_the_order_of_its_stream(kind, device):
         torch.cuda._sleep(LONG)
         arguments["x"].copy_(late)
         copy.copy_(linear_4bit(**arguments))
-        arguments["x"].zero_()  # not before the kernel has read it
+        arguments["x"].zero_()  # must happen after the kernel has read it
     torch.cuda.synchronize()
     assert same_bits(copy, expected)
 
@@ -110,7 +110,7 @@ def test_every_device(device):
     count = torch.cuda.device_count()
     if count < 2:
         pytest.skip("needs several GPUs")
-    for index in reversed(range(count)):  # none of them the current one but the last
+    for index in reversed(range(count)):  # only the last of them is the current one
         for name in KERNELS:
             for case, arguments in hostile(name, (torch.bfloat16,)):
                 assert wrong(name, arguments, torch.device("cuda", index)) is None, (index, name, case)

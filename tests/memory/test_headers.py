@@ -33,8 +33,8 @@ OUTSIDE = {
 
 def headers(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> SimpleNamespace:
     """A Source's face as far as headers go."""
-    infos = {n: TensorInfo(n, d, s, 0, math.prod(s) * DTYPE_BITS[d] // 8) for n, (d, s) in tensors.items()}
-    return SimpleNamespace(tensors={name: ("model.safetensors", info) for name, info in infos.items()})
+    infos = {n: TensorInfo("model.safetensors", n, d, s, 0, math.prod(s) * DTYPE_BITS[d] // 8) for n, (d, s) in tensors.items()}
+    return SimpleNamespace(tensors=infos)
 
 
 def read(tensors, **fields) -> tuple[dict, ModelConfig]:
@@ -66,7 +66,7 @@ def test_a_bitsandbytes_checkpoint_counts_as_the_model_it_stands_for(method, tmp
     found = parameters_of(source, config)
     assert {p.name: p.shape for p in found} == {n: tuple(p.shape) for n, p in model.named_parameters()}
     assert sum(p.scheme == method for p in found) == 14
-    sizes = {name: info.nbytes for name, (_, info) in source.tensors.items()}
+    sizes = {name: info.nbytes for name, info in source.tensors.items()}
     assert sum(sizes.values()) == weights(parameters(config), method).stored
     beside = sum(size for name, size in sizes.items() if "quant_state" in name or name.endswith("weight_format"))
     assert beside and weights(found, "stored").total == sum(sizes.values()) - beside  # neither takes memory of a device

@@ -11,7 +11,7 @@ from tests.ptx.values import SHARED_WINDOW, Step, addresses, as_register, reader
 
 
 def _spaces(opcode: tuple[str, ...], where: np.ndarray) -> tuple[bool, np.ndarray]:
-    """Whether the addresses are of shared memory, and what they are there."""
+    """(whether the addresses are in shared memory, the addresses within that memory)."""
     if "shared" in opcode or "global" in opcode:
         return "shared" in opcode, where
     shared = where >= np.uint64(SHARED_WINDOW)
@@ -21,7 +21,7 @@ def _spaces(opcode: tuple[str, ...], where: np.ndarray) -> tuple[bool, np.ndarra
 
 
 def load(instruction: Instruction) -> Step:
-    """ld of one value, or of a vector of two or four."""
+    """ld: loads one value, or a vector of two or four."""
     opcode, (target, address) = instruction.opcode, instruction.operands
     if "param" in opcode:
         return _load_parameter(instruction)
@@ -46,7 +46,7 @@ def load(instruction: Instruction) -> Step:
 
 
 def _load_parameter(instruction: Instruction) -> Step:
-    """Of the buffer of the launch, or of a call."""
+    """ld.param: loads from the arguments of the launch, or of a call."""
     kind, (target, address) = instruction.opcode[-1], instruction.operands
     dtype = np.dtype(TYPES[kind])
     if isinstance(address.base, Parameter):
@@ -68,7 +68,7 @@ def _load_parameter(instruction: Instruction) -> Step:
             inside |= (where >= first) & (where + np.uint64(dtype.itemsize) <= first + size)
         if not inside.all():
             wrong = int((~inside).argmax())
-            raise AccessFault(f"a read of byte {int(where[wrong])} of the arguments, which lies in none of them", wrong)
+            raise AccessFault(f"a read of byte {int(where[wrong])} of the arguments, which is in none of them", wrong)
         words = np.frombuffer(m.arguments[: len(m.arguments) // dtype.itemsize * dtype.itemsize], dtype)
         full = np.empty(m.count, UNSIGNED[target.bits])
         full[lanes] = as_register(words[where.astype(np.int64) // dtype.itemsize], target)
@@ -79,7 +79,7 @@ def _load_parameter(instruction: Instruction) -> Step:
 
 
 def store(instruction: Instruction) -> Step:
-    """st of one value, or of a vector."""
+    """st: stores one value, or a vector."""
     opcode, (address, source) = instruction.opcode, instruction.operands
     sources = source if isinstance(source, tuple) else (source,)
     readers = [reader(operand, opcode[-1]) for operand in sources]
@@ -112,7 +112,7 @@ _ATOMIC = {"or": lambda a, b: a | b, "and": lambda a, b: a & b, "max": max, "min
 
 
 def atom(instruction: Instruction) -> Step:
-    """atom on shared memory, lane after lane."""
+    """atom: an atomic operation on shared memory, lane by lane."""
     opcode, (target, address, source) = instruction.opcode, instruction.operands
     if "shared" not in opcode or opcode[-2] not in _ATOMIC:
         raise PtxError(f"the interpreter does not know {instruction.text}")
@@ -135,8 +135,8 @@ def atom(instruction: Instruction) -> Step:
 
 
 def copy(instruction: Instruction) -> Step:
-    """cp.async: a copy begins, a group of them is closed, or a thread waits for all but its latest groups. The data is read
-    and lands when its thread waits for it, never before."""
+    """cp.async: begins a copy, closes a group of copies, or waits for all but the latest groups of a thread. The data are read and
+    written when the thread waits for them, never before."""
     opcode, operands = instruction.opcode, instruction.operands
     if "commit_group" in opcode:
 
@@ -165,7 +165,7 @@ def copy(instruction: Instruction) -> Step:
         index = m.shared.expect(lanes, to(m)[lanes], 16)
         check_alignment(sources, 16)
         if not np.isin(sizes, (0, 16)).all():
-            raise PtxError(f"{instruction.text}: a copy of a part")
+            raise PtxError(f"{instruction.text}: a partial copy")
         try:
             m.memory.which(sources[sizes > 0], 16, "a copy")
         except AccessFault as e:
@@ -177,7 +177,7 @@ def copy(instruction: Instruction) -> Step:
 
 
 def _land(m, pending: tuple, lanes: np.ndarray, latest: int) -> tuple | None:
-    """Ends the copies that those lanes wait for; returns the others."""
+    """Ends the copies that those lanes wait for. Returns the other copies."""
     of, group, index, sources, sizes = pending
     done = lanes[of] & (group < m.group[of] - latest)
     if done.any():
@@ -190,7 +190,7 @@ def _land(m, pending: tuple, lanes: np.ndarray, latest: int) -> tuple | None:
 
 
 def ldmatrix(instruction: Instruction) -> Step:
-    """Lane i gives the address of row i % 8 of matrix i / 8, and gets the 32 bits at 4 (i % 4) of row i / 4 of each."""
+    """Lane i gives the address of row i % 8 of matrix i / 8. It gets the 32 bits at 4 (i % 4) of row i / 4 of each matrix."""
     target, address = instruction.operands
     if instruction.opcode[1:] != ("sync", "aligned", "m8n8", "x4", "shared", "b16"):
         raise PtxError(f"the interpreter does not know {instruction.text}")

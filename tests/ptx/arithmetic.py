@@ -1,7 +1,7 @@
-"""What each arithmetic instruction computes, over arrays with an element per thread.
+"""The functions of all arithmetic instructions, over arrays with one element per thread.
 
-`function_of(opcode)` gives (types of the operands, type of the result, function). Rounding is the ISA's, bit by bit, but for
-fma.rn.f64, which may be off in the last place by a 2000th of its unit.
+`function_of(opcode)` gives (types of the operands, type of the result, function). Rounding is the ISA's, bit by bit. The exception
+is fma.rn.f64, which may be wrong in the last place by a 2000th of its unit.
 """
 
 import operator
@@ -50,7 +50,7 @@ Function = tuple[list[str], str, Callable]
 
 
 def function_of(opcode: tuple[str, ...]) -> Function:
-    """Raises PtxError where the instruction is not known."""
+    """See the module. Raises PtxError for an unknown instruction."""
     name, kinds = opcode[0], [part for part in opcode[1:] if part in TYPES]
     modes = [part for part in opcode[1:] if part not in TYPES]
     maker = _MAKERS.get(name)
@@ -61,7 +61,7 @@ def function_of(opcode: tuple[str, ...]) -> Function:
 
 
 def is_float(kind: str) -> bool:
-    """Of those numpy knows."""
+    """Whether numpy has this float type."""
     return kind in ("f16", "f32", "f64")
 
 
@@ -78,27 +78,27 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
 
 
 def halves(kind: str, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The low and the high value of a register of two, as float32."""
+    """The low and the high value of a register with two values, as float32."""
     parts = (bits & 0xFFFF).astype(np.uint16), (bits >> 16).astype(np.uint16)
     return tuple(from_bf16(p) if kind == "bf16x2" else p.view(np.float16).astype(np.float32) for p in parts)
 
 
 def packed(kind: str, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """float32 values rounded into a register of two."""
+    """Two float32 values, rounded and packed into a register."""
     parts = (to_bf16(p) if kind == "bf16x2" else p.astype(np.float16).view(np.uint16) for p in (low, high))
     low, high = (part.astype(np.uint32) for part in parts)
     return low | high << 16
 
 
 def _to_odd(value: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """A float64 whose sum with `error` is exact, rounded to odd: so that rounding it once more is rounding once."""
+    """A float64 whose sum with `error` is exact, rounded to odd. Rounding the result again is then the same as rounding once."""
     even = (value.view(np.uint64) & 1) == 0
     toward = np.where(error > 0, np.inf, -np.inf)
     return np.where((error != 0) & even & np.isfinite(value), np.nextafter(value, toward), value)
 
 
 def _exact_fma(a, b, c) -> np.ndarray:
-    """a b + c of float32 in float64, rounded to odd. Knuth's sum of two gives what an addition loses."""
+    """a b + c of float32 in float64, rounded to odd. Knuth's TwoSum gives the rounding error of the addition."""
     product, c = a.astype(np.float64) * b.astype(np.float64), np.asarray(c).astype(np.float64)
     total = product + c
     part = total - product
@@ -125,7 +125,7 @@ def _fma(kinds, modes):
 
         def both(a, b, c):
             parts = zip(*(halves(kind, np.atleast_1d(value)) for value in (a, b, c)))
-            # A product of 11 bits is exact in float32, and the sum in float64 but for what is far below half a unit.
+            # A product of 11 bits is exact in float32. The sum is exact in float64, apart from far less than half a unit.
             return packed(kind, *(_odd_f32(_exact_fma(*np.broadcast_arrays(*part))) for part in parts))
 
         return [kind] * 3, kind, both
@@ -183,7 +183,7 @@ def _div(kinds, modes):
 
 
 def _quotient(a, b):
-    """Towards zero. Threads that do not take part may divide by zero."""
+    """Division towards zero. Inactive threads may divide by zero."""
     b = np.where(b == 0, b.dtype.type(1), b)
     quotient = a // b
     return quotient + ((a % b != 0) & ((a < 0) != (b < 0))).astype(quotient.dtype)
@@ -199,7 +199,7 @@ def _extreme(numbers, of_zeros):
         if not is_float(kind):
             return kinds * 2, kind, np.minimum if numbers is np.fmin else np.maximum
 
-        def function(a, b):  # of NaN and a number the number; -0 lies below +0
+        def function(a, b):  # of a NaN and a number: the number; -0 is below +0
             a, b = np.broadcast_arrays(a, b)
             bits = TYPES["b32" if kind == "f32" else "b64"]
             zeros = of_zeros(a.copy().view(bits), b.copy().view(bits)).view(TYPES[kind])
@@ -284,7 +284,7 @@ def _bfind(kinds, modes):
 
 
 def _bfe(kinds, modes):
-    """`length` bits from `position` on, extended by the last of them or by zeros."""
+    """`length` bits from `position` on, extended by the last bit or by zeros."""
     kind = kinds[0]
     if kinds not in (["u32"], ["s32"]):
         return None
@@ -300,7 +300,7 @@ def _bfe(kinds, modes):
 
 
 def _bfi(a, b, position, length):
-    """The lowest `length` bits of a put into b from `position` on."""
+    """b, with the lowest `length` bits of a inserted from `position` on."""
     bits = np.uint64(32)
     position, length = (np.minimum(np.asarray(v).astype(np.uint64) & np.uint64(0xFF), bits) for v in (position, length))
     mask = ((np.uint64(1) << length) - np.uint64(1)) << position
@@ -309,7 +309,7 @@ def _bfi(a, b, position, length):
 
 
 def _prmt(a, b, selector):
-    """Each of four bytes is one of the eight of b and a, or its sign."""
+    """Each of four bytes is one of the eight bytes of b and a, or the sign of one."""
     eight = np.asarray(a).astype(np.uint64) | np.asarray(b).astype(np.uint64) << np.uint64(32)
     result = np.uint32(0)
     for i in range(4):

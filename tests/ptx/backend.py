@@ -1,4 +1,4 @@
-"""A backend of qcli.runtime.cuda that runs what nvcc makes of the kernels, on tensors of the CPU."""
+"""A backend of qcli.runtime.cuda that runs the PTX that nvcc makes of the kernels, on CPU tensors."""
 
 import hashlib
 import os
@@ -17,23 +17,23 @@ from tests.ptx.machine import Machine
 from tests.ptx.memory import Global
 from tests.ptx.parse import Module, PtxError, parse
 
-LANES = 1 << 14  # at once, in whole blocks
+LANES = 1 << 14  # lanes at once, in whole blocks
 
 
 class Interpreter:
-    """Compiles to PTX for a compute capability, which host code is told as well. `folder` keeps what nvcc made."""
+    """Compiles to PTX for a compute capability, and reports that capability to host code. `folder` keeps the PTX."""
 
     def __init__(self, folder: Path, *, sources: Path = KERNELS, capability: tuple[int, int] = (9, 0)):
         self.folder, self.sources, self.of = folder, sources, capability
         self.launched: list[str] = []  # the kernel of each launch
         self.steps = 0  # instructions run, each of many lanes
-        self._arrays: dict[int, int] = {}  # bytes of the tensors whose address was asked for, by address
+        self._arrays: dict[int, int] = {}  # address -> bytes, of the tensors whose address host code read
         self._modules: dict[tuple, Module] = {}
 
     @contextmanager
     def running(self) -> Iterator["Interpreter"]:
-        """Kernels run on it meanwhile. Only tensors that a launch is given are memory to it: their addresses are noted as host
-        code asks for them."""
+        """Runs kernels on this backend while it lasts. A kernel may access only the tensors that its launch got. Their addresses
+        are recorded when host code reads them."""
         data_ptr, before = torch.Tensor.data_ptr, torch.Tensor.__dict__.get("data_ptr")
 
         def noting(tensor: torch.Tensor) -> int:
@@ -55,7 +55,7 @@ class Interpreter:
         return device.type == "cpu"
 
     def multiprocessors(self, device: torch.device) -> int:
-        return 1 if self.of[0] == 9 else 6  # as the emulator has it
+        return 1 if self.of[0] == 9 else 6  # as in the emulator
 
     def capability(self, device: torch.device) -> tuple[int, int]:
         return self.of
@@ -84,7 +84,7 @@ class Interpreter:
             partial = file.with_suffix(f".{os.getpid()}")
             done = subprocess.run([*command, *defined, "-o", partial, path], capture_output=True, text=True)
             if done.returncode:
-                raise PtxError(f"nvcc makes nothing of {path}: {done.stderr}")
+                raise PtxError(f"nvcc cannot compile {path}: {done.stderr}")
             partial.replace(file)
         return file.read_text()
 
@@ -102,7 +102,7 @@ class Interpreter:
         if used > most:
             raise Fault(f"{entry}: {used} bytes of shared memory, a block has {most}")
         memory = Global(self._given(kernel.arguments, arguments))
-        numbers = np.stack(np.unravel_index(np.arange(np.prod(grid)), grid[::-1]), 1)[:, ::-1]  # x is the fastest
+        numbers = np.stack(np.unravel_index(np.arange(np.prod(grid)), grid[::-1]), 1)[:, ::-1]  # x varies fastest
         together = max(1, LANES // block[0])
         for first in range(0, len(numbers), together):
             some = numbers[first : first + together]

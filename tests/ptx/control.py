@@ -1,4 +1,4 @@
-"""Branches, calls, barriers, and instructions that a warp runs as one."""
+"""Branches, calls, barriers, and instructions that a warp runs together."""
 
 from collections.abc import Callable, Iterable
 
@@ -11,7 +11,7 @@ from tests.ptx.values import Step, reader
 
 
 def bra(instruction: Instruction) -> Step:
-    """Lanes part where some branch and some do not."""
+    """bra: lanes diverge if some branch and some do not."""
     label = instruction.operands[0].name
 
     def step(m, place: int) -> int | None:
@@ -28,7 +28,7 @@ def bra(instruction: Instruction) -> Step:
 
 
 def call(instruction: Instruction) -> Step:
-    """Of a function that returns nothing."""
+    """call: calls a function that returns nothing."""
     callee, *actual = instruction.operands
 
     def step(m, place: int) -> None:
@@ -43,7 +43,7 @@ def call(instruction: Instruction) -> Step:
 
 
 def ret(instruction: Instruction) -> Step:
-    """From the latest call that a lane is in, or from the kernel."""
+    """ret: returns from a lane's latest call, or from the kernel."""
 
     def step(m, place: int) -> None:
         left = m.lanes_of(instruction).copy()
@@ -58,7 +58,7 @@ def ret(instruction: Instruction) -> Step:
 
 
 def barrier(instruction: Instruction) -> Step:
-    """Of a block: the last of its threads to come lets all go on. `bar.warp.sync` is one of a warp."""
+    """A barrier of a block: when its last thread arrives, all continue. `bar.warp.sync` is a barrier of a warp."""
     if "warp" in instruction.opcode:
         read = reader(instruction.operands[0], "b32")
         return of_warps(instruction, lambda m, whole: _members(m, instruction, of_lanes(m, read(m), whole)) or [])
@@ -76,12 +76,13 @@ def barrier(instruction: Instruction) -> Step:
 
 
 def of_lanes(m, values: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """[warps, 32] of those warps."""
+    """The values [warps, 32] of the warps that are `whole`."""
     return np.broadcast_to(values, m.count).reshape(-1, 32)[whole]
 
 
 def of_warps(instruction: Instruction, run: Callable[..., Iterable[tuple[Register, np.ndarray]]]) -> Step:
-    """run(machine, whole) gives registers and their values [warps, 32] for the warps that are `whole`; the others wait."""
+    """A step that runs whole warps. run(machine, whole) gives registers and their values [warps, 32] for the warps that are
+    `whole`. Lanes of other warps wait."""
 
     def step(m, place: int) -> int | None:
         lanes = m.lanes_of(instruction)
@@ -103,7 +104,7 @@ def of_warps(instruction: Instruction, run: Callable[..., Iterable[tuple[Registe
 
 
 def _members(m, instruction: Instruction, masks: np.ndarray) -> None:
-    """Raises Fault unless every lane names all 32."""
+    """Raises Fault unless every lane's mask has all 32 lanes."""
     if (masks != 0xFFFFFFFF).any():
         lane = int(m.lanes_of(instruction).argmax())
         found = int(masks[masks != 0xFFFFFFFF][0])
@@ -152,7 +153,7 @@ def mma(instruction: Instruction) -> Step:
 
 
 def trap(instruction: Instruction) -> Step:
-    """A fault by intent."""
+    """trap: always a fault."""
 
     def step(m, place: int) -> int:
         lanes = m.lanes_of(instruction)

@@ -1,8 +1,8 @@
-"""Runs a kernel's PTX: a lane for each thread of several blocks, all of a register's lanes one numpy array.
+"""Runs a kernel's PTX. There is one lane for each thread of several blocks; a register is a numpy array with an element per lane.
 
-Of the threads that can go on, those at the lowest place in the text do, together, until they branch apart or meet others.
-(Branches of structured code go forward but for loops, so whoever is behind catches up.) Instructions of warps wait until all
-32 lanes are there, a barrier until all threads of the block are.
+Of the threads that can run, those at the lowest position in the text run together, until they diverge or meet others. (Except for
+loops, branches of structured code go forward, so the threads behind catch up.) A warp's instruction waits until all 32 lanes have
+arrived, a barrier waits for all threads of the block.
 """
 
 import numpy as np
@@ -12,12 +12,12 @@ from tests.ptx.memory import AccessFault, Global, Shared
 from tests.ptx.parse import Instruction, Module, Register
 from tests.ptx.steps import work_out
 
-MOST_STEPS = 2_000_000  # beyond which a kernel is taken to run for ever
+MOST_STEPS = 2_000_000  # a kernel with more steps is assumed to run for ever
 
 
 class Machine:
-    """Runs some of a launch's blocks: `blocks` int [count, 3] are their numbers. `arguments` is the buffer of the launch,
-    `dynamic` the bytes of shared memory that it gives a block."""
+    """Runs some blocks of a launch. `blocks` int [count, 3] are their numbers, `arguments` is the packed buffer of the launch,
+    `dynamic` the dynamic shared memory of a block in bytes."""
 
     def __init__(
         self,
@@ -35,16 +35,16 @@ class Machine:
         self.arguments, self.memory = arguments, memory
         self.shared = Shared(self.function.shared, dynamic, len(blocks), threads)
         self.special = self._special(blocks, grid)
-        # A register that nobody has set is full of ones: a NaN, or an address outside of all arrays.
+        # A register that was never set is full of ones: a NaN, or an address outside all arrays.
         unset = {bits: np.full(self.count, ~kind(0), kind) for bits, kind in UNSIGNED.items()}
         self.registers = [unset[bits] for bits in module.registers]
         self.pc = np.full(self.count, self.function.first)
         self.state = np.full(self.count, READY, np.int8)
-        self.calls: list[tuple[np.ndarray, int]] = []  # the lanes that are in one, and where they go on
-        self.group = np.zeros(self.count, np.int64)  # the number of the group of copies that a thread has open
-        self.copies: list[tuple] = []  # under way, as accesses.py notes them
+        self.calls: list[tuple[np.ndarray, int]] = []  # (the lanes in a call, where they continue)
+        self.group = np.zeros(self.count, np.int64)  # the number of each thread's open group of copies
+        self.copies: list[tuple] = []  # unfinished copies, in the form of accesses.py
         self.everyone = np.ones(self.count, bool)
-        self.mask: np.ndarray | None = None  # the lanes that run; None where all do
+        self.mask: np.ndarray | None = None  # the lanes that run; None if all do
         self.steps = 0
 
     def _special(self, blocks: np.ndarray, grid: tuple) -> dict[str, np.ndarray]:
@@ -59,7 +59,7 @@ class Machine:
         return found
 
     def run(self) -> None:
-        """Raises Fault, and PtxError at an instruction that nobody has taught it."""
+        """Runs all blocks. Raises Fault, and PtxError at an unknown instruction."""
         with np.errstate(all="ignore"):
             while (ready := self.state == READY).any():
                 place = int(self.pc[ready].min())
@@ -68,7 +68,7 @@ class Machine:
             self._stuck()
 
     def _go(self, place: int, mask: np.ndarray) -> None:
-        """Runs the lanes of `mask`, which are at `place`, until they part, wait, or reach others."""
+        """Runs the lanes of `mask`, which are at `place`, until they diverge, wait, or reach others."""
         self.state[mask] = READY
         self.mask = None if mask.all() else mask
         ahead = self.pc[(self.state == READY) & ~mask]
@@ -93,18 +93,18 @@ class Machine:
 
     @property
     def running(self) -> np.ndarray:
-        """bool [lanes]: those that run."""
+        """bool [lanes]: the lanes that run."""
         return self.everyone if self.mask is None else self.mask
 
     def lanes_of(self, instruction: Instruction) -> np.ndarray:
-        """bool [lanes]: those of them that its guard lets through."""
+        """bool [lanes]: the running lanes whose guard is true."""
         if not instruction.guard:
             return self.running
         register, negated = instruction.guard
         return self.running & (self.registers[register.number] ^ negated)
 
     def write(self, register: Register, values: np.ndarray, instruction: Instruction) -> None:
-        """Sets it in the lanes that run the instruction. `values`: of the register's own unsigned type, for every lane."""
+        """Sets a register in the lanes that run the instruction. `values` has the register's own unsigned type, for every lane."""
         if self.mask is None and not instruction.guard:
             self.registers[register.number] = np.broadcast_to(values, self.count)
         else:
@@ -112,13 +112,13 @@ class Machine:
             self.registers[register.number] = np.where(lanes, values, self.registers[register.number])
 
     def fault(self, message: str, instruction: Instruction, lane: int) -> Fault:
-        """With where it happened."""
+        """A Fault that says where it happened."""
         block = tuple(int(self.special[f"%ctaid.{letter}"][lane]) for letter in "xyz")
         where = f"{self.function.name}, {instruction.line}, block {block}, thread {lane % self.threads}"
         return Fault(f"{where}: {message} ({instruction.text})")
 
     def _stuck(self) -> None:
-        """Nobody can go on: says who waits for whom."""
+        """Raises the Fault for threads that all wait."""
         lane = int((self.state != EXITED).argmax())
         instruction = self.module.instructions[self.pc[lane]]
         of, size = ("a warp", 32) if self.state[lane] == IN_WARP else ("a block", self.threads)

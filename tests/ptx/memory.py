@@ -1,8 +1,8 @@
-"""The memories of a launch: every access must be aligned to its size and lie within one array.
+"""The memories of a launch. Every access must be aligned to its size and be within one array.
 
-Shared memory is laid out as badly as its declarations allow: each array begins at an odd multiple of its alignment, with
-room before and behind it that belongs to none. It is unset until it is written, bytes that an asynchronous copy has yet
-to fill may not be touched, and two warps meet only across a barrier (races.py).
+The layout of shared memory is the worst that its declarations allow: each array begins at an odd multiple of its alignment, with
+unused gaps before and after it. Memory must be written before it is read. Bytes that an asynchronous copy will still fill must not
+be accessed. Two warps may access the same bytes only with a barrier between (races.py).
 """
 
 import ctypes
@@ -14,11 +14,11 @@ from tests.ptx.races import Races
 
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 ONES = {size: int.from_bytes(b"\1" * size, "little") for size in WORDS}  # each byte 1
-GAP = 32  # bytes that no array has
+GAP = 32  # unused bytes between arrays
 
 
 class AccessFault(Exception):
-    """What is wrong with an access, and the place among the given addresses where it shows first."""
+    """What is wrong with an access. `place` is the index of the first wrong address."""
 
     def __init__(self, message: str, place: int):
         super().__init__(message)
@@ -34,7 +34,7 @@ def check_alignment(addresses: np.ndarray, size: int) -> None:
 
 
 class Global:
-    """The arrays whose addresses a launch was given, where they lie in this process: {address: bytes}."""
+    """Global memory: the arrays whose addresses a launch got, {address in this process: bytes}."""
 
     def __init__(self, arrays: dict[int, int]):
         kept = sorted((address, nbytes) for address, nbytes in arrays.items() if nbytes)
@@ -43,7 +43,7 @@ class Global:
         self.bytes = [np.ctypeslib.as_array((ctypes.c_uint8 * n).from_address(address)) for address, n in kept]
 
     def which(self, addresses: np.ndarray, size: int, what: str) -> np.ndarray:
-        """The number of the array in which each address's `size` bytes lie. Raises AccessFault."""
+        """For each address, the number of the array that contains its `size` bytes. Raises AccessFault."""
         check_alignment(addresses, size)
         which = np.searchsorted(self.first, addresses, "right").astype(np.int64) - 1
         outside = which < 0
@@ -55,8 +55,8 @@ class Global:
         return which
 
     def _find(self, addresses: np.ndarray, size: int, what: str) -> list[tuple[np.ndarray | slice, np.ndarray, np.ndarray]]:
-        """For each array that is met: which of the addresses lie in it, the array in words of that size, and their indices
-        there. Raises AccessFault."""
+        """For each array that is accessed: (which addresses are in it, the array as words of that size, the indices of those
+        words). Raises AccessFault."""
         which = self.which(addresses, size, what)
         if (which == which[0]).all():
             return [self._words(int(which[0]), addresses, slice(None), size)]
@@ -76,7 +76,7 @@ class Global:
         return f"byte {address - first} of an array of {end - first}: outside of all that the launch was given"
 
     def load(self, addresses: np.ndarray, size: int, count: int) -> list[np.ndarray]:
-        """`count` words of `size` bytes from each address, a multiple of all of them together."""
+        """`count` words of `size` bytes from each address, which must be a multiple of their total size."""
         check_alignment(addresses, size * count)
         found = []
         for i in range(count):
@@ -96,24 +96,24 @@ class Global:
 
 
 class Shared:
-    """Shared memory of several blocks at once. Each access has the number of its lane, and an address within its block."""
+    """The shared memory of several blocks. An access has the number of its lane, and an address within its block."""
 
     def __init__(self, variables: list[Variable], dynamic: int, blocks: int, threads: int):
         self.threads, self.address, self.sizes = threads, {}, {}
         end = 0
-        for variable in sorted(variables, key=lambda v: v.size is None):  # what the launch gives comes last
+        for variable in sorted(variables, key=lambda v: v.size is None):  # dynamic shared memory comes last
             begin = end + GAP
             begin += -begin % (2 * variable.align) + variable.align
             self.address[variable.name] = begin
             self.sizes[variable.name] = dynamic if variable.size is None else variable.size
             end = begin + self.sizes[variable.name]
         self.stride = end + GAP + -(end + GAP) % 16
-        self.inside = np.zeros(self.stride + 1, np.int32)  # the number of the array that a byte belongs to, 0 for none
+        self.inside = np.zeros(self.stride + 1, np.int32)  # the number of each byte's array, 0 for none
         for number, (name, begin) in enumerate(self.address.items()):
             self.inside[begin : begin + self.sizes[name]] = number + 1
         self.bytes = np.full(blocks * self.stride, 0xFF, np.uint8)
         self.set = np.zeros(blocks * self.stride, np.uint8)  # 1 where written
-        self.coming = np.zeros(blocks * self.stride, np.uint8)  # 1 where a copy is under way
+        self.coming = np.zeros(blocks * self.stride, np.uint8)  # 1 where a copy is unfinished
         self.any_coming = False
         self.races, self.interval = Races(blocks * self.stride), np.zeros(blocks, np.int32)
 
@@ -143,11 +143,11 @@ class Shared:
             wrong = self.races.on_write(at, size, *self._who(lanes), new)
             memory[at // size] = value
             written[at // size] = ONES[size]
-            wrong |= memory[at // size] != value  # another lane wrote something else in this instruction
+            wrong |= memory[at // size] != value  # another lane wrote another value in this instruction
             self._check_race(wrong, addresses, size, "a write")
 
     def change(self, lane: int, address: int, function, value: np.generic) -> np.generic:
-        """An atomic operation; returns what was there before."""
+        """An atomic operation. Returns the old value."""
         lanes, addresses, size = np.array([lane]), np.array([address], np.uint64), value.itemsize
         index = self._index(lanes, addresses, size, "an atomic operation")
         if self.set.view(WORDS[size])[index[0] // size] != ONES[size]:
@@ -160,7 +160,7 @@ class Shared:
         return before
 
     def expect(self, lanes: np.ndarray, addresses: np.ndarray, size: int) -> np.ndarray:
-        """Copies to these places begin; returns them for `land`."""
+        """Begins copies to these addresses. Returns their indices, for `land`."""
         index = self._index(lanes, addresses, size, "a copy")
         wrong = self.races.on_write(index, size, *self._who(lanes), np.ones(len(lanes), bool))
         self._check_race(wrong, addresses, size, "a copy")
@@ -169,7 +169,7 @@ class Shared:
         return index
 
     def land(self, lanes: np.ndarray, index: np.ndarray, data: np.ndarray) -> None:
-        """Copies end: `data` uint8 [lanes, bytes]."""
+        """Ends copies. `data` is uint8 [lanes, bytes]."""
         size = data.shape[1]
         self.races.on_write(index, size, *self._who(lanes), np.ones(len(lanes), bool))
         self.bytes.reshape(-1, size)[index // size] = data
@@ -178,7 +178,7 @@ class Shared:
         self.any_coming = bool(self.coming.any())
 
     def _who(self, lanes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The lanes' warps, and the interval between barriers that they are in."""
+        """(the lanes' warps, the lanes' intervals between barriers)."""
         return lanes // 32, self.interval[lanes // self.threads]
 
     def _index(self, lanes: np.ndarray, addresses: np.ndarray, size: int, what: str) -> np.ndarray:

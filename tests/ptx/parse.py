@@ -1,7 +1,7 @@
-"""PTX text, as nvcc writes it, into instructions with their operands resolved.
+"""Parses PTX text, as nvcc writes it, into instructions with resolved operands.
 
-Words as in NVIDIA's "Parallel Thread Execution ISA": entry, function, state space, special register. Registers are numbered
-through all functions of a module, for none of ours calls itself.
+Terms are those of NVIDIA's "Parallel Thread Execution ISA": entry, function, state space, special register. Registers are numbered
+across all functions of a module, because no function of ours calls itself.
 """
 
 import re
@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Register:
-    """A register of `bits` bits, 1 for a predicate; `number` is its place in the machine."""
+    """A register of `bits` bits, 1 for a predicate. `number` is its index in the machine."""
 
     number: int
     bits: int
 
 
 class Parameter(Register):
-    """One in which a call hands a value over: `ld.param` and `st.param` name it as if it were an address."""
+    """A register that passes a value to a call. `ld.param` and `st.param` name it as if it were an address."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Instruction:
     operands: list[Operand]
     guard: tuple[Register, bool] | None
     text: str
-    line: str  # of the CUDA source where the PTX knows it, else of the PTX
-    step: Callable | None = None  # what it does, once worked out
+    line: str  # in the CUDA source if the PTX has it, else in the PTX
+    step: Callable | None = None  # the function that runs it, set at its first use
 
 
 @dataclass
 class Variable:
-    """An array in shared memory; `size` is None where the launch gives it."""
+    """An array in shared memory. `size` is None if the launch sets it."""
 
     name: str
     align: int
@@ -70,8 +70,8 @@ class Variable:
 
 @dataclass
 class Function:
-    """An entry (a kernel) or a function that entries call. Parameters of an entry lie in the buffer of its arguments, by name
-    (offset, size); those of a function are registers."""
+    """An entry (a kernel) or a function that entries call. An entry's parameters are in the buffer of its arguments, as name ->
+    (offset, size). A function's parameters are registers."""
 
     name: str
     first: int  # the number of its first instruction
@@ -83,7 +83,7 @@ class Function:
 
 @dataclass
 class Module:
-    """All of a PTX file."""
+    """The content of a PTX file."""
 
     instructions: list[Instruction]
     functions: dict[str, Function]
@@ -92,7 +92,7 @@ class Module:
 
 
 class PtxError(Exception):
-    """Text that this parser, or an instruction that this machine, does not know."""
+    """Text that this parser does not know, or an instruction that this machine does not know."""
 
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
@@ -130,7 +130,7 @@ def _shared(text: str) -> list[Variable]:
 
 
 def _end(text: str, position: int) -> int:
-    """Where the brace closes that opened before `position`."""
+    """The position where the brace closes that opened before `position`."""
     depth = 1
     for found in re.finditer(r"[{}]", text[position:]):
         depth += 1 if found[0] == "{" else -1
@@ -145,7 +145,7 @@ class _Body:
     def __init__(self, module: Module, files: dict[str, str], head: re.Match, line: int):
         self.module, self.files, self.line = module, files, line
         self.source = ""
-        self.scopes: list[dict[str, Register | int]] = [{}]  # an int: the bits of a numbered range
+        self.scopes: list[dict[str, Register | int]] = [{}]  # an int stands for the bits of a numbered range
         self.function = Function(head[2], len(module.instructions))
         module.functions[head[2]] = self.function
         offset = 0
@@ -161,7 +161,7 @@ class _Body:
             self.function.most_threads = int(most[1])
 
     def read(self, body: str) -> None:
-        """Statements end at a semicolon; a brace where one would begin opens a scope, and elsewhere a vector."""
+        """Statements end at a semicolon. A brace at the start of a statement opens a scope, elsewhere it opens a vector."""
         begin, vector = 0, False
         for found in re.finditer(r"[;{}]", body):
             pending = body[begin : found.start()].strip()

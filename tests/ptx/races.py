@@ -1,19 +1,20 @@
-"""Accesses to shared memory that no barrier keeps apart.
+"""Finds accesses to shared memory without a barrier between them.
 
-Threads run side by side here, so a missing barrier need not show in the result. What shows is that two warps touched the same
-bytes between two barriers, and one of them wrote. Lanes of a warp are taken to be in step, and where several warps write what
-is there already (they raise the same flag) that is let pass.
+Threads run side by side here, so a missing barrier may not show in the result. It shows because two warps access the same bytes
+between two barriers, and one of them writes. The lanes of a warp are assumed to run in step. It is allowed that several warps write
+the value that is already there (they raise the same flag).
 """
 
 import numpy as np
 
-GRAIN = 2  # bytes that are told apart
-NOBODY, SEVERAL, ATOMIC = -1, -2, -3  # in the place of a warp's number
+GRAIN = 2  # bytes per recorded unit
+NOBODY, SEVERAL, ATOMIC = -1, -2, -3  # instead of a warp's number
 
 
 class Races:
-    """Who touched each two bytes last, and in which interval between barriers. Arguments of all functions: `index` the first
-    byte of each access, `size` its bytes, `warps` and `intervals` int [accesses]. Each returns bool [accesses]: who meets one."""
+    """For every two bytes: the last warp that accessed them, and the interval between barriers. Arguments of all functions: `index`
+    is the first byte of each access, `size` its bytes, `warps` and `intervals` are int [accesses]. Each returns bool [accesses]:
+    whether the access is a race."""
 
     def __init__(self, nbytes: int):
         count = nbytes // GRAIN
@@ -21,7 +22,7 @@ class Races:
         self.written, self.read = (np.full(count, -1, np.int32) for _ in range(2))
 
     def on_read(self, index: np.ndarray, size: int, warps: np.ndarray, intervals: np.ndarray) -> np.ndarray:
-        """Of what another warp wrote in this interval."""
+        """Records reads. It is a race to read what another warp wrote in this interval."""
         places, warps, now = self._places(index, size), warps[:, None], intervals[:, None]
         wrong = (self.written[places] == now) & (self.writer[places] != warps)
         others = (self.read[places] == now) & (self.reader[places] != warps)
@@ -34,7 +35,8 @@ class Races:
     def on_write(
         self, index: np.ndarray, size: int, warps: np.ndarray, intervals: np.ndarray, new: np.ndarray, *, atomic: bool = False
     ) -> np.ndarray:
-        """To what another warp read in this interval, or wrote, where the value is `new` (bool [accesses])."""
+        """Records writes. It is a race to write what another warp read in this interval, or wrote if the value is `new` (bool
+        [accesses])."""
         places, warps, now = self._places(index, size), warps[:, None], intervals[:, None]
         writer = self.writer[places]
         again = (self.written[places] == now) & (writer != warps) & ~(atomic & (writer == ATOMIC))

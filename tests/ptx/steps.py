@@ -1,4 +1,4 @@
-"""What each instruction does, by the first word of its opcode; all others are arithmetic."""
+"""The functions that run instructions, by the first word of the opcode. All other instructions are arithmetic."""
 
 from tests.ptx import accesses, control, values
 from tests.ptx.parse import Instruction
@@ -25,6 +25,6 @@ _STEPS = {
 
 
 def work_out(instruction: Instruction) -> values.Step:
-    """Its step, kept with it. Raises PtxError."""
+    """The instruction's step, which is then kept in it. Raises PtxError."""
     instruction.step = _STEPS.get(instruction.opcode[0], values.arithmetic)(instruction)
     return instruction.step

@@ -1,4 +1,4 @@
-"""Faults planted in copies of the kernels: the interpreter says what is wrong and where."""
+"""Faults planted in copies of the kernels. The interpreter says what is wrong and where."""
 
 import shutil
 from importlib import import_module
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def planted(folder, file: str, right: str, fault: str):
-    """A copy of the sources with one change; where it is."""
+    """The folder of a copy of the sources with one change."""
     sources = folder / "kernels"
     shutil.copytree(KERNELS, sources)
     text = (sources / file).read_text()
@@ -28,12 +28,12 @@ def planted(folder, file: str, right: str, fault: str):
 
 
 def first_case(name: str, part: str) -> dict:
-    """Arguments of the first of an op's own cases whose id has that part."""
+    """Arguments of the first of an op's own cases whose id contains `part`."""
     return next(arguments for case, arguments in import_module(f"qcli.ops.{name}").cases() if part in case)
 
 
 def test_operands_that_change_places_in_the_text_of_an_instruction(tmp_path, compiled):
-    """The emulator has its own twin of the instruction and cannot see it."""
+    """The emulator has its own version of the instruction, so it cannot see the fault."""
     right = "m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0"
     sources = planted(tmp_path, "ptx.cuh", right, right.replace("%5, %6", "%6, %5"))
     arguments = first_case("linear_4bit", "bfloat16-nested-1x2304x40")
@@ -47,7 +47,7 @@ def test_operands_that_change_places_in_the_text_of_an_instruction(tmp_path, com
 
 
 FAULTS = {
-    "a vector in shared memory that nobody has aligned": (
+    "a vector in shared memory that is not aligned": (
         ("linear_int8_epilogue.cu", "__shared__ __align__(16) float w_kept", "__shared__ float w_kept"),
         ("linear_int8", "bfloat16-6.0-20x1040", (9, 0)),
         r"linear_int8_epilogue, linear_int8_epilogue\.cu:\d+, block \(0, 0, 0\), thread 0: 16 bytes at 0x\w+, no multiple of 16",
@@ -61,12 +61,12 @@ FAULTS = {
         ("quantize_int8", "bfloat16-0.0", (9, 0)),
         r"16 bytes at 0x\w+, no multiple of 16 \(ld\.global\.nc\.v4\.u32",
     ),
-    "an element behind an array in shared memory": (
+    "an element after the end of an array in shared memory": (
         ("linear_int8_epilogue.cu", "found[warp] = __popc(votes)", "found[warp + 1] = __popc(votes)"),
         ("linear_int8", "bfloat16-6.0-20x1040", (9, 0)),
         r"list_outliers, .*thread 992: a write of 4 bytes at byte 128 of \w*found, an array in shared memory of 128 bytes",
     ),
-    "an element behind a tensor": (
+    "an element after the end of a tensor": (
         ("dequantize_absmax.cu", "if (i < count)", "if (i <= count)"),
         ("dequantize_absmax", "1000", (9, 0)),
         r"of 1 bytes at byte (\d+) of an array of \1: outside of all that the launch was given",
@@ -81,8 +81,8 @@ FAULTS = {
         ("linear_int8", "bfloat16-0.0-130x400", (8, 0)),
         r"linear_int8_gemm, .*which an asynchronous copy that nobody has waited for is to fill \(ldmatrix",
     ),
-    "a barrier that is missing behind the wait for copies": (
-        ("linear_4bit_batch.cu", "__syncthreads();  // this turn is there, and all have left the one before", ""),
+    "a missing barrier after the wait for copies": (
+        ("linear_4bit_batch.cu", "__syncthreads();  // this turn has arrived, and all threads have finished the previous one", ""),
         ("linear_4bit", "bfloat16-nested-12x320", (8, 0)),
         r"linear_4bit_batch, .*of table_bytes, .*which another warp touches without a barrier between",
     ),
@@ -104,7 +104,7 @@ def test_a_fault_is_found(fault, tmp_path):
 
 
 def test_no_fault_is_found_where_none_is(compiled):
-    """In what the faults above were planted in."""
+    """The kernels above have no fault before one is planted."""
     every = {(name, part, capability) for _, (name, part, capability), _ in FAULTS.values()}
     for name, part, capability in every:
         with Interpreter(compiled, capability=capability).running():

@@ -1,4 +1,4 @@
-"""What nvcc made of every kernel, run lane by lane, against the reference of its op."""
+"""The PTX that nvcc makes of every kernel, run lane by lane, compared with the reference of its op."""
 
 from importlib import import_module
 from pathlib import Path
@@ -18,14 +18,14 @@ from tests.ptx.backend import Interpreter
 pytestmark = pytest.mark.skipif(nvcc.find() is None, reason="needs nvcc")
 
 CPU = torch.device("cpu")
-# Ops that go another way with many tokens on 8.0, where there is no wgmma, and with several multiprocessors.
+# Ops that take another path for many tokens on 8.0, which has no wgmma, and with several multiprocessors.
 WAYS = [(name, (9, 0)) for name in REACHED] + [(name, (8, 0)) for name in sorted(TWO_WAYS)]
-# On 7.5 a product is several smaller instructions; for 10.0 nvcc has another compiler.
+# On 7.5 a product is several smaller instructions. For 10.0 nvcc uses another compiler.
 EVERY = WAYS + [(name, (7, 5)) for name in REACHED if name.startswith("linear")] + [(name, (10, 0)) for name in REACHED]
 
 
 def launches(name: str, interpreter: Interpreter, arguments: dict) -> set[str]:
-    """The kernels that a call would launch; the ops that it calls are not looked into."""
+    """The kernels that a call would launch, without those of the ops that it calls."""
     asking = Asking(interpreter.of, SHARED[interpreter.of], interpreter.multiprocessors(CPU))
     with cuda.using(asking):
         kernel(name, arguments)
@@ -33,7 +33,7 @@ def launches(name: str, interpreter: Interpreter, arguments: dict) -> set[str]:
 
 
 def of(capability: tuple[int, int], folder: Path) -> Interpreter:
-    """An interpreter, unless this nvcc does not know such GPUs."""
+    """An interpreter. Skips if this nvcc does not support such GPUs."""
     if f"sm_{capability[0]}{capability[1]}" not in nvcc.targets():
         pytest.skip(f"this nvcc does not compile for {capability}")
     return Interpreter(folder, capability=capability)
@@ -54,7 +54,7 @@ def test_a_case_for_each_kernel(name, capability, compiled):
             reached |= kernels
             chosen.append((case, arguments))
     assert run(interpreter, name, chosen) == {}
-    # Each way has its own product of many tokens.
+    # Each path has its own product for many tokens.
     assert set(interpreter.launched) == reached and reached <= REACHED[name]
     assert len(REACHED[name] - reached) <= 1
     assert not REACHED[name] - reached or name in TWO_WAYS
@@ -63,7 +63,7 @@ def test_a_case_for_each_kernel(name, capability, compiled):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, capability", EVERY, ids=str)
 def test_an_ops_own_cases(name, capability, compiled):
-    """Some minutes for all."""
+    """Takes some minutes for all."""
     interpreter = of(capability, compiled)
     assert run(interpreter, name, import_module(f"qcli.ops.{name}").cases()) == {}
     assert interpreter.launched

@@ -1,4 +1,4 @@
-"""The interpreter on the emulator's kernels with a fault each, and its arithmetic against exact numbers."""
+"""The interpreter on the emulator's faulty kernels, and its arithmetic compared with exact numbers."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_a_kernel_without_an_end(interpreter, monkeypatch):
 
 @WITH_NVCC
 def test_beyond_a_tensor(interpreter):
-    """The end of the tensor counts, not that of its storage."""
+    """The end of the tensor is the limit, not that of its storage."""
     out = torch.zeros(128)
     with pytest.raises(Fault, match="thread 0: a write of 4 bytes at byte 256 of an array of 256: outside of all"):
         cuda.kernel("faulty", "pi", "beyond_global")((), (1,), 64, 0, out[:64], 64)
@@ -94,14 +94,14 @@ def test_tensor_core_products(interpreter):
 
 
 def call(opcode: str, *values):
-    """What the instruction makes of numbers; each as the opcode's type has it."""
+    """The result of the instruction for numbers, each in the type of the opcode."""
     types, _, function = function_of(tuple(opcode.split(".")))
     with np.errstate(all="ignore"):
         return function(*(np.array([value], TYPES[kind]) for value, kind in zip(values, types, strict=True)))[0]
 
 
 def rounded(exact: Fraction, digits: int, down: bool = False) -> Fraction:
-    """To that many binary digits: the nearest, ties to even, or the next below. Far from the ends of the range."""
+    """Rounds to that many binary digits: to the nearest, ties to even, or down. For values far from the ends of the range."""
     if exact == 0:
         return exact
     scale = Fraction(2) ** (digits - 1)
@@ -121,7 +121,7 @@ def test_fused_products_are_rounded_once():
         exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
         assert Fraction(float(call("fma.rn.f32", a, b, c))) == rounded(exact, 24)
         assert Fraction(float(call("fma.rm.f32", a, b, c))) == rounded(exact, 24, down=True)
-    # Half a unit and a little: rounding to float64 first would lose the little.
+    # Slightly more than half a unit: rounding to float64 first would lose the difference.
     a, c = np.float32(1 + 2**-12), np.float32(2**-60)
     assert call("fma.rn.f32", a, a, c) == np.float32(1 + 2**-11 + 2**-23)
 

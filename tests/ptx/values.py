@@ -8,14 +8,14 @@ from tests.ptx.arithmetic import TYPES, function_of
 from tests.ptx.lanes import UNSIGNED
 from tests.ptx.parse import Address, Immediate, Instruction, Name, PtxError, Register
 
-SHARED_WINDOW = 1 << 56  # where shared memory lies among generic addresses
+SHARED_WINDOW = 1 << 56  # the start of shared memory among generic addresses
 
 Read = Callable[["Machine"], np.ndarray]  # noqa: F821
 Step = Callable[["Machine", int], int | None]  # noqa: F821  runs at a place; gives the next, None where lanes part or wait
 
 
 def reader(operand, kind: str) -> Read:
-    """A function that gives an operand's values as that type: of a wider register its low part."""
+    """A function that gives an operand's values in that type. Of a wider register it takes the low part."""
     dtype = np.dtype(TYPES[kind])
     bits = 1 if kind == "pred" else 8 * dtype.itemsize
     if isinstance(operand, Register):
@@ -45,7 +45,7 @@ def _named(m, name: str) -> np.ndarray:
 
 
 def addresses(operand: Address) -> Read:
-    """Of an operand [base + offset]: uint64 [lanes]."""
+    """A function that gives the addresses uint64 [lanes] of an operand [base + offset]."""
     base = operand.base
     bits = base.bits if isinstance(base, Register) else 64
     read, offset, wrap = reader(base, f"u{bits}"), np.uint64(operand.offset & (1 << 64) - 1), np.uint64((1 << bits) - 1)
@@ -53,7 +53,7 @@ def addresses(operand: Address) -> Read:
 
 
 def as_register(values: np.ndarray, register: Register) -> np.ndarray:
-    """Values as the register keeps them: narrower ones are extended by their sign, or by zeros."""
+    """Values in the type of the register. Narrower values are extended by their sign, or by zeros."""
     target = np.dtype(UNSIGNED[register.bits])
     if values.dtype.itemsize != target.itemsize:
         values = values.astype(f"{values.dtype.kind}{target.itemsize}")
@@ -61,7 +61,7 @@ def as_register(values: np.ndarray, register: Register) -> np.ndarray:
 
 
 def arithmetic(instruction: Instruction) -> Step:
-    """Whatever arithmetic.py knows."""
+    """The step of an instruction in arithmetic.py."""
     types, result, function = function_of(instruction.opcode)
     target, *sources = instruction.operands
     if len(sources) != len(types):
@@ -77,7 +77,7 @@ def arithmetic(instruction: Instruction) -> Step:
 
 
 def mov(instruction: Instruction) -> Step:
-    """A register, or one that is taken apart into a vector or put together from it."""
+    """mov: copies a register, splits one into a vector, or joins a vector into one."""
     target, source = instruction.operands
     kind = instruction.opcode[-1]
     if isinstance(target, tuple):
@@ -109,7 +109,7 @@ def mov(instruction: Instruction) -> Step:
 
 
 def cvta(instruction: Instruction) -> Step:
-    """Generic addresses: those of global memory are its own, those of shared memory lie in a window."""
+    """cvta: converts generic addresses. Those of global memory stay the same, those of shared memory are in a window."""
     opcode, (target, source) = instruction.opcode, instruction.operands
     if opcode[-2] not in ("global", "shared"):
         raise PtxError(f"the interpreter does not know {'.'.join(opcode)}")

@@ -1,7 +1,7 @@
 """Instructions of whole warps: products of matrices, shuffles, votes. Arrays are [warps, 32].
 
-Which lane holds which element is written down as the PTX ISA does it ("Matrix fragments for mma.m16n8k16 with floating point
-type" and its neighbours): a row and a column for element i of a lane's fragment, in groupID = lane / 4 and
+Which lane holds which element is described as in the PTX ISA ("Matrix fragments for mma.m16n8k16 with floating point type" and the
+neighbouring sections): by a row and a column for element i of a lane's fragment, computed from groupID = lane / 4 and
 threadID_in_group = lane % 4.
 """
 
@@ -14,7 +14,7 @@ GROUP, THREAD = LANES[:, None] // 4, LANES[:, None] % 4
 
 
 def _fragment(elements: int, row, column) -> tuple[np.ndarray, np.ndarray]:
-    """The places [32, elements] of a lane's elements."""
+    """The rows and the columns, each [32, elements], of the lanes' elements."""
     i = np.arange(elements)[None]
     return tuple(np.broadcast_to(place(i), (32, elements)) for place in (row, column))
 
@@ -45,7 +45,7 @@ FRAGMENTS = {
 
 
 def _matrix(registers: list[np.ndarray], kind: str, places) -> np.ndarray:
-    """[warps, rows, columns] in float64 or int64, from registers [warps, 32] of packed elements."""
+    """The matrix [warps, rows, columns] in float64 or int64, from registers [warps, 32] of packed elements."""
     words = np.stack(registers, -1)
     if kind == "bf16":
         values = (np.ascontiguousarray(words).view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
@@ -59,7 +59,7 @@ def _matrix(registers: list[np.ndarray], kind: str, places) -> np.ndarray:
 
 
 def mma(opcode: tuple[str, ...], a: list, b: list, c: list) -> list[np.ndarray]:
-    """Registers [warps, 32] of D = A B + C. Sums of floats are rounded once; the hardware's own roundings are not known."""
+    """Registers [warps, 32] of D = A B + C. Float sums are rounded once; the hardware's own roundings are not known."""
     name, sync, aligned, shape, row, column, of_d, of_a, of_b, of_c = opcode
     if shape not in FRAGMENTS or (row, column) != ("row", "col") or of_a != of_b or of_c != of_d:
         raise PtxError(f"the interpreter does not know {'.'.join(opcode)}")
@@ -72,7 +72,7 @@ def mma(opcode: tuple[str, ...], a: list, b: list, c: list) -> list[np.ndarray]:
 
 
 def shuffle(mode: str, value: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(value of the source lane, whether it lies in the segment), both [warps, 32], as the ISA's pseudo-code has it."""
+    """(value of the source lane, whether it is in the segment), both [warps, 32], by the pseudo-code of the ISA."""
     b, clamp, segment = b & 31, c & 31, c >> 8 & 31
     most = (LANES & segment) | (clamp & ~segment)
     least = LANES & segment

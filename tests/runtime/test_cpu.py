@@ -45,7 +45,7 @@ def test_a_library_of_another_version_leaves_the_reference():
     import ctypes.util
 
     found = chosen(QCLI_CPU_LIBRARY=ctypes.util.find_library("c"))
-    assert found.startswith("None ") and found.endswith("is not of this version of qcli")
+    assert found.startswith("None ") and found.endswith("belongs to another version of qcli")
 
 
 def test_a_name_that_is_no_variant(monkeypatch):

@@ -300,7 +300,7 @@ def test_a_gpu_that_cannot_be_used_is_told_of_once_and_the_reference_serves(gpu,
     install(gpu)
     with pytest.warns(QcliWarning) as told:
         assert not cuda.serves(Tensor(0)) and not cuda.serves(Tensor(0))
-    assert len(told) == 1 and found in str(told[0].message) and "plain torch serves" in str(told[0].message)
+    assert len(told) == 1 and found in str(told[0].message) and "plain torch runs" in str(told[0].message)
     assert found in cuda.problem(FIRST).message and (hint is None or hint in cuda.problem(FIRST).hint)
     with pytest.raises(KernelError, match=found.split(":")[0]):
         cuda.capture_stream(FIRST)
@@ -326,7 +326,7 @@ def test_the_reference_serves_for_a_form_that_did_not_come_compiled(there, monke
 
     monkeypatch.setattr(nvcc, "image", lacking)
     another = cuda.kernel("another", "p")
-    with pytest.warns(QcliWarning, match="no nvcc; plain torch serves in its place: install it"):
+    with pytest.warns(QcliWarning, match="no nvcc; plain torch runs in its place: install it"):
         assert _on_cuda(lambda x: another((), (1,), 32, 0, x), lambda x: "reference")(Tensor(0)) == "reference"
     there.gpu.refuse["cuLaunchKernel"] = "unspecified launch failure"
     with pytest.raises(KernelError):  # any other failure is one
@@ -393,7 +393,7 @@ def test_what_an_op_checks_of_its_tensors():
     assert arguments.type_name("op", torch.ones(1, dtype=torch.float16)) == "__half"
     with pytest.raises(TypeError, match="op: weight is torch.float64, expected float32"):
         arguments.type_name("op", torch.ones(1, dtype=torch.float64), "weight")
-    with pytest.raises(ValueError, match="op: x lies on cpu, expected cuda:0"):
+    with pytest.raises(ValueError, match="op: x is on cpu, expected cuda:0"):
         arguments.require("op", "x", torch.ones(2), torch.float32, 2, FIRST)
     with pytest.raises(ValueError, match="op: x has 2 elements of torch.float32, expected 3 of torch.float32"):
         arguments.require("op", "x", torch.ones(2), torch.float32, 3, torch.device("cpu"))

@@ -167,7 +167,7 @@ def test_a_failed_compile_is_a_sentence(place):
 @pytest.mark.parametrize(
     "output, cure",
     [
-        ("nvcc fatal   : Unsupported gpu architecture 'sm_120'", "a version of NVIDIA's CUDA toolkit that knows this GPU"),
+        ("nvcc fatal   : Unsupported gpu architecture 'sm_120'", "a version of NVIDIA's CUDA toolkit that supports this GPU"),
         ("gcc: No such file or directory\nnvcc fatal   : Failed to preprocess host compiler properties.", "apt install g++"),
         ("host_config.h:164:2: error: #error -- unsupported GNU version! gcc versions later", "-ccbin g++-12"),
         ("probe.cu:3:10: fatal error: cuda_bf16.h: No such file or directory", "lacks its headers"),
@@ -185,7 +185,7 @@ def test_an_nvcc_that_cannot_run(place):
     with pytest.raises(KernelError, match="bin/nvcc cannot run, asked for its version: No such file or directory"):
         some()
     (place / "bin/nvcc").write_text("#!/bin/sh\necho hello\n")
-    with pytest.raises(KernelError, match="--version tells no version") as e:
+    with pytest.raises(KernelError, match="--version gives no version") as e:
         some()
     assert "CUDA toolkit" in e.value.hint
 
@@ -335,4 +335,4 @@ def test_the_real_nvcc(place, monkeypatch):
         some(("DTYPE=strange", "BLOCK_SIZE=1"))
     with pytest.raises(KernelError, match="compiling some.cu with DTYPE=float BLOCK_SIZE=1: nvcc fatal .*sm_10'") as e:
         some(("DTYPE=float", "BLOCK_SIZE=1"), (1, 0))
-    assert "that knows this GPU" in e.value.hint
+    assert "that supports this GPU" in e.value.hint

@@ -161,7 +161,7 @@ def test_a_driver_without_a_gpu(session):
     done, log = session("print(cuda.serves(T(0)), cuda.problem(torch.device('cuda', 0)))", FAKE_CUDA_INIT="100")
     assert done.returncode == 0 and log == []
     assert done.stdout.startswith("False PyCUDA gets no context of the driver: cuInit failed: no CUDA-capable device")
-    assert "QcliWarning: no CUDA kernels, plain torch serves" in done.stderr
+    assert "QcliWarning: no CUDA kernels, plain torch runs" in done.stderr
 
 
 def test_no_driver_library(session, tmp_path):

@@ -43,7 +43,7 @@ def parameters_of(source: Source, config: ModelConfig) -> list[Parameter]:
     """The parameters of the checkpoint `source`, whose config.json is `config`. `config.assumed` names what was left out."""
     groups: dict[str, list[TensorInfo]] = {}
     known = {name: weight for each in formats.all_formats() for name, weight in each.companions(source.tensors).items()}
-    for name, (_, info) in source.tensors.items():
+    for name, info in source.tensors.items():
         groups.setdefault(_owner(known.get(name, name), source.tensors), []).append(info)
     quantization = config.quantization if isinstance(config.quantization, dict) else {}
     # Headers of 4-bit bitsandbytes weights have no shapes. The family may know them.

@@ -98,8 +98,8 @@ def _layout(source: Source, trust_remote_code: bool, notes: list[str]) -> Layout
 
 def _norm_gains(source: Source) -> list[NormGain]:
     return [
-        NormGain(file, info, gain_of(name))
-        for name, (file, info) in source.tensors.items()
+        NormGain(info, gain_of(name))
+        for name, info in source.tensors.items()
         if len(info.shape) == 1 and info.numel > 1 and info.dtype in dtypes.FLOATS and gain_of(name)
     ]
 
@@ -109,16 +109,16 @@ def _linear_weights(source: Source, layout: Layout, notes: list[str]) -> list[Li
     chosen = {linear.tensor for linear in layout.quantizable()}
     found, of_no_use = [], {}
     for name, linear in layout.linears.items():
-        file, info = source.tensors[name]
+        info = source.tensors[name]
         expected = (linear.in_features, linear.out_features) if linear.transposed else (linear.out_features, linear.in_features)
         if info.shape != expected:
             notes.append(f"{name} is {list(info.shape)}, the model expects {list(expected)}: not inspected")
         elif info.dtype not in dtypes.FLOATS:
             of_no_use.setdefault(info.dtype, []).append(name)
         elif info.numel:
-            found.append((file, info, linear))
+            found.append((info, linear))
     notes += [together(f"weights stored as {code} were not inspected", names) for code, names in of_no_use.items()]
-    layers = layer_counts(linear.module for _, _, linear in found)
+    layers = layer_counts(linear.module for _, linear in found)
 
     def early(module: str) -> bool:
         """The first quarter of the layers, and always four: where the paper found super weights, but for a few."""
@@ -127,24 +127,23 @@ def _linear_weights(source: Source, layout: Layout, notes: list[str]) -> list[Li
 
     return [
         LinearWeight(
-            file,
             info,
             linear,
             dtype,
             quantized=info.name in chosen,
             early_down=is_down_projection(linear.module) and early(linear.module),
         )
-        for file, info, linear in found
+        for info, linear in found
     ]
 
 
 def _measure(source: Source, works: list[LinearWeight | NormGain], progress: Callable | None) -> None:
     """Reads every tensor once, in the order in which they lie in their files."""
     files = {file: i for i, file in enumerate(source.files)}
-    works = sorted(works, key=lambda work: (files[work.file], work.info.start))
+    works = sorted(works, key=lambda work: (files[work.info.file], work.info.start))
     pieces = [(work, start, count) for work in works for start, count in work.pieces()]
     total = sum(work.info.nbytes for work in works)
-    wanted = ((work.file, work.info.start + start, count) for work, start, count in pieces)
+    wanted = ((work.info.file, work.info.start + start, count) for work, start, count in pieces)
     with closing(read_pieces(source, wanted)) as read, progress(total, 0) if progress else nullcontext() as shown:
         for (work, start, count), data in zip(pieces, read, strict=True):
             work.take(start, data)
@@ -174,7 +173,7 @@ def _sizes(source: Source, told: Description, layout: Layout | None) -> list[dic
         quantizable = {linear.tensor: linear for linear in layout.quantizable()}
         for name in _SIZES:
             sizes[name] = sum(
-                _written(info, quantizable.get(info.name), NAMED[name], layout, dtype) for info in source.infos.values()
+                _written(info, quantizable.get(info.name), NAMED[name], layout, dtype) for info in source.tensors.values()
             )
     return [
         {"method": label, "bytes": count, "bits_per_weight": 8 * count / max(told.parameters, 1)} for label, count in sizes.items()

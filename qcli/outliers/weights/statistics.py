@@ -33,9 +33,9 @@ class LinearWeight:
     finding: dict[str, object]
     errors: dict[str, ErrorSums]
 
-    def __init__(self, file: str, info: TensorInfo, linear: Linear, dtype: str, *, quantized: bool, early_down: bool):
+    def __init__(self, info: TensorInfo, linear: Linear, dtype: str, *, quantized: bool, early_down: bool):
         """`dtype` is the safetensors code of the model's dtype; `early_down` asks for single weights that stand out."""
-        self.file, self.info, self.linear = file, info, linear
+        self.info, self.linear = info, linear
         self._dtype, self._quantized, self._early_down = dtype, quantized, early_down
 
     def pieces(self) -> Iterator[tuple[int, int]]:
@@ -144,8 +144,8 @@ class NormGain:
 
     finding: dict[str, object]
 
-    def __init__(self, file: str, info: TensorInfo, module: str):
-        self.file, self.info, self.module = file, info, module
+    def __init__(self, info: TensorInfo, module: str):
+        self.info, self.module = info, module
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """The whole tensor: (start, count) in bytes."""
