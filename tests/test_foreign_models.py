@@ -251,3 +251,13 @@ def test_a_carried_tensor_that_is_not_finite_is_no_block(model, quick_cli):
     assert done.returncode == 1 and "It is not quantized" in done.stderr.replace("\n", " ") and "block" not in done.stderr
     done = quick_cli("quantize", "model", "--bits", "8", "--set", "allow_nonfinite=true")
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("value", [False, ""])
+def test_a_config_that_asks_for_bare_tuples(value, model, tmp_path):
+    """`return_dict` says in what form outputs come, and changes no number."""
+    text = tmp_path / "text.txt"
+    text.write_text("one two three " * 20)
+    usual = qcli.evaluate(str(model), text=text, device="cpu").rows[0].quality.loss.value
+    edit(model / "config.json", return_dict=value)
+    assert qcli.evaluate(str(model), text=text, device="cpu").rows[0].quality.loss.value == usual
