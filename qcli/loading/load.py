@@ -27,7 +27,7 @@ from qcli.loading import generation_config, out_of_memory
 from qcli.loading.room import check_room
 from qcli.loading.tokenizer import read_tokenizer
 from qcli.loading.transformers_quantizer import LoadingStopped, NoRoom, QcliConfig
-from qcli.methods.choosing import methods_of, recipe_in_force
+from qcli.methods.choosing import made, methods_of, recipe_in_force
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.process import available_memory
 from qcli.recipe import Recipe
@@ -134,8 +134,8 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
             )
         layout = stored_layout(source, built, config)
         check_fits(source, layout)
-        if recipe and (unmatched := recipe.unmatched([*(x.module for x in layout.linears.values()), *layout.default_skip])):
-            raise UsageError(f"{unmatched[0]!r} matches no module of {model}", "Give a full name, or a glob such as '*.down_proj'.")
+        if recipe:
+            _check_recipe(recipe, layout, model)
         options = {"dtype": dtypes.torch_dtype(model_dtype(source, dtype))}
         if (rules := generation_config.for_loading(source, config)) is not None:
             options["generation_config"] = rules
@@ -171,6 +171,20 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
     if not int8_activations:
         _keep_activations(model, loaded)
     return loaded.eval(), tokenizer
+
+
+def _check_recipe(recipe: Recipe, layout: Layout, label: str) -> None:
+    """Raises UsageError where `recipe` does not fit the modules of the model."""
+    if unmatched := recipe.unmatched([*(linear.module for linear in layout.linears.values()), *layout.default_skip]):
+        raise UsageError(f"{unmatched[0]!r} matches no module of {label}", "Give a full name, or a glob such as '*.down_proj'.")
+    format = formats.holding([each.scheme for each in methods_of(recipe)], recipe.format)
+    for linear in layout.quantizable():
+        choice = recipe.choice(linear.module)
+        shape = linear.out_features, linear.in_features
+        if not choice.keeps and (reason := format.refuses_shape(made(choice).scheme, *shape)):
+            raise UsageError(
+                f"{label}, {linear.module}: {reason}", "Choose other options, or leave the module as it is with --skip."
+            )
 
 
 def stored_layout(source: Source, built: type, config) -> Layout:

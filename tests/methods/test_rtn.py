@@ -169,6 +169,9 @@ def test_groups_that_do_not_divide_a_row_are_a_problem_of_the_plan(tmp_path):
     plan = make_plan(str(tmp_path / "model"), tmp_path / "out", method="rtn", group_size=256)
     with pytest.raises(PlanError, match="groups of 256 do not divide rows of"):
         plan.check()
+    with pytest.raises(UsageError, match="groups of 256 do not divide rows of") as refused:
+        qcli.load(str(tmp_path / "model"), method="rtn", group_size=256, device="cpu")
+    assert "proj" in refused.value.message
 
 
 def damaged(folder, tmp_path, change):
