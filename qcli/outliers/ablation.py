@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from qcli.outliers.attention import AttentionMeter, LayerAttention, zero_dims
+from qcli.outliers.inspection import Attention, LayerTop1
 from qcli.outliers.measure import LayerMeasure
 from qcli.outliers.sites import ATTENTION_INPUT, HIDDEN, linear_modules, shown_path
 from qcli.streaming.run import Observer
@@ -67,3 +68,24 @@ class Ablation(Observer):
         """The linear modules of a block at sites of these kinds, by path."""
         shown = {path for s in self._layers[unit.name].sites if s.site.kind in kinds for path in s.site.modules}
         return {path: module for path, module in linear_modules(unit.module).items() if shown_path(path) in shown}
+
+
+def mean_top1(layers: Sequence[LayerAttention]) -> dict[str, float] | None:
+    """Mean largest attention probability over heads, positions and layers, by what was zeroed; None where none was seen."""
+    rows = sum(layer.rows for layer in layers)
+    if not rows:
+        return None
+    return {name: sum(layer.top1[name] for layer in layers) / rows for name in ("with", WITHOUT, RANDOM)}
+
+
+def describe_attention(layers: Sequence[LayerAttention]) -> Attention | None:
+    """What the report says of attention; None where no probabilities were seen."""
+    top1 = mean_top1(layers)
+    if top1 is None:
+        return None
+    sinks = [layer.sinks for layer in layers]
+    return Attention(
+        sink_share=sum(s for s, _ in sinks) / max(sum(heads for _, heads in sinks), 1),
+        top1=top1["with"],
+        layers=[LayerTop1(i, *(layer.mean_top1(name) for name in ("with", WITHOUT, RANDOM))) for i, layer in enumerate(layers)],
+    )

@@ -23,7 +23,8 @@ ONE_SIDED = 0.99  # of a dimension's outliers have one sign
 
 @dataclass(frozen=True)
 class Feature:
-    """A dimension seen at or above the threshold. Shares are fractions; quartiles those of its outlier values."""
+    """A dimension with values at or above the threshold. Shares are fractions, quartiles those of its outlier values. `outlier` says
+    whether it meets the paper's criteria."""
 
     dim: int
     layers_share: float
@@ -32,11 +33,7 @@ class Feature:
     absmax: float
     quartiles: list[float]
     one_sided: bool
-
-    @property
-    def outlier(self) -> bool:
-        """Whether it meets the paper's criteria."""
-        return self.layers_share >= paper.MIN_LAYERS and self.positions_share >= paper.MIN_POSITIONS
+    outlier: bool
 
 
 def hidden_sites(layer: LayerMeasure, hidden_size: int) -> list[SiteMeasure]:
@@ -64,15 +61,17 @@ def find_features(layers: Iterable[LayerMeasure], union: Iterable[torch.Tensor],
     for dim in counts.nonzero().view(-1).tolist():
         values, weights = merge_bins([site.sketch.of(dim) for site in sites])
         positive = int(weights[values > 0].sum())
+        layers_share, positions_share = affected[:, dim].double().mean().item(), counts[dim].item() / rows
         features.append(
             Feature(
-                dim,
-                affected[:, dim].double().mean().item(),
-                counts[dim].item() / rows,
-                anywhere[dim].item(),
-                absmax[dim].item(),
-                quartiles(values, weights),
-                _one_sided(positive, int(weights.sum())),
+                dim=dim,
+                layers_share=layers_share,
+                positions_share=positions_share,
+                positions_union=anywhere[dim].item(),
+                absmax=absmax[dim].item(),
+                quartiles=quartiles(values, weights),
+                one_sided=_one_sided(positive, int(weights.sum())),
+                outlier=layers_share >= paper.MIN_LAYERS and positions_share >= paper.MIN_POSITIONS,
             )
         )
     return sorted(features, key=lambda f: (not f.outlier, -f.positions_share, f.dim))

@@ -113,7 +113,7 @@ class Meter(Observer):
                 self._residual,
                 [m for _, m in sorted(self._medians.items())],
                 [x for _, found in sorted(self._massive.items()) for x in found],
-                self._spikes.super_weights(tail.modules if tail else {}),
+                self._spikes.super_weights(len(self.layers), tail.modules if tail else {}),
             )
         )
         self._finder = None

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +22,8 @@ MOST_SKIPPED = 0.10  # of the modules, those worst off
 
 @dataclass(frozen=True)
 class Recommendation:
-    """`command` is ready to run; `alternative` is the other width, for who needs it. `skip` are full module names."""
+    """`method` is a name of qcli.schemes, `command` is ready to run, `alternative` is the command for the other width. `skip` are
+    full module names. `threshold` is None where the method has none."""
 
     method: str
     threshold: float | None
@@ -30,10 +31,6 @@ class Recommendation:
     command: str
     alternative: str
     why: list[str]
-
-    def summary(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
 
 
 def recommend(
@@ -49,20 +46,21 @@ def recommend(
     share = sum(site.columns_kept * len(site.site.modules) for site in sites) / sum(len(s.site.modules) for s in sites)
     why = [_about_features(features), _about_rounding(sites, plain)]
     if share <= MOST_COLUMNS:
-        method, name = "llm-int8", "LLM.int8()"
+        method, left = "llm-int8", _median(sites, "llm-int8")
+        leaves = "" if left is None else f", and leaves {left:.1f} dB"
         why.append(
-            f"LLM.int8() keeps {share:.1%} of the input columns of a sequence in 16 bits, and leaves {_median(sites, name):.1f} dB."
+            f"LLM.int8() keeps {share:.1%} of the input columns of a sequence in 16 bits{leaves}."
             if share
             else f"No column of a sequence reaches {threshold:g}, so LLM.int8() is plain int8 here and costs no more."
         )
     else:
-        method, name = "nf4", "NF4"
+        method = "nf4"
         why.append(
             f"LLM.int8() would keep {share:.0%} of the input columns of a sequence in 16 bits, which costs more than int8 saves; "
             f"NF4 leaves activations whole. A higher --threshold keeps fewer: try {2 * threshold:g}."
         )
     why.append(f"NF4 rounds weights only and leaves {nf4:.1f} dB, wherever outliers are." if nf4 else "")
-    skip, about_skip = _skip(measured, name)
+    skip, about_skip = _skip(measured, method)
     why += about_skip
     options = [] if threshold == paper.THRESHOLD or method == "nf4" else ["--threshold", f"{threshold:g}"]
     skips = [part for module in skip for part in ("--skip", module)]

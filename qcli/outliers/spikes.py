@@ -44,6 +44,7 @@ def massive(hidden: torch.Tensor, window: int) -> tuple[float, list[Massive]]:
 class SuperWeight:
     """The weight [row, column] of `module`, whose product with the input spike makes most of the output spike."""
 
+    layer: int
     module: str
     row: int
     column: int
@@ -79,8 +80,8 @@ class SpikeFinder:
             return
         self._largest[id(module)] = x[token].float(), y[token].float(), y.float().abs().median().item()
 
-    def super_weights(self, modules: Mapping[str, nn.Module]) -> list[SuperWeight]:
-        """Of the given modules, path to module: the FFN's last ones, where they have been seen. Weights must be loaded."""
+    def super_weights(self, layer: int, modules: Mapping[str, nn.Module]) -> list[SuperWeight]:
+        """Those of `modules`, path to module, which are the last ones of the FFN of block `layer`. Weights must be loaded."""
         found = []
         for path, module in modules.items():
             if id(module) not in self._largest:
@@ -91,7 +92,7 @@ class SpikeFinder:
                 column = int((weights * x).abs().argmax())
                 weight, spike, output = weights[column].item(), x[column].item(), y[row].item()
                 if abs(weight * spike) >= SUPER_SHARE * abs(output):
-                    found.append(SuperWeight(path, row, column, weight, spike, output))
+                    found.append(SuperWeight(layer, path, row, column, weight, spike, output))
         return found
 
 

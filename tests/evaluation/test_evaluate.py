@@ -188,7 +188,7 @@ def test_transposed_layers_and_their_biases(tmp_path, long_text):
     add_tokenizer(tmp_path)
     options = {"text": long_text, "tokens": 120, "device": "cpu", "dtype": "float32"}
     [alone] = qcli.evaluate(str(tmp_path), **options).rows
-    rows = qcli.evaluate(str(tmp_path), methods="nf4+dq", **options).rows
+    rows = qcli.evaluate(str(tmp_path), methods="nf4", **options).rows
     assert rows[0].quality.loss.value == pytest.approx(alone.quality.loss.value, rel=1e-6)
     qcli.quantize(str(tmp_path), tmp_path / "nf4", method="nf4", device="cpu")
     [quantized] = qcli.evaluate(str(tmp_path / "nf4"), **options).rows
@@ -204,8 +204,8 @@ def test_values_that_are_not_finite_are_placed(tmp_path, long_text):
     add_tokenizer(tmp_path)
     with pytest.raises(NonFiniteError, match=r"token 1 of window 1 are not finite; .* come out of model.layers.1$"):
         qcli.evaluate(str(tmp_path), text=long_text, tokens=100, device="cpu")
-    with pytest.raises(NonFiniteError, match=r", fp32: the logits for token 1 .* come out of model.layers.1$"):
-        qcli.evaluate(str(tmp_path), text=long_text, tokens=100, device="cpu", methods="fp4")
+    with pytest.raises(NonFiniteError, match=r", unquantized: the logits for token 1 .* come out of model.layers.1$"):
+        qcli.evaluate(str(tmp_path), text=long_text, tokens=100, device="cpu", methods="fp4-plain")
 
 
 def test_the_window_that_breaks_is_named(tmp_path, long_text):
@@ -252,9 +252,9 @@ def test_heads_of_unlike_sizes_are_not_compared(tmp_path, long_text):
 
 
 def test_speed_and_memory_of_what_runs(long_text):
-    result = qcli.evaluate(str(DEMO), methods="nf4+dq,llm.int8,fp4", text=long_text, tokens=60, speed=True, device="cpu")
+    result = qcli.evaluate(str(DEMO), methods="nf4,llm.int8,fp4-plain", text=long_text, tokens=60, speed=True, device="cpu")
     speeds = {row.name: row.speed for row in result.rows}
-    assert speeds["fp4-plain"] is None
+    assert speeds["fp4-plain"].weights > speeds["nf4"].weights
     assert speeds["nf4"].weights < speeds["llm-int8"].weights < speeds["unquantized"].weights
     for name in ("unquantized", "llm-int8", "nf4"):
         assert speeds[name].prefill > 0 and speeds[name].decode > 0 and speeds[name].prompt_tokens == 61
@@ -262,12 +262,12 @@ def test_speed_and_memory_of_what_runs(long_text):
     assert np.isclose(speeds["unquantized"].weights, 2 * 1_369_728, rtol=0.01)
 
 
-@pytest.mark.parametrize("options", [{"methods": "LLM.int8(),NF4"}, {"against": str(DEMO)}])
+@pytest.mark.parametrize("options", [{"methods": "LLM.int8(),nf4-plain"}, {"against": str(DEMO)}])
 def test_a_text_read_in_several_goes_gives_the_same(monkeypatch, stories, options):
     """Hidden states that do not fit together wait in several goes; every token is scored once all the same."""
     arguments = {"text": stories, "tokens": 600, "device": "cpu", "dtype": "float32", **options}
     expected = qcli.evaluate(str(DEMO), **arguments).summary()
-    monkeypatch.setattr("qcli.evaluation.score.HIDDEN_BYTES", 500_000)
+    monkeypatch.setattr("qcli.streaming.reading.HIDDEN_BYTES", 500_000)
     found = qcli.evaluate(str(DEMO), **arguments).summary()
     assert found["protocol"] == expected["protocol"]
     for ours, theirs in zip(found["rows"], expected["rows"]):
@@ -316,7 +316,7 @@ def test_an_experts_share_of_the_tokens_is_read_window_by_window(tmp_path, long_
     monkeypatch.setattr(
         reading.Reading, "__init__", lambda self, *a, **options: (seen.append(options["alone"]), read(self, *a, **options))[1]
     )
-    options = {"text": long_text, "tokens": 100, "sequence_length": 24, "methods": "per-tensor,LLM.int8()", "device": "cpu"}
+    options = {"text": long_text, "tokens": 100, "sequence_length": 24, "methods": "int8-per-tensor,LLM.int8()", "device": "cpu"}
     result = qcli.evaluate(str(tmp_path), **options)
     assert seen == [False, True]
     monkeypatch.setattr(reading, "BATCH_TOKENS", 1)

@@ -21,7 +21,7 @@ def logits():
 def told(base, other, targets, cuts):
     scores = TokenScores(len(targets), compared=True)
     for first, last in cuts:
-        scores.tell(first, other[first:last], targets[first:last], log_probabilities(base[first:last]))
+        scores.add(first, other[first:last], targets[first:last], log_probabilities(base[first:last]))
     return scores
 
 
@@ -78,5 +78,5 @@ def test_not_a_number_shows(logits):
     other = other.clone()
     other[4, 17] = torch.nan
     scores = TokenScores(70)
-    scores.tell(0, other, targets)
+    scores.add(0, other, targets)
     assert np.isnan(scores.loss).nonzero()[0].tolist() == [4] and scores.divergence is None

@@ -220,7 +220,7 @@ def close(a, b, path=""):
 @pytest.mark.parametrize("batch_tokens", [1, 100, 100_000])
 def test_results_do_not_depend_on_batches(folder, report, monkeypatch, batch_tokens):
     monkeypatch.setattr(batches.make_batches, "__defaults__", (batch_tokens,))
-    monkeypatch.setattr("qcli.evaluation.score.BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr("qcli.streaming.reading.BATCH_TOKENS", batch_tokens)
     close(report, inspect(folder[2]))
 
 

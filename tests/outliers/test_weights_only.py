@@ -89,7 +89,7 @@ def test_figures_equal_float64_arithmetic(name, dtype, tmp_path):
         assert [found["out_features"], found["in_features"]] == list(weight.shape)
         figures, int8 = oracle(weight)
         assert {key: found[key] for key in figures} == pytest.approx(figures, rel=1e-9), found["module"]
-        assert found["sqnr"]["int8-row-wise"] == pytest.approx(int8, abs=0.02)
+        assert found["sqnr"]["llm-int8"] == pytest.approx(int8, abs=0.02)
         # bitsandbytes decodes to the weight's own dtype, which rounds.
         assert found["sqnr"]["nf4"] == pytest.approx(nf4_sqnr(weight), abs=0.02)
         assert found["columns"]["beyond"] == len(find_outlier_dims(weight.float()))
@@ -241,7 +241,7 @@ def test_a_bin_checkpoint_gives_the_same(llama, tmp_path):
 
 def test_sizes_are_those_of_the_plan(llama, tmp_path):
     sizes = {s["method"]: s["bytes"] for s in inspect_weights(str(llama))["sizes"]}
-    for label, options in (("int8", {"bits": 8}), ("nf4", {"bits": 4, "double_quant": False}), ("nf4", {"bits": 4})):
+    for label, options in (("llm-int8", {"bits": 8}), ("nf4-plain", {"bits": 4, "double_quant": False}), ("nf4", {"bits": 4})):
         plan = make_plan(str(llama), tmp_path / "out", **options)
         assert sizes[label] == sum(work.output_bytes for work in plan.work)
     assert sizes["as stored"] == sum(t.nbytes for t in tensors(llama).values())
@@ -255,7 +255,7 @@ def test_values_that_are_not_finite_are_named(llama, tmp_path):
     report = inspect_weights(str(replant(llama, tmp_path / "spoiled", spoil)))
     json.dumps(report, allow_nan=False)
     found = linear(report, DOWN.format(0))
-    assert found["nonfinite"] == 2 and found["absmax"] is None and found["sqnr"] == {"int8-row-wise": None, "nf4": None}
+    assert found["nonfinite"] == 2 and found["absmax"] is None and found["sqnr"] == {"llm-int8": None, "nf4": None}
     assert f"{DOWN.format(0)} holds 2 NaN or infinite values" in report["notes"][0]
     assert "model.norm.weight holds 1 NaN" in report["notes"][1]
     kind = next(k for k in report["kinds"] if k["kind"] == "mlp.down_proj")
