@@ -68,7 +68,7 @@ class SampleOf:
         sequences = [x.float() for _, x in sorted(self._sequences.items())]
         outliers = [is_outlier(x, threshold).any(0) for x in sequences]
         step = -(-sum(len(x) - self.prefix for x in sequences) // SAMPLE_TOKENS)
-        for weight in weights:
+        for weight in map(torch.Tensor.contiguous, weights):  # a Conv1D's is stored transposed
             wide = weight.float()
             whole = [_parts(x[self.prefix :: step], wide, o) for x, o in zip(sequences, outliers)]
             del wide  # a layer of a large model has hundreds of megabytes

@@ -16,7 +16,7 @@ import qcli
 from qcli.checkpoint.source import Source
 from qcli.commands._weights_tables import show
 from qcli.outliers.weights import statistics as weight_statistics
-from qcli.outliers.weights.inspect import inspect_weights
+from qcli.outliers.weights import inspect
 from qcli.outliers.weights.summary import rows
 from qcli.quantization.quantize import make_plan
 from tests.conftest import ROOT
@@ -24,6 +24,10 @@ from tests.hub_server import running_hub
 from tests.models import ARCHITECTURES, make_model
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
+
+
+def inspect_weights(model, **options):
+    return inspect.inspect_weights(model, **options).summary()
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +279,7 @@ def test_weights_of_zeros_and_a_constant_gain(llama, tmp_path):
     assert (norm["beyond"], norm["max_z"]) == (0, 0.0)
 
 
-def test_of_a_quantized_checkpoint_the_norms_are_told(llama, tmp_path):
+def test_of_a_quantized_checkpoint_the_norms_are_inspected(llama, tmp_path):
     qcli.quantize(str(llama), tmp_path / "nf4")
     report = inspect_weights(str(tmp_path / "nf4"))
     assert report["linears"] == report["kinds"] == [] and "quantized already" in report["notes"][0]
@@ -311,7 +315,7 @@ from qcli.checkpoint import hub
 from qcli.errors import HubError
 from qcli.outliers.weights.inspect import inspect_weights
 hub._BACK_OFF, hub._WITHOUT_RANGES = 0.01, 100_000
-report = inspect_weights("org/tiny")
+report = inspect_weights("org/tiny").summary()
 try:
     inspect_weights("org/whole")
 except HubError as e:
@@ -361,7 +365,7 @@ def test_tables_and_rows(llama, tmp_path, capsys):
                 tensor[5] = 50.0
         found[DOWN.format(1)][5, 100] = 4.0
 
-    report = inspect_weights(str(replant(llama, tmp_path / "planted", plant)))
+    report = inspect.inspect_weights(str(replant(llama, tmp_path / "planted", plant)))
     show(report)
     shown = capsys.readouterr().out
     texts = ("LlamaForCausalLM, 2 layers", "mlp.down_proj", "5 of 5", "Super weight candidates", "lm_head (kept as it is)")

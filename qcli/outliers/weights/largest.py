@@ -6,6 +6,8 @@ Magnitude alone is a hint: a weight that stands out need not be one, and a forwa
 
 import torch
 
+from qcli.outliers.weights.inspection import LargeWeight
+
 TIMES_RMS = 20.0  # a Gaussian matrix of 10^8 weights reaches 6
 TIMES_NEXT = 1.5  # against the largest weight that does not stand out
 _KEPT = 8
@@ -20,7 +22,7 @@ class LargestWeights:
         self._places = torch.zeros(0, dtype=torch.long)
 
     def add(self, rows: torch.Tensor, first: int) -> None:
-        """Counts rows [n, columns] in, of which the matrix has `first` before them."""
+        """Counts rows [n, columns] in, which begin at row `first` of the matrix."""
         # The largest weights lie in the rows of the largest absmax.
         best = rows.abs().amax(1).topk(min(_KEPT, len(rows))).indices
         flat = rows[best].view(-1)
@@ -31,10 +33,10 @@ class LargestWeights:
         kept = values.abs().argsort(descending=True, stable=True)[:_KEPT]
         self._values, self._places = values[kept], places[kept]
 
-    def found(self, rms: float) -> list[dict[str, float]]:
-        """Those that stand out, largest first: at least TIMES_RMS the matrix's rms, and TIMES_NEXT the next one.
+    def found(self, rms: float) -> list[LargeWeight]:
+        """The weights that stand out, largest first: at least TIMES_RMS times the matrix's `rms`, and TIMES_NEXT times the next one.
 
-        Where several do, the widest gap below tells how many.
+        Where several weights could be the last one, it is the one with the widest gap below it.
         """
         sizes = self._values.abs().double()
         gaps = sizes[:-1] / sizes[1:]
@@ -43,12 +45,12 @@ class LargestWeights:
             return []
         count = int(gaps.argmax()) + 1
         return [
-            {
-                "row": int(place) // self._columns,
-                "column": int(place) % self._columns,
-                "weight": float(value),
-                "times_rms": abs(float(value)) / rms,
-                "times_next": float(abs(value) / sizes[count]) if sizes[count] else None,
-            }
+            LargeWeight(
+                row=int(place) // self._columns,
+                column=int(place) % self._columns,
+                weight=float(value),
+                times_rms=abs(float(value)) / rms,
+                times_next=float(abs(value) / sizes[count]) if sizes[count] else None,
+            )
             for value, place in zip(self._values[:count], self._places[:count])
         ]
