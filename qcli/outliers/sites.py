@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qcli.checkpoint.names import in_attention, in_ffn
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.streaming.run import current_call, same_tensor
 
@@ -15,9 +16,6 @@ ATTENTION_INPUT, ATTENTION_OUTPUT = "attention input", "attention output"
 FFN_INPUT, FFN_OUTPUT, OTHER = "ffn input", "ffn output", "other"
 RESIDUAL = "residual stream"  # what leaves a block
 HIDDEN = (ATTENTION_INPUT, FFN_INPUT)  # sites whose channels are the dimensions of the hidden state
-
-_ATTENTION = re.compile(r"att")
-_FFN = re.compile(r"mlp|ffn|feed_?forward|expert|moe|(^|\.)(fc\d?|dense_h_to_4h|dense_4h_to_h|up_proj|gate_proj|down_proj|w[123])$")
 
 
 @dataclass
@@ -89,7 +87,7 @@ class SiteFinder:
         groups: dict[str, list[Site]] = {}
         for site in self.sites.values():
             # Linear layers that lie in the block itself belong together by their names.
-            group = site.group or ("ffn" if _FFN.search(next(iter(site.modules))) else "")
+            group = site.group or ("ffn" if in_ffn(next(iter(site.modules))) else "")
             groups.setdefault(group, []).append(site)
         for sites in groups.values():
             _name(sites)
@@ -99,9 +97,9 @@ class SiteFinder:
 def _name(sites: list[Site]) -> None:
     """The kinds of the inputs of one attention or FFN: its first layers read the hidden state, its last one ends it."""
     path = next(iter(sites[0].modules))
-    if _FFN.search(path) and not _ATTENTION.search(path.rpartition(".")[0]):
+    if in_ffn(path):
         first, last = FFN_INPUT, FFN_OUTPUT
-    elif _ATTENTION.search(path):
+    elif in_attention(path):
         first, last = ATTENTION_INPUT, ATTENTION_OUTPUT
     else:
         return

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import qcli
 from qcli.errors import NonFiniteError, UsageError
+from qcli.schemes import NAMED
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, make_model
 
@@ -321,3 +322,21 @@ def test_an_experts_share_of_the_tokens_is_read_window_by_window(tmp_path, long_
     assert seen == [False, True]
     monkeypatch.setattr(reading, "BATCH_TOKENS", 1)
     assert result.summary() == qcli.evaluate(str(tmp_path), **options).summary()
+
+
+def test_a_method_whose_groups_do_not_divide_a_row_is_left_out(tmp_path, long_text):
+    config = transformers.LlamaConfig(
+        hidden_size=96, intermediate_size=576, num_hidden_layers=1, num_attention_heads=2, vocab_size=256
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    add_tokenizer(tmp_path)
+    options = {"text": long_text, "tokens": 60, "device": "cpu"}
+    result = qcli.evaluate(str(tmp_path), methods="all", **options)
+    assert [row.name for row in result.rows] == [name for name in NAMED if name != "rtn"]
+    assert [note.split(" (")[0] for note in result.notes] == [
+        "rtn is left out: groups of 128 do not divide rows of 96; a group size of 32 does",
+        "rtn is left out: groups of 128 do not divide rows of 576; a group size of 64 does",
+    ]
+    assert "model.layers.0.mlp.down_proj" in result.notes[1]
+    with pytest.raises(UsageError, match="^rtn is left out: groups of 128 do not divide rows of 96"):
+        qcli.evaluate(str(tmp_path), methods="rtn", **options)

@@ -11,12 +11,12 @@ from qcli import formats
 from qcli.checkpoint import config_json, dtypes
 from qcli.checkpoint.model_dtype import model_dtype
 from qcli.checkpoint.modules import Layout, Linear, find_linears
+from qcli.checkpoint.names import gain_of, is_down_projection, layer_counts, place
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import Source, open_source, read_pieces
 from qcli.errors import CheckpointError, together
 from qcli.formats import Weight
 from qcli.formats.describe import Description, describe
-from qcli.outliers.tensor_names import gain_of, is_down_projection, layer_counts, place
 from qcli.outliers.weights import summary
 from qcli.outliers.weights.inspection import Model, Size, WeightInspection
 from qcli.outliers.weights.statistics import LinearWeight, NormGain

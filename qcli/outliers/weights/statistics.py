@@ -9,11 +9,11 @@ import torch
 from qcli import methods
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.modules import Linear
+from qcli.checkpoint.names import place
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import PIECE_BYTES
 from qcli.methods.errors import ErrorSums
 from qcli.outliers.statistics import ChannelStats
-from qcli.outliers.tensor_names import place
 from qcli.outliers.weights.inspection import Beyond, DimZ, LinearFinding, NormFinding
 from qcli.outliers.weights.largest import LargestWeights
 from qcli.schemes import NAMED
