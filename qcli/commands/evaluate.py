@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from qcli import console
+from qcli.process import importing
 
 
 def evaluate(
@@ -45,8 +46,9 @@ def evaluate(
     csv: Annotated[Path | None, typer.Option(help="Also write the rows to this file.", show_default=False)] = None,
 ) -> None:
     """Measure a model on text: its perplexity, its distance from another model, what each method would cost."""
-    from qcli.commands import _evaluation_tables as tables
-    from qcli.evaluation.evaluate import evaluate as measure
+    with importing():
+        from qcli.commands import _evaluation_tables as tables
+        from qcli.evaluation.evaluate import evaluate as measure
     from qcli.files import whole as whole_file
 
     if csv is not None:

@@ -8,6 +8,7 @@ import typer
 
 from qcli import console
 from qcli.errors import UsageError
+from qcli.process import importing
 
 
 def inspect_outliers(
@@ -56,15 +57,17 @@ def inspect_outliers(
                 )
     _check_files(csv, report, plot)
     if weights_only:
-        from qcli.commands import _weights_tables as tables
-        from qcli.outliers.weights.inspect import inspect_weights
-        from qcli.outliers.weights.summary import rows
+        with importing():
+            from qcli.commands import _weights_tables as tables
+            from qcli.outliers.weights.inspect import inspect_weights
+            from qcli.outliers.weights.summary import rows
 
         found = inspect_weights(model, revision=revision, trust_remote_code=trust_remote_code, progress=console.progress)
     else:
-        from qcli.commands import _outlier_tables as tables
-        from qcli.commands._outlier_tables import rows
-        from qcli.outliers.inspect_outliers import inspect_outliers as measure
+        with importing():
+            from qcli.commands import _outlier_tables as tables
+            from qcli.commands._outlier_tables import rows
+            from qcli.outliers.inspect_outliers import inspect_outliers as measure
 
         found = measure(
             model,
