@@ -14,10 +14,7 @@ def show(report: Inspection) -> None:
     """Prints the tables, the paper's row, what was ablated, and the recommendation."""
     model, text = report.model, report.text
     kind = f"{model.quantization}, " if model.quantization else ""
-    console.out(
-        f"{model.name}: {model.architecture}, {model.layers} layers of {model.hidden_size} dimensions, "
-        f"{kind}{model.dtype}"
-    )
+    console.out(f"{model.name}: {model.architecture}, {model.layers} layers of {model.hidden_size} dimensions, {kind}{model.dtype}")
     apart = f"; {text.bos_tokens:,} tokens that begin a text are apart" if text.bos_tokens else ""
     console.out(
         f"{text.tokens:,} tokens of {text.name} in {text.sequences:,} sequences of up to {text.sequence_length:,}"
@@ -76,8 +73,7 @@ def _damage(report: Inspection) -> None:
         return
     methods = list(measured[0][1].sqnr or ())
     rows = [
-        (layer.layer, _SHORT.get(site.kind, site.kind), *(_pair(site.sqnr[name]) for name in methods))
-        for layer, site in measured
+        (layer.layer, _SHORT.get(site.kind, site.kind), *(_pair(site.sqnr[name]) for name in methods)) for layer, site in measured
     ]
     console.table("SQNR of the outputs, dB: all / through channels without outliers", ("layer", "site", *methods), rows, left=(1,))
     console.out()

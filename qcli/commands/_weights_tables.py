@@ -48,9 +48,7 @@ def _show_kinds(kinds: list[KindFinding]) -> None:
         for k in kinds
     ]
     console.table(
-        "Linear weights",
-        ("kind", "count", "absmax", "absmax/RMS", "kurtosis", "row spread", "block spread", *kinds[0].sqnr),
-        rows,
+        "Linear weights", ("kind", "count", "absmax", "absmax/RMS", "kurtosis", "row spread", "block spread", *kinds[0].sqnr), rows
     )
     console.out("absmax/RMS and kurtosis: medians over the layers (a Gaussian has kurtosis 3). Spread: greatest over median")
     console.out("absmax, of the rows and of the blocks of 64, in the worst layer. Decibels: SQNR of all layers together.\n")
@@ -60,13 +58,7 @@ def _show_worst(linears: list[LinearFinding]) -> None:
     measured = [x for x in linears if x.quantized and x.sqnr["nf4"] is not None]
     worst = sorted(measured, key=lambda x: (x.sqnr["nf4"], x.module))[:_WORST]
     rows = [
-        (
-            x.module,
-            *(_decibels(v) for v in x.sqnr.values()),
-            _figure(x.row_spread),
-            _figure(x.block_spread),
-            _figure(x.kurtosis),
-        )
+        (x.module, *(_decibels(v) for v in x.sqnr.values()), _figure(x.row_spread), _figure(x.block_spread), _figure(x.kurtosis))
         for x in worst
     ]
     if rows:
@@ -80,9 +72,7 @@ def _show_norms(report: WeightInspection) -> None:
         return
     candidates = [d for d in report.norm_dims if d.candidate]
     if not candidates:
-        console.out(
-            f"Norm gains: no dimension is more than 3 standard deviations off in most of the {len(report.norms)} norms.\n"
-        )
+        console.out(f"Norm gains: no dimension is more than 3 standard deviations off in most of the {len(report.norms)} norms.\n")
         return
     console.out("Norm gains: dimensions more than 3 standard deviations off in most norms, candidates for outlier features")
     console.table(
@@ -108,10 +98,7 @@ def _show_super_weights(report: WeightInspection) -> None:
     found = report.super_weights
     if found:
         console.out("Super weight candidates: each stands out in a down projection of an early layer; a forward pass decides")
-        rows = [
-            (w.module, w.row, w.column, f"{w.weight:.4g}", _figure(w.times_rms), _figure(w.times_next))
-            for w in found
-        ]
+        rows = [(w.module, w.row, w.column, f"{w.weight:.4g}", _figure(w.times_rms), _figure(w.times_next)) for w in found]
         console.table("", ("module", "row", "column", "weight", "times RMS", "times the next"), rows)
     elif any(linear.largest is not None for linear in report.linears):
         console.out("Super weights: no single weight stands out in the down projections of the early layers.\n")

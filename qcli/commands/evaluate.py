@@ -21,17 +21,16 @@ def evaluate(
     text: Annotated[
         Path | None,
         typer.Option(
-            help='A .txt file, or .jsonl with a {"text": ...} a line. Default: a text that comes with qcli.', show_default=False
+            help='A .txt file, or .jsonl with a {"text": ...} in each line. Default: a text that comes with qcli.',
+            show_default=False,
         ),
     ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Read so many tokens of it. Default: up to 16,384.", show_default=False)
-    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of it to read. Default: up to 16,384.", show_default=False)] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens in a window. Default: the model's context, at most 2,048.", show_default=False)
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(help="New tokens in a window; less than its length overlaps. Default: all.", show_default=False)
+        int | None, typer.Option(help="New tokens in each window; fewer than its length overlap. Default: all.", show_default=False)
     ] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Also time prefill and decode, and measure memory.")] = False,
     dtype: Annotated[

@@ -16,10 +16,10 @@ def inspect_outliers(
     text: Annotated[
         Path | None,
         typer.Option(
-            help='A .txt file, or .jsonl with one {"text": ...} in each line. Default: a text that comes with qcli.', show_default=False
+            help='A .txt file, or .jsonl with {"text": ...} in each line. Default: a text that comes with qcli.', show_default=False
         ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="How many tokens of it to read. Default: up to 8,192.", show_default=False)] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of it to read. Default: up to 8,192.", show_default=False)] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens in a window. Default: the model's context, at most 2,048.", show_default=False)
     ] = None,

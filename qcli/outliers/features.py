@@ -1,11 +1,12 @@
 """Which dimensions of the hidden state are outlier features, by the criteria of LLM.int8() (arXiv:2208.07339, section 4.1).
 
-The hidden states of a layer are the inputs of its attention projections and of its FFN's first layers: what the norms give.
-The paper counts the input of the attention's output projection too; its channels are those of the heads, no dimensions of
-the hidden state, so here it has its own row in the tables and no part in this. A dimension is an outlier feature where values
-of magnitude `threshold` and more stand in at least MIN_LAYERS of the layers, and at MIN_POSITIONS of the sequence dimensions.
-The last can be read two ways. Here it is the share of all pairs of hidden state and position, which is the stricter one; the
-share of positions at which any layer has such a value is given beside it.
+The hidden states of a layer are the inputs of its attention projections and of its FFN's first layers: the outputs of its norms.
+The paper counts the input of the attention's output projection too. But its channels are those of the heads and no dimensions of
+the hidden state, so it is left out here and has its own row in the tables.
+
+A dimension is an outlier feature if values of magnitude `threshold` and more occur in at least MIN_LAYERS of the layers, and at
+MIN_POSITIONS of the sequence positions. The last can be read in two ways. Here it is the share of all pairs of hidden state and
+position, which is the stricter reading. The share of positions at which any layer has such a value is reported beside it.
 """
 
 from collections.abc import Iterable
@@ -23,8 +24,8 @@ ONE_SIDED = 0.99  # of a dimension's outliers have one sign
 
 @dataclass(frozen=True)
 class Feature:
-    """A dimension with values at or above the threshold. Shares are fractions, quartiles those of its outlier values. `outlier` says
-    whether it meets the paper's criteria."""
+    """A dimension with values at or above the threshold. Shares are fractions. Quartiles are those of its outlier values. `outlier`
+    says whether it meets the paper's criteria."""
 
     dim: int
     layers_share: float
@@ -46,7 +47,7 @@ def hidden_sites(layer: LayerMeasure, hidden_size: int) -> list[SiteMeasure]:
 
 
 def find_features(layers: Iterable[LayerMeasure], union: Iterable[torch.Tensor], hidden_size: int) -> list[Feature]:
-    """Every dimension with an outlier anywhere, the most common first; `union` holds bool [positions, hidden_size]."""
+    """Every dimension with an outlier anywhere, the most common first. `union` holds masks, bool [positions, hidden_size]."""
     by_layer = [sites for layer in layers if (sites := hidden_sites(layer, hidden_size))]
     if not by_layer:
         return []

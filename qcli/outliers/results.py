@@ -8,7 +8,6 @@ import torch
 from qcli.outliers import paper
 from qcli.outliers.features import Feature, hidden_sites
 from qcli.outliers.inspection import (
-    Activations,
     Charts,
     Dim,
     FirstTokens,

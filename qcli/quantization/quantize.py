@@ -145,12 +145,7 @@ def _allocated(path: Path) -> int:
 
 
 def run_plan(
-    plan: Plan,
-    *,
-    device: str = "auto",
-    overwrite: bool = False,
-    push_to_hub: str | None = None,
-    progress: Progress | None = None,
+    plan: Plan, *, device: str = "auto", overwrite: bool = False, push_to_hub: str | None = None, progress: Progress | None = None
 ) -> Report:
     """Executes a plan without problems. `progress(total, done)` gives a context manager with advance(bytes, name).
 

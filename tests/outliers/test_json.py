@@ -17,8 +17,8 @@ ACTIVATIONS = (
 )
 DIM = "dim count share min max mean std absmax kurtosis quartiles one_sided"
 KEYS = {
-    "": "format version qcli model text threshold min_layers min_positions layers features table4 massive_activations super_weights "
-    "attention bos ablation charts notes recommendation",
+    "": "format version qcli model text threshold min_layers min_positions layers features table4 massive_activations "
+    "super_weights attention bos ablation charts notes recommendation",
     "model": "name architecture layers hidden_size parameters quantization dtype",
     "text": "name documents sequences sequence_length tokens bos_tokens bos",
     "layers": "layer name sites residual",

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import qcli
 from qcli.checkpoint.source import Source
 from qcli.commands._weights_tables import show
-from qcli.outliers.weights import statistics as weight_statistics
 from qcli.outliers.weights import inspect
+from qcli.outliers.weights import statistics as weight_statistics
 from qcli.outliers.weights.summary import rows
 from qcli.quantization.quantize import make_plan
 from tests.conftest import ROOT

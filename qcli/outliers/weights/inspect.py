@@ -27,11 +27,7 @@ _SIZES = ("llm-int8", "nf4-plain", "nf4")  # of qcli.schemes
 
 
 def inspect_weights(
-    model: str,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False, progress: Progress | None = None
 ) -> WeightInspection:
     """Reads the weights of a folder or hub id. A model that is quantized already has only its norms inspected.
 

@@ -30,7 +30,7 @@ class DimZ:
 
 @dataclass(frozen=True)
 class Beyond:
-    """How many dimensions are beyond a number of standard deviations, the greatest z of all, and the dimensions, greatest z first."""
+    """Dimensions beyond a number of standard deviations: how many, the greatest z of all, and which ones, greatest z first."""
 
     beyond: int
     max_z: float | None
@@ -52,11 +52,11 @@ class LargeWeight:
 class LinearFinding:
     """A linear weight [out_features, in_features]. With NaN or infinity in it, `nonfinite` counts them and the figures are None.
 
-    `quantized`: whether `qcli quantize` would quantize it, unasked. `crest` is absmax / RMS; `kurtosis` is central, 3 for a Gaussian;
-    `row_spread` and `block_spread` are the greatest / median absmax of the rows, and of the blocks of 64; `row_crest` is the
-    greatest absmax / RMS of a row. `sqnr` in dB is by method. `columns` are the input columns whose standard deviation is more
-    than 4 of its own standard deviations over its mean, as in bitsandbytes' OutlierTracer. `largest` is None where single
-    weights were not looked at: they are in the down projections of early layers.
+    `quantized` says whether `qcli quantize` quantizes it by default. `crest` is absmax / RMS. `kurtosis` is central, 3 for a
+    Gaussian. `row_spread` and `block_spread` are greatest / median absmax of the rows, and of the blocks of 64. `row_crest` is the
+    greatest absmax / RMS of a row. `sqnr` is in dB, by method. `columns` are the input columns whose standard deviation is more than
+    4 standard deviations above the mean of all columns, as in bitsandbytes' OutlierTracer. `largest` are single weights that stand
+    out; it is None outside of the down projections of early layers, where none are looked for.
     """
 
     layer: int | None

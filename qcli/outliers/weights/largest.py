@@ -1,7 +1,7 @@
 """Single weights that stand out from all others of a matrix: candidates for super weights (arXiv:2411.07191).
 
 The paper finds super weights in down projections of early layers, one to six in a model, by the activations that they cause.
-Magnitude alone is a hint: a weight that stands out need not be one, and a forward pass decides. The two bounds are qcli's own.
+Magnitude alone is only a hint. A weight that stands out need not be a super weight; a forward pass decides. Both bounds are qcli's.
 """
 
 import torch
@@ -34,9 +34,9 @@ class LargestWeights:
         self._values, self._places = values[kept], places[kept]
 
     def found(self, rms: float) -> list[LargeWeight]:
-        """The weights that stand out, largest first: at least TIMES_RMS times the matrix's `rms`, and TIMES_NEXT times the next one.
+        """The weights that stand out, largest first: TIMES_RMS times the matrix's `rms` or more, and TIMES_NEXT times the next one.
 
-        Where several weights could be the last one, it is the one with the widest gap below it.
+        Where several weights could be the last of them, it is the one with the widest gap below it.
         """
         sizes = self._values.abs().double()
         gaps = sizes[:-1] / sizes[1:]

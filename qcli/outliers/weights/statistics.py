@@ -28,7 +28,7 @@ class LinearWeight:
     """A linear weight [out_features, in_features] in its logical order. After its last piece it has a `finding`, and `errors`, the
     error sums of each of METHODS.
 
-    Memory until then: a piece, and 8 bytes per 64 elements, at the end 16. A weight that is stored transposed (Conv1D) is held whole.
+    Memory until then: a piece, and 8 bytes for every 64 elements, 16 at the end. A weight stored transposed (Conv1D) is held whole.
     """
 
     finding: LinearFinding
