@@ -21,8 +21,7 @@ def evaluate(
     text: Annotated[
         Path | None,
         typer.Option(
-            help='A .txt file, or .jsonl with a {"text": ...} in each line. Default: a text that comes with qcli.',
-            show_default=False,
+            help='A .txt file, or .jsonl: {"text": ...} in each line. Default: a text that comes with qcli.', show_default=False
         ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of it to read. Default: up to 16,384.", show_default=False)] = None,
@@ -44,7 +43,7 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     csv: Annotated[Path | None, typer.Option(help="Also write the rows to this file.", show_default=False)] = None,
 ) -> None:
-    """Measure a model on text: its perplexity, its distance from another model, what each method would cost."""
+    """Measure a model on text: its perplexity, its distance from another model, and what each method would cost."""
     with importing():
         from qcli.commands import _evaluation_tables as tables
         from qcli.evaluation.evaluate import evaluate as measure

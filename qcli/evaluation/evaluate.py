@@ -88,8 +88,7 @@ def evaluate(
 
 
 def _fitting(chosen: Sequence[Scheme], skeleton: Skeleton) -> tuple[list[Scheme], list[str]]:
-    """The schemes that every linear layer can have, and a note for each of the others. Raises UsageError where only the
-    unquantized model is left of several."""
+    """(schemes that every linear layer can have, notes on the others). Raises UsageError where only the unquantized one is left."""
     refused: dict[str, dict[str, list[str]]] = {}
     for scheme in chosen:
         for linear in quantizable(skeleton):

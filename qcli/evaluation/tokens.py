@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-_PIECE = 1 << 17  # logits worked on at a time: in float64 1 MiB, which a core's cache holds
+_PIECE = 1 << 17  # logits at a time: in float64 they take 1 MiB, which fits in a core's cache
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:

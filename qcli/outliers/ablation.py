@@ -1,7 +1,7 @@
 """The paper's experiment: zero the outlier dimensions and see what breaks (arXiv:2208.07339, section 4.2 and appendix).
 
-Two readings, each with as many random dimensions as a control. Without propagation: how sharp attention stays, layer by
-layer. Propagated: the perplexity of the model when every attention and every FFN gets its input without them.
+There are two measurements, each with as many random dimensions as a control. Without propagation: how sharp attention stays, layer
+by layer. With propagation: the perplexity of the model when every attention and every FFN gets its input without the dimensions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,14 +21,14 @@ WITHOUT, RANDOM = "without", "random"
 
 
 def random_dims(hidden_size: int, taken: Sequence[int], count: int, seed: int = 0) -> list[int]:
-    """`count` dimensions that are not in `taken`, the same at each call."""
+    """`count` dimensions that are not in `taken`, the same ones at each call."""
     order = torch.randperm(hidden_size, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted([dim for dim in order if dim not in set(taken)][:count])
 
 
 class Ablation(Observer):
-    """Zeroes dimensions in the calls of the variants that `dims` names, at every site of the hidden state; measures attention in
-    the calls of the variant WHOLE. `layers` are those of the measuring pass; `attention` is the result, by layer."""
+    """Zeroes dimensions at every site of the hidden state, in the calls of the variants that `dims` names. Measures attention in
+    the calls of the variant WHOLE. `layers` are those of the measuring pass. `attention` is the result, by layer."""
 
     def __init__(self, layers: Sequence[LayerMeasure], dims: Mapping[str, Sequence[int]], prefix: int):
         self._layers = {layer.name: layer for layer in layers}
@@ -49,7 +49,7 @@ class Ablation(Observer):
 
     @contextmanager
     def variant(self, unit: Unit, name: str) -> Iterator[None]:
-        """Zeroes what the variant is named for."""
+        """Zeroes the dimensions of the variant."""
         if unit.name not in self._layers or name == WHOLE:
             yield
             return

@@ -47,12 +47,12 @@ def inspect_outliers(
 ) -> Inspection:
     """Runs text through `model` (a folder or a hub id), block by block, and returns what it finds.
 
-    `text` is a file (.jsonl: a document a line), or None for the text that comes with qcli; `tokens` of it in windows of
-    `sequence_length`. Values of magnitude `threshold` and more are outliers. `ablate` runs it a second time with the outlier
-    features zeroed. `progress(total, done)` gives a context manager with advance(bytes, name).
+    `text` is a file (.jsonl: a document in each line), or None for the text that comes with qcli. `tokens` of it are read in
+    windows of `sequence_length`. Values of magnitude `threshold` and more are outliers. `ablate` runs the text again with the
+    outlier features zeroed. `progress` is that of qcli.progress.
 
-    Raises QcliError kinds: UsageError for options, texts and models that are no causal language model, CheckpointError,
-    HubError, DeviceError, and NonFiniteError, which names the layer.
+    Raises UsageError (for options, texts, and models that are no causal language model), CheckpointError, HubError, DeviceError,
+    and NonFiniteError, which names the layer.
     """
     if not 0 < threshold < float("inf"):
         raise UsageError(f"--threshold is {threshold}, expected a number above 0", "6.0 is the paper's value.")
@@ -111,7 +111,7 @@ def inspect_outliers(
 
 
 def _check_room(skeleton: Skeleton, corpus: Corpus, variants: int) -> None:
-    """Raises UsageError where the hidden states, which wait for each block together, have no room beside the largest block."""
+    """Raises UsageError where the hidden states of all tokens have no room in memory beside the largest block."""
     free = torch.cuda.mem_get_info()[0] if skeleton.device.type == "cuda" else available_memory()
     states = hidden_bytes([skeleton], corpus.windows, variants)
     block = max(weight_bytes(unit) for unit in skeleton.units)

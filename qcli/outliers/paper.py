@@ -1,10 +1,10 @@
-"""The figures of LLM.int8() (arXiv:2208.07339) that a model is put beside: its criteria, and Table 4."""
+"""The criteria and Table 4 of LLM.int8() (arXiv:2208.07339), to compare a model with."""
 
 from dataclasses import dataclass
 
 THRESHOLD = 6.0  # magnitude of an outlier (section 4.1)
-MIN_LAYERS = 0.25  # an outlier feature shows in so many of the layers,
-MIN_POSITIONS = 0.06  # and at so many of the positions of all hidden states
+MIN_LAYERS = 0.25  # the share of the layers that an outlier feature shows in, at least
+MIN_POSITIONS = 0.06  # and the share of the positions of all hidden states
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ TABLE_4 = [
 
 
 def stage(layers_share: float, positions_share: float) -> str:
-    """Where on the curve of section 4.2 a model stands, whose most common outlier feature has these shares; one sentence."""
+    """Where a model stands on the curve of section 4.2, in one sentence. The shares are those of its most common outlier
+    feature."""
     if layers_share >= 1.0 and positions_share >= 0.73:
         return "Past the phase shift: as in the paper's models of 6.7B and more, all layers share the outlier features."
     row = min(TABLE_4[:-2], key=lambda r: abs(r.layers_share - layers_share) + abs(r.positions_share - positions_share))

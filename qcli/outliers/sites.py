@@ -1,4 +1,4 @@
-"""Where activations are measured: the inputs of a block's linear layers, the same tensor counted once for all that read it."""
+"""Where activations are measured: the inputs of a block's linear layers. Layers that read the same tensor share a site."""
 
 import re
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def shown_path(path: str) -> str:
 
 
 def linear_modules(block: nn.Module) -> dict[str, nn.Module]:
-    """The linear modules of a block by path, and with them fused experts, whose input is that of a linear layer."""
+    """The linear modules of a block by path, and fused experts, whose input is that of linear layers."""
     found = {}
     for path, module in block.named_modules():
         if isinstance(module, (nn.Linear, Conv1D, QuantizedLinear)) or (path and _is_fused(module)):
@@ -48,9 +48,9 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 class SiteFinder:
-    """Hooks the linear modules of a block and says of each call which site it is.
+    """Hooks the linear modules of a block and finds the site of each call.
 
-    `seen(site, module, x, first)` is called at every linear layer, `first` where x was not seen at this site in this call.
+    `seen(site, module, x, first)` is called at every linear layer. `first` says that x is new at this site in this call.
     """
 
     def __init__(self, block: nn.Module, seen: Callable[[Site, nn.Module, torch.Tensor, bool], None]):
@@ -80,13 +80,13 @@ class SiteFinder:
         return hook
 
     def close(self) -> list[Site]:
-        """Takes the hooks off and returns the sites with their kinds, in the order in which they were met."""
+        """Removes the hooks and returns the sites with their kinds, in the order of the calls."""
         for handle in self._handles:
             handle.remove()
         self._call, self._inputs = None, {}
         groups: dict[str, list[Site]] = {}
         for site in self.sites.values():
-            # Linear layers that lie in the block itself belong together by their names.
+            # Linear layers directly in the block are grouped by their names.
             group = site.group or ("ffn" if in_ffn(next(iter(site.modules))) else "")
             groups.setdefault(group, []).append(site)
         for sites in groups.values():
@@ -95,7 +95,8 @@ class SiteFinder:
 
 
 def _name(sites: list[Site]) -> None:
-    """The kinds of the inputs of one attention or FFN: its first layers read the hidden state, its last one ends it."""
+    """Sets the kinds of the inputs of one attention or FFN. Its first layers read the hidden state; the last one makes its
+    output."""
     path = next(iter(sites[0].modules))
     if in_ffn(path):
         first, last = FFN_INPUT, FFN_OUTPUT
@@ -106,4 +107,4 @@ def _name(sites: list[Site]) -> None:
     sites[0].kind = first
     if len(sites) > 1:
         fused = all(_is_fused(module) for module in sites[-1].modules.values())
-        sites[-1].kind = first if fused else last  # of fused experts only what enters them is seen
+        sites[-1].kind = first if fused else last  # only the input of fused experts is seen

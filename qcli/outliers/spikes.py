@@ -1,6 +1,6 @@
 """Massive activations (Sun et al., arXiv:2402.17762) and the super weights behind them (Yu et al., arXiv:2411.07191).
 
-Outlier features are large in nearly every token; these are a handful of values, a thousand times the median, at few tokens.
+Outlier features are large at nearly every token. Massive activations are a few values, a thousand times the median, at few tokens.
 """
 
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ class SuperWeight:
 
 
 class SpikeFinder:
-    """Notes the token at which each linear layer of a block gives its largest output, and what came in there."""
+    """Keeps the token at which each linear layer of a block gives its largest output, with its input and output there."""
 
     def __init__(self):
         # module -> (input [in_features], output [out_features], median of |outputs|)

@@ -1,7 +1,7 @@
 """What a model's weights and headers show of outliers and of the cost of quantization, without a forward pass.
 
 Weights come piece by piece, from the hub by ranged reads. So only what is looked at is downloaded, and none of it is kept. (`.bin`
-shards are fetched whole, since only the file itself says where its tensors lie.)
+shards are fetched whole, since only the file itself says where its tensors are.)
 """
 
 from collections.abc import Callable
@@ -119,7 +119,7 @@ def _linear_weights(source: Source, layout: Layout, notes: list[str]) -> list[Li
 
 
 def _reading_order(source: Source) -> Callable[[tuple[str, TensorInfo]], tuple[int, int]]:
-    """The sort key of (file, tensor) that gives the order in which they lie: the file's number, and the first byte there."""
+    """A sort key for (file, tensor), in the order of the bytes: the file's number, and the first byte in it."""
     files = {file: i for i, file in enumerate(source.files)}
     return lambda place: (files[place[0]], place[1].start)
 

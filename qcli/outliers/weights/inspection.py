@@ -54,9 +54,9 @@ class LinearFinding:
 
     `quantized` says whether `qcli quantize` quantizes it by default. `crest` is absmax / RMS. `kurtosis` is central, 3 for a
     Gaussian. `row_spread` and `block_spread` are greatest / median absmax of the rows, and of the blocks of 64. `row_crest` is the
-    greatest absmax / RMS of a row. `sqnr` is in dB, by method. `columns` are the input columns whose standard deviation is more than
-    4 standard deviations above the mean of all columns, as in bitsandbytes' OutlierTracer. `largest` are single weights that stand
-    out; it is None outside of the down projections of early layers, where none are looked for.
+    greatest absmax / RMS of a row. `sqnr` is in dB, by method. `columns` are the input columns whose standard deviation is more
+    than 4 standard deviations above the mean of all columns, as in bitsandbytes' OutlierTracer. `largest` are single weights that
+    stand out; it is None outside of the down projections of early layers, where none are looked for.
     """
 
     layer: int | None
@@ -154,8 +154,8 @@ class Size:
 
 @dataclass(frozen=True)
 class WeightInspection:
-    """What weights and headers show. `modules_decided_by` says how linear modules were found; None for a quantized model, of which
-    only the norms are inspected."""
+    """What weights and headers show. `modules_decided_by` says how linear modules were found. It is None for a quantized model,
+    where only the norms are inspected."""
 
     model: Model
     modules_decided_by: str | None

@@ -23,7 +23,7 @@ class LargestWeights:
 
     def add(self, rows: torch.Tensor, first: int) -> None:
         """Counts rows [n, columns] in, which begin at row `first` of the matrix."""
-        # The largest weights lie in the rows of the largest absmax.
+        # The largest weights are in the rows of the largest absmax.
         best = rows.abs().amax(1).topk(min(_KEPT, len(rows))).indices
         flat = rows[best].view(-1)
         places = flat.abs().topk(min(_KEPT, len(flat))).indices

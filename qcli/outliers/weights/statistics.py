@@ -69,7 +69,7 @@ class LinearWeight:
         linear, info = self.linear, self.info
         self._row = 0
         self._stats = ChannelStats(linear.in_features)
-        # Filled in place: small tensors kept one by one would pin the heap between the pieces that come and go.
+        # Filled in place: many small tensors would keep the heap from shrinking between the pieces.
         self._row_squares = torch.empty(linear.out_features, dtype=torch.float64)
         self._largest = LargestWeights(linear.in_features) if self._early_down else None
         self._encoders = {}

@@ -130,13 +130,13 @@ def nonfinite_notes(findings: Iterable[LinearFinding | NormFinding]) -> list[str
 
 
 def shortened(linear: LinearFinding) -> LinearFinding:
-    """The same with those columns alone that are furthest out."""
+    """The same with only the columns that are furthest out."""
     columns = linear.columns
     return replace(linear, columns=columns and replace(columns, dims=columns.dims[:_LISTED]))
 
 
 def shortened_norm(norm: NormFinding) -> NormFinding:
-    """The same with those dims alone that are furthest out."""
+    """The same with only the dims that are furthest out."""
     return replace(norm, dims=norm.dims[:_LISTED])
 
 
