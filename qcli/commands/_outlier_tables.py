@@ -15,7 +15,7 @@ def show(report: Inspection) -> None:
     model, text = report.model, report.text
     kind = f"{model.quantization}, " if model.quantization else ""
     console.out(f"{model.name}: {model.architecture}, {model.layers} layers of {model.hidden_size} dimensions, {kind}{model.dtype}")
-    apart = f"; {text.bos_tokens:,} tokens that begin a text are apart" if text.bos_tokens else ""
+    apart = f"; {text.bos_tokens:,} first tokens are counted apart" if text.bos_tokens else ""
     console.out(
         f"{text.tokens:,} tokens of {text.name} in {text.sequences:,} sequences of up to {text.sequence_length:,}"
         f"{apart}; outliers are {report.threshold:g} or more"
