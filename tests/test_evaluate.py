@@ -110,7 +110,7 @@ def test_text_that_is_too_short(refused, tmp_path):
     refused(DEMO, "--text", tmp_path / "short.txt", message="short.txt holds 1 token")
 
 
-def test_what_no_method_rounds_is_told(quick_cli, tmp_path):
+def test_what_no_method_rounds_is_in_a_note(quick_cli, tmp_path):
     make_model("mixtral", tmp_path)
     add_tokenizer(tmp_path)
     text = run(quick_cli, tmp_path, "--methods", "nf4", "--tokens", 60).stdout

@@ -264,8 +264,8 @@ def test_speed_and_memory_of_what_runs(long_text):
 
 
 @pytest.mark.parametrize("options", [{"methods": "LLM.int8(),nf4-plain"}, {"against": str(DEMO)}])
-def test_a_text_read_in_several_goes_gives_the_same(monkeypatch, stories, options):
-    """Hidden states that do not fit together wait in several goes; every token is scored once all the same."""
+def test_a_text_read_in_several_runs_gives_the_same(monkeypatch, stories, options):
+    """Hidden states that do not fit together are read in several runs. Every token is scored once all the same."""
     arguments = {"text": stories, "tokens": 600, "device": "cpu", "dtype": "float32", **options}
     expected = qcli.evaluate(str(DEMO), **arguments).summary()
     monkeypatch.setattr("qcli.streaming.reading.HIDDEN_BYTES", 500_000)
@@ -298,7 +298,7 @@ def assert_same_rows(result, other):
 
 
 def test_an_experts_share_of_the_tokens_is_read_window_by_window(tmp_path, long_text, monkeypatch):
-    """Of tokens that have left their places nothing says to which window they belong."""
+    """Nothing says to which window the tokens of an expert belong."""
     from qcli.streaming import reading
 
     def every_second(self, x):

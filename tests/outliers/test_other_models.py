@@ -134,7 +134,7 @@ def test_a_threshold_that_16_bits_do_not_hold():
 
 
 @pytest.mark.parametrize("mean", [1.0, 100.0, 300.0, 3000.0, 100_000.0])
-def test_kurtosis_far_from_zero_is_right_or_not_told(mean):
+def test_kurtosis_far_from_zero_is_right_or_none(mean):
     """Float64 power sums do not hold it where values hardly vary."""
     x = mean + torch.randn(2000, 1, generator=torch.Generator().manual_seed(0))
     stats = ChannelStats(1)

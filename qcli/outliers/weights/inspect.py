@@ -44,8 +44,9 @@ def inspect_weights(
             "inspected. Give the original 16- or 32-bit checkpoint for the rest."
         )
     else:
-        layout = _layout(source, trust_remote_code, notes)
-        weights = _linear_weights(source, layout, notes)
+        layout, on_layout = _layout(source, trust_remote_code)
+        weights, on_weights = _linear_weights(source, layout)
+        notes += on_layout + on_weights
     _measure(source, weights + gains, progress)
     linears, norms = [w.finding for w in weights], [g.finding for g in gains]
     return WeightInspection(
@@ -61,8 +62,9 @@ def inspect_weights(
     )
 
 
-def _layout(source: Source, trust_remote_code: bool, notes: list[str]) -> Layout:
-    """The modules as transformers builds them, or by names and shapes where it cannot: nothing has to be loaded afterwards."""
+def _layout(source: Source, trust_remote_code: bool) -> tuple[Layout, list[str]]:
+    """(modules, notes), as transformers builds them, or by names and shapes where it cannot: nothing has to be loaded later."""
+    notes = []
     try:
         layout = find_linears(source, trust_remote_code=trust_remote_code)
     except CheckpointError as e:
@@ -71,7 +73,7 @@ def _layout(source: Source, trust_remote_code: bool, notes: list[str]) -> Layout
     notes += layout.notes
     if layout.expert_parameters:
         notes.append(f"fused experts, {layout.expert_parameters:,} parameters, are no linear modules: not inspected")
-    return layout
+    return layout, notes
 
 
 def _norm_gains(source: Source) -> list[NormGain]:
@@ -82,7 +84,8 @@ def _norm_gains(source: Source) -> list[NormGain]:
     ]
 
 
-def _linear_weights(source: Source, layout: Layout, notes: list[str]) -> list[LinearWeight]:
+def _linear_weights(source: Source, layout: Layout) -> tuple[list[LinearWeight], list[str]]:
+    """(weights, notes on those that cannot be inspected), in the order of the files."""
     dtype = model_dtype(source, "auto")
     chosen = {linear.tensor for linear in layout.quantizable()}
     found, misshaped, of_no_use = [], [], {}
@@ -95,8 +98,7 @@ def _linear_weights(source: Source, layout: Layout, notes: list[str]) -> list[Li
             of_no_use.setdefault(info.dtype, []).append(name)
         elif info.numel:
             found.append((file, info, linear))
-    if misshaped:
-        notes.append(together("tensors whose shape is not the model's", misshaped))
+    notes = [together("tensors whose shape is not the model's", misshaped)] if misshaped else []
     notes += [together(f"weights stored as {code} were not inspected", names) for code, names in of_no_use.items()]
     layers = layer_counts(linear.module for _, _, linear in found)
 
@@ -105,7 +107,7 @@ def _linear_weights(source: Source, layout: Layout, notes: list[str]) -> list[Li
         at = place(module)
         return at.layer is not None and at.layer < max(4, layers[at.stack] / 4)
 
-    return [
+    weights = [
         LinearWeight(
             file,
             info,
@@ -116,6 +118,7 @@ def _linear_weights(source: Source, layout: Layout, notes: list[str]) -> list[Li
         )
         for file, info, linear in found
     ]
+    return weights, notes
 
 
 def _reading_order(source: Source) -> Callable[[tuple[str, TensorInfo]], tuple[int, int]]:
