@@ -33,10 +33,10 @@ def training():
 def held_out(training):
     """(token ids, nats the grammar spent) of stories that training never saw."""
     grammar = training[0]
-    told = grammar.stories(grammar.HELD_OUT_SEED, grammar.HELD_OUT_COUNT)
+    stories = grammar.stories(grammar.HELD_OUT_SEED, grammar.HELD_OUT_COUNT)
     _, tokenizer = qcli.load(str(FOLDER), device="cpu")
-    ids = [[*tokenizer(s.text)["input_ids"], tokenizer.eos_token_id] for s in told]
-    return ids, sum(s.nats for s in told)
+    ids = [[*tokenizer(s.text)["input_ids"], tokenizer.eos_token_id] for s in stories]
+    return ids, sum(s.nats for s in stories)
 
 
 def losses(model, ids) -> torch.Tensor:
@@ -194,15 +194,15 @@ def test_the_grammar_counts_its_choices(training):
 
 
 def test_another_seed_tells_other_stories(training):
-    told, again, other = ({s.text for s in training[0].stories(seed, 500)} for seed in (1, 1, 2))
-    assert told == again and len(told) == 500 and not told & other
+    stories, again, other = ({s.text for s in training[0].stories(seed, 500)} for seed in (1, 1, 2))
+    assert stories == again and len(stories) == 500 and not stories & other
 
 
 def test_the_held_out_stories_come_as_a_file(training):
     grammar = training[0]
     file = (EXAMPLES / "stories.jsonl").read_text()
-    told = grammar.stories(grammar.HELD_OUT_SEED, grammar.HELD_OUT_COUNT)
-    assert [json.loads(line) for line in file.splitlines()] == [{"text": story.text} for story in told]
+    stories = grammar.stories(grammar.HELD_OUT_SEED, grammar.HELD_OUT_COUNT)
+    assert [json.loads(line) for line in file.splitlines()] == [{"text": story.text} for story in stories]
     script = subprocess.run([sys.executable, EXAMPLES / "stories.py"], capture_output=True, text=True, check=True)
     assert script.stdout == file
 

@@ -73,7 +73,7 @@ def test_a_model_against_its_base(folder, quick_cli, tmp_path):
 
 
 def test_methods_and_speed(quick_cli):
-    arguments = (DEMO, "--methods", "vector-wise,nf4+dq", "--text", STORIES, "--tokens", 200)
+    arguments = (DEMO, "--methods", "int8,NF4", "--text", STORIES, "--tokens", 200)
     text = run(quick_cli, *arguments, "--speed").stdout
     for part in ("int8", "nf4", "SQNR", "ordinary activations", "exact", "decode", "peak memory", "float32 on cpu"):
         assert part in text
@@ -93,7 +93,7 @@ def refused(quick_cli, tmp_path):
 
 def test_bad_options(folder, refused, tmp_path):
     refused(folder / "nf4", "--methods", "all", message="is quantized already")
-    refused(DEMO, "--methods", "nf5", message="no method 'nf5'; nearest: NF4")
+    refused(DEMO, "--methods", "nf5", message="no method 'nf5'; nearest: nf4")
     refused(DEMO, "--methods", "all", "--against", DEMO, message="--against and --methods were both given")
     refused(DEMO, "--sequence-length", 1000, message="the model's context holds 512 tokens")
     refused(DEMO, "--sequence-length", 100, "--stride", 101, message="--stride is 101")
@@ -110,7 +110,7 @@ def test_text_that_is_too_short(refused, tmp_path):
     refused(DEMO, "--text", tmp_path / "short.txt", message="short.txt holds 1 token")
 
 
-def test_what_no_method_rounds_is_told(quick_cli, tmp_path):
+def test_what_no_method_rounds_is_in_a_note(quick_cli, tmp_path):
     make_model("mixtral", tmp_path)
     add_tokenizer(tmp_path)
     text = run(quick_cli, tmp_path, "--methods", "nf4", "--tokens", 60).stdout

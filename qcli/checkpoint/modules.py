@@ -12,13 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from qcli.checkpoint.config_json import for_transformers
+from qcli.checkpoint.names import may_be_linear
 from qcli.errors import CheckpointError
 
-# Parts of a name that mark a 2-D weight which is not quantized: embeddings, heads, norms, routers.
-_NOT_LINEAR = re.compile(
-    r"(?:^|[._])(?:embed\w*|emb|wte|wpe|lm_head|embed_out|output_layer|head|score|classifier|\w*norm\w*|ln\w*|router|gate)$"
-    r"|embedding|relative_attention_bias|conv1d"
-)
 _MODULES_A_TENSOR, _MODULES_AT_LEAST = 50, 20_000  # real models have at most 4 modules per tensor
 _RULES_MIN_FEATURES = 32  # a narrower 2-D weight is a gate, a bias table or a projection too small to matter
 
@@ -234,7 +230,7 @@ def _by_rules(source, decided_by: str) -> Layout:
         module = name.removesuffix(".weight")
         if name == module or len(info.shape) != 2:
             continue
-        if _NOT_LINEAR.search(module) or min(info.shape) < _RULES_MIN_FEATURES:
+        if not may_be_linear(module) or min(info.shape) < _RULES_MIN_FEATURES:
             layout.default_skip.append(module)
             continue
         layout.linears[name] = Linear(name, module, *info.shape)

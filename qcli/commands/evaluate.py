@@ -7,6 +7,7 @@ import typer
 
 from qcli import console
 from qcli.commands._model import asked_model
+from qcli.process import importing
 
 
 def evaluate(
@@ -21,17 +22,15 @@ def evaluate(
     text: Annotated[
         Path | None,
         typer.Option(
-            help='A .txt file, or .jsonl with a {"text": ...} a line. Default: a text that comes with qcli.', show_default=False
+            help='A .txt file, or .jsonl: {"text": ...} in each line. Default: a text that comes with qcli.', show_default=False
         ),
     ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Read so many tokens of it. Default: up to 16,384.", show_default=False)
-    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of it to read. Default: up to 16,384.", show_default=False)] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens in a window. Default: the model's context, at most 2,048.", show_default=False)
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(help="New tokens in a window; less than its length overlaps. Default: all.", show_default=False)
+        int | None, typer.Option(help="New tokens in each window; fewer than its length overlap. Default: all.", show_default=False)
     ] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Also time prefill and decode, and measure memory.")] = False,
     dtype: Annotated[
@@ -45,10 +44,11 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     csv: Annotated[Path | None, typer.Option(help="Also write the rows to this file.", show_default=False)] = None,
 ) -> None:
-    """Measure a model on text: its perplexity, its distance from another model, what each method would cost."""
+    """Measure a model on text: its perplexity, its distance from another model, and what each method would cost."""
     model = asked_model(model, "qcli evaluate HuggingFaceTB/SmolLM2-135M --methods all")
-    from qcli.commands import _evaluation_tables as tables
-    from qcli.evaluation.evaluate import evaluate as measure
+    with importing():
+        from qcli.commands import _evaluation_tables as tables
+        from qcli.evaluation.evaluate import evaluate as measure
     from qcli.files import whole as whole_file
 
     if csv is not None:

@@ -9,6 +9,7 @@ import typer
 from qcli import console
 from qcli.commands._model import asked_model
 from qcli.errors import UsageError
+from qcli.process import importing
 
 
 def inspect_outliers(
@@ -16,10 +17,10 @@ def inspect_outliers(
     text: Annotated[
         Path | None,
         typer.Option(
-            help='A .txt file, or .jsonl with a {"text": ...} a line. Default: a text that comes with qcli.', show_default=False
+            help='A .txt file, or .jsonl: {"text": ...} in each line. Default: a text that comes with qcli.', show_default=False
         ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Read so many tokens of it. Default: up to 8,192.", show_default=False)] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of it to read. Default: up to 8,192.", show_default=False)] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens in a window. Default: the model's context, at most 2,048.", show_default=False)
     ] = None,
@@ -27,7 +28,7 @@ def inspect_outliers(
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Also run the model without its outlier features: a second pass.")
     ] = False,
-    weights_only: Annotated[bool, typer.Option("--weights-only", help="Look at the weights alone, and run nothing.")] = False,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Look at the weights alone; run nothing.")] = False,
     dtype: Annotated[str, typer.Option(help="To compute in: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
@@ -58,15 +59,17 @@ def inspect_outliers(
                 )
     _check_files(csv, report, plot)
     if weights_only:
-        from qcli.commands import _weights_tables as tables
-        from qcli.outliers.weights.inspect import inspect_weights
-        from qcli.outliers.weights.summary import rows
+        with importing():
+            from qcli.commands import _weights_tables as tables
+            from qcli.outliers.weights.inspect import inspect_weights
+            from qcli.outliers.weights.summary import rows
 
         found = inspect_weights(model, revision=revision, trust_remote_code=trust_remote_code, progress=console.progress)
     else:
-        from qcli.commands import _outlier_tables as tables
-        from qcli.commands._outlier_tables import rows
-        from qcli.outliers.inspect_outliers import inspect_outliers as measure
+        with importing():
+            from qcli.commands import _outlier_tables as tables
+            from qcli.commands._outlier_tables import rows
+            from qcli.outliers.inspect_outliers import inspect_outliers as measure
 
         found = measure(
             model,
@@ -81,12 +84,13 @@ def inspect_outliers(
             trust_remote_code=trust_remote_code,
             progress=console.progress,
         )
-    _write_files(found, rows(found), csv, report, plot)
-    console.json(found) if json else tables.show(found)
+    summary = found.summary()
+    _write_files(summary, rows(found), csv, report, plot)
+    console.json(summary) if json else tables.show(found)
 
 
 def _check_files(csv: Path | None, report: Path | None, plot: Path | None) -> None:
-    """Raises before any work is done where a file could not be written at its end."""
+    """Raises QcliError kinds, before any work, where a file could not be written at the end."""
     from qcli.files import whole as whole_file
 
     for path in (csv, report, plot):
@@ -103,7 +107,7 @@ def _check_files(csv: Path | None, report: Path | None, plot: Path | None) -> No
 
 
 def _write_files(
-    found: dict, cells: tuple[Sequence[str], list[list]], csv: Path | None, report: Path | None, plot: Path | None
+    summary: dict, cells: tuple[Sequence[str], list[list]], csv: Path | None, report: Path | None, plot: Path | None
 ) -> None:
     from qcli.files.whole import csv_bytes, write_whole
 
@@ -113,10 +117,10 @@ def _write_files(
     if report is not None:
         from qcli.outliers.page import page
 
-        write_whole(report, page(found).encode())
+        write_whole(report, page(summary).encode())
         console.say(f"wrote {report}")
     if plot is not None:
         from qcli.outliers.figure import draw
 
-        draw(found, plot)
+        draw(summary, plot)
         console.say(f"wrote {plot}")

@@ -1,1 +1,1 @@
-"""What a model predicts on text, and what another form of it predicts instead: perplexity, divergence, speed."""
+"""What a model predicts on text, and what another model or a quantized one predicts instead: perplexity, divergence, speed."""

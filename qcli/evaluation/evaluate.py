@@ -1,23 +1,23 @@
 """The verb `evaluate`: what a model predicts on text, alone, against another, or under each method of quantization."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qcli import formats, schemes
 from qcli.checkpoint.modules import Linear
 from qcli.checkpoint.source import Source
-from qcli.errors import UsageError
-from qcli.evaluation.methods import Methods, Rounding, SequencesMixed, quantizable
+from qcli.errors import UsageError, together
+from qcli.evaluation.methods import Methods, Rounding, SequencesMixed, misfit, quantizable
 from qcli.evaluation.result import Evaluation, Protocol, Row
-from qcli.evaluation.score import Form, score_all
+from qcli.evaluation.score import Contender, score_all
 from qcli.evaluation.speed import Speed, measure
 from qcli.evaluation.statistics import comparison, perplexity
 from qcli.evaluation.tokens import TokenScores
 from qcli.formats import Weight
+from qcli.progress import Advance, Progress, shown
 from qcli.schemes import Scheme
 from qcli.streaming.corpus import Corpus, Window, read_windows
-from qcli.streaming.reading import Advance, Reading, goes
+from qcli.streaming.reading import Reading, runs
 from qcli.streaming.skeleton import Skeleton
 
 
@@ -35,17 +35,18 @@ def evaluate(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
-    progress: Callable[[int, int], AbstractContextManager] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Measures `model`, a folder or hub id, quantized or not, on `text`, cut by qcli.streaming.corpus.read_windows.
 
-    `against` names a base to compare it with, token by token; both read what the tokenizer of `model` makes of the text.
-    `methods`, "all" or names of qcli.schemes, compares simulated methods with the unquantized model. `speed` also loads
-    whole models and times them. `dtype` auto is each checkpoint's own, and float32 with `methods`, so that what a method costs
-    is not mixed with the rounding of sums. Blocks are streamed: memory holds one block (with `methods`, a rounded copy too)
-    and the hidden states of as many tokens, for each model or method, as HIDDEN_BYTES holds; more are read in several goes.
-    `progress(total, done)` gives a context manager
-    with advance(bytes, name).
+    `against` names a base to compare it with, token by token. Both read what the tokenizer of `model` makes of the text.
+    `methods`, "all" or names of qcli.schemes, compares simulated methods with the unquantized model. A method that does not fit
+    the model's shapes is left out, with a note. `speed` also loads whole models and times them. `dtype` auto is each checkpoint's
+    own. With `methods` it is float32, so that the cost of a method is not mixed with the rounding of sums. `progress` is that of
+    qcli.progress.
+
+    Blocks are streamed. Memory holds one block (with `methods`, a rounded copy too) and up to HIDDEN_BYTES of hidden states, for
+    every model or method. A text with more is read in several runs.
 
     Raises UsageError, CheckpointError, HubError, DeviceError; NonFiniteError where logits are not finite.
     """
@@ -62,25 +63,23 @@ def evaluate(
     base = Skeleton(against, dtype=computing, **running) if against is not None else None
     if base is not None:
         _check_same_tokens(skeleton, base)
+    chosen, notes = _fitting(chosen, skeleton)
     limit = min((n for s in (skeleton, base) if s and (n := _context(s))), default=None)
     corpus = read_windows(
         skeleton.tokenizer, text, tokens=tokens, sequence_length=sequence_length, stride=stride, model_limit=limit
     )
     protocol = Protocol.of(corpus, str(skeleton.dtype).removeprefix("torch."), skeleton.device.type)
     skeletons = [s for s in (base, skeleton) if s is not None]
-    total = sum(Reading.work(s) for s in skeletons) * len(goes(skeletons, corpus.windows, max(len(chosen), 1)))
-    with progress(total, 0) if progress else nullcontext(_Silent()) as shown:
-        if chosen:
-            rows = _simulated(skeleton, chosen, corpus, shown.advance)
-        else:
-            rows = _measured(skeletons, corpus, shown.advance)
+    work = sum(Reading.work(s) for s in skeletons) * len(runs(skeletons, corpus.windows, max(len(chosen), 1)))
+    with shown(progress, work) as advance:
+        rows = _simulated(skeleton, chosen, corpus, advance) if chosen else _measured(skeletons, corpus, advance)
     source = skeleton.source
-    result = Evaluation(source.label, source.revision, protocol, rows, simulated=bool(chosen))
+    result = Evaluation(source.label, source.revision, protocol, rows, simulated=bool(chosen), notes=notes)
     if base is not None and base.dtype != skeleton.dtype:
         result.notes.append(f"{base.source.label} is computed in {str(base.dtype).removeprefix('torch.')}")
     if chosen and (experts := skeleton.layout.expert_parameters):
         result.notes.append(
-            f"{experts:,} parameters of fused experts are no linear layers to `qcli quantize`: every method leaves them whole"
+            f"{experts:,} parameters of fused experts are no linear layers to `qcli quantize`: no method quantizes them"
         )
     if speed:
         running["dtype"] = dtype
@@ -88,9 +87,22 @@ def evaluate(
     return result
 
 
-class _Silent:
-    def advance(self, count: int, name: str) -> None:
-        """Nobody listens."""
+def _fitting(chosen: Sequence[Scheme], skeleton: Skeleton) -> tuple[list[Scheme], list[str]]:
+    """(schemes that every linear layer can have, notes on the others). Raises UsageError where only the unquantized one is left."""
+    refused: dict[str, dict[str, list[str]]] = {}
+    for scheme in chosen:
+        for linear in quantizable(skeleton):
+            if reason := misfit(scheme, linear):
+                refused.setdefault(scheme.name, {}).setdefault(reason, []).append(linear.module)
+    notes = [
+        f"{name} is left out: {reason} ({together('modules', modules)})"
+        for name, reasons in refused.items()
+        for reason, modules in reasons.items()
+    ]
+    fitting = [scheme for scheme in chosen if scheme.name not in refused]
+    if refused and all(not scheme.bits for scheme in fitting):
+        raise UsageError("; ".join(notes), "Name another method.")
+    return fitting, notes
 
 
 def _context(skeleton: Skeleton) -> int | None:
@@ -118,11 +130,11 @@ def _check_same_tokens(model: Skeleton, base: Skeleton) -> None:
 def _measured(skeletons: Sequence[Skeleton], corpus: Corpus, advance: Advance) -> list[Row]:
     """The model, after its base where there is one."""
 
-    def read(windows: Sequence[Window], before: int) -> tuple[Form | None, list[Form]]:
-        forms = [Form(s.source.label, Reading(s, windows, advance), before=before) for s in skeletons]
-        return forms[0] if len(forms) > 1 else None, forms[-1:]
+    def read(windows: Sequence[Window], before: int) -> tuple[Contender | None, list[Contender]]:
+        found = [Contender(s.source.label, Reading(s, windows, advance), before=before) for s in skeletons]
+        return found[0] if len(found) > 1 else None, found[-1:]
 
-    scores = score_all(goes(skeletons, corpus.windows), read)
+    scores = score_all(runs(skeletons, corpus.windows), read)
     of_base = scores[0] if len(scores) > 1 else None
     rows = []
     for skeleton, scored in zip(skeletons, scores):
@@ -138,20 +150,20 @@ def _simulated(skeleton: Skeleton, wanted: Sequence[Scheme], corpus: Corpus, adv
     names = [scheme.name for scheme in wanted]
 
     def run(observer: Methods, advance: Advance, alone: bool) -> list[TokenScores]:
-        def read(windows: Sequence[Window], before: int) -> tuple[Form, list[Form]]:
-            # Not padded: what is "the tensor" to a method is then a whole sequence and nothing else.
+        def read(windows: Sequence[Window], before: int) -> tuple[Contender, list[Contender]]:
+            # Not padded: "the tensor" of a method is then a whole sequence and nothing else.
             reading = Reading(skeleton, windows, advance, variants=names, observer=observer, padded=False, alone=alone)
-            forms = [Form(f"{skeleton.source.label}, {name}", reading, name, before) for name in names]
-            return forms[0], forms[1:]
+            found = [Contender(f"{skeleton.source.label}, {name}", reading, name, before) for name in names]
+            return found[0], found[1:]
 
-        return score_all(goes([skeleton], corpus.windows, len(names)), read)
+        return score_all(runs([skeleton], corpus.windows, len(names)), read)
 
     observer = Methods(skeleton, wanted)
     try:
         of_base, *others = run(observer, advance, alone=observer.of_experts)
     except SequencesMixed:
         observer = Methods(skeleton, wanted)
-        of_base, *others = run(observer, lambda count, name: None, alone=True)  # the work has been told of, in part
+        of_base, *others = run(observer, lambda count, name: None, alone=True)  # a part of the work was shown already
     whole = sum(info.nbytes for info in skeleton.source.tensors.values())
     rest = whole - _linear_bytes(skeleton.source, observer.linears)
     count = sum(x.out_features * x.in_features for x in observer.linears)

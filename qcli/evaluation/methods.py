@@ -1,5 +1,5 @@
-"""Methods simulated inside a streamed model: while the calls of a method pass a block, its linear layers compute as that
-method does, and what it makes of weights and activations is added up."""
+"""Methods simulated inside a streamed model. While the calls of a method pass a block, its linear layers compute as that method
+does. The errors of weights and activations are added up."""
 
 import math
 import re
@@ -10,6 +10,7 @@ from math import prod
 
 import torch
 
+from qcli import formats
 from qcli import methods as quantizers
 from qcli.checkpoint.modules import Linear
 from qcli.methods.simulate import Simulated, simulate
@@ -33,22 +34,22 @@ class _Sums:
 
     @property
     def sqnr(self) -> float | None:
-        """10 log10(norm / error) in dB; None where nothing was lost, or there was nothing."""
+        """10 log10(norm / error) in dB; None where there was no error, or no signal."""
         norm, error = (0.0, 0.0) if self.sums is None else self.sums.tolist()
         return 10 * math.log10(norm / error) if norm > 0 and error > 0 else None
 
 
-def _squares(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sums of squares along a dimension of x float32, as float64. Each in float32, whose sums of a few thousand squares are exact
-    to a millionth, in a fraction of the time."""
-    return x.square().sum(dim).double()
+def _squares(x: torch.Tensor, error: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sums of squares of x and of error along a dimension, float64 [2, ...]. Each sum is made in float32, which is exact to a
+    millionth for a few thousand squares and takes a fraction of the time. `error` is overwritten."""
+    return torch.stack((x.square().sum(dim), error.square_().sum(dim))).double()
 
 
 @dataclass
 class Rounded:
-    """Activations [sequences, tokens, columns] under a method: `values` X^ float32, and the columns that each sequence has `kept`
-    whole, bool [sequences, columns], where the method `keeps_columns`. `sums` are those of squares and squared errors, float64
-    [2], of all columns and of those without an outlier in their sequence; None where nothing was rounded."""
+    """Activations [sequences, tokens, columns] under a method. `values` are X^ float32. Where the method `keeps_columns`, `kept`
+    are the columns that a sequence has in 16 bits, bool [sequences, columns]. `sums` are the sums of squares and of squared errors,
+    float64 [2], over all columns, and over those without an outlier in their sequence; None where nothing was rounded."""
 
     values: torch.Tensor
     kept: torch.Tensor
@@ -57,21 +58,20 @@ class Rounded:
 
     @classmethod
     def of(cls, x: torch.Tensor, simulated: Simulated) -> "Rounded":
-        """Rounds x [sequences, tokens, columns] as the layer does that `simulated` belongs to."""
+        """Rounds x [sequences, tokens, columns] as the layer of `simulated` does."""
         values, kept = simulated.activations(x)
         wide = x.float()
         if values is x or values is wide:
             return cls(values, kept, simulated.keeps_columns, None)
-        squares = torch.stack((_squares(wide, -2), _squares(wide - values, -2)))
-        least, greatest = wide.amin(-2), wide.amax(-2)
-        ordinary = (greatest < OUTLIER) & (least > -OUTLIER)
+        squares = _squares(wide, wide - values, -2)
+        ordinary = wide.abs().amax(-2) < OUTLIER
         return cls(values, kept, simulated.keeps_columns, (squares.sum((1, 2)), squares.masked_fill(~ordinary, 0.0).sum((1, 2))))
 
 
 @dataclass
 class Rounding:
-    """What a method did to all linear layers: signal over error of weights, of activations, and of `ordinary` activations,
-    those of columns without an outlier in the sequence. `outlier_columns` counts, by module, those it ever kept whole."""
+    """What a method did to all linear layers: sums of weights, of activations, and of `ordinary` activations, which are those in
+    columns without an outlier in the sequence. `kept` has, by module, the columns that any sequence kept in 16 bits."""
 
     weights: _Sums = field(default_factory=_Sums)
     activations: _Sums = field(default_factory=_Sums)
@@ -79,7 +79,7 @@ class Rounding:
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def note(self, module: str, rounded: Rounded) -> None:
-        """Adds what a layer has got."""
+        """Adds the activations of a layer."""
         if rounded.keeps_columns:
             kept = rounded.kept.any(0)
             self.kept[module] = self.kept[module] | kept if module in self.kept else kept
@@ -89,16 +89,16 @@ class Rounding:
             self.ordinary.add(ordinary)
 
     def outlier_columns(self, module: str) -> int:
-        """Columns that were kept whole for some sequence."""
+        """How many columns some sequence kept in 16 bits."""
         return int(self.kept[module].sum()) if module in self.kept else 0
 
 
 class SequencesMixed(Exception):
-    """A layer got tokens of several windows, and nothing says which token is whose: an expert's share of them."""
+    """A layer got tokens of several windows, and nothing says which window each belongs to, as with the tokens of an expert."""
 
 
 class Methods(Observer):
-    """Makes the variant of each method's name compute as it does. `roundings` has by that name what it did.
+    """The variant of a method's name computes as the method does. `roundings` has the sums of each, by name.
 
     Calls may read several windows of one length. Raises SequencesMixed where a layer does not see them one after another.
     """
@@ -107,14 +107,14 @@ class Methods(Observer):
         self.model, self.methods = skeleton.model, {scheme.name: quantizers.make(scheme) for scheme in methods}
         self.linears = quantizable(skeleton)
         self.roundings = {name: Rounding() for name in self.methods}
-        # Whether some are experts, which get a share of the tokens: each window is then to be read in a call of its own.
+        # Experts get a share of the tokens: each window then needs a call of its own.
         self.of_experts = any(re.search(r"expert.*\.\d+\.", linear.module) for linear in self.linears)
-        # What a parent's projections have got last: those that read the same input round it once.
+        # The last input under a parent module: projections that read the same input share its rounding.
         self._last: tuple[str, torch.Tensor, Rounded] | None = None
 
     @contextmanager
     def variant(self, unit: Unit, name: str) -> Iterator[None]:
-        """Puts the method in the place of the unit's linear layers while this lasts."""
+        """While this lasts, the unit's linear layers compute as the method does."""
         changed = []
         try:
             for linear in self.linears:
@@ -134,7 +134,7 @@ class Methods(Observer):
         simulated = simulate(self.methods[name], weight)
         if simulated.weight is not weight:
             wide = weight.float()
-            rounding.weights.add(torch.stack((_squares(wide, 1).sum(), _squares(wide - simulated.weight, 1).sum())))
+            rounding.weights.add(_squares(wide, wide - simulated.weight, 1).sum(1))
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             rounded = self._rounded(linear.module.rpartition(".")[0], x, simulated)
@@ -151,8 +151,8 @@ class Methods(Observer):
 
 
 def _sequences(x: torch.Tensor) -> torch.Tensor:
-    """x [..., columns] as [sequences, tokens, columns]: the rows of a call of several windows, and of one window what the layer
-    sees. Raises SequencesMixed."""
+    """x [..., columns] as [sequences, tokens, columns]. In a call of several windows, each is a sequence; in a call of one, all
+    that the layer sees is. Raises SequencesMixed."""
     call = current_call()
     batch = call.batch if call else None
     if batch is None or len(batch.windows) == 1:
@@ -167,3 +167,10 @@ def _sequences(x: torch.Tensor) -> torch.Tensor:
 def quantizable(skeleton: Skeleton) -> list[Linear]:
     """The linear layers that `qcli quantize` would quantize."""
     return skeleton.layout.quantizable()
+
+
+def misfit(scheme: Scheme, linear: Linear) -> str | None:
+    """Why no format that holds `scheme` can hold this weight; None where one can, or where no format holds the scheme at all."""
+    holding = [each for each in formats.all_formats() if each.refuses(scheme) is None]
+    reasons = [each.refuses_shape(scheme, linear.out_features, linear.in_features) for each in holding]
+    return reasons[0] if reasons and all(reasons) else None

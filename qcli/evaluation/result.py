@@ -1,4 +1,4 @@
-"""What `qcli evaluate` finds: a row for each model or method, and the protocol that the figures hold under."""
+"""What `qcli evaluate` finds: a row for each model or method, and the protocol of the measurement."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -10,8 +10,8 @@ from qcli.streaming.corpus import Corpus
 
 @dataclass(frozen=True)
 class Protocol:
-    """How text was read. `scored` tokens of `tokens` stand for `scored_bytes` bytes of UTF-8; `dtype` is that of the
-    computation. `device` is torch's name."""
+    """How text was read. Of `tokens` tokens `scored` were scored; they stand for `scored_bytes` bytes of UTF-8. `dtype` is that of
+    the computation, `device` a name of torch."""
 
     text: str
     documents: int
@@ -27,7 +27,7 @@ class Protocol:
 
     @classmethod
     def of(cls, corpus: Corpus, dtype: str, device: str) -> "Protocol":
-        """That of a corpus."""
+        """The protocol of a corpus."""
         return cls(
             text=corpus.name,
             documents=corpus.documents,
@@ -64,9 +64,9 @@ def _count(count: int, noun: str) -> str:
 class Row:
     """A model, or a method simulated in it.
 
-    `bytes` are those of all weights as they are stored, `bits_per_weight` those of the linear layers that `qcli quantize`
-    quantizes. SQNR is in dB, None where nothing was rounded: of these layers' weights, of their activations, and of the
-    activations in columns without an outlier. `against` compares with the first row.
+    `bytes` are those of all weights as stored. `bits_per_weight` is that of the linear layers that `qcli quantize` quantizes. SQNR
+    is in dB, None where nothing was rounded: of these layers' weights, of their activations, and of the activations in columns
+    without an outlier. `against` compares with the first row.
     """
 
     name: str
@@ -82,8 +82,8 @@ class Row:
 
 @dataclass
 class Evaluation:
-    """What was measured of `model`. `rows` begin with the base, where there is one: that of --against, or the unquantized model
-    of --methods, whose rows are `simulated`."""
+    """What was measured of `model`. `rows` begin with the base, where there is one: that of --against, or with --methods the
+    unquantized model. The rows of --methods are `simulated`."""
 
     model: str
     revision: str | None  # on the hub
@@ -93,7 +93,7 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, object]:
-        """For JSON: what is not a finite number is null."""
+        """For JSON. NaN and infinity become null."""
         return _finite(asdict(self))
 
 

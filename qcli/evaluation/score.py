@@ -11,11 +11,11 @@ from qcli.evaluation.tokens import TokenScores, log_probabilities
 from qcli.streaming.corpus import Window
 from qcli.streaming.reading import Piece, Reading, weight_bytes
 
-_LOGITS, _ROWS = 1 << 24, 2048  # at a time at most, of so many tokens, unless 16 have more
+_LOGITS, _ROWS = 1 << 24, 2048  # logits and tokens at a time, at most; 16 tokens at least
 
 
 def pieces_of(windows: Sequence[Window], rows: int) -> Iterator[list[Piece]]:
-    """Every scored token, as many windows at a time as have `rows` tokens, or so much of one."""
+    """Every scored token, in lists of `rows` tokens. A piece is a part of one window."""
     found: list[Piece] = []
     room = rows
     for number, window in enumerate(windows):
@@ -32,18 +32,19 @@ def pieces_of(windows: Sequence[Window], rows: int) -> Iterator[list[Piece]]:
 
 
 @dataclass(frozen=True)
-class Form:
-    """A model, or a variant of one, after its reading. `name` is for messages, and so is `before`: windows of goes before."""
+class Contender:
+    """A model, or a variant of one, that has read its windows. `name` is for messages. `before` counts the windows of earlier
+    runs."""
 
     name: str
     reading: Reading
     variant: str = ""
     before: int = 0
 
-    def tell(self, scores: TokenScores, start: int, pieces: Sequence[Piece], base: torch.Tensor | None) -> torch.Tensor:
-        """Scores pieces of windows as tokens `start` onwards. Returns their logits. Raises NonFiniteError."""
+    def add_scores(self, scores: TokenScores, start: int, pieces: Sequence[Piece], base: torch.Tensor | None) -> torch.Tensor:
+        """Adds the scores of pieces of windows as tokens `start` onwards. Returns their logits. Raises NonFiniteError."""
         logits, ids = self.reading.logits(self.variant, pieces), torch.cat([piece.ids for piece in pieces])
-        scores.tell(start, logits, ids.to(logits.device), base)
+        scores.add(start, logits, ids.to(logits.device), base)
         broken = ~np.isfinite(scores.loss[start : start + len(ids)])
         if broken.any():
             place = int(broken.argmax())
@@ -58,25 +59,28 @@ class Form:
         return logits
 
 
-def score(base: Form | None, others: Sequence[Form], windows: Sequence[Window]) -> tuple[TokenScores | None, list[TokenScores]]:
-    """The scores of every scored token, in the order of `windows`: of the base, and of others, compared with it if there is one.
+def score(
+    base: Contender | None, others: Sequence[Contender], windows: Sequence[Window]
+) -> tuple[TokenScores | None, list[TokenScores]]:
+    """The scores of every scored token, in the order of `windows`: those of the base, if there is one, and those of the others,
+    compared with it.
 
     Raises NonFiniteError, which names token, window and block.
     """
-    forms = [*others, *([base] if base else [])]
+    contenders = [*others, *([base] if base else [])]
     count = sum(window.scored for window in windows)
     of_base = TokenScores(count) if base else None
     scores = [TokenScores(count, compared=base is not None) for _ in others]
-    readings = {id(form.reading): form.reading for form in forms}.values()
+    readings = {id(contender.reading): contender.reading for contender in contenders}.values()
     for reading in readings:
         reading.skeleton.load(reading.head.unit)
     vocabulary = max(reading.head.unit.module.weight.shape[0] for reading in readings)
     rows = max(min(_LOGITS // vocabulary, _ROWS), 16)
     start = 0
     for pieces in pieces_of(windows, rows):
-        logp = log_probabilities(base.tell(of_base, start, pieces, None)) if base else None
-        for form, told in zip(others, scores):
-            form.tell(told, start, pieces, logp)
+        logp = log_probabilities(base.add_scores(of_base, start, pieces, None)) if base else None
+        for contender, own in zip(others, scores):
+            contender.add_scores(own, start, pieces, logp)
         start += sum(len(piece.ids) for piece in pieces)
         for number in (piece.window for piece in pieces if piece.last):
             for reading in readings:
@@ -88,12 +92,12 @@ def score(base: Form | None, others: Sequence[Form], windows: Sequence[Window]) 
 
 
 def score_all(
-    goes: Sequence[Sequence[Window]], read: Callable[[Sequence[Window], int], tuple[Form | None, Sequence[Form]]]
+    runs: Sequence[Sequence[Window]], read: Callable[[Sequence[Window], int], tuple[Contender | None, Sequence[Contender]]]
 ) -> list[TokenScores]:
-    """`score` of one go after another, and what they found joined: the base first, where there is one. `read(windows, before)`
-    runs the models and returns (base, others)."""
+    """`score` of one run after another, with the results joined: the base first, where there is one. `read(windows, before)` runs
+    the models and returns (base, others)."""
     parts, before = [], 0
-    for windows in goes:
+    for windows in runs:
         base, others = read(windows, before)
         of_base, of_others = score(base, others, windows)
         parts.append([of_base, *of_others] if of_base else of_others)

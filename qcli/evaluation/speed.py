@@ -16,8 +16,9 @@ NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second of a prompt of `prompt_tokens` and of the tokens after the first new one; the highest bytes of memory from
-    loading on (of the GPUs, where the model is on them), and bytes of weights in memory."""
+    """`prefill` and `decode` are tokens a second: of a prompt of `prompt_tokens`, and of the tokens after the first new one.
+    `peak_memory` is the highest number of bytes from loading on, of the GPUs where the model is on them. `weights` are bytes in
+    memory."""
 
     prompt_tokens: int
     prefill: float
@@ -27,9 +28,9 @@ class Speed:
 
 
 def measure(name: str, ids: Sequence[int], limit: int | None, **options: object) -> Speed:
-    """Loads `name` by qcli.loading.load.load with `options` and continues the first ids, once to warm up and once for the figures.
+    """Loads `name` by qcli.loading.load.load with `options` and continues the first ids, once to warm up and once to measure.
 
-    `limit` is the model's context. End tokens do not end the text, so that every form of a model writes as much.
+    `limit` is the model's context. End tokens do not end the text, so that every model writes as many tokens.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""What is known of each scored token: its loss, and how far the distribution it was drawn from is off another model's.
+"""What is kept of each scored token: its loss, and the divergence of its distribution from another model's.
 
-Logits come in chunks, in any order, and are not kept; what is kept of a token is 8 to 17 bytes, in its own place. So
-statistics are the same to the bit however the logits were cut. Softmax and sums over the vocabulary are in float64.
+Logits come in chunks, in any order, and are not kept. A token keeps 8 to 17 bytes, in its own place. So statistics are the same to
+the bit however the logits were cut. Softmax and sums over the vocabulary are in float64.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-_PIECE = 1 << 17  # logits worked on at a time: in float64 1 MiB, which a core's cache holds
+_PIECE = 1 << 17  # logits at a time: in float64 they take 1 MiB, which fits in a core's cache
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -18,9 +18,9 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 
 class TokenScores:
-    """Of `count` tokens, NaN until told: `loss` in nats, float64; and where the model is `compared` with a base, `divergence`
-    KL(base || model) in nats, float64, and `agrees`, whether both hold the same token for the likeliest (of equal ones the
-    first)."""
+    """`count` tokens: `loss` [tokens] in nats, float64, NaN until it is added. A model that is `compared` with a base also has
+    `divergence`, KL(base || model) in nats, float64, and `agrees`, whether both have the same likeliest token (the first of equal
+    ones)."""
 
     def __init__(self, count: int, *, compared: bool = False):
         self.loss = np.full(count, np.nan)
@@ -29,7 +29,7 @@ class TokenScores:
 
     @classmethod
     def joined(cls, parts: Sequence["TokenScores"]) -> "TokenScores":
-        """The tokens of several, one after another."""
+        """The tokens of all parts, one after another."""
         whole = cls(0)
         whole.loss = np.concatenate([part.loss for part in parts])
         if parts[0].divergence is not None:
@@ -37,8 +37,8 @@ class TokenScores:
             whole.agrees = np.concatenate([part.agrees for part in parts])
         return whole
 
-    def tell(self, first: int, logits: torch.Tensor, targets: torch.Tensor, base: torch.Tensor | None = None) -> None:
-        """Notes the tokens from number `first` on: logits [tokens, vocabulary] that predicted them, the ids [tokens] that came,
+    def add(self, first: int, logits: torch.Tensor, targets: torch.Tensor, base: torch.Tensor | None = None) -> None:
+        """Adds the tokens from number `first` on: the logits [tokens, vocabulary] that predicted them, the ids [tokens] that came,
         and the base's log_probabilities [tokens, vocabulary]."""
         rows = max(1, _PIECE // logits.shape[1])
         for start in range(0, len(logits), rows):
@@ -52,6 +52,6 @@ class TokenScores:
 
 
 def divergence(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(base || other) in nats of log probabilities [tokens, vocabulary]; tokens that the base rules out add nothing."""
+    """KL(base || other) [tokens] in nats, of log probabilities [tokens, vocabulary]. Tokens that the base rules out add nothing."""
     terms = base.exp() * (base - other)
     return terms.masked_fill_(base == -torch.inf, 0.0).sum(1).clamp_(min=0.0)

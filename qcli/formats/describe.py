@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from qcli import formats
 from qcli.checkpoint.dtypes import TORCH_NAMES
+from qcli.checkpoint.names import module_kind
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import Source
 from qcli.formats import Format
@@ -73,12 +74,6 @@ def describe(source: Source) -> Description:
         problems=list(source.problems),
         notes=list(source.notes),
     )
-
-
-def module_kind(tensor: str) -> str:
-    """What the tables group by: q_proj, down_proj, embed_tokens, input_layernorm, ..."""
-    parts = [p for p in tensor.split(".") if not p.isdigit()]
-    return parts[-2] if len(parts) > 1 and parts[-1] in ("weight", "bias") else parts[-1]
 
 
 def _scheme(codes: str, infos: Mapping[str, TensorInfo], config: dict[str, object] | None) -> tuple[Format | None, Scheme | None]:

@@ -1,7 +1,7 @@
-"""Attention probabilities of a block, seen through transformers' eager attention, with dimensions of its input zeroed or not.
+"""Attention probabilities of a block under transformers' eager attention, with and without some dimensions of its input.
 
-Zeroing does not propagate: each layer's attention runs on what it regularly gets, once as it is and once more for each set of
-dimensions, and what flows on is regular (LLM.int8(), arXiv:2208.07339, section 4.2).
+Zeroing does not propagate. Each layer's attention runs on its regular input, once as it is and once more for each set of zeroed
+dimensions. Only the regular output is passed on (LLM.int8(), arXiv:2208.07339, section 4.2).
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ SINK = 0.3  # a head whose mean attention to the first token is above this has a
 
 @dataclass
 class LayerAttention:
-    """Sums of one layer: of each row's largest probability, by name of what was zeroed, and of the first token's share by head."""
+    """Sums over one layer: of each row's largest probability, by what was zeroed; and of the first token's share, by head."""
 
     top1: dict[str, float] = field(default_factory=dict)
     rows: int = 0
@@ -38,8 +38,8 @@ class LayerAttention:
 
 
 class AttentionMeter:
-    """Hooks the attention modules of a block; `inputs` are the linear modules that read its input. `dims` name what to zero:
-    name -> dimensions."""
+    """Hooks the attention modules of a block. `inputs` are the linear modules that read its input. `dims` maps names to the
+    dimensions to zero."""
 
     def __init__(
         self, block: nn.Module, inputs: Mapping[str, nn.Module], dims: Mapping[str, torch.Tensor], prefix: int, variant: str

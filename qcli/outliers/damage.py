@@ -1,7 +1,7 @@
 """What rounding weights and activations does to the outputs of the linear layers at a site.
 
-The global SQNR hides the damage: outliers carry most of the power and are rounded well. So it is taken a second time over
-what reaches the outputs through the other channels alone.
+The global SQNR hides the damage: outliers carry most of the power and are rounded well. It is therefore measured a second time,
+over what reaches the outputs through the other channels alone.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from qcli.methods.simulate import simulate
 from qcli.outliers.statistics import is_outlier
 
 METHODS = ("int8-per-tensor", "int8-row-wise", "int8", "llm-int8", "nf4")  # of qcli.schemes, whose damage is measured
-SAMPLE_TOKENS = 512  # at whose outputs rounding is measured; windows are taken until they hold so many
+SAMPLE_TOKENS = 512  # rounding is measured at about so many outputs, of the first windows with this many tokens
 
 
 @dataclass
 class Damage:
-    """Squared sums over outputs, of all channels, and of the channels that hold no outlier in their sequence."""
+    """Sums of squares over outputs: of all channels, and of the channels without an outlier in their sequence."""
 
     signal: float = 0.0
     error: float = 0.0
@@ -35,12 +35,12 @@ class Damage:
 
     @property
     def ordinary(self) -> float | None:
-        """The same of the part that comes through ordinary channels."""
+        """The same for the part that comes through ordinary channels."""
         return decibels(self.ordinary_signal, self.ordinary_error)
 
 
 class SampleOf:
-    """Inputs of a site, sequence by sequence. The first `prefix` tokens of each take part and are not measured."""
+    """Inputs of a site, sequence by sequence. The first `prefix` tokens of each are rounded with the others and not measured."""
 
     def __init__(self, prefix: int):
         self.prefix = prefix
@@ -51,15 +51,15 @@ class SampleOf:
         self._sequences[window] = x.clone()
 
     def columns_kept(self, threshold: float) -> float:
-        """The share of columns that LLM.int8() keeps in 16 bits: with any |x| >= threshold in a sequence, mean over sequences."""
+        """The share of columns that LLM.int8() keeps in 16 bits, those with any |x| >= threshold: the mean over sequences."""
         shares = [is_outlier(x, threshold).any(0).double().mean().item() for x in self._sequences.values()]
         return sum(shares) / len(shares)
 
     def damage(self, modules: Mapping[str, nn.Module], methods: Mapping[str, Method], threshold: float) -> dict[str, Damage] | None:
-        """Each method's damage over all `modules`, by the method's name in tables; None where none of them has a weight
-        [out_features, in_features], as fused experts have not. Weights must be loaded.
+        """Each method's damage over all `modules`, by the method's name. None where no module has a weight [out_features,
+        in_features]: fused experts have none. Weights must be loaded.
 
-        Activations are rounded sequence by sequence; outputs are taken of every few tokens, SAMPLE_TOKENS in all.
+        Activations are rounded sequence by sequence. Outputs are those of every few tokens, SAMPLE_TOKENS in all.
         """
         weights = [weight for module in modules.values() if (weight := weight_of(module)) is not None]
         if not weights:
@@ -68,7 +68,7 @@ class SampleOf:
         sequences = [x.float() for _, x in sorted(self._sequences.items())]
         outliers = [is_outlier(x, threshold).any(0) for x in sequences]
         step = -(-sum(len(x) - self.prefix for x in sequences) // SAMPLE_TOKENS)
-        for weight in weights:
+        for weight in map(torch.Tensor.contiguous, weights):  # a Conv1D's is stored transposed
             wide = weight.float()
             whole = [_parts(x[self.prefix :: step], wide, o) for x, o in zip(sequences, outliers)]
             del wide  # a layer of a large model has hundreds of megabytes
@@ -101,7 +101,7 @@ def _parts(x: torch.Tensor, weight: torch.Tensor, outlier: torch.Tensor) -> tupl
 
 
 def weight_of(module: nn.Module) -> torch.Tensor | None:
-    """The unquantized weight [out_features, in_features] of a linear module; None of what is none."""
+    """The unquantized weight [out_features, in_features] of a linear module; None for any other module."""
     weight = getattr(module, "weight", None)
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():
         return None

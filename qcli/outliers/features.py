@@ -1,11 +1,12 @@
 """Which dimensions of the hidden state are outlier features, by the criteria of LLM.int8() (arXiv:2208.07339, section 4.1).
 
-The hidden states of a layer are the inputs of its attention projections and of its FFN's first layers: what the norms give.
-The paper counts the input of the attention's output projection too; its channels are those of the heads, no dimensions of
-the hidden state, so here it has its own row in the tables and no part in this. A dimension is an outlier feature where values
-of magnitude `threshold` and more stand in at least MIN_LAYERS of the layers, and at MIN_POSITIONS of the sequence dimensions.
-The last can be read two ways. Here it is the share of all pairs of hidden state and position, which is the stricter one; the
-share of positions at which any layer has such a value is given beside it.
+The hidden states of a layer are the inputs of its attention projections and of its FFN's first layers: the outputs of its norms.
+The paper counts the input of the attention's output projection too. But its channels are those of the heads and no dimensions of
+the hidden state, so it is left out here and has its own row in the tables.
+
+A dimension is an outlier feature if values of magnitude `threshold` and more occur in at least MIN_LAYERS of the layers, and at
+MIN_POSITIONS of the sequence positions. The last can be read in two ways. Here it is the share of all pairs of hidden state and
+position, which is the stricter reading. The share of positions at which any layer has such a value is reported beside it.
 """
 
 from collections.abc import Iterable
@@ -23,7 +24,8 @@ ONE_SIDED = 0.99  # of a dimension's outliers have one sign
 
 @dataclass(frozen=True)
 class Feature:
-    """A dimension seen at or above the threshold. Shares are fractions; quartiles those of its outlier values."""
+    """A dimension with values at or above the threshold. Shares are fractions. Quartiles are those of its outlier values. `outlier`
+    says whether it meets the paper's criteria."""
 
     dim: int
     layers_share: float
@@ -32,11 +34,7 @@ class Feature:
     absmax: float
     quartiles: list[float]
     one_sided: bool
-
-    @property
-    def outlier(self) -> bool:
-        """Whether it meets the paper's criteria."""
-        return self.layers_share >= paper.MIN_LAYERS and self.positions_share >= paper.MIN_POSITIONS
+    outlier: bool
 
 
 def hidden_sites(layer: LayerMeasure, hidden_size: int) -> list[SiteMeasure]:
@@ -49,7 +47,7 @@ def hidden_sites(layer: LayerMeasure, hidden_size: int) -> list[SiteMeasure]:
 
 
 def find_features(layers: Iterable[LayerMeasure], union: Iterable[torch.Tensor], hidden_size: int) -> list[Feature]:
-    """Every dimension with an outlier anywhere, the most common first; `union` holds bool [positions, hidden_size]."""
+    """Every dimension with an outlier anywhere, the most common first. `union` holds masks, bool [positions, hidden_size]."""
     by_layer = [sites for layer in layers if (sites := hidden_sites(layer, hidden_size))]
     if not by_layer:
         return []
@@ -64,15 +62,17 @@ def find_features(layers: Iterable[LayerMeasure], union: Iterable[torch.Tensor],
     for dim in counts.nonzero().view(-1).tolist():
         values, weights = merge_bins([site.sketch.of(dim) for site in sites])
         positive = int(weights[values > 0].sum())
+        layers_share, positions_share = affected[:, dim].double().mean().item(), counts[dim].item() / rows
         features.append(
             Feature(
-                dim,
-                affected[:, dim].double().mean().item(),
-                counts[dim].item() / rows,
-                anywhere[dim].item(),
-                absmax[dim].item(),
-                quartiles(values, weights),
-                _one_sided(positive, int(weights.sum())),
+                dim=dim,
+                layers_share=layers_share,
+                positions_share=positions_share,
+                positions_union=anywhere[dim].item(),
+                absmax=absmax[dim].item(),
+                quartiles=quartiles(values, weights),
+                one_sided=_one_sided(positive, int(weights.sum())),
+                outlier=layers_share >= paper.MIN_LAYERS and positions_share >= paper.MIN_POSITIONS,
             )
         )
     return sorted(features, key=lambda f: (not f.outlier, -f.positions_share, f.dim))

@@ -27,9 +27,9 @@ _MOST_DIMS = 12  # in the panel of quartiles
 
 
 def draw(report: dict, path: Path) -> None:
-    """Draws a report of `qcli inspect-outliers` to `path`, 1600 x 1200 pixels as PNG; SVG and PDF by the suffix.
+    """Draws `Inspection.summary()` to `path`: PNG of 1600 x 1200 pixels, SVG or PDF, by the suffix.
 
-    The file is there whole or not at all. Raises UsageError for another suffix, QcliError where matplotlib is not
+    The file is written whole or not at all. Raises UsageError for another suffix, QcliError where matplotlib is not
     installed or the file cannot be written.
     """
     with figure_file.figure(path, 16, 12) as figure:
@@ -106,7 +106,7 @@ def _noise(panel, report: dict) -> None:
     for method, (colour, symbol) in _METHODS.items():
         values = _worst(report, kind, lambda site: (site["sqnr"] or {}).get(method, {}).get("ordinary"), min)  # noqa: B023
         if any(value is not None for value in values):
-            band = {"linewidth": 6, "alpha": 0.6} if method == "int8-row-wise" else {}  # vector-wise often lies on it
+            band = {"linewidth": 6, "alpha": 0.6} if method == "int8-row-wise" else {}  # int8 often coincides with it
             panel.plot(layers, _gaps(values), color=colour, label=method, **_marker(layers, symbol) | band)
     _layers(panel, report)
     panel.set(title=f"SQNR through ordinary channels, {kind}", ylabel="SQNR at the output (dB)")
@@ -135,7 +135,7 @@ def _quartiles(panel, report: dict) -> None:
 
 
 def _worst(report: dict, kind: str, value, take) -> list[float | None]:
-    """A number a layer: the worst of the layer's sites of a kind, None where it has none."""
+    """A number for each layer: the worst of its sites of a kind; None where it has none."""
     found = [[value(site) for site in layer["sites"] if site["kind"] == kind] for layer in report["layers"]]
     return [take((number for number in numbers if number is not None), default=None) for numbers in found]
 

@@ -1,11 +1,11 @@
 """Which dimensions the heatmap of the page and of the figure shows."""
 
-_ROWS = 24  # in all, where outlier dims leave room
-_ORDINARY = 8  # at least, to compare with
+_ROWS = 24  # in all, unless more dims are outliers
+_ORDINARY = 8  # ordinary dims at least, to compare with
 
 
 def worth_showing(chart: dict | None, threshold: float) -> dict | None:
-    """A report's heatmap, cut to the dims that reach the threshold in some layer and some ordinary ones, in their order.
+    """A summary's heatmap, cut to the dims that reach the threshold in some layer, and some ordinary ones, in their order.
 
     None where there is nothing to show.
     """

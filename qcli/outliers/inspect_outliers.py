@@ -1,8 +1,7 @@
-"""The verb `inspect_outliers`: from a model's name to the report."""
+"""The verb `inspect_outliers`: from a model's name to an Inspection."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +9,18 @@ import torch
 
 from qcli import methods
 from qcli.errors import UsageError
-from qcli.evaluation.score import Form, score
+from qcli.evaluation.score import Contender, score
 from qcli.evaluation.statistics import perplexity
 from qcli.evaluation.tokens import TokenScores
 from qcli.outliers import paper, results
-from qcli.outliers.ablation import RANDOM, WHOLE, WITHOUT, Ablation, random_dims
-from qcli.outliers.attention import LayerAttention
+from qcli.outliers.ablation import RANDOM, WHOLE, WITHOUT, Ablation, describe_attention, mean_top1, random_dims
 from qcli.outliers.damage import METHODS, SAMPLE_TOKENS, weight_of
-from qcli.outliers.features import Feature, find_features, hidden_sites
+from qcli.outliers.features import find_features, hidden_sites
+from qcli.outliers.inspection import Ablated, Attention, Inspection
 from qcli.outliers.measure import LayerMeasure, Meter
-from qcli.outliers.recommend import Recommendation, recommend
-from qcli.outliers.sites import HIDDEN
+from qcli.outliers.recommend import recommend
 from qcli.process import available_memory
+from qcli.progress import Advance, Progress, shown
 from qcli.schemes import NAMED, Scheme
 from qcli.sizes import format_bytes
 from qcli.streaming.corpus import Corpus, read_windows
@@ -29,7 +28,7 @@ from qcli.streaming.reading import Reading, hidden_bytes, weight_bytes
 from qcli.streaming.skeleton import Skeleton
 
 DEFAULT_TOKENS = 8192
-Progress = Callable[[int, int], AbstractContextManager]
+TOKENS_SHOWN = 64  # of the first window, at most, in the page
 
 
 def inspect_outliers(
@@ -45,15 +44,15 @@ def inspect_outliers(
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> dict:
-    """Runs text through `model` (a folder or a hub id), block by block, and returns the report: a dict that is fit for JSON.
+) -> Inspection:
+    """Runs text through `model` (a folder or a hub id), block by block, and returns what it finds.
 
-    `text` is a file (.jsonl: a document a line), or None for the text that comes with qcli; `tokens` of it in windows of
-    `sequence_length`. Values of magnitude `threshold` and more are outliers. `ablate` runs it a second time with the outlier
-    features zeroed. `progress(total, done)` gives a context manager with advance(bytes, name).
+    `text` is a file (.jsonl: a document in each line), or None for the text that comes with qcli. `tokens` of it are read in
+    windows of `sequence_length`. Values of magnitude `threshold` and more are outliers. `ablate` runs the text again with the
+    outlier features zeroed. `progress` is that of qcli.progress.
 
-    Raises QcliError kinds: UsageError for options, texts and models that are no causal language model, CheckpointError,
-    HubError, DeviceError, and NonFiniteError, which names the layer.
+    Raises UsageError (for options, texts, and models that are no causal language model), CheckpointError, HubError, DeviceError,
+    and NonFiniteError, which names the layer.
     """
     if not 0 < threshold < float("inf"):
         raise UsageError(f"--threshold is {threshold}, expected a number above 0", "6.0 is the paper's value.")
@@ -74,25 +73,45 @@ def inspect_outliers(
         model_limit=getattr(config, "max_position_embeddings", None),
     )
     _check_room(skeleton, corpus, 3 if ablate else 1)
-    work = Reading.work(skeleton)
-    with _shown(progress, work * (2 if ablate else 1)) as advance:
+    with shown(progress, Reading.work(skeleton) * (2 if ablate else 1)) as advance:
         meter = _meter(skeleton, corpus, threshold)
         reading = Reading(skeleton, corpus.windows, advance, observer=meter)
-        _, (scores,) = score(None, [Form(model, reading)], corpus.windows)
-        features = find_features(meter.layers, meter.union.values(), config.hidden_size)
-        loading = ["--revision", revision] if revision else []
-        loading += ["--trust-remote-code"] if trust_remote_code else []
-        loading += ["--set", "modules=rules"] if skeleton.layout.explicit_skip else []
-        found = recommend(model, meter.layers, features, threshold, loading)
-        report = _report(skeleton, corpus, meter, features, found)
-        report["table4"]["perplexity"] = _perplexity(scores, corpus)
-        if ablate:
-            _ablate(report, open_model, corpus, meter.layers, features, config.hidden_size, advance)
-    return report
+        _, (scores,) = score(None, [Contender(model, reading)], corpus.windows)
+        layers, hidden_size = meter.layers, meter.hidden_size
+        features = find_features(layers, meter.union.values(), hidden_size)
+        dims = sorted(f.dim for f in features if f.outlier)
+        second = _Second()
+        if ablate and dims:
+            others = random_dims(hidden_size, dims, len(dims))
+            second = _ablate(open_model("eager"), corpus, layers, dims, others, advance)
+        elif ablate:
+            second = _Second(note="Nothing was ablated: no dimension meets the criteria of an outlier feature.")
+    loading = ["--revision", revision] if revision else []
+    loading += ["--trust-remote-code"] if trust_remote_code else []
+    loading += ["--set", "modules=rules"] if skeleton.layout.explicit_skip else []
+    tokens_shown = [skeleton.tokenizer.decode([token]) for token in corpus.windows[0].ids[:TOKENS_SHOWN]]
+    return Inspection(
+        model=results.describe_model(skeleton, len(layers)),
+        text=results.describe_text(corpus),
+        threshold=threshold,
+        min_layers=paper.MIN_LAYERS,
+        min_positions=paper.MIN_POSITIONS,
+        layers=[results.describe_layer(i, layer) for i, layer in enumerate(layers)],
+        features=features[: results.FEATURES_KEPT],
+        table4=results.table_4(features, _perplexity(scores, corpus), second.ablation and second.ablation.top1),
+        massive_activations=results.massive_activations(skeleton, corpus, layers),
+        super_weights=[weight for layer in layers for weight in layer.super_weights],
+        attention=second.attention,
+        bos=results.first_tokens(corpus, layers),
+        ablation=second.ablation,
+        charts=results.charts(layers, features, tokens_shown, hidden_size),
+        notes=[*_notes(skeleton, layers, hidden_size), *([second.note] if second.note else [])],
+        recommendation=recommend(model, layers, features, threshold, loading),
+    )
 
 
 def _check_room(skeleton: Skeleton, corpus: Corpus, variants: int) -> None:
-    """Raises UsageError where the hidden states, which wait for each block together, have no room beside the largest block."""
+    """Raises UsageError where the hidden states of all tokens have no room in memory beside the largest block."""
     free = torch.cuda.mem_get_info()[0] if skeleton.device.type == "cuda" else available_memory()
     states = hidden_bytes([skeleton], corpus.windows, variants)
     block = max(weight_bytes(unit) for unit in skeleton.units)
@@ -104,15 +123,6 @@ def _check_room(skeleton: Skeleton, corpus: Corpus, variants: int) -> None:
         f"{what}, and {format_bytes(free)} of memory are free",
         f"Read fewer: --tokens {fewer}." if fewer > 1 else "No choice of --tokens would do; free some memory.",
     )
-
-
-@contextmanager
-def _shown(progress: Progress | None, total: int) -> Iterator[Callable[[int, str], None]]:
-    if progress is None:
-        yield lambda count, name: None
-        return
-    with progress(total, 0) as shown:
-        yield shown.advance
 
 
 def _meter(skeleton: Skeleton, corpus: Corpus, threshold: float) -> Meter:
@@ -128,60 +138,6 @@ def _meter(skeleton: Skeleton, corpus: Corpus, threshold: float) -> Meter:
 
 def _with_threshold(scheme: Scheme, threshold: float) -> Scheme:
     return replace(scheme, threshold=threshold) if scheme.threshold else scheme
-
-
-def _report(skeleton: Skeleton, corpus: Corpus, meter: Meter, features: list[Feature], found: Recommendation | None) -> dict:
-    layers, hidden_size = meter.layers, meter.hidden_size
-    window = corpus.windows[0].ids[:64]
-    tokens = [skeleton.tokenizer.decode([token]) for token in window]
-    return results.VERSION | {
-        "model": results.describe_model(skeleton, len(layers)),
-        "text": results.describe_text(corpus),
-        "threshold": meter.threshold,
-        "min_layers": paper.MIN_LAYERS,
-        "min_positions": paper.MIN_POSITIONS,
-        "layers": [results.describe_layer(i, layer) for i, layer in enumerate(layers)],
-        "features": results.describe_features(features),
-        "table4": results.table_4(features, None),
-        "massive_activations": _massive(skeleton, corpus, layers),
-        "super_weights": [{"layer": i} | asdict(weight) for i, layer in enumerate(layers) for weight in layer.super_weights],
-        "attention": None,
-        "bos": _bos(corpus, layers),
-        "ablation": None,
-        "charts": results.charts(layers, features, tokens, hidden_size),
-        "notes": _notes(skeleton, layers, hidden_size),
-        "recommendation": found and found.summary(),
-    }
-
-
-def _massive(skeleton: Skeleton, corpus: Corpus, layers: Sequence[LayerMeasure]) -> list[dict[str, object]]:
-    """Massive activations, those of the same layer, dimension, position and token as one: the largest, with how many there were."""
-    found: dict[tuple, dict[str, object]] = {}
-    for i, layer in enumerate(layers):
-        for m in layer.massive:
-            token = skeleton.tokenizer.decode([corpus.windows[m.window].ids[m.position]])
-            entry = found.setdefault(
-                (i, m.dim, m.position if m.position == 0 else -1, token),
-                {"layer": i, "position": m.position, "token": token, "dim": m.dim, "value": 0.0, "sequences": 0},
-            )
-            entry["sequences"] += 1
-            if abs(m.value) > abs(entry["value"]):
-                entry |= {"value": m.value, "median": m.median, "position": m.position}
-    return sorted(found.values(), key=lambda e: -abs(e["value"]))[:64]
-
-
-def _bos(corpus: Corpus, layers: Sequence[LayerMeasure]) -> dict[str, object] | None:
-    if not corpus.bos:
-        return None
-    stats = [s.bos for layer in layers for s in layer.sites if s.site.kind in HIDDEN and s.bos.rows]
-    if not stats:
-        return None
-    dims = sorted({d for s in stats for d in s["count"].nonzero().view(-1).tolist()})
-    return {
-        "positions": len(corpus.windows) * len(corpus.prefix),
-        "absmax": max(results.number(s.absmax.max()) for s in stats),
-        "outlier_dims": dims[:64],
-    }
 
 
 def _notes(skeleton: Skeleton, layers: Sequence[LayerMeasure], hidden_size: int) -> list[str]:
@@ -210,62 +166,32 @@ def _notes(skeleton: Skeleton, layers: Sequence[LayerMeasure], hidden_size: int)
     return notes
 
 
+@dataclass(frozen=True)
+class _Second:
+    """What the second pass found."""
+
+    ablation: Ablated | None = None
+    attention: Attention | None = None
+    note: str = ""
+
+
 def _ablate(
-    report: dict,
-    open_model: Callable,
-    corpus: Corpus,
-    layers: Sequence[LayerMeasure],
-    features: Sequence[Feature],
-    hidden_size: int,
-    advance: Callable[[int, str], None],
-) -> None:
-    """Runs the text once more, whole, without the outlier features and without as many others; writes it into the report."""
-    dims = sorted(f.dim for f in features if f.outlier)
-    if not dims:
-        report["notes"].append("Nothing was ablated: no dimension meets the criteria of an outlier feature.")
-        return
-    others = random_dims(hidden_size, [f.dim for f in features if f.outlier], len(dims))
-    skeleton = open_model("eager")
+    skeleton: Skeleton, corpus: Corpus, layers: Sequence[LayerMeasure], dims: list[int], others: list[int], advance: Advance
+) -> _Second:
+    """Runs the text again three times over: whole, without `dims`, and without `others`."""
     ablation = Ablation(layers, {WITHOUT: dims, RANDOM: others}, len(corpus.prefix))
     reading = Reading(skeleton, corpus.windows, advance, variants=(WHOLE, WITHOUT, RANDOM), observer=ablation)
-    forms = [Form(f"{report['model']['name']}, {variant}", reading, variant) for variant in (WHOLE, WITHOUT, RANDOM)]
-    _, scores = score(None, forms, corpus.windows)
-    values = [_perplexity(s, corpus) for s in scores]
-    report["ablation"] = {
-        "dims": dims,
-        "random_dims": others,
-        "top1": _top1(ablation.attention),
-        "perplexity": dict(zip((WHOLE, WITHOUT, RANDOM), values)) | {"tokens": corpus.scored},
-    }
-    report["attention"] = _attention(ablation.attention)
-    if top1 := report["ablation"]["top1"]:
-        report["table4"] |= {"top1_with": top1["with"], "top1_without": top1[WITHOUT]}
-    else:
-        report["notes"].append("The attention modules show no probabilities, so only perplexity was ablated.")
+    contenders = [Contender(f"{skeleton.source.label}, {variant}", reading, variant) for variant in (WHOLE, WITHOUT, RANDOM)]
+    _, scores = score(None, contenders, corpus.windows)
+    perplexities = dict(zip((WHOLE, WITHOUT, RANDOM), (_perplexity(s, corpus) for s in scores)))
+    top1 = mean_top1(ablation.attention)
+    return _Second(
+        Ablated(dims, others, top1, perplexities | {"tokens": corpus.scored}),
+        describe_attention(ablation.attention),
+        "" if top1 else "The attention modules show no probabilities, so only perplexity was ablated.",
+    )
 
 
 def _perplexity(scores: TokenScores, corpus: Corpus) -> float | None:
     with np.errstate(over="ignore"):
         return results.number(perplexity(scores.loss, corpus.scored_bytes).perplexity.value)
-
-
-def _top1(attention: Sequence[LayerAttention]) -> dict[str, float] | None:
-    rows = sum(layer.rows for layer in attention)
-    if not rows:
-        return None
-    return {name: sum(layer.top1[name] for layer in attention) / rows for name in ("with", WITHOUT, RANDOM)}
-
-
-def _attention(attention: Sequence[LayerAttention]) -> dict[str, object] | None:
-    top1 = _top1(attention)
-    if top1 is None:
-        return None
-    sinks = [layer.sinks for layer in attention]
-    return {
-        "sink_share": sum(s for s, _ in sinks) / max(sum(heads for _, heads in sinks), 1),
-        "top1": top1["with"],
-        "layers": [
-            {"layer": i} | {f"top1_{name}": layer.mean_top1(name) for name in ("with", WITHOUT, RANDOM)}
-            for i, layer in enumerate(attention)
-        ],
-    }

@@ -1,4 +1,4 @@
-"""The measuring pass: every text through every block once, with statistics of what enters linear layers and leaves blocks."""
+"""The measuring pass: every text through every block once, with statistics of the inputs of linear layers and outputs of blocks."""
 
 from dataclasses import dataclass, field
 
@@ -16,13 +16,13 @@ from qcli.streaming.run import Observer, current_call
 from qcli.streaming.skeleton import Skeleton
 from qcli.streaming.units import Unit
 
-DIMS_KEPT = 16  # of a site, with histograms: those most often outliers
+DIMS_KEPT = 16  # dims of a site that keep their histograms: those that are outliers most often
 SURFACE_TOKENS = 30
 
 
 @dataclass
 class SiteMeasure:
-    """What was measured at one site. `rows` without BOS and padding; `token_absmax` [rows] in no order."""
+    """What was measured at one site, without BOS and padding. `token_absmax` [rows] is in no order."""
 
     site: Site
     stats: ChannelStats
@@ -36,12 +36,12 @@ class SiteMeasure:
 
     @property
     def dims(self) -> list[int]:
-        """Channels with outliers, those with most of them first, and of these the larger ones."""
+        """Channels with outliers: those with most outliers first, then those with larger ones."""
         count, absmax = self.stats["count"].tolist(), self.stats.absmax.tolist()
         return sorted((d for d, n in enumerate(count) if n), key=lambda d: (-count[d], -absmax[d], d))
 
     def count(self, rows: torch.Tensor, threshold: float, where: str) -> None:
-        """Counts rows [positions, channels] in. Raises NonFiniteError, which says `where` they were."""
+        """Adds rows [positions, channels]. Raises NonFiniteError, which says `where` they were."""
         self.stats.add(rows, threshold)
         if bad := self.stats.nonfinite:
             raise NonFiniteError(
@@ -55,7 +55,7 @@ class SiteMeasure:
 
 @dataclass
 class LayerMeasure:
-    """A block: its sites, and the residual stream that leaves it (None where its shape is no hidden state's)."""
+    """A block: its sites, and the residual stream that leaves it (None where it has not the shape of a hidden state)."""
 
     name: str
     sites: list[SiteMeasure]
@@ -66,10 +66,10 @@ class LayerMeasure:
 
 
 class Meter(Observer):
-    """Measures the blocks that calls pass. `prefix` is how many leading tokens of each window are apart (BOS).
+    """Measures the blocks that calls pass. The first `prefix` tokens of each window (BOS) are counted apart.
 
-    `sample` names the windows whose outputs are simulated under each method; none where it is empty. `layers` is the result,
-    and `union` says of each batch's positions in which dimension a hidden state of any layer was an outlier.
+    `sample` has the windows whose outputs are simulated under each method. `layers` is the result. `union` says, for each batch, at
+    which positions and in which dimensions a hidden state of any layer was an outlier: bool [positions, hidden_size].
     """
 
     def __init__(self, skeleton: Skeleton, threshold: float, prefix: int, sample: frozenset[int], methods: dict[str, Method]):
@@ -113,7 +113,7 @@ class Meter(Observer):
                 self._residual,
                 [m for _, m in sorted(self._medians.items())],
                 [x for _, found in sorted(self._massive.items()) for x in found],
-                self._spikes.super_weights(tail.modules if tail else {}),
+                self._spikes.super_weights(len(self.layers), tail.modules if tail else {}),
             )
         )
         self._finder = None
@@ -144,7 +144,7 @@ class Meter(Observer):
             measure = self._measures[id(site)] = self._new(site, channels)
             measure.histograms = ChannelHistograms(channels) if channels == self.hidden_size else None
         if any("*" in path for path in site.modules) or x.numel() != batch.ids.numel() * channels:
-            # An expert's share of the tokens: their positions are not known here.
+            # An expert gets a share of the tokens; their positions are not known here.
             self._count(measure, x.reshape(-1, channels))
             return
         x = x.reshape(*batch.ids.shape, channels)

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs no network: markup, style, scripts, plotly.js and the data in one file."""
+"""The report as one HTML page that needs no network. Markup, style, scripts, plotly.js and the data are in one file."""
 
 import html
 import importlib.util
@@ -14,16 +14,16 @@ _SCRIPTS = ("document.js", "plot.js", "paper.js", "where.js", "layers.js", "simu
 
 
 def check() -> None:
-    """Raises QcliError where `page` could not work: to be known before hours of measuring."""
+    """Raises QcliError where `page` could not work. Called before hours of measuring."""
     if importlib.util.find_spec("plotly") is None:
         raise QcliError("The HTML report needs plotly, which is not installed.", "pip install 'qcli[plot]'")
 
 
 def page(report: dict) -> str:
-    """The HTML page of a report of `qcli inspect-outliers`, about 5 MB, most of it plotly.js.
+    """The HTML page of `Inspection.summary()`, about 5 MB, most of it plotly.js.
 
-    No text of the report is ever read as markup or script, whatever a token or a name holds. Raises QcliError where
-    plotly is not installed, and ValueError where the report holds NaN or infinity.
+    No text of the report is ever read as markup or script, whatever a token or a name holds. Raises QcliError where plotly is not
+    installed, and ValueError where the report holds NaN or infinity.
     """
     check()
     from plotly.offline import get_plotlyjs
@@ -41,12 +41,12 @@ def page(report: dict) -> str:
         "report": data,
         "script": '"use strict";\n' + "\n".join(_asset(name) for name in _SCRIPTS),
     }
-    # One pass, so that no part is searched for the names of others.
+    # One pass, so that no part is searched for the names of other parts.
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("page.html"))
 
 
 def _lean(value: object) -> object:
-    """Six digits of each float, and of a site's dims what the page shows: a deep model's page stays a third smaller."""
+    """Each float in six digits, and only what the page shows of a site's dims. This makes a deep model's page a third smaller."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, list):

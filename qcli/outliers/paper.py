@@ -1,23 +1,30 @@
-"""The figures of LLM.int8() (arXiv:2208.07339) that a model is put beside: its criteria, and Table 4."""
+"""The criteria and Table 4 of LLM.int8() (arXiv:2208.07339), to compare a model with."""
+
+from dataclasses import dataclass
 
 THRESHOLD = 6.0  # magnitude of an outlier (section 4.1)
-MIN_LAYERS = 0.25  # an outlier feature shows in so many of the layers,
-MIN_POSITIONS = 0.06  # and at so many of the positions of all hidden states
+MIN_LAYERS = 0.25  # the share of the layers that an outlier feature shows in, at least
+MIN_POSITIONS = 0.06  # and the share of the positions of all hidden states
 
-_COLUMNS = (
-    "model",
-    "parameters",
-    "perplexity",
-    "outliers",
-    "one_sided",
-    "layers_share",
-    "positions_share",
-    "quartiles",
-    "top1_with",
-    "top1_without",
-)
+
+@dataclass(frozen=True)
+class Row:
+    """A model of Table 4. Shares and top-1 attention probabilities are fractions, with and without the outlier features."""
+
+    model: str
+    parameters: str
+    perplexity: float
+    outliers: int
+    one_sided: int
+    layers_share: float
+    positions_share: float
+    quartiles: list[float]
+    top1_with: float
+    top1_without: float
+
+
 TABLE_4 = [
-    dict(zip(_COLUMNS, row))
+    Row(*row)
     for row in (
         ("GPT2", "117M", 33.5, 1, 1, 0.25, 0.06, [-8, -7, -6], 0.45, 0.19),
         ("GPT2", "345M", 26.0, 2, 1, 0.29, 0.18, [6, 7, 8], 0.45, 0.19),
@@ -34,11 +41,12 @@ TABLE_4 = [
 
 
 def stage(layers_share: float, positions_share: float) -> str:
-    """Where on the curve of section 4.2 a model stands, whose most common outlier feature has these shares; one sentence."""
+    """Where a model stands on the curve of section 4.2, in one sentence. The shares are those of its most common outlier
+    feature."""
     if layers_share >= 1.0 and positions_share >= 0.73:
         return "Past the phase shift: as in the paper's models of 6.7B and more, all layers share the outlier features."
-    row = min(TABLE_4[:-2], key=lambda r: abs(r["layers_share"] - layers_share) + abs(r["positions_share"] - positions_share))
+    row = min(TABLE_4[:-2], key=lambda r: abs(r.layers_share - layers_share) + abs(r.positions_share - positions_share))
     return (
-        f"Before the phase shift, where all layers share them at 3 of 4 positions: nearest to {row['model']} {row['parameters']}, "
-        f"{row['layers_share']:.0%} of layers and {row['positions_share']:.0%} of positions."
+        f"Before the phase shift, where all layers share them at 3 of 4 positions: nearest to {row.model} {row.parameters}, "
+        f"{row.layers_share:.0%} of layers and {row.positions_share:.0%} of positions."
     )

@@ -1,8 +1,8 @@
-"""Which method, threshold and modules the measurements speak for. Every sentence gives the numbers that it follows from."""
+"""Which method, threshold and modules the measurements recommend. Every sentence gives the numbers that it follows from."""
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -14,15 +14,16 @@ from qcli.outliers.features import Feature
 from qcli.outliers.measure import LayerMeasure, SiteMeasure
 from qcli.outliers.sites import FFN_OUTPUT
 
-GOOD = 25.0  # dB through ordinary channels: below it int8 without decomposition is felt in perplexity
-MOST_COLUMNS = 0.10  # of the input columns in 16 bits: beyond, the decomposition costs more time than int8 saves
+GOOD = 25.0  # dB through ordinary channels: below it int8 without decomposition costs perplexity
+MOST_COLUMNS = 0.10  # of the input columns in 16 bits: with more, the decomposition costs more time than int8 saves
 WORSE = 10.0  # dB below the median of its kind: such a module is kept in 16 bits
-MOST_SKIPPED = 0.10  # of the modules, those worst off
+MOST_SKIPPED = 0.10  # of the modules, the worst ones
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """`command` is ready to run; `alternative` is the other width, for who needs it. `skip` are full module names."""
+    """`method` is a name of qcli.schemes, `command` is ready to run, `alternative` is the command for the other width. `skip` are
+    full module names. `threshold` is None where the method has none."""
 
     method: str
     threshold: float | None
@@ -31,15 +32,11 @@ class Recommendation:
     alternative: str
     why: list[str]
 
-    def summary(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
-
 
 def recommend(
     model: str, layers: Sequence[LayerMeasure], features: Sequence[Feature], threshold: float, loading: Sequence[str] = ()
 ) -> Recommendation | None:
-    """None where there is nothing to quantize: no site's damage was measured. `loading` are the options that opened the model."""
+    """None where there is nothing to quantize, since no damage was measured. `loading` are the options that opened the model."""
     measured = [(layer, site) for layer in layers for site in layer.sites if site.damage]
     if not measured:
         return None
@@ -49,20 +46,21 @@ def recommend(
     share = sum(site.columns_kept * len(site.site.modules) for site in sites) / sum(len(s.site.modules) for s in sites)
     why = [_about_features(features), _about_rounding(sites, plain)]
     if share <= MOST_COLUMNS:
-        method, name = "llm-int8", "LLM.int8()"
+        method, left = "llm-int8", _median(sites, "llm-int8")
+        leaves = "" if left is None else f", and leaves {left:.1f} dB"
         why.append(
-            f"LLM.int8() keeps {share:.1%} of the input columns of a sequence in 16 bits, and leaves {_median(sites, name):.1f} dB."
+            f"LLM.int8() keeps {share:.1%} of the input columns of a sequence in 16 bits{leaves}."
             if share
             else f"No column of a sequence reaches {threshold:g}, so LLM.int8() is plain int8 here and costs no more."
         )
     else:
-        method, name = "nf4", "NF4"
+        method = "nf4"
         why.append(
             f"LLM.int8() would keep {share:.0%} of the input columns of a sequence in 16 bits, which costs more than int8 saves; "
             f"NF4 leaves activations whole. A higher --threshold keeps fewer: try {2 * threshold:g}."
         )
-    why.append(f"NF4 rounds weights only and leaves {nf4:.1f} dB, wherever outliers are." if nf4 else "")
-    skip, about_skip = _skip(measured, name)
+    why.append(f"NF4 rounds weights only and leaves {nf4:.1f} dB, whatever the outliers are." if nf4 else "")
+    skip, about_skip = _skip(measured, method)
     why += about_skip
     options = [] if threshold == paper.THRESHOLD or method == "nf4" else ["--threshold", f"{threshold:g}"]
     skips = [part for module in skip for part in ("--skip", module)]
@@ -75,7 +73,7 @@ def recommend(
 
 
 def read_skip(path: Path) -> list[str]:
-    """The modules that a report written by `qcli inspect-outliers --json` recommends to keep in 16 bits.
+    """The modules that a report of `qcli inspect-outliers --json` recommends to keep in 16 bits.
 
     Raises UsageError.
     """
@@ -89,7 +87,7 @@ def read_skip(path: Path) -> list[str]:
         raise UsageError(f"{path} is no report of inspect-outliers: its format is {found!r}, expected 'qcli-outliers'", hint)
     recommendation = report.get("recommendation")
     if recommendation is None:
-        raise UsageError(f"{path} holds no recommendation: the model that it is of was quantized already", hint)
+        raise UsageError(f"{path} holds no recommendation: its model was quantized already", hint)
     skip = recommendation.get("skip") if isinstance(recommendation, dict) else None
     if not isinstance(skip, list) or not all(isinstance(module, str) for module in skip):
         raise UsageError(f"{path}: its recommendation has no list of modules to skip", hint)
@@ -132,7 +130,7 @@ def _ordinary(damage: Damage) -> float:
 
 
 def _skip(measured: Sequence[tuple[LayerMeasure, SiteMeasure]], method: str) -> tuple[list[str], list[str]]:
-    """Modules to keep in 16 bits: those of super weights, and those far below others of their kind. With the reasons."""
+    """(modules to keep in 16 bits, reasons): those with super weights, and those far below others of their kind."""
     why, skip = [], []
     for layer, site in measured:
         for weight in layer.super_weights if site.site.kind == FFN_OUTPUT else ():

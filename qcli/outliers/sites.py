@@ -1,4 +1,4 @@
-"""Where activations are measured: the inputs of a block's linear layers, the same tensor counted once for all that read it."""
+"""Where activations are measured: the inputs of a block's linear layers. Layers that read the same tensor share a site."""
 
 import re
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qcli.checkpoint.names import in_attention, in_ffn
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.streaming.run import current_call, same_tensor
 
@@ -15,9 +16,6 @@ ATTENTION_INPUT, ATTENTION_OUTPUT = "attention input", "attention output"
 FFN_INPUT, FFN_OUTPUT, OTHER = "ffn input", "ffn output", "other"
 RESIDUAL = "residual stream"  # what leaves a block
 HIDDEN = (ATTENTION_INPUT, FFN_INPUT)  # sites whose channels are the dimensions of the hidden state
-
-_ATTENTION = re.compile(r"att")
-_FFN = re.compile(r"mlp|ffn|feed_?forward|expert|moe|(^|\.)(fc\d?|dense_h_to_4h|dense_4h_to_h|up_proj|gate_proj|down_proj|w[123])$")
 
 
 @dataclass
@@ -36,7 +34,7 @@ def shown_path(path: str) -> str:
 
 
 def linear_modules(block: nn.Module) -> dict[str, nn.Module]:
-    """The linear modules of a block by path, and with them fused experts, whose input is that of a linear layer."""
+    """The linear modules of a block by path, and fused experts, whose input is that of linear layers."""
     found = {}
     for path, module in block.named_modules():
         if isinstance(module, (nn.Linear, Conv1D, QuantizedLinear)) or (path and _is_fused(module)):
@@ -50,9 +48,9 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 class SiteFinder:
-    """Hooks the linear modules of a block and says of each call which site it is.
+    """Hooks the linear modules of a block and finds the site of each call.
 
-    `seen(site, module, x, first)` is called at every linear layer, `first` where x was not seen at this site in this call.
+    `seen(site, module, x, first)` is called at every linear layer. `first` says that x is new at this site in this call.
     """
 
     def __init__(self, block: nn.Module, seen: Callable[[Site, nn.Module, torch.Tensor, bool], None]):
@@ -82,14 +80,14 @@ class SiteFinder:
         return hook
 
     def close(self) -> list[Site]:
-        """Takes the hooks off and returns the sites with their kinds, in the order in which they were met."""
+        """Removes the hooks and returns the sites with their kinds, in the order of the calls."""
         for handle in self._handles:
             handle.remove()
         self._call, self._inputs = None, {}
         groups: dict[str, list[Site]] = {}
         for site in self.sites.values():
-            # Linear layers that lie in the block itself belong together by their names.
-            group = site.group or ("ffn" if _FFN.search(next(iter(site.modules))) else "")
+            # Linear layers directly in the block are grouped by their names.
+            group = site.group or ("ffn" if in_ffn(next(iter(site.modules))) else "")
             groups.setdefault(group, []).append(site)
         for sites in groups.values():
             _name(sites)
@@ -97,15 +95,16 @@ class SiteFinder:
 
 
 def _name(sites: list[Site]) -> None:
-    """The kinds of the inputs of one attention or FFN: its first layers read the hidden state, its last one ends it."""
+    """Sets the kinds of the inputs of one attention or FFN. Its first layers read the hidden state; the last one makes its
+    output."""
     path = next(iter(sites[0].modules))
-    if _FFN.search(path) and not _ATTENTION.search(path.rpartition(".")[0]):
+    if in_ffn(path):
         first, last = FFN_INPUT, FFN_OUTPUT
-    elif _ATTENTION.search(path):
+    elif in_attention(path):
         first, last = ATTENTION_INPUT, ATTENTION_OUTPUT
     else:
         return
     sites[0].kind = first
     if len(sites) > 1:
         fused = all(_is_fused(module) for module in sites[-1].modules.values())
-        sites[-1].kind = first if fused else last  # of fused experts only what enters them is seen
+        sites[-1].kind = first if fused else last  # only the input of fused experts is seen

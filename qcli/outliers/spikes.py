@@ -1,6 +1,6 @@
 """Massive activations (Sun et al., arXiv:2402.17762) and the super weights behind them (Yu et al., arXiv:2411.07191).
 
-Outlier features are large in nearly every token; these are a handful of values, a thousand times the median, at few tokens.
+Outlier features are large at nearly every token. Massive activations are a few values, a thousand times the median, at few tokens.
 """
 
 from collections.abc import Mapping
@@ -44,6 +44,7 @@ def massive(hidden: torch.Tensor, window: int) -> tuple[float, list[Massive]]:
 class SuperWeight:
     """The weight [row, column] of `module`, whose product with the input spike makes most of the output spike."""
 
+    layer: int
     module: str
     row: int
     column: int
@@ -53,7 +54,7 @@ class SuperWeight:
 
 
 class SpikeFinder:
-    """Notes the token at which each linear layer of a block gives its largest output, and what came in there."""
+    """Keeps the token at which each linear layer of a block gives its largest output, with its input and output there."""
 
     def __init__(self):
         # module -> (input [in_features], output [out_features], median of |outputs|)
@@ -79,8 +80,8 @@ class SpikeFinder:
             return
         self._largest[id(module)] = x[token].float(), y[token].float(), y.float().abs().median().item()
 
-    def super_weights(self, modules: Mapping[str, nn.Module]) -> list[SuperWeight]:
-        """Of the given modules, path to module: the FFN's last ones, where they have been seen. Weights must be loaded."""
+    def super_weights(self, layer: int, modules: Mapping[str, nn.Module]) -> list[SuperWeight]:
+        """Those of `modules`, path to module, which are the last ones of the FFN of block `layer`. Weights must be loaded."""
         found = []
         for path, module in modules.items():
             if id(module) not in self._largest:
@@ -91,7 +92,7 @@ class SpikeFinder:
                 column = int((weights * x).abs().argmax())
                 weight, spike, output = weights[column].item(), x[column].item(), y[row].item()
                 if abs(weight * spike) >= SUPER_SHARE * abs(output):
-                    found.append(SuperWeight(path, row, column, weight, spike, output))
+                    found.append(SuperWeight(layer, path, row, column, weight, spike, output))
         return found
 
 

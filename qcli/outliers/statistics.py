@@ -1,4 +1,4 @@
-"""Statistics of activations that are gathered batch by batch and come out the same whatever the batches were."""
+"""Statistics of activations that are gathered batch by batch. The result does not depend on the batches."""
 
 import math
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from qcli.ops.activation_stats import FIELDS, activation_stats
 
 SKETCH_ERROR = 0.005  # of a quantile of the sketch, relative
 HISTOGRAM_BINS = 129
-_LEAST_VARIANCE = 1e-5  # of the mean square: power sums in float64 hold no kurtosis of less
-_SKETCH_PIECE = 1 << 20  # elements at a time: each that is an outlier takes some forty bytes on the way
+_LEAST_VARIANCE = 1e-5  # of the mean square; below it float64 power sums are too coarse for a kurtosis
+_SKETCH_PIECE = 1 << 20  # elements at a time: each outlier takes some forty bytes meanwhile
 _STEPS = 8  # bins of the histogram per unit of asinh(x)
 
 
@@ -23,7 +23,7 @@ class ChannelStats:
         self._stats[FIELDS.index("min")], self._stats[FIELDS.index("max")] = torch.inf, -torch.inf
 
     def add(self, x: torch.Tensor, threshold: float) -> None:
-        """Counts x [rows, channels] in; elements of magnitude `threshold` and more are outliers."""
+        """Adds x [rows, channels]. Elements of magnitude `threshold` and more are outliers."""
         new = activation_stats(x, threshold).cpu()
         old, least, greatest = self._stats, FIELDS.index("min"), FIELDS.index("max")
         merged = old + new
@@ -42,7 +42,7 @@ class ChannelStats:
 
     @property
     def absmax(self) -> torch.Tensor:
-        """Greatest magnitude [channels]; 0 where no row was counted."""
+        """Greatest magnitude [channels]; 0 where no row was added."""
         return torch.maximum(self["max"], -self["min"]).clamp_min(0)
 
     def channel_moments(self) -> "Moments":
@@ -84,7 +84,7 @@ class Moments:
     @property
     def kurtosis(self) -> torch.Tensor:
         """Fourth central moment over the squared variance: 3 for a Gaussian. NaN where values vary by less than a 300th of their
-        mean: there rounding of the sums takes a 100,000th of it, and soon all."""
+        mean: from there on the rounding of the sums spoils it."""
         m, n = self.mean, self.count
         variance = self.sum_squares / n - m.square()
         fourth = self.sum_fourths / n - 4 * m * self.sum_cubes / n + 6 * m.square() * self.sum_squares / n - 3 * m**4
@@ -93,8 +93,8 @@ class Moments:
 
 
 def is_outlier(x: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Where |x| >= threshold, bool of x's shape: in float32, as activation_stats counts. In 16 bits the threshold itself would be
-    rounded."""
+    """Where |x| >= threshold, bool of x's shape. Compared in float32, as activation_stats does: 16 bits would round the
+    threshold."""
     return x.float().abs() >= threshold
 
 
@@ -114,7 +114,7 @@ class OutlierSketch:
         self._counts = torch.zeros(0, dtype=torch.long)
 
     def add(self, x: torch.Tensor) -> None:
-        """Counts the outliers of x [rows, channels] in."""
+        """Adds the outliers of x [rows, channels]."""
         for part in x.split(max(_SKETCH_PIECE // max(x.shape[-1], 1), 1)):
             self._add(part)
 
@@ -131,7 +131,7 @@ class OutlierSketch:
         """(values ascending, how many of each) of a channel's bins, float64 and int64."""
         mine = self._keys // self._CHANNEL == channel
         bins = self._keys[mine] % self._CHANNEL - self._CHANNEL // 2
-        # The point of a bin [a, b] whose relative distance to both ends is the same: 2ab / (a + b).
+        # The point of a bin [a, b] with the same relative distance to both ends: 2ab / (a + b).
         low = self.threshold * ((bins.abs().double() - 1) * self._ratio).exp()
         return bins.sign() * low * (1 + SKETCH_ERROR), self._counts[mine]
 
@@ -141,7 +141,7 @@ class OutlierSketch:
 
 
 def quartiles(values: torch.Tensor, counts: torch.Tensor) -> list[float] | None:
-    """The values below which a quarter, a half and three quarters of the counts lie; None where there are none."""
+    """The values with a quarter, a half and three quarters of the counts below them; None without counts."""
     total = int(counts.sum())
     if not total:
         return None
@@ -164,14 +164,14 @@ class ChannelHistograms:
         self._kept: dict[int, torch.Tensor] | None = None
 
     def add(self, x: torch.Tensor) -> None:
-        """Counts x [rows, channels] in."""
+        """Adds x [rows, channels]."""
         half, channels = HISTOGRAM_BINS // 2, x.shape[1]
         bins = (x.float().asinh() * _STEPS).round_().clamp_(-half, half).int() + half
         bins += torch.arange(channels, dtype=torch.int32, device=x.device) * HISTOGRAM_BINS
         self._counts += torch.bincount(bins.view(-1), minlength=channels * HISTOGRAM_BINS).cpu().int()
 
     def keep(self, channels: list[int]) -> None:
-        """Lets go of all but some channels, when all is counted."""
+        """Drops all channels but these, once everything was added."""
         counts = self._counts.view(-1, HISTOGRAM_BINS)
         self._kept = {channel: counts[channel].clone() for channel in channels}
         del self._counts

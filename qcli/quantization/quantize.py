@@ -2,8 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from qcli.devices import pick_device
 from qcli.errors import CheckpointError, PlanError, one_of, together
 from qcli.methods.choosing import methods_of, recipe_in_force
 from qcli.process import available_memory, peak_memory
+from qcli.progress import Progress, shown
 from qcli.quantization import outputs
 from qcli.quantization.plan import Plan
 from qcli.quantization.report import Report, sum_up
@@ -146,20 +146,13 @@ def _allocated(path: Path) -> int:
 
 
 def run_plan(
-    plan: Plan,
-    *,
-    device: str = "auto",
-    overwrite: bool = False,
-    push_to_hub: str | None = None,
-    progress: Callable[[int, int], AbstractContextManager[Any]] | None = None,
+    plan: Plan, *, device: str = "auto", overwrite: bool = False, push_to_hub: str | None = None, progress: Progress | None = None
 ) -> Report:
     """Executes a plan without problems. `progress(total, done)` gives a context manager with advance(bytes, name).
 
     Raises PlanError if the plan has problems; otherwise see `quantize`.
     """
     plan.check()
-    from contextlib import nullcontext
-
     from qcli.quantization import other_files
     from qcli.quantization.execute import execute, verify
     from qcli.quantization.staging import Staging
@@ -174,8 +167,8 @@ def run_plan(
         plan.source.download_to(staging.downloads)
         other_files.carry_over(plan, staging)
         done = sum(plan.work[i].info.nbytes for i in staging.done)
-        with progress(plan.source_bytes, done) if progress else nullcontext(_Silent()) as shown:
-            execute(plan, staging, target, shown.advance)
+        with shown(progress, plan.source_bytes, done) as advance:
+            execute(plan, staging, target, advance)
         kinds, worst, nonfinite = sum_up(plan, staging.done)
         warnings = other_files.write_rest(plan, staging, kinds, nonfinite)
         verify(plan, staging.folder)
@@ -197,8 +190,3 @@ def run_plan(
     if push_to_hub:
         report.url = hub.push(plan.output, push_to_hub)
     return report
-
-
-class _Silent:
-    def advance(self, count: int, name: str) -> None:
-        """Nobody listens."""

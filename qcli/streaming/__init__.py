@@ -1,1 +1,1 @@
-"""A transformers model larger than memory, run block by block: each block's weights are read once, and every text passes it."""
+"""A transformers model larger than memory, run block by block. Each block's weights are read once, and every text passes it."""

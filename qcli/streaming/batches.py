@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-BATCH_TOKENS = 2048  # at most so many in a batch, padding included, unless one window has more
+BATCH_TOKENS = 2048  # in a batch at most, with padding, unless one window has more
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`ids` int64 [sequences, tokens]; `mask` bool of the same shape, False at padding; `windows`, which window each row is."""
+    """`ids` int64 [sequences, tokens]; `mask` bool of the same shape, False at padding; `windows`, the number of each row's
+    window."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -29,8 +30,8 @@ class Batch:
 
 
 def make_batches(windows: Sequence[Sequence[int]], padding: int | None, batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
-    """Batches of windows of like length, longest first, padded at their ends with the id `padding`; of windows of one length where
-    it is None."""
+    """Batches of windows of similar length, longest first, padded at their ends with the id `padding`. Where it is None, a batch
+    has windows of one length."""
     order = sorted(range(len(windows)), key=lambda i: (-len(windows[i]), i))
     batches = []
     while order:

@@ -1,15 +1,15 @@
 """The text that a model is measured on, cut into windows of tokens.
 
-Each document is tokenized once, without special tokens, and read in windows of `sequence_length` L tokens. A window begins
-with what the tokenizer puts before a text (BOS, mostly; nothing for some), which counts among the L. With a stride S below L,
-the first L - S tokens of every window but a document's first have been scored in the window before and only give context.
-The first token of a window is never scored, for nothing precedes it: so with BOS every token of the text is scored once;
-without it, where S = L, the first token of each window is not. Tokens that close a text (EOS) are left out.
+Each document is tokenized once, without special tokens, and read in windows of `sequence_length` L tokens. A window begins with
+what the tokenizer puts before a text: mostly BOS, with some tokenizers nothing. These tokens count among the L. With a stride S
+below L, the first L - S tokens of every window but a document's first were scored in the window before. They only give context.
+The first token of a window is never scored, since nothing precedes it. With BOS every token of the text is scored once. Without
+BOS and with S = L, the first token of each window is not scored. Tokens that close a text (EOS) are left out.
 
-Bytes are those of UTF-8. A token stands for the bytes from the end of the token before it to its own end, by the offsets of
-the tokenizer; the last of a document also for what follows it. So the bytes of all tokens of a document add up to its size.
-A character that several tokens share counts with the first. A tokenizer without offsets (written in Python) has them spread
-evenly over a document's tokens.
+Bytes are those of UTF-8. A token stands for the bytes from the end of the token before it to its own end, by the offsets of the
+tokenizer. The last token of a document also stands for what follows it. So the bytes of all tokens add up to the document's size.
+A character that several tokens share counts with the first. For a tokenizer without offsets (written in Python), the bytes are
+spread evenly over a document's tokens.
 """
 
 import json
@@ -23,13 +23,13 @@ from qcli.errors import UsageError
 DEFAULT_TOKENS = 16_384
 DEFAULT_SEQUENCE_LENGTH = 2048
 BUNDLED = "bundled text"
-_CHARACTERS = 8  # more than a token has on the average
+_CHARACTERS = 8  # per token, more than the average
 _SPARE = 256  # tokens
 
 
 @dataclass(frozen=True)
 class Window:
-    """One sequence as the model reads it: `ids[:context]` are not scored, and the others stand for `scored_bytes`."""
+    """One sequence as the model reads it. `ids[:context]` are not scored; the others stand for `scored_bytes` bytes."""
 
     ids: tuple[int, ...]
     context: int
@@ -43,7 +43,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Windows of a text, and how they were cut. `prefix` is what each begins with, and no part of the text."""
+    """Windows of a text, and how they were cut. Each begins with `prefix`, which is not a part of the text."""
 
     name: str
     windows: tuple[Window, ...]
@@ -55,7 +55,7 @@ class Corpus:
 
     @property
     def bos(self) -> bool:
-        """Whether windows begin with BOS, or what else the tokenizer puts before a text."""
+        """Whether windows begin with BOS, or with anything else that the tokenizer puts before a text."""
         return bool(self.prefix)
 
     @property
@@ -81,14 +81,14 @@ def read_windows(
 ) -> Corpus:
     """The first `tokens` tokens of a text, in windows.
 
-    `text` is the path of a file: of JSON lines with a document each as "text" where its name ends in .jsonl, else of one
-    document; None is the text that comes with qcli. `tokens` None takes what there is, up to `default_tokens`. The sequence
-    length is at most `model_limit` (None: no limit), and 2048 unless given; the stride is the sequence length unless given.
+    `text` is the path of a file. A name that ends in .jsonl means JSON lines, each with a document as "text"; any other file is one
+    document. None is the text that comes with qcli. `tokens` None takes all tokens, up to `default_tokens`. The sequence length is
+    at most `model_limit` (None: no limit); its default is 2048. The default stride is the sequence length.
 
     Raises UsageError for a file that cannot be read, a text with too little in it, and options out of range.
     """
     prefix = _prefix(tokenizer)
-    if model_limit is not None and model_limit <= 0:  # some configs say so for a model without one
+    if model_limit is not None and model_limit <= 0:  # how some configs state that there is no limit
         model_limit = None
     if sequence_length is None:
         sequence_length = min(DEFAULT_SEQUENCE_LENGTH, model_limit or DEFAULT_SEQUENCE_LENGTH)
@@ -170,7 +170,7 @@ def _document(path: Path, number: int, line: bytes) -> str:
 
 
 def _prefix(tokenizer) -> tuple[int, ...]:
-    """What the tokenizer puts before every text."""
+    """The ids that the tokenizer puts before every text."""
     whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
@@ -179,8 +179,8 @@ def _prefix(tokenizer) -> tuple[int, ...]:
 
 
 def _encode_beginning(tokenizer, text: str, limit: int):
-    """(as much of a text's beginning as has `limit` tokens and some to spare, what the tokenizer makes of it): a large file takes
-    no longer than what is read of it. Those to spare are for the cut: next to it tokens may be others than in the whole text."""
+    """(beginning of a text with at least `limit` tokens, its encoding). So a large file takes no longer than the part that is read.
+    There are some tokens to spare, since those next to the cut may differ from the tokens of the whole text."""
     size = _CHARACTERS * (limit + _SPARE)
     while True:
         part = text[:size]
@@ -191,7 +191,7 @@ def _encode_beginning(tokenizer, text: str, limit: int):
 
 
 def _tokenize(tokenizer, text: str, limit: int) -> tuple[list[int], list[int]]:
-    """The first `limit` token ids of a document, and for each how many bytes of it have been read at its end."""
+    """(the first `limit` token ids of a document, for each the bytes of the document up to its end)."""
     text, found = _encode_beginning(tokenizer, text, limit)
     ids, size = found["input_ids"], len(text.encode())
     if not tokenizer.is_fast:
@@ -207,14 +207,14 @@ def _tokenize(tokenizer, text: str, limit: int) -> tuple[list[int], list[int]]:
 
 
 def _cut(prefix: tuple[int, ...], ids: list[int], ends: list[int], length: int, stride: int) -> Iterator[tuple[Window, int]]:
-    """The windows of one document, each with how many of its tokens no window before it held."""
+    """The windows of one document, each with the number of its tokens that are in no earlier window."""
     done = 0
     while done < len(ids):
         old = min(done, max(length - stride - len(prefix), 0))
         new = min(length - len(prefix) - old, len(ids) - done)
         before = len(prefix) + old
         context = max(before, 1)
-        first = done + context - before  # of the tokens that are scored
+        first = done + context - before  # the first scored token
         if first < done + new:
             size = ends[done + new - 1] - (ends[first - 1] if first else 0)
             yield Window((*prefix, *ids[done - old : done + new]), context, size), new

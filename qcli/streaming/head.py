@@ -1,8 +1,8 @@
-"""Logits a few tokens at a time: the whole of them, tokens x vocabulary, would outgrow the block that they come from.
+"""Logits, a few tokens at a time. All of them, tokens x vocabulary, would take more memory than a block.
 
-The model runs up to its head. Then its own forward is called again for a chunk of tokens, with the part below the head
-standing still: it returns that chunk of what it returned before. So whatever a model does to its logits (soft caps, scales)
-is done by its own code.
+The model runs up to its head. Then its own forward is called again for a chunk of tokens. This time its body (the modules that hold
+the blocks) does not run: it returns the chunk of what it returned before. So the model's own code does whatever it does to logits,
+such as soft caps and scales. Calling the head's module alone would leave these out, and each model class has its own.
 """
 
 import copy
@@ -25,7 +25,7 @@ class _Reached(Exception):
 
 
 class Head:
-    """The head of a model. `below(batch)` runs what is below it, inside a Call; `logits` the rest."""
+    """The head of a model. `below(batch)` runs what is below it, inside a Call; `logits` runs the rest."""
 
     def __init__(self, skeleton: Skeleton):
         self.skeleton, self.model = skeleton, skeleton.model
@@ -53,7 +53,7 @@ class Head:
         return any(module is inner for block in self.skeleton.blocks for inner in block.module.modules())
 
     def below(self, batch: Batch) -> Callable[[], Any]:
-        """A function for Call.run: the output of what is below the head, of `batch`."""
+        """A function for Call.run. It returns the output of what is below the head for `batch`."""
 
         def run():
             try:
@@ -85,8 +85,8 @@ class Head:
                 handle.remove()
 
     def logits(self, places: Sequence[tuple[Any, int, int, int]]) -> torch.Tensor:
-        """Logits [tokens, vocabulary] of positions `first` to `last` of sequence `row` of a call's output, for each of the places
-        (output, row, first, last), one after another.
+        """Logits [tokens, vocabulary] of the `places`, one after another. A place (output, row, first, last) is positions `first`
+        to `last` of sequence `row` in the output of a call.
 
         The head's unit must be loaded.
         """

@@ -1,4 +1,4 @@
-"""Windows of text through a streamed model up to its head: of each token the last hidden state, and logits on demand."""
+"""Windows of text through a streamed model up to its head: the last hidden state of each token, and logits on demand."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qcli.nn.quantized_linear import QuantizedLinear
+from qcli.progress import Advance
 from qcli.streaming.batches import BATCH_TOKENS, make_batches
 from qcli.streaming.corpus import Window
 from qcli.streaming.head import Head
@@ -14,9 +15,7 @@ from qcli.streaming.run import Call, Observer, current_call, run_calls
 from qcli.streaming.skeleton import Skeleton
 from qcli.streaming.units import Unit
 
-Advance = Callable[[int, str], None]
-
-HIDDEN_BYTES = 2 << 30  # of hidden states that wait together; what has more is read in several goes
+HIDDEN_BYTES = 2 << 30  # of hidden states that wait together; a text with more is read in several runs
 
 
 def weight_bytes(unit: Unit) -> int:
@@ -25,16 +24,16 @@ def weight_bytes(unit: Unit) -> int:
 
 
 def hidden_bytes(skeletons: Sequence[Skeleton], windows: Sequence[Window], variants: int = 1) -> int:
-    """Bytes of the hidden states that wait together when the models, each in so many variants, read the windows.
+    """Bytes of the hidden states that wait together when the models, each in `variants` variants, read the windows.
 
-    A token's waits twice: as what the model began with, which transformers keeps, and as what a block has made.
+    Each token has two: the one that the model began with, which transformers keeps, and the one that the last block made.
     """
     width = sum(2 * s.model.config.get_text_config(decoder=True).hidden_size * s.dtype.itemsize for s in skeletons)
     return width * variants * sum(len(window.ids) for window in windows)
 
 
-def goes(skeletons: Sequence[Skeleton], windows: Sequence[Window], variants: int = 1) -> list[Sequence[Window]]:
-    """The windows in as few runs as HIDDEN_BYTES allows: every model's weights are read once for each of them."""
+def runs(skeletons: Sequence[Skeleton], windows: Sequence[Window], variants: int = 1) -> list[Sequence[Window]]:
+    """The windows in as few runs as HIDDEN_BYTES allows. Each run reads every model's weights once."""
     found: list[list[Window]] = []
     room = 0
     for window in windows:
@@ -58,12 +57,12 @@ class Piece:
 
 
 class Reading:
-    """Windows that a model has read up to its head, in one or more variants of it. Of each token and variant it keeps the last
-    hidden state.
+    """Windows that a model, in one or more variants, has read up to its head. It keeps the last hidden state of each token and
+    variant.
 
-    `observer` is told of each unit. `padded` puts windows of unlike length into one call, else only those of one length are
-    read together; `alone` gives each a call of its own, as a model in 8 bits has it always. `advance` hears of finished work,
-    which is `work` in all once the reading has been scored.
+    `observer` is called at each unit. With `padded`, windows of different lengths share a call; without, only windows of one
+    length do. With `alone`, each window has its own call; a model in 8 bits always reads so. `advance` is called with finished
+    work, which adds up to `work` once the reading has been scored.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Reading:
 
     @staticmethod
     def work(skeleton: Skeleton) -> int:
-        """What `advance` is told of in all."""
+        """The bytes that the calls of `advance` add up to."""
         return sum(weight_bytes(unit) for unit in skeleton.units if not unit.resident)
 
     def _watch(self, unit: Unit) -> Callable:
@@ -107,13 +106,13 @@ class Reading:
             if (call := current_call()) is not None:
                 hidden = output[0] if isinstance(output, tuple) else output
                 key = call.variant, unit.name
-                broken = ~torch.stack(hidden.aminmax()).isfinite().all()  # one pass: NaN is the extreme where there is any
-                self._broken[key] = self._broken.get(key, broken) | broken  # nothing waits for the device here
+                broken = ~torch.stack(hidden.aminmax()).isfinite().all()  # one pass: a NaN anywhere is the extreme
+                self._broken[key] = self._broken.get(key, broken) | broken  # a tensor still: nothing waits for the device here
 
         return watch
 
     def logits(self, variant: str, pieces: Sequence[Piece]) -> torch.Tensor:
-        """[tokens, vocabulary] of pieces of windows, one after another. The head must be loaded."""
+        """Logits [tokens, vocabulary] of pieces of windows, one after another. The head must be loaded."""
         return self.head.logits([(*self._places[variant, p.window], p.first, p.first + len(p.ids)) for p in pieces])
 
     def where_broken(self, variant: str) -> str:
@@ -123,7 +122,7 @@ class Reading:
 
 
 class _Counting(Observer):
-    """Passes on what it is told, and counts the weights that are done with."""
+    """Passes every call on to `observer`, and counts the weights of finished units."""
 
     def __init__(self, observer: Observer, advance: Advance):
         self.observer, self.advance, self.counted = observer, advance, 0

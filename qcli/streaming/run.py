@@ -1,8 +1,8 @@
-"""Forward passes that wait for each other: all of them reach a unit, then its weights are read, then all of them pass it.
+"""Forward passes that wait for each other. All of them reach a unit, then its weights are read, then all of them pass it.
 
-Each call of the model runs in a greenlet of its own and is suspended where it enters a unit. So the code around the blocks
-stays transformers' own, with its masks, position embeddings and what one block hands to the next, and each unit's weights are
-read once for all calls. While a call waits, its hidden states do, and nothing else of it.
+Each call of the model runs in a greenlet of its own and is suspended where it enters a unit. So the code around the blocks stays
+transformers' own, with its masks, its position embeddings and all that one block passes to the next. Each unit's weights are read
+once for all calls. While a call waits, it keeps its hidden states and nothing else.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from qcli.streaming.units import Unit
 
 @dataclass
 class Call:
-    """A forward pass: `run()` calls the model. `variant` groups calls that see the same change of it; `batch` is the caller's."""
+    """A forward pass. `run()` calls the model. Calls of one `variant` see the same change of the model. `batch` is the caller's."""
 
     run: Callable[[], Any]
     variant: str = ""
@@ -28,16 +28,16 @@ class Call:
 
 
 class Observer:
-    """Is told what is loaded. The default does nothing."""
+    """Is called at each unit. The default does nothing."""
 
     def loaded(self, unit: Unit) -> None:
-        """The weights of `unit` are there, and no call has passed it yet."""
+        """The weights of `unit` are in memory, and no call has passed it yet."""
 
     def passed(self, unit: Unit) -> None:
-        """Every call has passed `unit`; its weights are still there."""
+        """Every call has passed `unit`; its weights are still in memory."""
 
     def variant(self, unit: Unit, name: str) -> AbstractContextManager:
-        """What holds for `unit` while the calls of a variant pass it."""
+        """A context manager that is entered while the calls of a variant pass `unit`."""
         return nullcontext()
 
 
@@ -47,7 +47,7 @@ def current_call() -> Call | None:
 
 
 def same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two inputs of modules, of one call, are the same values in the same memory."""
+    """Whether two inputs of modules in one call are the same values in the same memory."""
     return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
@@ -70,7 +70,7 @@ def run_calls(skeleton: Skeleton, calls: Sequence[Call], observer: Observer | No
             waiting.append((index, thread, wanted))
 
     with torch.inference_mode(), _suspended(skeleton):
-        skeleton.load(skeleton.embedding)  # some models ask where it lies before they enter it
+        skeleton.load(skeleton.embedding)  # some models ask for its device before they enter it
         try:
             for i, call in enumerate(calls):
                 thread = greenlet(call.run)
@@ -93,12 +93,12 @@ def run_calls(skeleton: Skeleton, calls: Sequence[Call], observer: Observer | No
                     skeleton.unload(unit)
         finally:
             for thread in threads:
-                thread.throw(GreenletExit)  # does nothing to those that are done
+                thread.throw(GreenletExit)  # does nothing to a finished one
     return [results[i] for i in range(len(calls))]
 
 
 def _next(waiting: list[tuple[int, greenlet, Unit]]) -> Unit:
-    """The unit to load: of those waited for, what comes before any block, else the earliest block, so that no call overtakes."""
+    """The next unit to load: first those outside of the blocks, then the earliest block. So no call overtakes another."""
     return min((unit for _, _, unit in waiting), key=lambda unit: -1 if unit.index is None else unit.index)
 
 

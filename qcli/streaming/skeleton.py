@@ -1,7 +1,7 @@
-"""A transformers model without weights, whose units are read from the checkpoint when they are wanted and let go again.
+"""A transformers model without weights. Its units are read from the checkpoint when they are needed, and dropped afterwards.
 
-The model is built on the meta device, buffers aside. What turns the tensors of a checkpoint into parameters (renames, fused
-experts, dtypes, our quantized modules) is transformers' own loading, given the tensors of one unit at a time.
+The model is built on the meta device, except for its buffers. transformers' own loading turns the tensors of a checkpoint into
+parameters (renames, fused experts, dtypes, our quantized modules). It gets the tensors of one unit at a time.
 """
 
 from collections.abc import Iterable
@@ -49,9 +49,9 @@ class Skeleton:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ):
-        """Reads headers only. `attention` names transformers' implementation, where its weights are to be seen: eager.
+        """Reads headers only. `attention` names transformers' implementation; "eager" shows its probabilities.
 
-        Raises UsageError (also for what is no causal language model), CheckpointError, HubError, DeviceError.
+        Raises UsageError (also for a model that is no causal language model), CheckpointError, HubError, DeviceError.
         """
         one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
         self.device = pick_device(device)
@@ -75,7 +75,7 @@ class Skeleton:
 
     @cached_property
     def layout(self) -> Layout:
-        """Which modules are linear: as transformers quantizes them, or by names and shapes where it quantizes none."""
+        """Which modules are linear: those that transformers quantizes, or by names and shapes where it quantizes none."""
         if self.source.quantization:
             return self._stored_layout
         try:
@@ -102,7 +102,7 @@ class Skeleton:
             with init_empty_weights(include_buffers=False), no_init_weights(), modules_within(source):
                 config.dtype = self.dtype
                 self.model = built._from_config(config, dtype=self.dtype, **options).eval().requires_grad_(False)
-        except Exception as e:  # a config can be wrong in as many ways as there are models
+        except Exception as e:  # each model class raises its own kinds for a wrong config
             raise CheckpointError(
                 f"{source.label}: {built.__name__} cannot be built from config.json: {reason(e)}", "Check the config's fields."
             ) from e
@@ -125,7 +125,7 @@ class Skeleton:
                     setattr(module, name, buffer.to(self.device))
 
     def _assign_tensors(self) -> None:
-        """Gives each unit the checkpoint's tensors that its parameters come from."""
+        """Gives each unit the tensors of the checkpoint that its parameters are made of."""
         mapping, state = self._config.weight_mapping, self.model.state_dict()
         renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
         converters = [t for t in mapping if isinstance(t, WeightConverter)]
@@ -191,7 +191,7 @@ class Skeleton:
             raise CheckpointError(f"{self.source.label} does not fit its model: {', '.join(wrong[:5])}", self.source.again())
 
     def _tie(self, name: str, origin: str) -> None:
-        """Makes the parameter `name` that of `origin`, which is let go of where its own unit is not loaded."""
+        """Makes the parameter `name` the same as `origin`, which is dropped again if its own unit is not loaded."""
         module, attribute = _holder(self.model, name)
         owner, there = _holder(self.model, origin)
         weight = getattr(owner, there)
@@ -201,7 +201,7 @@ class Skeleton:
             setattr(owner, there, _meta(weight))
 
     def unload(self, unit: Unit) -> None:
-        """Lets go of the weights of `unit`."""
+        """Drops the weights of `unit`."""
         if unit.resident or not self.is_loaded(unit):
             return
         for _, module, name in unit.weights():

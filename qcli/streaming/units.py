@@ -1,4 +1,4 @@
-"""Which weights of a model come and go together: its blocks, and each of the modules around them."""
+"""Which weights of a model are loaded and dropped together: each block, and each module around the blocks."""
 
 from dataclasses import dataclass, field
 
@@ -9,10 +9,10 @@ from qcli.checkpoint.safetensors_file import TensorInfo
 
 @dataclass
 class Unit:
-    """A module whose weights are loaded together. `index` counts the blocks, and is None for the modules around them.
+    """A module whose weights are loaded together. `index` counts the blocks; it is None for the modules around them.
 
-    `tensors` are those of the checkpoint that it takes, `ties` parameters that are another module's: (own name, that name).
-    A `resident` unit stays: it contains others.
+    `tensors` are those of the checkpoint that it needs. `ties` are parameters that belong to another module: (own name, that name).
+    A `resident` unit stays in memory, since it contains others.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Unit:
 
 
 def find_units(model: nn.Module) -> list[Unit]:
-    """The units of a model: the outermost module lists are its blocks, and what holds weights outside of them is a unit each."""
+    """The units of a model. The outermost module lists are its blocks; each module with weights outside of them is a unit too."""
     blocks: list[Unit] = []
     lists: list[str] = []
     for name, module in model.named_modules():
@@ -63,5 +63,5 @@ def find_units(model: nn.Module) -> list[Unit]:
 
 
 def _holds_blocks(modules: nn.ModuleList) -> bool:
-    """Whether a list holds blocks, and not bare layers as some models have around theirs."""
+    """Whether a list holds blocks, and not bare layers, as some models have around their blocks."""
     return any(True for child in modules for _ in child.children()) and next(modules.parameters(), None) is not None

@@ -76,7 +76,7 @@ def test_layers_are_replaced_while_their_variant_passes_and_no_longer():
 
 def test_an_error_inside_leaves_the_layers_as_they_were():
     skeleton = Skeleton(DEMO, dtype="float32", device="cpu")
-    methods, block = Methods(skeleton, chosen("fp4")), skeleton.blocks[0]
+    methods, block = Methods(skeleton, chosen("fp4-plain")), skeleton.blocks[0]
     skeleton.load(block)
     with pytest.raises(ValueError), methods.variant(block, "fp4-plain"):
         raise ValueError
@@ -86,7 +86,7 @@ def test_an_error_inside_leaves_the_layers_as_they_were():
 def test_projections_of_one_input_round_it_once():
     """And each counts it: what is summed up is that of every linear layer."""
     skeleton = Skeleton(DEMO, dtype="float32", device="cpu")
-    methods, block = Methods(skeleton, chosen("vector-wise")), skeleton.blocks[1]
+    methods, block = Methods(skeleton, chosen("int8")), skeleton.blocks[1]
     skeleton.load(block)
     attention, x, y = block.module.self_attn, torch.randn(1, 9, 128), torch.randn(1, 9, 128)
     with torch.inference_mode(), methods.variant(block, "int8"):

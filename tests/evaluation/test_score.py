@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import qcli
-from qcli.evaluation.score import Form, pieces_of, score
+from qcli.evaluation.score import Contender, pieces_of, score
 from qcli.streaming import reading
 from qcli.streaming.corpus import Window, read_windows
 from qcli.streaming.reading import Reading
@@ -29,7 +29,7 @@ def test_a_model_in_8_bits_reads_each_window_as_if_alone(int8, monkeypatch, batc
     skeleton = Skeleton(str(int8), device="cpu")
     windows = read_windows(skeleton.tokenizer, STORIES, tokens=500).windows
     assert len(windows) > 3
-    _, [scores] = score(None, [Form("", Reading(skeleton, windows, lambda count, name: None))], windows)
+    _, [scores] = score(None, [Contender("", Reading(skeleton, windows, lambda count, name: None))], windows)
     model, _ = qcli.load(str(int8), device="cpu")
     losses = []
     with torch.inference_mode():

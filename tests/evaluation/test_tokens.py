@@ -18,16 +18,16 @@ def logits():
     return base, other, torch.randint(300, (70,), generator=generator)
 
 
-def told(base, other, targets, cuts):
+def scored(base, other, targets, cuts):
     scores = TokenScores(len(targets), compared=True)
     for first, last in cuts:
-        scores.tell(first, other[first:last], targets[first:last], log_probabilities(base[first:last]))
+        scores.add(first, other[first:last], targets[first:last], log_probabilities(base[first:last]))
     return scores
 
 
 def test_equal_to_torch_in_float64(logits):
     base, other, targets = logits
-    scores = told(*logits, [(0, 70)])
+    scores = scored(*logits, [(0, 70)])
     torch.testing.assert_close(
         torch.from_numpy(scores.loss), functional.cross_entropy(other.double(), targets, reduction="none"), rtol=1e-12, atol=0
     )
@@ -40,36 +40,36 @@ def test_equal_to_torch_in_float64(logits):
 
 @pytest.mark.parametrize("piece", [1, 1000, 1 << 21])
 def test_any_chunks_in_any_order_give_the_same_to_the_bit(logits, monkeypatch, piece):
-    whole = told(*logits, [(0, 70)])
+    whole = scored(*logits, [(0, 70)])
     monkeypatch.setattr(tokens, "_PIECE", piece)
-    parts = told(*logits, [(33, 70), (0, 1), (20, 33), (1, 20)])
+    parts = scored(*logits, [(33, 70), (0, 1), (20, 33), (1, 20)])
     for name in ("loss", "divergence", "agrees"):
         assert np.array_equal(getattr(whole, name), getattr(parts, name))
 
 
-def test_what_was_not_told_stays_unknown(logits):
-    scores = told(*logits, [(10, 20)])
+def test_what_was_not_added_stays_unknown(logits):
+    scores = scored(*logits, [(10, 20)])
     assert np.isnan(scores.loss[:10]).all() and np.isfinite(scores.loss[10:20]).all() and np.isnan(scores.loss[20:]).all()
 
 
 def test_a_token_ruled_out_by_both_adds_nothing(logits):
     base, other, targets = logits
     blank = torch.full((70, 1), -torch.inf)
-    wider = told(torch.cat((base, blank), 1), torch.cat((other, blank), 1), targets, [(0, 70)])
-    np.testing.assert_allclose(wider.divergence, told(*logits, [(0, 70)]).divergence, rtol=1e-12, atol=1e-14)
+    wider = scored(torch.cat((base, blank), 1), torch.cat((other, blank), 1), targets, [(0, 70)])
+    np.testing.assert_allclose(wider.divergence, scored(*logits, [(0, 70)]).divergence, rtol=1e-12, atol=1e-14)
 
 
 def test_a_token_ruled_out_by_the_model_alone_is_infinitely_far(logits):
     base, other, targets = logits
     other = other.clone()
     other[3, 5] = -torch.inf
-    scores = told(base, other, targets, [(0, 70)])
+    scores = scored(base, other, targets, [(0, 70)])
     assert scores.divergence[3] == np.inf and np.isfinite(np.delete(scores.divergence, 3)).all()
 
 
 def test_sixteen_bits_are_widened_first(logits):
     base, other, targets = (t.bfloat16() if t.is_floating_point() else t for t in logits)
-    low, high = told(base, other, targets, [(0, 70)]), told(base.float(), other.float(), targets, [(0, 70)])
+    low, high = scored(base, other, targets, [(0, 70)]), scored(base.float(), other.float(), targets, [(0, 70)])
     assert np.array_equal(low.loss, high.loss) and np.array_equal(low.divergence, high.divergence)
 
 
@@ -78,5 +78,5 @@ def test_not_a_number_shows(logits):
     other = other.clone()
     other[4, 17] = torch.nan
     scores = TokenScores(70)
-    scores.tell(0, other, targets)
+    scores.add(0, other, targets)
     assert np.isnan(scores.loss).nonzero()[0].tolist() == [4] and scores.divergence is None

@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 
 def inspect(path, **options):
-    return inspect_outliers(str(path), text=path / "text.txt", sequence_length=LENGTH, device="cpu", **options)
+    return inspect_outliers(str(path), text=path / "text.txt", sequence_length=LENGTH, device="cpu", **options).summary()
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def close(a, b, path=""):
 @pytest.mark.parametrize("batch_tokens", [1, 100, 100_000])
 def test_results_do_not_depend_on_batches(folder, report, monkeypatch, batch_tokens):
     monkeypatch.setattr(batches.make_batches, "__defaults__", (batch_tokens,))
-    monkeypatch.setattr("qcli.evaluation.score.BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr("qcli.streaming.reading.BATCH_TOKENS", batch_tokens)
     close(report, inspect(folder[2]))
 
 
@@ -237,7 +237,7 @@ def test_perplexity_is_that_of_an_independent_loop(folder, report, windows):
 def test_ablation_equals_one_by_hooks_on_the_whole_model():
     """On the bundled model: outlier features against random dimensions, with transformers' own forward pass."""
     demo, text = ROOT / "examples/demo-model", ROOT / "examples/stories.jsonl"
-    report = inspect_outliers(str(demo), text=text, tokens=400, ablate=True, dtype="float32", device="cpu")
+    report = inspect_outliers(str(demo), text=text, tokens=400, ablate=True, dtype="float32", device="cpu").summary()
     found = report["ablation"]
     assert found["dims"] == [7, 21, 38, 52] and not set(found["dims"]) & set(found["random_dims"])
     assert found["perplexity"]["without"] > 3 * found["perplexity"]["whole"]
@@ -333,9 +333,10 @@ def test_sites_of_other_architectures(tmp_path, name):
 def test_a_quantized_model_is_inspected_too(tmp_path, bits):
     demo, text = ROOT / "examples/demo-model", ROOT / "examples/stories.jsonl"
     qcli.quantize(str(demo), tmp_path / "quantized", bits=bits)
-    report = inspect_outliers(str(tmp_path / "quantized"), text=text, tokens=600, device="cpu")
+    report = inspect_outliers(str(tmp_path / "quantized"), text=text, tokens=600, device="cpu").summary()
     assert {f["dim"] for f in report["features"] if f["outlier"]} == {7, 21, 38, 52}
     assert report["recommendation"] is None and "quantized already" in report["notes"][0]
+    assert report["model"]["quantization"] == {4: "nf4", 8: "llm-int8"}[bits] and report["model"]["parameters"] is None
 
 
 def test_nan_is_named_by_layer(tmp_path):

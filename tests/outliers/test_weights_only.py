@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import qcli
 from qcli.checkpoint.source import Source
 from qcli.commands._weights_tables import show
+from qcli.outliers.weights import inspect
 from qcli.outliers.weights import statistics as weight_statistics
-from qcli.outliers.weights.inspect import inspect_weights
 from qcli.outliers.weights.summary import rows
 from qcli.quantization.quantize import make_plan
 from tests.conftest import ROOT
@@ -24,6 +24,10 @@ from tests.hub_server import running_hub
 from tests.models import ARCHITECTURES, make_model
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
+
+
+def inspect_weights(model, **options):
+    return inspect.inspect_weights(model, **options).summary()
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,7 @@ def test_figures_equal_float64_arithmetic(name, dtype, tmp_path):
         assert [found["out_features"], found["in_features"]] == list(weight.shape)
         figures, int8 = oracle(weight)
         assert {key: found[key] for key in figures} == pytest.approx(figures, rel=1e-9), found["module"]
-        assert found["sqnr"]["int8-row-wise"] == pytest.approx(int8, abs=0.02)
+        assert found["sqnr"]["llm-int8"] == pytest.approx(int8, abs=0.02)
         # bitsandbytes decodes to the weight's own dtype, which rounds.
         assert found["sqnr"]["nf4"] == pytest.approx(nf4_sqnr(weight), abs=0.02)
         assert found["columns"]["beyond"] == len(find_outlier_dims(weight.float()))
@@ -241,7 +245,7 @@ def test_a_bin_checkpoint_gives_the_same(llama, tmp_path):
 
 def test_sizes_are_those_of_the_plan(llama, tmp_path):
     sizes = {s["method"]: s["bytes"] for s in inspect_weights(str(llama))["sizes"]}
-    for label, options in (("int8", {"bits": 8}), ("nf4", {"bits": 4, "double_quant": False}), ("nf4", {"bits": 4})):
+    for label, options in (("llm-int8", {"bits": 8}), ("nf4-plain", {"bits": 4, "double_quant": False}), ("nf4", {"bits": 4})):
         plan = make_plan(str(llama), tmp_path / "out", **options)
         assert sizes[label] == sum(work.output_bytes for work in plan.work)
     assert sizes["as stored"] == sum(t.nbytes for t in tensors(llama).values())
@@ -255,7 +259,7 @@ def test_values_that_are_not_finite_are_named(llama, tmp_path):
     report = inspect_weights(str(replant(llama, tmp_path / "spoiled", spoil)))
     json.dumps(report, allow_nan=False)
     found = linear(report, DOWN.format(0))
-    assert found["nonfinite"] == 2 and found["absmax"] is None and found["sqnr"] == {"int8-row-wise": None, "nf4": None}
+    assert found["nonfinite"] == 2 and found["absmax"] is None and found["sqnr"] == {"llm-int8": None, "nf4": None}
     assert f"{DOWN.format(0)} holds 2 NaN or infinite values" in report["notes"][0]
     assert "model.norm.weight holds 1 NaN" in report["notes"][1]
     kind = next(k for k in report["kinds"] if k["kind"] == "mlp.down_proj")
@@ -275,7 +279,7 @@ def test_weights_of_zeros_and_a_constant_gain(llama, tmp_path):
     assert (norm["beyond"], norm["max_z"]) == (0, 0.0)
 
 
-def test_of_a_quantized_checkpoint_the_norms_are_told(llama, tmp_path):
+def test_of_a_quantized_checkpoint_the_norms_are_inspected(llama, tmp_path):
     qcli.quantize(str(llama), tmp_path / "nf4")
     report = inspect_weights(str(tmp_path / "nf4"))
     assert report["linears"] == report["kinds"] == [] and "quantized already" in report["notes"][0]
@@ -311,7 +315,7 @@ from qcli.checkpoint import hub
 from qcli.errors import HubError
 from qcli.outliers.weights.inspect import inspect_weights
 hub._BACK_OFF, hub._WITHOUT_RANGES = 0.01, 100_000
-report = inspect_weights("org/tiny")
+report = inspect_weights("org/tiny").summary()
 try:
     inspect_weights("org/whole")
 except HubError as e:
@@ -361,7 +365,7 @@ def test_tables_and_rows(llama, tmp_path, capsys):
                 tensor[5] = 50.0
         found[DOWN.format(1)][5, 100] = 4.0
 
-    report = inspect_weights(str(replant(llama, tmp_path / "planted", plant)))
+    report = inspect.inspect_weights(str(replant(llama, tmp_path / "planted", plant)))
     show(report)
     shown = capsys.readouterr().out
     texts = ("LlamaForCausalLM, 2 layers", "mlp.down_proj", "5 of 5", "Super weight candidates", "lm_head (kept as it is)")

@@ -8,35 +8,15 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 
+from qcli.checkpoint.names import EMBEDDINGS, HEADS, NORM
 from qcli.memory.model.config import ModelConfig
 
 KINDS = ("embedding", "attention", "ffn", "experts", "router", "norm", "head", "other")
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _PART = re.compile(r"(?:^|\.)(?:vision\w*|visual|vit|image\w*|audio\w*|multi_modal_projector|mm_projector|connector)(?:\.|$)")
-_NORM = re.compile(r"norm|(?:^|_)ln(?:_|\d|$)", re.IGNORECASE)
 _EXPERT = re.compile(r"(?:^|\.)experts(?:\.|$)")
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
-_EMBEDDINGS = {
-    "embed_tokens",
-    "wte",
-    "wpe",
-    "shared",
-    "embed_in",
-    "embed_positions",
-    "word_embeddings",
-    "word_embedding",
-    "tok_embeddings",
-    "embeddings",
-    "embedding",
-    "position_embedding",
-    "position_embeddings",
-    "tokens_embed",
-    "positions_embed",
-    "embed_tokens_per_layer",
-    "token_type_embeddings",
-}
-_HEADS = {"lm_head", "embed_out", "output_layer", "output", "head", "score", "classifier"}
 _ATTENTION = re.compile(r"attn|attention|mamba|mixer|time_mix|temporal_block|qkv|[qkvo]_proj$|short_conv", re.IGNORECASE)
 _FFN = re.compile(r"mlp|ffn|feed_?forward|shared_expert|DenseReluDense|^fc|channel_mix|^(?:gate|up|down|gate_up)_proj$")
 _NOT_LINEAR = re.compile(r"conv|relative_attention_bias|position_bias|_embed\w*$|^embed|^probe$")
@@ -132,7 +112,7 @@ def _judge(name: str, dimensions: int, cube: bool, model_type: str) -> tuple[str
         and kind in ("attention", "ffn", "router", "other")
         and (kind != "router" or leaf == "shared_expert_gate")  # the other routers are bare parameters, not Linear
         and not _NOT_LINEAR.search(leaf)
-        and leaf not in _EMBEDDINGS
+        and leaf not in EMBEDDINGS
         and not _NO_PLAIN_LINEAR.search(module)
     )
     keeps = _KEEP_FP32.get(model_type)
@@ -145,15 +125,15 @@ def _kind(name: str, cube: bool) -> str:
         return "other"
     parts = [part for part in name.split(".") if part != "#"]
     leaf = parts[-2] if len(parts) > 1 and parts[-1] in ("weight", "bias") else parts[-1]
-    if _NORM.search(leaf):
+    if NORM.search(leaf):
         return "norm"
     if _EXPERT.search(name) or (cube and "conv" not in name):
         return "experts"
     if leaf in _ROUTERS or "router" in parts or parts[-1] == "e_score_correction_bias":
         return "router"
-    if leaf in _EMBEDDINGS:
+    if leaf in EMBEDDINGS:
         return "embedding"
-    if leaf in _HEADS and "#" not in name:
+    if leaf in HEADS and "#" not in name:
         return "head"
     if any(_ATTENTION.search(part) for part in parts):
         return "attention"

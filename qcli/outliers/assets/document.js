@@ -64,7 +64,7 @@ function hide(...ids) {
   for (const id of ids) byId(id).hidden = true;
 }
 
-function tell(id, sentence) {
+function say(id, sentence) {
   byId(id).textContent = sentence;
   byId(id).hidden = false;
 }

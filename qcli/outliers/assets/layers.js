@@ -1,6 +1,6 @@
 // Charts that run over the layers, and what an ablation does.
 
-// Row-wise is drawn as a band: vector-wise, which differs in the weights' scales alone, often lies on it.
+// int8-row-wise is drawn as a band: int8, which differs only in the scales of the weights, often coincides with it.
 const METHODS = [
   ["int8-per-tensor", "brown", "x"],
   ["int8-row-wise", "orange", "triangle-up"],
@@ -184,7 +184,7 @@ function ablation(report) {
     perplexity &&
     ` Perplexity goes from ${perplexityText(perplexity.whole)} to ${perplexityText(perplexity.without)} without the outlier dims, and to ` +
       `${perplexityText(perplexity.random)} without as many random ones.`;
-  tell("ablation-text", zeroed + (effect ?? ""));
+  say("ablation-text", zeroed + (effect ?? ""));
 }
 
 function attention(report) {
@@ -214,7 +214,7 @@ function attention(report) {
     }),
   }));
   const sink = found.sink_share ?? null;
-  tell(
+  say(
     "attention-caption",
     "Mean greatest attention probability of each layer." +
       (sink === null

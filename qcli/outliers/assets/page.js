@@ -1,4 +1,4 @@
-// Puts the report into the page, section by section; what was not measured is left out or said in a sentence.
+// Puts the report into the page, section by section. What was not measured is left out, or a sentence says so.
 
 function head(report) {
   const { model, text } = report;
@@ -7,7 +7,7 @@ function head(report) {
   byId("model-facts").textContent = [
     model.architecture,
     `${count(model.layers)} layers of ${count(model.hidden_size)} dimensions`,
-    `${compact(model.parameters)} parameters`,
+    ...(model.parameters === null ? [] : [`${compact(model.parameters)} parameters`]),
     model.quantization ? `quantized: ${model.quantization}` : "not quantized",
     model.dtype,
   ].join(" \u00b7 ");
@@ -116,15 +116,15 @@ function where(report) {
   surface(report);
   histograms(report);
   if (report.features.length) return;
-  tell("where-none", `No dimension of the hidden states reaches ${number(report.threshold)} anywhere in this text.`);
+  say("where-none", `No dimension of the hidden states reaches ${number(report.threshold)} anywhere in this text.`);
 }
 
 function effect(report) {
   ablation(report);
   attention(report);
   if (report.ablation || report.attention) return;
-  if (!report.table4.outliers) return tell("effect-none", "There is no outlier feature that could be set to zero.");
-  tell(
+  if (!report.table4.outliers) return say("effect-none", "There is no outlier feature that could be set to zero.");
+  say(
     "effect-none",
     "Not measured in this run: --ablate sets the outlier dims to zero, and as many random ones, and compares attention and perplexity.",
   );
@@ -171,7 +171,7 @@ function large(report) {
     );
   const bos = report.bos;
   if (!bos) return hide("bos");
-  tell(
+  say(
     "bos",
     `The first token of each sequence (${count(bos.positions)} positions) is left out of all statistics above. Its greatest value is ${number(bos.absmax)}` +
       (bos.outlier_dims.length

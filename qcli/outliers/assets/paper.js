@@ -37,7 +37,7 @@ function emergence(report) {
   const show = (by) =>
     draw("emergence-chart", () => {
       const rows = own.papers_rows.filter((row) => by.of(row) !== null).sort((a, b) => by.of(a) - by.of(b));
-      const tell = (row, share, what) =>
+      const describe = (row, share, what) =>
         `${plain(row.model)}, ${row.parameters}<br>perplexity ${perplexityText(row.perplexity)}<br>${percent(share)} of ${what}`;
       const series = [
         ["layers", "layers_share", "blue", 18],
@@ -48,7 +48,7 @@ function emergence(report) {
           `${what}, paper`,
           rows.map(by.of),
           rows.map((row) => 100 * row[key]),
-          rows.map((row) => tell(row, row[key], what)),
+          rows.map((row) => describe(row, row[key], what)),
           colour(paint),
         ),
       );

@@ -71,7 +71,7 @@ function heatmap(report) {
         yaxis: axis("dimension", { type: "category", autorange: "reversed", showgrid: false }),
       }),
     }));
-  tell(
+  say(
     "heatmap-caption",
     `${chart.kind[0].toUpperCase()}${chart.kind.slice(1)} of every layer: the dimensions that reach ${report.threshold}, and ordinary ones to ` +
       "compare with. A stripe of colour through many layers is an outlier feature; grey stays below the threshold.",
@@ -93,7 +93,7 @@ function features(report) {
   if (!shown.length) return hide("features");
   const names = shown.map((feature) => String(feature.dim));
   const opacity = shown.map((feature) => (feature.outlier ? 1 : 0.4));
-  const tellOne = (feature) =>
+  const describe = (feature) =>
     `dim ${feature.dim}${feature.outlier ? ", outlier feature" : ""}<br>${percent(feature.layers_share)} of layers<br>` +
     `${percent(feature.positions_share)} of positions in all layers<br>${percent(feature.positions_union)} of positions in any layer<br>` +
     `absmax ${number(feature.absmax)}${feature.one_sided ? ", one-sided" : ""}<br>quartiles ${quartiles(feature.quartiles)}`;
@@ -102,7 +102,7 @@ function features(report) {
     name,
     x: names,
     y: shown.map((feature) => 100 * feature[key]),
-    text: shown.map(tellOne),
+    text: shown.map(describe),
     textposition: "none",
     hovertemplate: hover,
     marker: { color: colour(paint), opacity },
@@ -121,7 +121,7 @@ function features(report) {
       },
     ),
   }));
-  tell(
+  say(
     "features-caption",
     `Dashed: ${percent(report.min_layers)} of layers; dotted: ${percent(report.min_positions)} of positions. A dimension that reaches both is an ` +
       "outlier feature by the paper's criteria; the others are pale. Positions are counted over all layers.",

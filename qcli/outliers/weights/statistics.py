@@ -9,11 +9,12 @@ import torch
 from qcli import methods
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.modules import Linear
+from qcli.checkpoint.names import place
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import PIECE_BYTES
 from qcli.methods.errors import ErrorSums
 from qcli.outliers.statistics import ChannelStats
-from qcli.outliers.tensor_names import place
+from qcli.outliers.weights.inspection import Beyond, DimZ, LinearFinding, NormFinding
 from qcli.outliers.weights.largest import LargestWeights
 from qcli.schemes import NAMED
 
@@ -24,17 +25,17 @@ _IN_CACHE = 1 << 16  # elements whose float64 copy stays in a CPU's cache
 
 
 class LinearWeight:
-    """A linear weight, [out_features, in_features] in its logical order. After its last piece `finding` holds what
-    `inspect_weights` tells of it, and `errors` the error sums of each of METHODS.
+    """A linear weight [out_features, in_features] in its logical order. After its last piece it has a `finding`, and `errors`, the
+    error sums of each of METHODS.
 
-    Memory until then: a piece, and 8 bytes per 64 elements, at last 16. A weight stored transposed (Conv1D) is held whole.
+    Memory until then: a piece, and 8 bytes for every 64 elements, 16 at the end. A weight stored transposed (Conv1D) is held whole.
     """
 
-    finding: dict[str, object]
+    finding: LinearFinding
     errors: dict[str, ErrorSums]
 
     def __init__(self, info: TensorInfo, linear: Linear, dtype: str, *, quantized: bool, early_down: bool):
-        """`dtype` is the safetensors code of the model's dtype; `early_down` asks for single weights that stand out."""
+        """`dtype` is the safetensors code of the model's dtype. With `early_down` single weights that stand out are looked for."""
         self.info, self.linear = info, linear
         self._dtype, self._quantized, self._early_down = dtype, quantized, early_down
 
@@ -48,7 +49,7 @@ class LinearWeight:
             yield start, min(step, rows * row - start)
 
     def take(self, start: int, data: bytes) -> None:
-        """Counts the bytes from `start` on in; pieces come in their order."""
+        """Takes the bytes from `start` on. Pieces come in order."""
         stored = torch.frombuffer(bytearray(data), dtype=dtypes.torch_dtype(self.info.dtype))
         if not start:
             self._begin()
@@ -64,11 +65,11 @@ class LinearWeight:
             self._finish()
 
     def _begin(self) -> None:
-        """Only at the first piece, for weights wait in great number."""
+        """Allocates at the first piece only, since many weights wait."""
         linear, info = self.linear, self.info
         self._row = 0
         self._stats = ChannelStats(linear.in_features)
-        # Filled in place: small tensors kept one by one would pin the heap between the pieces that come and go.
+        # Filled in place: many small tensors would keep the heap from shrinking between the pieces.
         self._row_squares = torch.empty(linear.out_features, dtype=torch.float64)
         self._largest = LargestWeights(linear.in_features) if self._early_down else None
         self._encoders = {}
@@ -110,39 +111,39 @@ class LinearWeight:
         row_rms = (self._row_squares / self.linear.in_features).sqrt()
         crests = row_absmax.double()[row_rms > 0] / row_rms[row_rms > 0]
         at = place(self.linear.module)
-        self.finding = {
-            "layer": at.layer,
-            "module": self.linear.module,
-            "tensor": self.info.name,
-            "kind": at.kind,
-            "out_features": self.linear.out_features,
-            "in_features": self.linear.in_features,
-            "dtype": dtypes.TORCH_NAMES[self.info.dtype],
-            "quantized": self._quantized,
-            "nonfinite": errors["llm-int8"].nonfinite,
-            "absmax": absmax if finite else None,
-            "rms": rms if finite else None,
-            "crest": absmax / rms if finite and rms else None,
-            "kurtosis": number(moments.kurtosis) if finite else None,
-            "row_spread": spread(row_absmax) if finite else None,
-            "row_crest": number(crests.max()) if finite and len(crests) else None,
-            "block_spread": spread(block_absmax) if finite else None,
-            "columns": self._columns() if finite else None,
-            "largest": self._largest.found(rms) if finite and self._largest else None,
-            "sqnr": {name: sums.sqnr if finite else None for name, sums in errors.items()},
-        }
+        self.finding = LinearFinding(
+            layer=at.layer,
+            module=self.linear.module,
+            tensor=self.info.name,
+            kind=at.kind,
+            out_features=self.linear.out_features,
+            in_features=self.linear.in_features,
+            dtype=dtypes.TORCH_NAMES[self.info.dtype],
+            quantized=self._quantized,
+            nonfinite=errors["llm-int8"].nonfinite,
+            absmax=absmax if finite else None,
+            rms=rms if finite else None,
+            crest=absmax / rms if finite and rms else None,
+            kurtosis=number(moments.kurtosis) if finite else None,
+            row_spread=spread(row_absmax) if finite else None,
+            row_crest=number(crests.max()) if finite and len(crests) else None,
+            block_spread=spread(block_absmax) if finite else None,
+            columns=self._columns() if finite else None,
+            largest=self._largest.found(rms) if finite and self._largest else None,
+            sqnr={name: sums.sqnr if finite else None for name, sums in errors.items()},
+        )
         del self._encoders, self._stats, self._row_squares, self._largest
 
-    def _columns(self) -> dict[str, object]:
+    def _columns(self) -> Beyond:
         """Columns whose standard deviation stands out among those of all columns."""
         # Over n instead of n - 1 rows: a factor that all columns share.
-        return outliers(z_scores(self._stats.channel_moments().std, correction=1), COLUMN_SIGMAS)
+        return Beyond(**beyond(z_scores(self._stats.channel_moments().std, correction=1), COLUMN_SIGMAS))
 
 
 class NormGain:
-    """The gain of a norm: a 1-D tensor, read at once. Then `finding` holds what `inspect_weights` tells of it."""
+    """The gain of a norm: a 1-D tensor, read at once. Then it has a `finding`."""
 
-    finding: dict[str, object]
+    finding: NormFinding
 
     def __init__(self, info: TensorInfo, module: str):
         self.info, self.module = info, module
@@ -157,42 +158,42 @@ class NormGain:
         at, nonfinite = place(self.module), int((~gain.isfinite()).sum())
         whole = not nonfinite
         z = z_scores(gain, correction=0).abs() if whole else gain[:0]
-        self.finding = {
-            "layer": at.layer,
-            "module": self.module,
-            "tensor": self.info.name,
-            "kind": at.kind,
-            "channels": len(gain),
-            "dtype": dtypes.TORCH_NAMES[self.info.dtype],
-            "nonfinite": nonfinite,
-            "mean": number(gain.mean()) if whole else None,
-            "std": number(gain.std(correction=0)) if whole else None,
-            **outliers(z, GAIN_SIGMAS),
-        }
+        self.finding = NormFinding(
+            layer=at.layer,
+            module=self.module,
+            tensor=self.info.name,
+            kind=at.kind,
+            channels=len(gain),
+            dtype=dtypes.TORCH_NAMES[self.info.dtype],
+            nonfinite=nonfinite,
+            mean=number(gain.mean()) if whole else None,
+            std=number(gain.std(correction=0)) if whole else None,
+            **beyond(z, GAIN_SIGMAS),
+        )
 
 
 def z_scores(x: torch.Tensor, correction: int) -> torch.Tensor:
     """(x - mean) / standard deviation; zeros where x does not vary."""
     std = x.std(correction=correction) if len(x) > correction else torch.zeros(())
-    # What rounding leaves of equal values is no deviation.
+    # Equal values differ by rounding alone, which is no deviation.
     return (x - x.mean()) / std if std > 1e-12 * x.abs().max() else torch.zeros_like(x)
 
 
-def outliers(z: torch.Tensor, sigmas: float) -> dict[str, object]:
-    """The dims of z beyond `sigmas`: how many, which, greatest first, and the greatest z."""
-    beyond = (z > sigmas).nonzero().view(-1)
-    order = beyond[z[beyond].argsort(descending=True, stable=True)]
-    dims = [{"dim": int(dim), "z": float(z[dim])} for dim in order]
-    return {"beyond": len(beyond), "max_z": number(z.max()) if len(z) else None, "dims": dims}
+def beyond(z: torch.Tensor, sigmas: float) -> dict[str, object]:
+    """The fields of Beyond for z [dims]."""
+    far = (z > sigmas).nonzero().view(-1)
+    order = far[z[far].argsort(descending=True, stable=True)]
+    dims = [DimZ(int(dim), float(z[dim])) for dim in order]
+    return {"beyond": len(far), "max_z": number(z.max()) if len(z) else None, "dims": dims}
 
 
 def spread(absmax: torch.Tensor) -> float | None:
-    """Greatest over median; None where the median is zero."""
+    """Greatest over median absmax; None where the median is zero."""
     middle = np.median(absmax.double().numpy())
     return number(absmax.max().double() / middle) if middle > 0 else None
 
 
 def number(x: float | torch.Tensor) -> float | None:
-    """A scalar as JSON has it."""
+    """A finite Python float, else None."""
     value = float(x)
     return value if math.isfinite(value) else None

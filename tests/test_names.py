@@ -1,6 +1,18 @@
+"""What names of tensors and modules say."""
+
 import pytest
 
-from qcli.outliers.tensor_names import Place, gain_of, is_down_projection, layer_counts, place
+from qcli.checkpoint.names import (
+    Place,
+    gain_of,
+    in_attention,
+    in_ffn,
+    is_down_projection,
+    layer_counts,
+    may_be_linear,
+    module_kind,
+    place,
+)
 
 
 @pytest.mark.parametrize(
@@ -69,3 +81,53 @@ def test_no_gains_of_norms(name):
 )
 def test_down_projections(module, expected):
     assert is_down_projection(module) is expected
+
+
+@pytest.mark.parametrize(
+    "module, expected",
+    [
+        ("model.layers.0.self_attn.q_proj", True),
+        ("layers.0.attention.wo", True),
+        ("encoder.layer.0.attention.output", True),
+        ("h.0.mlp.shared", True),
+        ("model.layers.0.mlp.gate_proj", True),
+        ("output", False),
+        ("shared", False),
+        ("lm_head", False),
+        ("tok_embeddings", False),
+        ("transformer.wte", False),
+        ("token_emb", False),
+        ("visual.patch_embed", False),
+        ("layers.0.mlp.gate", False),
+        ("layers.0.ffn.router", False),
+        ("layers.0.attn.q_norm", False),
+        ("ln_f", False),
+        ("layers.0.conv1d", False),
+        ("block.0.layer.0.SelfAttention.relative_attention_bias", False),
+    ],
+)
+def test_what_may_be_linear(module, expected):
+    assert may_be_linear(module) is expected
+
+
+@pytest.mark.parametrize(
+    "path, attention, ffn",
+    [
+        ("self_attn.q_proj", True, False),
+        ("attn.c_proj", True, False),
+        ("attention.dense", True, False),
+        ("mlp.down_proj", False, True),
+        ("fc1", False, True),
+        ("block_sparse_moe.experts.*.w2", False, True),
+        ("mlp.attention_gate", False, True),
+        ("attention.mlp", True, False),
+        ("mixer.in_proj", False, False),
+    ],
+)
+def test_attention_and_ffn(path, attention, ffn):
+    assert (in_attention(path), in_ffn(path)) == (attention, ffn)
+
+
+def test_kinds_of_tables():
+    names = ["model.layers.3.mlp.experts.7.w2.weight", "model.norm.weight", "h.0.attn.bias", "model.embed_tokens.weight", "scale"]
+    assert [module_kind(name) for name in names] == ["w2", "norm", "attn", "embed_tokens", "scale"]
