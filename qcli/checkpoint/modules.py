@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 
 from qcli.checkpoint.config_json import for_transformers
 from qcli.checkpoint.names import may_be_linear
@@ -31,6 +32,16 @@ class Linear:
     out_features: int
     in_features: int
     transposed: bool = False
+
+
+@cache
+def _compiled(patterns: tuple[str, ...]) -> list[re.Pattern[str]]:
+    """What matches the start of a module's name as transformers matches its skip lists. Names without an operator, of which a list
+    may hold thousands, are one pattern."""
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    plain = [key for key in patterns if re.fullmatch(r"[\w.]*", key)]
+    found = [re.compile(rf"(?:{key}){boundary}") for key in sorted(set(patterns) - set(plain))]
+    return found + ([re.compile(rf"(?:{'|'.join(plain)}){boundary}")] if plain else [])
 
 
 @dataclass
@@ -55,9 +66,8 @@ class Layout:
 
     def skipped(self, module: str, skip: list[str] | None) -> bool:
         """Whether transformers skips `module`, given the config's skip list (None: its own default)."""
-        patterns = (self.default_skip if skip is None else skip) + self.always_skip
-        boundary = r"(?:(?<=\.)|(?=\.|$))"
-        return any(re.match(rf"(?:{key}){boundary}", module) or module.endswith(key) for key in patterns)
+        patterns = tuple((self.default_skip if skip is None else skip) + self.always_skip)
+        return module.endswith(patterns) or any(pattern.match(module) for pattern in _compiled(patterns))
 
     def quantizable(self) -> list[Linear]:
         """The linear modules that transformers converts by default."""

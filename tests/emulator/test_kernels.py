@@ -41,22 +41,29 @@ def test_every_kernel_is_reached():
     assert set(REACHED) == {name for name in ops.names() if hasattr(import_module(f"qcli.ops.{name}"), "_cuda")}
 
 
-def check(name, folder):
+def check(name, folder, *cases):
     """Runs tests.emulator.check in a process of its own."""
-    command = [sys.executable, "-m", "tests.emulator.check", str(folder), name]
+    command = [sys.executable, "-m", "tests.emulator.check", str(folder), name, *cases]
     done = subprocess.run(command, cwd=ROOT, env=sanitized(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     *wrong, summary = done.stdout.strip().splitlines()
     assert not wrong, "\n".join(wrong[:20])
     found = json.loads(summary)
     assert {kernel.rpartition(" ")[2] for kernel in found["kernels"]} == REACHED[name]
-    assert found["launches"] >= 24
+    assert found["launches"] >= (24 if cases else 8)
 
 
 # The products take longest. They are in a separate file, so that another worker can run them.
 @pytest.mark.parametrize("name", [name for name in REACHED if not name.startswith("linear")])
 def test_kernels_agree_with_the_reference(name, tmp_path):
     check(name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REACHED)
+def test_every_case_in_every_order(name, tmp_path):
+    """Before a kernel lands: three times as long as a case in one order."""
+    check(name, tmp_path, "all")
 
 
 @pytest.mark.parametrize("name", ["quantize_4bit", "dequantize_4bit"])
