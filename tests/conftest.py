@@ -62,3 +62,10 @@ def quick_cli(tmp_path, monkeypatch, capsys):
         return subprocess.CompletedProcess(arguments, code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The folder of what the emulator compiles, one for all workers of a run."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "emulated"

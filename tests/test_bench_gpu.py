@@ -17,7 +17,7 @@ def benchmarks(monkeypatch):
 
 
 @pytest.mark.skipif(missing() is not None, reason=missing() or "")
-def test_every_part_runs(benchmarks, tmp_path, monkeypatch):
+def test_every_part_runs(benchmarks, emulated, tmp_path, monkeypatch):
     import gpu
     import gpu_linears
 
@@ -30,7 +30,7 @@ def test_every_part_runs(benchmarks, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Emulator, "function", noting)
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-        found = gpu.measure(gpu.StandIn(tmp_path / "kernels"), list(gpu.PARTS), tmp_path, tmp_path / "figures")
+        found = gpu.measure(gpu.StandIn(emulated), list(gpu.PARTS), tmp_path, tmp_path / "figures")
     rows = found["rows"]
     assert not found["failed"] and json.loads((tmp_path / "figures").read_text())["rows"] == rows
     assert {row["part"] for row in rows} >= {"ceilings", *gpu.PARTS} - {"launch"}

@@ -21,8 +21,8 @@ EMULATED = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    made = Emulator(tmp_path_factory.mktemp("emulator"))
+def emulator(emulated):
+    made = Emulator(emulated)
     with cuda.using(made):
         yield made
 

@@ -184,9 +184,9 @@ def test_the_steps_are_those_that_there_are(monkeypatch):
 
 
 @pytest.mark.skipif(missing() is not None, reason=missing() or "")
-def test_the_first_products_on_the_emulator(tmp_path, capsys, monkeypatch):
+def test_the_first_products_on_the_emulator(emulated, capsys, monkeypatch):
     torch.manual_seed(0)
-    with cuda.using(Emulator(tmp_path)):
+    with cuda.using(Emulator(emulated)):
         assert first.check(torch.device("cpu"), (48, 256)) is None
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 8 and all(line.endswith("agrees") for line in lines)

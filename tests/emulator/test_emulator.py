@@ -16,8 +16,8 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    made = Emulator(tmp_path_factory.mktemp("emulator"), sources=HERE)
+def emulator(emulated):
+    made = Emulator(emulated, sources=HERE)
     with cuda.using(made):
         yield made
 
@@ -143,8 +143,7 @@ print("nothing found")
         (("misaligned", "pp", 0), "misaligned address"),
     ],
 )
-def test_sanitizers_see_what_a_kernel_does(arguments, report, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "sanitized"  # compiled once for all cases
-    command = [sys.executable, "-c", CRASH, str(folder), *map(str, arguments)]
+def test_sanitizers_see_what_a_kernel_does(arguments, report, emulated):
+    command = [sys.executable, "-c", CRASH, str(emulated), *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=sanitized(), capture_output=True, text=True)
     assert done.returncode != 0 and report in done.stderr and "faulty.cu" in done.stderr, done.stderr[-3000:]

@@ -55,19 +55,19 @@ def check(name, folder, *cases):
 
 # The products take longest. They are in a separate file, so that another worker can run them.
 @pytest.mark.parametrize("name", [name for name in REACHED if not name.startswith("linear")])
-def test_kernels_agree_with_the_reference(name, tmp_path):
-    check(name, tmp_path)
+def test_kernels_agree_with_the_reference(name, emulated):
+    check(name, emulated)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REACHED)
-def test_every_case_in_every_order(name, tmp_path):
+def test_every_case_in_every_order(name, emulated):
     """Before a kernel lands: three times as long as a case in one order."""
-    check(name, tmp_path, "all")
+    check(name, emulated, "all")
 
 
 @pytest.mark.parametrize("name", ["quantize_4bit", "dequantize_4bit"])
-def test_an_image_for_any_block_size_gives_the_same(name, tmp_path):
+def test_an_image_for_any_block_size_gives_the_same(name, emulated):
     """A package contains such an image for machines without nvcc."""
 
     class AnyBlockSize(Emulator):
@@ -79,7 +79,7 @@ def test_an_image_for_any_block_size_gives_the_same(name, tmp_path):
     op = import_module(f"qcli.ops.{name}")
     cases = [(case, arguments) for case, arguments in op.cases() if "bfloat16" in case]
     assert len({arguments["block_size"] for _, arguments in cases}) >= 4
-    with cuda.using(AnyBlockSize(tmp_path)), cpu.using(None):
+    with cuda.using(AnyBlockSize(emulated)), cpu.using(None):
         for case, arguments in cases:
             wrong = disagreement(name, arguments, op._cuda(**arguments), op._reference(**arguments))
             assert wrong is None, f"{case}: {wrong}"

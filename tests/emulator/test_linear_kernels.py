@@ -9,5 +9,5 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 
 @pytest.mark.parametrize("name", [name for name in REACHED if name.startswith("linear")])
-def test_kernels_agree_with_the_reference(name, tmp_path):
-    check(name, tmp_path)
+def test_kernels_agree_with_the_reference(name, emulated):
+    check(name, emulated)

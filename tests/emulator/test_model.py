@@ -17,8 +17,8 @@ PROMPT = "Once upon a time there was"
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    return Emulator(tmp_path_factory.mktemp("emulator"))
+def emulator(emulated):
+    return Emulator(emulated)
 
 
 @pytest.mark.parametrize(

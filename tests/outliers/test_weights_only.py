@@ -355,7 +355,7 @@ def test_a_hub_model_is_read_by_ranges_and_not_kept(tmp_path):
     measured += 2 * sum(n["channels"] for n in report["norms"])
     header = 100_000
     assert sent <= measured + header + 2 * 110_000 < (folder / "model.safetensors").stat().st_size
-    assert "the hub sends org/whole/model.safetensors whole" in message and "hf download org/whole" in hint
+    assert "the hub sends the whole of org/whole/model.safetensors" in message and "hf download org/whole" in hint
 
 
 def test_tables_and_rows(llama, tmp_path, capsys):

@@ -32,7 +32,7 @@ def first_case(name: str, part: str) -> dict:
     return next(arguments for case, arguments in import_module(f"qcli.ops.{name}").cases() if part in case)
 
 
-def test_operands_that_change_places_in_the_text_of_an_instruction(tmp_path, compiled):
+def test_operands_that_change_places_in_the_text_of_an_instruction(tmp_path, compiled, emulated):
     """The emulator has its own version of the instruction, so it cannot see the fault."""
     right = "m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0"
     sources = planted(tmp_path, "ptx.cuh", right, right.replace("%5, %6", "%6, %5"))
@@ -42,7 +42,7 @@ def test_operands_that_change_places_in_the_text_of_an_instruction(tmp_path, com
     with Interpreter(compiled).running():
         assert wrong("linear_4bit", arguments, CPU) is None
     if not missing():
-        with cuda.using(Emulator(tmp_path, sources=sources)):
+        with cuda.using(Emulator(emulated, sources=sources)):
             assert wrong("linear_4bit", arguments, CPU) is None
 
 
