@@ -1,4 +1,6 @@
 import bitsandbytes
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -52,8 +54,8 @@ def test_cases_equal_the_oracle(name, arguments):
     "m, n, k", [(1, 64, 64), (3, 33, 65), (17, 8, 1), (1, 1, 1), (40, 24, 11008), (2, 16, 11008), (2, 5, 0), (0, 5, 8), (3, 0, 8)]
 )
 def test_the_integer_product_is_exact(m, n, k, fallback, device, monkeypatch):
-    if fallback:
-        monkeypatch.setattr(module, "_int_mm_is_exact", lambda: False)
+    exact = module._int_mm_is_exact()
+    monkeypatch.setattr(module, "_int_mm_pays", lambda: exact and not fallback)
     generator = torch.Generator().manual_seed(0)
     a = torch.randint(-128, 128, (m, k), generator=generator, dtype=torch.int8)
     b = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
@@ -72,13 +74,25 @@ def test_a_product_that_saturates_is_found_out(monkeypatch):
         pairs = (a.int().unsqueeze(2) * b.int().unsqueeze(0)).unflatten(1, (-1, 2)).sum(2)
         return pairs.clamp(-32768, 32767).sum(1).int()
 
-    assert module._int_mm_is_exact.__wrapped__() in (True, False)
+    assert module._int_mm_is_exact() in (True, False)
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: a.int() @ b.int())
-    assert module._int_mm_is_exact.__wrapped__()
+    assert module._int_mm_is_exact()
     monkeypatch.setattr(torch, "_int_mm", saturating)
     assert saturating(torch.full((1, 4), 127), torch.full((4, 1), 127)).item() == 4 * 127**2
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: saturating(a.int() + 128, b) - 128 * b.int().sum(0))
-    assert not module._int_mm_is_exact.__wrapped__()
+    assert not module._int_mm_is_exact()
+
+
+def test_a_product_slower_than_in_float32_is_not_taken(monkeypatch):
+    """As on processors without VNNI."""
+    product = torch._int_mm
+
+    def slow(a, b):
+        time.sleep(0.02)
+        return product(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", slow)
+    assert not module._int_mm_pays.__wrapped__()
 
 
 def test_leading_dimensions_are_rows():
