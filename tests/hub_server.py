@@ -62,6 +62,17 @@ class HubServer:
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
 
+    def serve_this_process(self, monkeypatch, home: Path) -> None:
+        """The same for this process, where huggingface_hub has read its environment long ago."""
+        from huggingface_hub import constants
+
+        for name, value in self.environment(home).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
