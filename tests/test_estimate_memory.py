@@ -452,20 +452,21 @@ def test_what_is_refused(quick_cli, config, tmp_path, arguments, words):
     assert done.returncode in (1, 2) and words in done.stderr and not done.stdout
 
 
-def test_hubs_without_ranges_and_without_connection(cli, tmp_path):
+def test_hubs_without_ranges_and_without_connection(quick_cli, tmp_path, monkeypatch):
     with running_hub() as hub:
         hub.add_repo("org/demo", DEMO)
         hub.without_ranges.add("org/demo")
-        environment = hub.environment(tmp_path / "home")
-        done = cli("estimate-memory", "org/demo", env=environment)
+        hub.serve_this_process(monkeypatch, tmp_path / "home")
+        done = quick_cli("estimate-memory", "org/demo")
         assert done.returncode == 0 and "1,369,728 parameters (safetensors headers)" in done.stdout, done.stderr
         assert not list((tmp_path / "home").rglob("*.safetensors"))
-        offline = environment | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
-        done = cli("estimate-memory", "org/demo", env=offline)
+        hub.serve_this_process(monkeypatch, tmp_path / "empty")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        done = quick_cli("estimate-memory", "org/demo")
         assert done.returncode == 1 and "HF_HUB_OFFLINE" in done.stderr and not done.stdout
 
 
-def test_no_weight_of_a_hub_model_is_downloaded(cli, tmp_path):
+def test_no_weight_of_a_hub_model_is_downloaded(quick_cli, tmp_path, monkeypatch):
     import shutil
 
     bins = tmp_path / "bins"
@@ -478,14 +479,15 @@ def test_no_weight_of_a_hub_model_is_downloaded(cli, tmp_path):
         hub.add_repo("org/demo", DEMO)
         hub.add_repo("org/bins", bins)
         hub.add_repo("org/gated", DEMO, gated=True)
-        environment = hub.environment(tmp_path / "home")
-        done = cli("estimate-memory", "org/demo", "--gpu", "24GB", env=environment)
+        hub.serve_this_process(monkeypatch, tmp_path / "home")
+        done = quick_cli("estimate-memory", "org/demo", "--gpu", "24GB")
         assert done.returncode == 0 and "1,369,728 parameters (safetensors headers)" in done.stdout, done.stderr
         assert 0 < hub.sent("model.safetensors") <= 100_000
         assert not list((tmp_path / "home").rglob("*.safetensors"))
-        done = cli("estimate-memory", "org/bins", env=environment)
+        done = quick_cli("estimate-memory", "org/bins")
         assert done.returncode == 0 and "1,369,728 parameters (config.json alone" in done.stdout, done.stderr
         assert hub.sent("pytorch_model.bin") == 0
         hub.requests.clear()
-        assert "gated" in cli("estimate-memory", "org/gated", env=environment | {"HF_TOKEN": ""}).stderr
+        monkeypatch.setenv("HF_TOKEN", "")
+        assert "gated" in quick_cli("estimate-memory", "org/gated").stderr
         assert len(hub.requests) == 2  # the listing and config.json: a refusal is no lost connection, to be tried again

@@ -196,11 +196,11 @@ def test_the_command_streams_text_and_tells_on_stderr(demo, quick_cli):
     assert short["new_tokens"] == 5 and not short["finished"]
 
 
-def test_prompts_from_file_and_stdin(demo, cli, tmp_path):
+def test_prompts_from_file_and_stdin(demo, cli, quick_cli, tmp_path):
     (tmp_path / "prompt.txt").write_text("Once upon a time")
     texts = {
-        cli("generate", demo / "int8", "--prompt-file", "prompt.txt").stdout,
-        cli("generate", demo / "int8", "-", stdin="Once upon a time").stdout,
+        quick_cli("generate", demo / "int8", "--prompt-file", "prompt.txt").stdout,
+        quick_cli("generate", demo / "int8", "-", stdin="Once upon a time").stdout,
         cli("generate", demo / "int8", stdin="Once upon a time").stdout,
     }
     assert len(texts) == 1 and texts.pop().startswith(" there was")
@@ -236,12 +236,12 @@ def chat_model(folder: Path) -> Path:
     return folder
 
 
-def test_chat(tmp_path, cli, monkeypatch):
+def test_chat(tmp_path, quick_cli):
     chat_model(tmp_path / "model")
-    once = cli("generate", "model", "hi", "--chat", "--max-new-tokens", "4", "--json")
+    once = quick_cli("generate", "model", "hi", "--chat", "--max-new-tokens", "4", "--json")
     assert once.returncode == 0, once.stderr
     assert json.loads(once.stdout)["prompt_tokens"] == len("<user>hi<assistant>")
-    talk = cli("generate", "model", "--chat", "--max-new-tokens", "3", stdin="hi\n\nyo\n/exit\n")
+    talk = quick_cli("generate", "model", "--chat", "--max-new-tokens", "3", stdin="hi\n\nyo\n/exit\n")
     assert talk.returncode == 0, talk.stderr
     first, second = [line for line in talk.stderr.splitlines() if "prompt tokens" in line]
     assert int(second.rpartition("[")[2].split()[0]) > int(first.rpartition("[")[2].split()[0]) + len("<user>yo")

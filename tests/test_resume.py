@@ -14,25 +14,21 @@ import pytest
 
 import qcli
 from qcli.errors import CheckpointError, PlanError
-from qcli.quantization import staging
+from qcli.quantization import execute, staging
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, make_model
 
 # Runs qcli, and kills itself the hard way once so many units are journalled. Every unit is synced on its own.
 KILLED = """
 import os, signal, sys
-from qcli.quantization import execute, staging
+from qcli.quantization import staging
 staging.SYNC_SECONDS = 0
-limit, log = int(sys.argv[1]), open(sys.argv[2], "w")
-finish, start = staging.Staging.finish_work, execute.WorkTasks.tasks
+finish = staging.Staging.finish_work
 def finish_work(self, index, errors):
     finish(self, index, errors)
-    if limit and len(self.done) >= limit:
+    if len(self.done) >= int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
-def tasks(self):
-    log.write(str(self.work.index) + chr(10)); log.flush()
-    return start(self)
-staging.Staging.finish_work, execute.WorkTasks.tasks = finish_work, tasks
+staging.Staging.finish_work = finish_work
 import qcli
 qcli.quantize("model", "out", settings={"max_shard_size": "60kB"})
 """
@@ -56,32 +52,28 @@ UNITS = 2 * 9 + 3
 
 
 @pytest.mark.parametrize("after", [1, UNITS // 2, UNITS - 1, UNITS])
-def test_kill_and_rerun(whole, tmp_path, after):
+def test_kill_and_rerun(whole, tmp_path, after, monkeypatch):
     (tmp_path / "model").symlink_to(whole / "model")
-    log = tmp_path / "log"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
-    def run(limit):
-        command = [sys.executable, "-c", KILLED, str(limit), str(log)]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-
-    assert run(after).returncode == -signal.SIGKILL
+    command = [sys.executable, "-c", KILLED, str(after)]
+    killed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
     finished = {entry["unit"] for entry in journal(tmp_path)}
     assert after <= len(finished) <= UNITS
-    done = run(0)
-    assert done.returncode == 0, done.stderr
-    started = [int(line) for line in log.read_text().splitlines()]
+    started, start = [], execute.WorkTasks.tasks
+    monkeypatch.setattr(execute.WorkTasks, "tasks", lambda self: [started.append(self.work.index), start(self)][1])
+    monkeypatch.chdir(tmp_path)
+    qcli.quantize("model", "out", settings={"max_shard_size": "60kB"})
     assert sorted([*started, *finished]) == list(range(UNITS))  # finished work was not done again
     assert digest(tmp_path / "out") == digest(whole / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "model", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
 
 def test_threads_do_not_matter(whole, tmp_path, monkeypatch):
     """Chunks of a few blocks on four threads: the same bytes, and the same measured errors in qcli.json."""
     import torch
-
-    from qcli.quantization import execute
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
