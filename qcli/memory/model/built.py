@@ -41,7 +41,7 @@ def built(config: ModelConfig) -> list[Parameter] | None:
         with torch.device("meta"), warnings.catch_warnings(), modules_within(asked):
             warnings.simplefilter("ignore")
             model = model_class(theirs)
-        asked.tensors = {name: ("", SimpleNamespace(shape=tuple(p.shape))) for name, p in model.named_parameters()}
+        asked.tensors = {name: SimpleNamespace(shape=tuple(p.shape)) for name, p in model.named_parameters()}
         layout = model_layout(asked, model_class, theirs)
     except CheckpointError as e:
         name = model_class.__name__
@@ -61,7 +61,7 @@ def built(config: ModelConfig) -> list[Parameter] | None:
             keep_fp32=layout.stays_fp32(name, "F16"),
             transposed=name in layout.linears and layout.linears[name].transposed,
         )
-        for name, (_, info) in asked.tensors.items()
+        for name, info in asked.tensors.items()
     ]
 
 
