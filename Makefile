@@ -28,7 +28,7 @@ test-all: $(VENV)/tested
 # Runs on a machine with an NVIDIA GPU. PYTHON needs a CUDA build of torch, PyCUDA, pytest and bitsandbytes. ARGS="-k parity" runs
 # a part. ARGS="-m slow -k memcheck" (racecheck, synccheck, initcheck) runs a tool of compute-sanitizer, some minutes each.
 test-gpu:
-	$(PYTHON) -m pytest -q -m "not slow" tests/gpu tests/test_decode_cuda.py $(ARGS)
+	$(PYTHON) -m pytest -q -m "not slow" tests/gpu tests/generation/test_decode_cuda.py $(ARGS)
 
 # For half an hour on a GPU: checks and measurements, the most important first, up to the first wrong number. ARGS="--minutes 9"
 # limits the time, ARGS="--from STEP" continues. Logs and summary.json are in build/gpu-first.

@@ -120,7 +120,7 @@ STEPS = (
     sanitized("racecheck", proves=True),
     Step(
         "suite",
-        pytest(*(f"tests/gpu/test_{name}.py" for name in SUITE), "tests/test_decode_cuda.py"),
+        pytest(*(f"tests/gpu/test_{name}.py" for name in SUITE), "tests/generation/test_decode_cuda.py"),
         300,
         proves=True,
         read=tests_passed,

@@ -19,13 +19,13 @@ class Private:
 
 _STREAMING = "tests/streaming/test_streaming.py::test_logits_are_those_of_the_whole_model"
 _OLD_NAMES = "tests/streaming/test_streaming.py::test_old_names_and_shards"
-_LOADING = "tests/test_generate.py::test_quantizing_while_reading_equals_quantizing_first"
-_LINEARS = "tests/test_architectures.py::test_reloads_in_transformers_and_bitsandbytes"
-_CAPTURED = "tests/test_decode_graph.py::test_a_replayed_step_says_what_transformers_says"
-_KINDS = "tests/test_decode_graph.py::test_models_that_cannot_be_captured_are_known_beforehand"
+_LOADING = "tests/commands/test_generate.py::test_quantizing_while_reading_equals_quantizing_first"
+_LINEARS = "tests/formats/test_architectures.py::test_reloads_in_transformers_and_bitsandbytes"
+_CAPTURED = "tests/generation/test_decode_graph.py::test_a_replayed_step_says_what_transformers_says"
+_KINDS = "tests/generation/test_decode_graph.py::test_models_that_cannot_be_captured_are_known_beforehand"
 _SEEN = "tests/test_private_names.py::test_torch_tells_who_watches_a_call"
-_FLOAT32 = "tests/test_architectures.py::test_float16_keeps_float32_where_transformers_does"
-_REPLACED = "tests/test_nn.py::test_tensors_that_are_replaced_or_changed_are_noticed"
+_FLOAT32 = "tests/formats/test_architectures.py::test_float16_keeps_float32_where_transformers_does"
+_REPLACED = "tests/nn/test_nn.py::test_tensors_that_are_replaced_or_changed_are_noticed"
 _LOADER = "transformers.core_model_loading"
 
 PRIVATE = (
@@ -103,7 +103,7 @@ PRIVATE = (
     Private(
         "transformers.generation.configuration_utils.GenerationMode",
         ("generation/graph.py",),
-        "tests/test_decode_graph.py::test_rules_that_look_at_the_text_are_left_to_transformers",
+        "tests/generation/test_decode_graph.py::test_rules_that_look_at_the_text_are_left_to_transformers",
         "whether it is greedy or sampled",
     ),
     Private("transformers.PreTrainedModel._can_compile_fullgraph", ("generation/graph.py",), _KINDS, "fit for a static cache"),
@@ -111,13 +111,13 @@ PRIVATE = (
     Private(
         "torch._subclasses.fake_tensor.FakeTensorMode",
         ("checkpoint/torch_file.py",),
-        "tests/test_format.py::test_bin_checkpoints",
+        "tests/formats/test_bitsandbytes.py::test_bin_checkpoints",
         "reads where a pickle's tensors lie, and no data",
     ),
     Private(
         "torch.UntypedStorage: _checkpoint_offset",
         ("checkpoint/torch_file.py",),
-        "tests/test_format.py::test_bin_checkpoints",
+        "tests/formats/test_bitsandbytes.py::test_bin_checkpoints",
         "the place that this notes",
     ),
     Private(
@@ -127,7 +127,10 @@ PRIVATE = (
         "the product of int8 matrices",
     ),
     Private(
-        "torch.nn.Module._apply", ("nn/_fast_path.py",), "tests/test_nn.py::test_copies_and_moves_start_afresh", "moves of a module"
+        "torch.nn.Module._apply",
+        ("nn/_fast_path.py",),
+        "tests/nn/test_nn.py::test_copies_and_moves_start_afresh",
+        "moves of a module",
     ),
     Private("torch.nn.Module: _parameters", ("nn/_fast_path.py",), _REPLACED, "a module's own tensors, sooner"),
     Private("torch.nn.Module: _buffers", ("nn/_fast_path.py",), _REPLACED, "likewise"),
@@ -138,7 +141,7 @@ PRIVATE = (
     Private(
         "torch._C._autograd._profiler_enabled",
         ("runtime/cpu.py",),
-        "tests/test_nn.py::test_transforms_and_modes_see_the_op",
+        "tests/nn/test_nn.py::test_transforms_and_modes_see_the_op",
         "whether a profiler does",
     ),
     Private(

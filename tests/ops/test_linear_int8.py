@@ -1,6 +1,6 @@
-import bitsandbytes
 import time
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
