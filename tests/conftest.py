@@ -53,9 +53,10 @@ def quick_cli(tmp_path, monkeypatch, capsys):
     """As `cli`, in this process: for the many small cases."""
     from qcli import cli as command_line
 
-    def run(*arguments, stdin=""):
+    def run(*arguments, stdin=None):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         monkeypatch.setattr(sys, "argv", ["qcli", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             command_line.app(args=[str(a) for a in arguments], prog_name="qcli")

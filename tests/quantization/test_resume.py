@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,20 +19,20 @@ from qcli.quantization import execute, staging
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, make_model
 
-# Runs qcli, and kills itself the hard way once so many units are journalled. Every unit is synced on its own.
-KILLED = """
-import os, signal, sys
-from qcli.quantization import staging
-staging.SYNC_SECONDS = 0
-finish = staging.Staging.finish_work
-def finish_work(self, index, errors):
-    finish(self, index, errors)
-    if len(self.done) >= int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-staging.Staging.finish_work = finish_work
-import qcli
-qcli.quantize("model", "out", settings={"max_shard_size": "60kB"})
-"""
+
+def killed(folder, after):
+    """In a process of its own: quantizes, and kills itself the hard way once so many units are journalled, each synced."""
+    os.chdir(folder)
+    staging.SYNC_SECONDS = 0
+    finish = staging.Staging.finish_work
+
+    def finish_work(self, index, errors):
+        finish(self, index, errors)
+        if len(self.done) >= after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    staging.Staging.finish_work = finish_work
+    qcli.quantize("model", "out", settings={"max_shard_size": "60kB"})
 
 
 def digest(folder) -> dict[str, str]:
@@ -54,11 +55,10 @@ UNITS = 2 * 9 + 3
 @pytest.mark.parametrize("after", [1, UNITS // 2, UNITS - 1, UNITS])
 def test_kill_and_rerun(whole, tmp_path, after, monkeypatch):
     (tmp_path / "model").symlink_to(whole / "model")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-
-    command = [sys.executable, "-c", KILLED, str(after)]
-    killed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    process = multiprocessing.get_context("fork").Process(target=killed, args=(tmp_path, after))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
     finished = {entry["unit"] for entry in journal(tmp_path)}
     assert after <= len(finished) <= UNITS
