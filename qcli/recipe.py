@@ -1,7 +1,7 @@
 """Which module gets which method: the currency between the verbs, and as JSON between people.
 
-`--bits`, `--method`, `--skip` and `--skip-from` are ways to write a recipe; `qcli quantize --recipe FILE` reads one, and `--dry-run
---json` prints the one in force:
+`--bits`, `--method`, `--skip` and `--skip-from` are ways to write a recipe. `qcli quantize --recipe FILE` reads one, and the plan
+that `--dry-run --json` prints holds the one in force:
 
     {"default": {"method": "nf4"},
      "rules": [["*.down_proj", {"method": "nf4", "options": {"block_size": 32}}], ["model.layers.0", {"method": "keep"}]],
@@ -74,10 +74,14 @@ def matches(module: str, glob: str) -> bool:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in a JSON file, each field checked. Raises UsageError."""
+    """The recipe in a JSON file, or under `recipe` in the plan that --dry-run --json prints. Each field is checked. Raises
+    UsageError."""
     label = str(path)
     try:
-        return recipe_of(read_object(path, label, _HINT), label)
+        found = read_object(path, label, _HINT)
+        if isinstance(found.get("recipe"), dict):
+            found, label = found["recipe"], f"{label}: recipe"
+        return recipe_of(found, label)
     except CheckpointError as e:
         raise UsageError(e.message, e.hint) from e
 

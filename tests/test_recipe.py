@@ -39,10 +39,31 @@ def test_options_make_the_recipe_that_a_file_would(tmp_path):
     assert read_recipe(path) == asked == Recipe(Choice("nf4", (("block_size", 128),)), (("*.v_proj", Choice(KEEP)),))
 
 
+def test_a_plan_is_read_for_its_recipe(quick_cli, tmp_path):
+    printed = quick_cli("quantize", DEMO, "--method", "fp4", "--skip", "*.v_proj", "--dry-run", "--json", "-o", "out")
+    (tmp_path / "plan.json").write_text(printed.stdout)
+    assert read_recipe(tmp_path / "plan.json") == Recipe(Choice("fp4"), (("*.v_proj", Choice(KEEP)),))
+    plan, again = (
+        json.loads(done.stdout)
+        for done in (printed, quick_cli("quantize", DEMO, "--recipe", "plan.json", "--dry-run", "--json", "-o", "out"))
+    )
+    assert again["recipe"] == plan["recipe"] and again["tensors"] == plan["tensors"]
+
+
+def test_methods_that_no_format_holds_together_are_told_apart_from_those_that_none_holds(quick_cli, tmp_path):
+    mixed = {"default": {"method": "nf4"}, "rules": [["*.v_proj", {"method": "rtn"}]]}
+    (tmp_path / "mixed.json").write_text(json.dumps(mixed))
+    done = quick_cli("quantize", DEMO, "--recipe", "mixed.json", "--dry-run", "-o", "out")
+    assert done.returncode == 2 and "No format holds all of these methods together" in done.stderr
+    done = quick_cli("quantize", DEMO, "--method", "zeropoint", "--dry-run", "-o", "out")
+    assert done.returncode == 2 and "evaluate --methods measures what no format holds" in done.stderr
+
+
 @pytest.mark.parametrize(
     "value, words",
     [
         ({}, "has no default"),
+        ({"recipe": {"default": {"method": 4}}}, "recipe: default: method is 4"),
         ({"default": {}}, "has no method"),
         ({"default": {"method": 4}}, "method is 4"),
         ({"default": {"method": "nf5"}}, "there is no method 'nf5'"),

@@ -40,7 +40,8 @@ def quantize(
         typer.Option(metavar="REPORT.json", help="Leave what `inspect-outliers --json` recommends to leave.", show_default=False),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Which module gets what, as --dry-run --json prints it.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Which module gets what: a recipe, or a plan from --dry-run --json.", show_default=False),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of all that is not quantized: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

@@ -158,7 +158,10 @@ def holding(schemes: Sequence[Scheme], wanted: str | None = None) -> Format:
         if reason is None:
             return each
         reasons.append(reason)
-    raise UsageError("; ".join(dict.fromkeys(reasons)), "qcli evaluate --methods measures what no format holds.")
+    hint = "qcli evaluate --methods measures what no format holds."
+    if not wanted and all(any(each.refuses(scheme) is None for each in all_formats()) for scheme in schemes):
+        hint = "No format holds all of these methods together: give every module a method of the same format, see docs/methods.md."
+    raise UsageError("; ".join(dict.fromkeys(reasons)), hint)
 
 
 def written() -> list[str]:
