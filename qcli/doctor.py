@@ -100,10 +100,11 @@ def _libraries() -> list[Finding]:
         Finding("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"),
         Finding("transformers", _version("transformers") or "missing"),
     ]
-    bitsandbytes = _version("bitsandbytes")
-    advice = None if bitsandbytes else "pip install bitsandbytes"
-    absent = "not installed: qcli does not need it; transformers and PEFT need it to load what qcli writes"
-    return [*found, Finding("bitsandbytes", bitsandbytes or absent, advice)]
+    for name, written in (("bitsandbytes", "nf4, fp4 and llm-int8"), ("compressed-tensors", "rtn")):
+        version = _version(name)
+        absent = f"not installed: qcli does not need it; transformers needs it to load the folders that qcli writes with {written}"
+        found.append(Finding(name, version or absent, None if version else f"pip install {name}"))
+    return found
 
 
 def _nvidia() -> list[str]:

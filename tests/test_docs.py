@@ -176,6 +176,15 @@ def test_the_snippet_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert names["model"].num_parameters() > 0
 
 
+def test_the_snippets_of_the_python_page_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for snippet in blocks(DOCS / "python.md", "python"):
+        exec(compile(snippet, "python.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "[52, 38, 7, 21]" in printed and "trainable params" in printed  # the demo model's outlier features; PEFT
+
+
 # Methods and formats
 
 

@@ -15,7 +15,18 @@ def test_every_part_is_named(cli):
     done = cli("doctor", "--json")
     found = {entry["name"]: entry for entry in json.loads(done.stdout)}
     assert done.returncode == 0 and done.stderr == ""
-    parts = ("qcli", "CPU", "CPU kernels", "threads", "memory", "torch", "transformers", "bitsandbytes", "NVIDIA GPU")
+    parts = (
+        "qcli",
+        "CPU",
+        "CPU kernels",
+        "threads",
+        "memory",
+        "torch",
+        "transformers",
+        "bitsandbytes",
+        "NVIDIA GPU",
+        "compressed-tensors",
+    )
     assert {*parts, "nvcc", "PyCUDA"} <= found.keys()
     assert found["threads"]["value"] == "1" and "GB/s by 1 thread" in found["memory"]["value"]
     if cpu.variants():

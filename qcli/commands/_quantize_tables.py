@@ -63,7 +63,7 @@ def plan_summary(plan: Plan) -> dict[str, object]:
     return {
         "source": plan.source.label,
         "output": str(plan.output),
-        "method": plan.method.scheme.method,
+        "method": plan.method_name,
         "options": methods.options_of(plan.method),
         "recipe": plan.recipe.summary(),
         "format": plan.format.name,
@@ -114,7 +114,7 @@ def show_report(report: Report) -> None:
 
 def _method_text(plan: Plan) -> str:
     options = ", ".join(f"{name} {str(value).lower()}" for name, value in methods.options_of(plan.method).items())
-    text = f"{plan.method.scheme.method} ({options})"
+    text = f"{plan.method_name} ({options})"
     if plan.is_mixed:
         text = ", ".join(f"{count} modules in {name}" for name, count in plan.schemes.items())
     return f"{text}, computes in {plan.compute_dtype}"

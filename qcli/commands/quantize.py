@@ -66,7 +66,7 @@ def quantize(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Quantize a model into a folder that transformers, bitsandbytes, PEFT and vLLM load."""
+    """Quantize a model into a folder that other libraries load."""
     model = asked_model(model, "qcli quantize HuggingFaceTB/SmolLM2-135M --bits 4")
     from qcli.commands import _quantize_tables as tables
     from qcli.quantization import quantize as quantization

@@ -7,7 +7,7 @@ from qcli import formats, schemes
 from qcli.checkpoint.modules import Linear
 from qcli.checkpoint.source import Source
 from qcli.errors import UsageError, together
-from qcli.evaluation.methods import Methods, Rounding, SequencesMixed, misfit, quantizable
+from qcli.evaluation.methods import Methods, Rounding, SequencesMixed, quantizable
 from qcli.evaluation.result import Evaluation, Protocol, Row
 from qcli.evaluation.score import Contender, score_all
 from qcli.evaluation.speed import Speed, measure
@@ -92,7 +92,7 @@ def _fitting(chosen: Sequence[Scheme], skeleton: Skeleton) -> tuple[list[Scheme]
     refused: dict[str, dict[str, list[str]]] = {}
     for scheme in chosen:
         for linear in quantizable(skeleton):
-            if reason := misfit(scheme, linear):
+            if reason := formats.misfit(scheme, linear.out_features, linear.in_features):
                 refused.setdefault(scheme.name, {}).setdefault(reason, []).append(linear.module)
     notes = [
         f"{name} is left out: {reason} ({together('modules', modules)})"

@@ -10,7 +10,6 @@ from math import prod
 
 import torch
 
-from qcli import formats
 from qcli import methods as quantizers
 from qcli.checkpoint.modules import Linear
 from qcli.methods.simulate import Simulated, simulate
@@ -167,10 +166,3 @@ def _sequences(x: torch.Tensor) -> torch.Tensor:
 def quantizable(skeleton: Skeleton) -> list[Linear]:
     """The linear layers that `qcli quantize` would quantize."""
     return skeleton.layout.quantizable()
-
-
-def misfit(scheme: Scheme, linear: Linear) -> str | None:
-    """Why no format that holds `scheme` can hold this weight; None where one can, or where no format holds the scheme at all."""
-    holding = [each for each in formats.all_formats() if each.refuses(scheme) is None]
-    reasons = [each.refuses_shape(scheme, linear.out_features, linear.in_features) for each in holding]
-    return reasons[0] if reasons and all(reasons) else None

@@ -67,9 +67,7 @@ class Format(Protocol):
     """One on-disk format."""
 
     name: str
-    """What `--format` takes and the model card says; `quant_method` of config.json."""
-    loaded_by: str
-    """Who loads it, as a sentence goes on after "a folder that"."""
+    """What `format` of a recipe takes and the model card says; `quant_method` of config.json."""
 
     def refuses(self, scheme: Scheme) -> str | None:
         """Why it cannot hold `scheme`, as a sentence; None where it can."""
@@ -131,6 +129,10 @@ class Format(Protocol):
         """The attribute of a module for a stored tensor's name relative to the module."""
         ...
 
+    def skipped(self, config: Mapping[str, Any]) -> list[str] | None:
+        """The modules that a `quantization_config` lists as not quantized; None where it lists none."""
+        ...
+
     def renamings(self) -> list[tuple[str, str]]:
         """(pattern, replacement) that make `attribute` of the ends of full names, for transformers to read by."""
         ...
@@ -162,6 +164,13 @@ def holding(schemes: Sequence[Scheme], wanted: str | None = None) -> Format:
     if not wanted and all(any(each.refuses(scheme) is None for each in all_formats()) for scheme in schemes):
         hint = "No format holds all of these methods together: give every module a method of the same format, see docs/methods.md."
     raise UsageError("; ".join(dict.fromkeys(reasons)), hint)
+
+
+def misfit(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+    """Why no format that holds `scheme` can hold a weight of that shape, as a sentence without its end; None where one can, or
+    where no format holds the scheme at all."""
+    reasons = [each.refuses_shape(scheme, out_features, in_features) for each in all_formats() if each.refuses(scheme) is None]
+    return reasons[0] if reasons and all(reasons) else None
 
 
 def written() -> list[str]:

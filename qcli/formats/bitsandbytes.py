@@ -66,7 +66,6 @@ class Bitsandbytes:
     """See the module and qcli.formats.Format."""
 
     name = "bitsandbytes"
-    loaded_by = "transformers, bitsandbytes, PEFT and vLLM load"
 
     def refuses(self, scheme: Scheme) -> str | None:
         is_4bit = scheme.share == "flat" and scheme.codebook in _CODEBOOKS
@@ -197,6 +196,10 @@ class Bitsandbytes:
         if _STATE.lstrip(".") in name:
             return "weight_quant_state"
         return name.replace("weight.", "weight_", 1)
+
+    def skipped(self, config: Mapping[str, Any]) -> list[str] | None:
+        found: list[str] | None = config.get("llm_int8_skip_modules")
+        return found
 
     def renamings(self) -> list[tuple[str, str]]:
         parts = [(f"weight.{part}$", f"weight_{part}") for part in _PARTS_4BIT]

@@ -54,11 +54,10 @@ class CompressedTensors:
     """See the module and qcli.formats.Format."""
 
     name = "compressed-tensors"
-    loaded_by = "transformers with compressed-tensors and vLLM load"
 
     def refuses(self, scheme: Scheme) -> str | None:
-        if scheme.share != "group" or scheme.codebook or scheme.activations:
-            return f"compressed-tensors' {_LAYOUT} holds integer codes in groups of a row, not {scheme.name}"
+        if scheme.share != "group" or scheme.bits not in (4, 8) or scheme.codebook or scheme.activations:
+            return f"compressed-tensors' {_LAYOUT} holds integer codes of 4 or 8 bits in groups of a row, not {scheme.name}"
         return None
 
     def refuses_shape(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
@@ -181,6 +180,10 @@ class CompressedTensors:
 
     def attribute(self, name: str) -> str:
         return "weight" if name == "weight_packed" else name
+
+    def skipped(self, config: Mapping[str, Any]) -> list[str] | None:
+        found: list[str] | None = config.get("ignore")
+        return found
 
     def renamings(self) -> list[tuple[str, str]]:
         return [("weight_packed$", "weight")]

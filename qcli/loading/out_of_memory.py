@@ -83,11 +83,12 @@ def while_generating(model, prompt_tokens: int, new_tokens: int, free: Free) -> 
     beside = f"beside {format_bytes(weights)} of weights{_had(free)}"
     other = "--device-map auto with a --max-memory that leaves room"
     dtype = str(model.dtype).removeprefix("torch.")
-    quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
+    quantized = next((module for module in model.modules() if isinstance(module, QuantizedLinear)), None)
+    method = quantized.scheme.name if quantized and quantized.scheme else dtype
     try:
         config = ModelConfig(model.config.to_dict(), type(model).__name__)
         kept = cache(config, tokens, kv_dtype=dtype)
-        made = activations(config, prompt_tokens, context=tokens, method=BY_BITS[4] if quantized else dtype, dtype=dtype)
+        made = activations(config, prompt_tokens, context=tokens, method=method, dtype=dtype)
         working = max(made.prefill, made.decode)
     except (CheckpointError, UsageError, ArithmeticError, LookupError, TypeError, ValueError):
         return DeviceError(f"out of memory: {tokens:,} tokens found no room {beside}", f"Try {other}.")
@@ -105,7 +106,7 @@ def while_generating(model, prompt_tokens: int, new_tokens: int, free: Free) -> 
     if most:
         fits.append(f"--max-new-tokens {most}")
     linears = [m for n, m in model.named_modules() if type(m) is nn.Linear and not n.endswith("lm_head")]
-    if not quantized:
+    if quantized is None:
         for bits, name in sorted(BY_BITS.items(), reverse=True):
             held = sum(spec.nbytes for m in linears for spec in stored_tensors(NAMED[name], _weight(m))[1])
             saved = sum(m.weight.nbytes for m in linears) - held

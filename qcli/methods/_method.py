@@ -61,7 +61,10 @@ class Method(Protocol):
 
 
 class Statistic(Protocol):
-    """What a pass of texts through the model leaves at the input of a linear layer. Sums, so that texts divide over workers."""
+    """What a pass of texts through the model leaves at the input of a linear layer. Sums, so that texts divide over workers.
+
+    Methods that calibrate will need one. Today's methods see weights alone.
+    """
 
     def add(self, x: torch.Tensor) -> None:
         """Counts activations x [tokens, in_features] in."""

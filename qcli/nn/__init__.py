@@ -16,7 +16,9 @@ def module_for(
     """The module that runs `stored`: of the first kind that serves it. `tensors` are those of `stored` by attribute; meta tensors
     will do until they are loaded. `dtype` is that of the bias. `compute_dtype` is what products of float32 inputs are made in."""
     kind = next(kind for kind in _kinds() if kind.serves(stored))
-    return kind.of(stored, tensors, bias=bias, dtype=dtype, compute_dtype=compute_dtype)
+    module = kind.of(stored, tensors, bias=bias, dtype=dtype, compute_dtype=compute_dtype)
+    module.scheme = stored.scheme
+    return module
 
 
 @cache

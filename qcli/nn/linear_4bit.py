@@ -40,7 +40,7 @@ class Linear4bit(FastPath, QuantizedLinear):
 
     @classmethod
     def serves(cls, stored: Stored) -> bool:
-        return stored.scheme.share == "flat" and stored.scheme.bits == 4
+        return stored.format == "bitsandbytes" and stored.scheme.share == "flat" and stored.scheme.bits == 4
 
     @classmethod
     def of(

@@ -37,7 +37,9 @@ class Linear8bit(FastPath, QuantizedLinear):
 
     @classmethod
     def serves(cls, stored: Stored) -> bool:
-        return stored.scheme.share == "row" and stored.scheme.bits == 8 and stored.scheme.activations == "token"
+        scheme = stored.scheme
+        of_rows = scheme.share == "row" and scheme.bits == 8 and scheme.activations == "token"
+        return stored.format == "bitsandbytes" and of_rows
 
     @classmethod
     def of(

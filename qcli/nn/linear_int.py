@@ -22,7 +22,7 @@ class LinearInt(QuantizedLinear):
 
     @classmethod
     def serves(cls, stored: Stored) -> bool:
-        return stored.scheme.share == "group"
+        return stored.format == "compressed-tensors" and stored.scheme.share == "group"
 
     @classmethod
     def of(

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from qcli.formats import Stored
+from qcli.schemes import Scheme
 
 
 class QuantizedLinear(nn.Module):
     """A linear layer y = x W^T + bias with a quantized W [out_features, in_features]; `bias` as in nn.Linear."""
 
+    scheme: Scheme | None = None
+    """What the weight is stored as; None for a module that was built by hand."""
     one_text_a_call = False
     """Whether the tokens of a call share a choice, such as outlier columns, so that texts must not be mixed in a call."""
     activations_in_int8 = False

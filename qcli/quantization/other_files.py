@@ -61,8 +61,15 @@ def _json(value: object) -> bytes:
 
 def model_card(plan: Plan, kinds: list[ModuleError]) -> str:
     """README.md of the output: base model, method, options, sizes and measured error."""
-    source, name = plan.source, plan.method.scheme.method
-    front = ["---", "library_name: transformers", "tags:", "- qcli", f"- {plan.format.name}", f"- {name}"]
+    source, name = plan.source, plan.method_name
+    front = [
+        "---",
+        "library_name: transformers",
+        "tags:",
+        "- qcli",
+        f"- {plan.format.name}",
+        *(f"- {each}" for each in plan.schemes),
+    ]
     if source.is_hub:
         front += [f"base_model: {source.label}", "base_model_relation: quantized"]
     options = ", ".join(f"{k} {json.dumps(v)}" for k, v in methods.options_of(plan.method).items())

@@ -98,6 +98,11 @@ class Plan:
         """The method of the recipe's default, or where that keeps modules as they are, of its first rule that does not."""
         return methods_of(self.recipe)[0]
 
+    @property
+    def method_name(self) -> str:
+        """The names of the schemes, as docs/methods.md has them, the most frequent first."""
+        return ", ".join(name for name, _ in self.schemes.most_common())
+
     @cached_property
     def schemes(self) -> Counter[str]:
         """How many modules each scheme has, by its name."""
@@ -183,9 +188,7 @@ class Plan:
     @property
     def skip_modules(self) -> list[str] | None:
         """The modules that the config lists as not quantized."""
-        found = self.quantization_config
-        skipped: list[str] | None = found.get("llm_int8_skip_modules", found.get("ignore"))
-        return skipped
+        return self.format.skipped(self.quantization_config)
 
     @property
     def is_mixed(self) -> bool:

@@ -175,7 +175,7 @@ def run_plan(
         staging.publish()
     report = Report(
         output=str(plan.output),
-        method=plan.method.scheme.method,
+        method=plan.method_name,
         source_bytes=plan.source_bytes,
         output_bytes=plan.output_bytes,
         bits_per_weight=plan.bits_per_weight,

@@ -85,7 +85,7 @@ def provenance(plan: Plan, kinds: list[ModuleError], nonfinite: dict[str, int]) 
             "revision": plan.source.revision,
             "fingerprint": plan.source.fingerprint,
         },
-        "method": plan.method.scheme.method,
+        "method": plan.method_name,
         "options": methods.options_of(plan.method),
         "dtype": dtypes.TORCH_NAMES[plan.dtype],
         "compute_dtype": plan.compute_dtype,

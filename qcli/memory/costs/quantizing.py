@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcli.errors import QcliError, UsageError
-from qcli.formats import all_formats, written
+from qcli.formats import misfit, written
 from qcli.memory.costs.weights import ITEMSIZE, weights
 from qcli.memory.model.opening import Model
 from qcli.memory.model.tensor_rules import Parameter
@@ -68,13 +68,9 @@ def quantizing(model: Model, folder: Path) -> list[Quantizing]:
 
 def refusal(parameters: Sequence[Parameter], method: str) -> str | None:
     """Why `qcli quantize` refuses `method` for these parameters, as a sentence without its end; None where it does not."""
-    for each in all_formats():
-        if method in QUANTIZED and each.refuses(NAMED[method]) is None:
-            for one in parameters:
-                reason = each.refuses_shape(NAMED[method], one.out_features, one.in_features) if one.quantizable else None
-                if reason is not None:
-                    return f"qcli quantize refuses {method} for {one.name}: {reason}"
-            return None
+    for one in parameters:
+        if method in QUANTIZED and one.quantizable and (reason := misfit(NAMED[method], one.out_features, one.in_features)):
+            return f"qcli quantize refuses {method} for {one.name}: {reason}"
     return None
 
 
