@@ -152,6 +152,7 @@ def test_figures_of_the_profiler_and_of_the_benchmark(tmp_path):
     assert gpu_first.benchmark("few")("", tmp_path)["rows"] == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing() is not None, reason=missing() or "")
 def test_the_benchmark_on_its_stand_in(tmp_path):
     command = gpu_first.python("benchmarks/gpu.py", "--stand-in", "--only", "launch", "--output", "FOLDER/some.json")

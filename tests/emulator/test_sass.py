@@ -17,7 +17,7 @@ from tests.emulator import sass
 from tests.emulator.emulator import KERNELS
 
 BUDGET = json.loads(Path(__file__).with_name("budget.json").read_text())
-ARCHITECTURES = ["sm_80", "sm_90a"]
+ARCHITECTURES = [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90a"]
 
 pytestmark = pytest.mark.skipif(nvcc.find() is None, reason="needs nvcc")
 
