@@ -218,6 +218,14 @@ def test_a_size_that_the_headers_do_not_hold(field, verb, model, quick_cli):
     assert done.returncode == 1 and f"{field} is 2,147,483,648" in done.stderr.replace("\n", " ")
 
 
+@pytest.mark.parametrize("layers", [0, -1])
+@pytest.mark.parametrize("verb", [["quantize"], ["generate", "hi"], ["evaluate"], ["inspect-outliers"], ["info"]])
+def test_a_model_without_layers(layers, verb, model, quick_cli):
+    edit(model / "config.json", num_hidden_layers=layers)
+    done = quick_cli(verb[0], "model", *verb[1:])
+    assert done.returncode == 1 and f"num_hidden_layers is {layers}, expected at least 1" in done.stderr.replace("\n", " ")
+
+
 def test_a_layer_count_beyond_the_stored_layers(model, quick_cli):
     edit(model / "config.json", num_hidden_layers=200)
     for verb in (["quantize"], ["generate", "hi"]):

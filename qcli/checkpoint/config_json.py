@@ -22,6 +22,7 @@ _OUTER = {
 _EVERY_PART = {"model_type": TEXT, "dtype": TEXT, "torch_dtype": TEXT, "layer_types": list_of(TEXT)}
 # Fields that count layers, experts or labels. They are compared with the stored tensors before the model is built.
 _COUNT = re.compile(r"(^|_)(n_?layers?|layers?|depths?|n_?blocks|num_blocks|stages|experts?|labels)$")
+_DEPTH = re.compile(r"(num_hidden_layers|num_layers|n_layers?)$")
 _FLOATS = ("Infinity", "-Infinity", "NaN")
 _DEEPEST = 8  # objects within objects
 
@@ -68,7 +69,8 @@ def for_transformers(config: dict) -> dict:
 
 
 def check_counts(config: dict, tensors: int, widest: int, label: str) -> None:
-    """Raises CheckpointError where the config claims more layers, experts or labels than the stored tensors can provide.
+    """Raises CheckpointError where the config claims more layers, experts or labels than the stored tensors can provide, or where
+    the model or its text part has no layer at all.
 
     Each needs a tensor of its own, or a row of one. `tensors` is the number of tensors, `widest` the largest size in any shape.
     Without this check a damaged count would be built, module by module, until memory runs out.
@@ -76,6 +78,8 @@ def check_counts(config: dict, tensors: int, widest: int, label: str) -> None:
     most = max(tensors, widest)
     for path, part in parts(config):
         for name, value in part.items():
+            if is_whole(value) and value < 1 and path in ("", "text_config") and _DEPTH.match(name):
+                raise CheckpointError(f"{label}: {f'{path}.' if path else ''}{name} is {value}, expected at least 1", HINT)
             if is_whole(value) and value > most and _COUNT.search(name):
                 raise CheckpointError(
                     f"{label}: {f'{path}.' if path else ''}{name} is {value:,}, but the checkpoint holds {tensors:,} tensors, "
