@@ -226,6 +226,25 @@ def test_a_model_without_layers(layers, verb, model, quick_cli):
     assert done.returncode == 1 and f"num_hidden_layers is {layers}, expected at least 1" in done.stderr.replace("\n", " ")
 
 
+def test_a_decoder_without_layers_under_another_name(tmp_path, quick_cli):
+    config = t.BartConfig(
+        d_model=64,
+        decoder_layers=2,
+        decoder_ffn_dim=128,
+        decoder_attention_heads=4,
+        vocab_size=256,
+        max_position_embeddings=512,
+        is_decoder=True,
+        is_encoder_decoder=False,
+    )
+    t.BartForCausalLM(config).save_pretrained(tmp_path / "model")
+    add_tokenizer(tmp_path / "model")
+    edit(tmp_path / "model/config.json", decoder_layers=0)
+    for verb in ("evaluate", "inspect-outliers"):
+        done = quick_cli(verb, "model", "--tokens", "300")
+        assert done.returncode == 1 and "BartForCausalLM has no layers by its config.json" in done.stderr.replace("\n", " ")
+
+
 def test_a_layer_count_beyond_the_stored_layers(model, quick_cli):
     edit(model / "config.json", num_hidden_layers=200)
     for verb in (["quantize"], ["generate", "hi"]):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcli.errors import UsageError
+from qcli.errors import CheckpointError, UsageError
 from qcli.streaming.batches import Batch
 from qcli.streaming.run import current_call
 from qcli.streaming.skeleton import Skeleton
@@ -35,6 +35,11 @@ class Head:
             raise UsageError(
                 f"{skeleton.source.label}: {type(self.model).__name__} has no head that predicts tokens",
                 "Give a causal language model.",
+            )
+        if not skeleton.blocks:
+            raise CheckpointError(
+                f"{skeleton.source.label}: {type(self.model).__name__} has no layers by its config.json, expected at least one",
+                "Mend the number of layers there.",
             )
         self.unit: Unit = units[id(module)]
         blocks = {id(unit.module) for unit in skeleton.blocks}

@@ -35,7 +35,7 @@ PROMPTS = ("Once", "Long ago there lived", "One rainy day Tom found a", "The bea
 
 
 def greedy(model, ids):
-    return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30)
+    return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60)
 
 
 @pytest.fixture
