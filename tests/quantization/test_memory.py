@@ -93,19 +93,21 @@ def test_loading_4_bits_never_holds_the_full_model(large):
     assert own <= weights + 170 * MB  # the largest tensor has 134 MB
 
 
+EIGHT_GB = {
+    "layers": 14,
+    "hidden": 4096,
+    "intermediate": 14336,
+    "vocabulary": 128256,
+    "heads": 32,
+    "kv_heads": 8,
+    "shard_size": 5000 * MB,
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_an_8_gb_checkpoint_in_5_gb_shards(tmp_path, bits):
-    size = make(
-        tmp_path / "model",
-        layers=14,
-        hidden=4096,
-        intermediate=14336,
-        vocabulary=128256,
-        heads=32,
-        kv_heads=8,
-        shard_size=5000 * MB,
-    )
+    size = make(tmp_path / "model", **EIGHT_GB)
     assert size > 8000 * MB
     assert rise(f"qcli.quantize('model', 'out', bits={bits})", tmp_path) <= 400 * MB
 
@@ -115,16 +117,7 @@ def test_inspecting_an_8_gb_checkpoint(tmp_path):
     """A block has 436 MB, the embedding 1,051 MB; one linear layer in float32, as rounded and as it was, 2 x 235 MB."""
     from tests.models import add_tokenizer
 
-    size = make(
-        tmp_path / "model",
-        layers=14,
-        hidden=4096,
-        intermediate=14336,
-        vocabulary=128256,
-        heads=32,
-        kv_heads=8,
-        shard_size=5000 * MB,
-    )
+    size = make(tmp_path / "model", **EIGHT_GB)
     add_tokenizer(tmp_path / "model")
     work = "qcli.inspect_outliers('model', tokens=512, sequence_length=512, device='cpu')"
     assert rise(work, tmp_path) <= 2000 * MB < size / 4
