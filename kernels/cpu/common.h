@@ -23,6 +23,10 @@
 #define QCLI_KERNEL(op) extern "C" __attribute__((visibility("default"))) void QCLI_JOIN(op, QCLI_VARIANT)
 #define QCLI_INLINE inline __attribute__((always_inline))
 
+// An op of a program (program.cpp). `record` has the addresses of its tensors, and its sizes. It runs for `tokens` tokens, the first
+// of which has the position `start` in the text. Every op of a program has these parameters, whether it needs all of them or not.
+#define QCLI_STEP(op) QCLI_KERNEL(op)(const void* record, int64_t tokens, int64_t start, int threads)
+
 // In parallel.cpp. Calls body(context, begin, end) over [0, count) in pieces of `grain`, with at most `threads` threads.
 extern "C" __attribute__((visibility("hidden"))) void qcli_parallel(
     void (*body)(void*, int64_t, int64_t), void* context, int64_t count, int64_t grain, int threads);
