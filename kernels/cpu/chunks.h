@@ -1,9 +1,9 @@
-// The x of linear_4bit in chunks of 128, in the order in which look-ups decode the weights, and the products of a chunk.
+// x in chunks of 128 for the products of few tokens with 4-bit and 8-bit weights, and the products of a chunk.
 //
 // Products are float32. With the compute dtype bfloat16 they are products of 16-bit integers, because decoding, not memory, is the
-// limit: codes in steps of 1 / 8064, x of each chunk in steps of its largest magnitude / 32767. Half a step of a code is finer than
-// bfloat16's rounding of it. The steps of x cost no more than that, unless a chunk has an outlier of kOutlier times the mean
-// magnitude of the rest. With such an outlier, products are float32 too.
+// limit: 4-bit codes in steps of 1 / 8064, x of each chunk in steps of its largest magnitude / 32767. Half a step of a code is finer
+// than bfloat16's rounding of it. The steps of x cost no more than that once outliers are taken out: elements of more than kOutlier
+// times the mean magnitude of the rest of their chunk. They are multiplied in float32, apart, as LLM.int8() does with columns.
 //
 // Multiplying pairs of bfloat16 (AVX512_BF16) would round as much, and is no faster than float32: vdpbf16ps takes two cycles,
 // vpdpwssd half a cycle (Xeon with AMX).
@@ -14,122 +14,127 @@
 namespace {
 
 constexpr int64_t kChunk = 128;
+QCLI_INLINE int64_t padded_to_chunks(int64_t k) { return divide_up(k, kChunk) * kChunk; }
 
-// x in float32. Shift j moves the code of element 8 lane + (j ^ 1) to the low four bits of a lane, where the look-up reads it.
-// That element of x is therefore stored at 16 j + lane.
+// An element that is multiplied in float32.
+struct Outlier {
+  int64_t i;
+  float value;
+};
+
+// Copies a chunk of x, `count` elements and zeros, to float32.
+template <class T>
+QCLI_INLINE void widen_chunk(const T* x, int64_t count, float* to) {
+  if (count >= kChunk) {
+    for (int j = 0; j < kChunk; j += 16) store(to + j, load(x + j));
+    return;
+  }
+  for (int64_t i = 0; i < kChunk; i++) to[i] = i < count ? to_float(x[i]) : 0.0f;
+}
+
+// The order of a 4-bit weight's codes after look-up. Shift j moves the code of element 8 lane + (j ^ 1) to the low four bits of a
+// lane, where the look-up reads it. That element of x is therefore stored at 16 j + lane.
+struct NibbleOrder {
+  static constexpr int of_float(int place) { return 8 * (place % 16) + ((place / 16) ^ 1); }
+#if defined(QCLI_INT16_PRODUCTS)
+  static constexpr int of_word(int place) { return element_of(place / 32, place % 32); }
+#endif
+};
+struct NaturalOrder {
+  static constexpr int of_float(int place) { return place; }
+  static constexpr int of_word(int place) { return place; }
+};
+
+// x [rows, k] in float32, with zeros up to whole chunks.
+template <class Order>
 class Float32 {
  public:
-  using Table = Table16;
   template <class T>
-  Float32(const T* x, int64_t rows, int64_t k) : k_(k), values_(4 * rows * k) {
+  Float32(const T* x, int64_t rows, int64_t k) : padded_(padded_to_chunks(k)), values_(4 * rows * padded_) {
     float* to = values_.as<float>();
-    for (int64_t i = 0; i < rows * k; i += kChunk, x += kChunk, to += kChunk) {
-      for (int lane = 0; lane < 16; lane++) {
-        for (int j = 0; j < 8; j++) to[16 * j + lane] = to_float(x[8 * lane + (j ^ 1)]);
+    float chunk[kChunk];
+    for (int64_t t = 0; t < rows; t++, x += k) {
+      for (int64_t i = 0; i < k; i += kChunk, to += kChunk) {
+        widen_chunk(x + i, k - i, chunk);
+        for (int place = 0; place < kChunk; place++) to[place] = chunk[Order::of_float(place)];
       }
     }
   }
-  static Table table(const float* code) { return table16(code); }
-
-  // totals += chunk * scales, for the chunk at i of kR rows and kT tokens from t on.
-  template <int kT, int kR>
-  QCLI_INLINE void add(Table table, const I32x16* chunk, int64_t t, int64_t i, const F32x16* scales, F32x16 (*totals)[kT]) const {
-    const float* x = values_.as<float>() + t * k_ + i;
-    F32x16 sums[kR][kT];
-    add_step<0, kT, kR>(table, chunk, x, sums);
-    add_step<1, kT, kR>(table, chunk, x, sums);
-    add_step<2, kT, kR>(table, chunk, x, sums);
-    add_step<3, kT, kR>(table, chunk, x, sums);
-    add_step<4, kT, kR>(table, chunk, x, sums);
-    add_step<5, kT, kR>(table, chunk, x, sums);
-    add_step<6, kT, kR>(table, chunk, x, sums);
-    add_step<7, kT, kR>(table, chunk, x, sums);
-    for (int r = 0; r < kR; r++) {
-      for (int s = 0; s < kT; s++) totals[r][s] = fused(sums[r][s], scales[r], totals[r][s]);
-    }
-  }
+  const float* at(int64_t t, int64_t i) const { return values_.as<float>() + t * padded_ + i; }
+  int64_t padded() const { return padded_; }
+  // No element is multiplied apart.
+  int64_t outliers(int64_t) const { return 0; }
+  Outlier outlier(int64_t, int64_t) const { return {}; }
 
  private:
-  template <int j, int kT, int kR>
-  QCLI_INLINE void add_step(Table table, const I32x16* chunk, const float* x, F32x16 (*sums)[kT]) const {
-    for (int r = 0; r < kR; r++) {
-      const F32x16 weights = look_up<4 * j>(table, chunk[r]);
-      for (int s = 0; s < kT; s++) {
-        const F32x16 values = load(x + s * k_ + 16 * j);
-        sums[r][s] = j ? fused(weights, values, sums[r][s]) : weights * values;
-      }
-    }
-  }
-
-  int64_t k_;
+  int64_t padded_;
   Scratch values_;
 };
 
 #if defined(QCLI_INT16_PRODUCTS)
-constexpr float kCodeSteps = 8064;  // 8 * 8064 * 32767 is within int32; FP4's values, multiples of 1 / 192, stay exact
 constexpr float kSteps = 32767;
 constexpr float kOutlier = 64;
 
-// x in 16-bit integers, with one step size per chunk.
+// x [rows, k] in 16-bit integers, with one step size per chunk, and zeros up to whole chunks.
+template <class Order>
 class Int16 {
  public:
-  using Table = Codes16;
   template <class T>
-  Int16(const T* x, int64_t rows, int64_t k) : k_(k), values_(2 * rows * k), steps_(4 * (rows * k / kChunk)) {
+  Int16(const T* x, int64_t rows, int64_t k)
+      : padded_(padded_to_chunks(k)),
+        most_(8 + k / 64),
+        values_(2 * rows * padded_),
+        steps_(4 * rows * (padded_ / kChunk)),
+        outliers_(rows * (8 + most_ * int64_t(sizeof(Outlier)))) {
     int16_t* to = values_.as<int16_t>();
     float* step = steps_.as<float>();
-    for (int64_t i = 0; i < rows * k; i += kChunk, x += kChunk, to += kChunk) {
-      const float largest = absmax_of(x, kChunk);
-      F32x16 sum = all(0.0f);
-      for (int j = 0; j < kChunk; j += 16) sum = sum + magnitudes(load(x + j));
-      const float others = (sum_lanes(sum) - largest) / (kChunk - 1);
-      usable_ &= largest == 0 || (largest > 1e-30f && largest < 1e30f && largest <= kOutlier * others);
-      const F32x16 scale = all(usable_ && largest > 0 ? kSteps / largest : 0.0f);
-      int32_t rounded_x[kChunk];
-      for (int j = 0; j < kChunk; j += 16) store_ints(rounded_x + j, rounded(load(x + j) * scale));
-      for (int j = 0; j < 4; j++) {
-        for (int w = 0; w < 32; w++) to[32 * j + w] = int16_t(rounded_x[element_of(j, w)]);
-      }
-      *step++ = largest / (kSteps * kCodeSteps);
-    }
-  }
-  bool usable() const { return usable_; }  // false with outliers, NaN, infinity or extreme magnitudes
-  static Table table(const float* code) {
-    int16_t entries[16];
-    for (int i = 0; i < 16; i++) entries[i] = int16_t(nearbyintf(code[i] * kCodeSteps));
-    return codes16(entries);
-  }
-
-  template <int kT, int kR>
-  QCLI_INLINE void add(Table table, const I32x16* chunk, int64_t t, int64_t i, const F32x16* scales, F32x16 (*totals)[kT]) const {
-    const int16_t* x = values_.as<int16_t>() + t * k_ + i;
-    const float* step = steps_.as<float>() + (t * k_ + i) / kChunk;
-    I32x16 sums[kR][kT];
-    add_half<0, kT, kR>(table, chunk, x, sums);
-    add_half<1, kT, kR>(table, chunk, x, sums);
-    for (int r = 0; r < kR; r++) {
-      for (int s = 0; s < kT; s++) {
-        totals[r][s] = fused(floats(sums[r][s]), scales[r] * all(step[s * (k_ / kChunk)]), totals[r][s]);
+    float chunk[kChunk];
+    int32_t rounded_x[kChunk];
+    for (int64_t t = 0; t < rows; t++, x += k) {
+      count(t) = 0;
+      for (int64_t i = 0; i < k; i += kChunk, to += kChunk) {
+        widen_chunk(x + i, k - i, chunk);
+        const float largest = without_outliers(chunk, smaller(kChunk, k - i), t, i);
+        if (!usable_) return;
+        const F32x16 scale = all(largest > 0 ? kSteps / largest : 0.0f);
+        for (int j = 0; j < kChunk; j += 16) store_ints(rounded_x + j, rounded(load(chunk + j) * scale));
+        for (int place = 0; place < kChunk; place++) to[place] = int16_t(rounded_x[Order::of_word(place)]);
+        *step++ = largest / kSteps;
       }
     }
   }
+  bool usable() const { return usable_; }  // false with many outliers, NaN, infinity or extreme magnitudes
+  const int16_t* at(int64_t t, int64_t i) const { return values_.as<int16_t>() + t * padded_ + i; }
+  float step(int64_t t, int64_t i) const { return steps_.as<float>()[(t * padded_ + i) / kChunk]; }
+  int64_t padded() const { return padded_; }
+  int64_t outliers(int64_t t) const { return of_token(t)[0]; }
+  Outlier outlier(int64_t t, int64_t o) const { return reinterpret_cast<const Outlier*>(of_token(t) + 1)[o]; }
 
  private:
-  template <int kHalf, int kT, int kR>
-  QCLI_INLINE void add_half(Table table, const I32x16* chunk, const int16_t* x, I32x16 (*sums)[kT]) const {
-    for (int r = 0; r < kR; r++) {
-      I16x32 weights[2];
-      look_up_half<kHalf>(table, chunk[r], weights);
-      for (int s = 0; s < kT; s++) {
-        const int16_t* values = x + s * k_ + 32 * kHalf;
-        const I32x16 sum = kHalf ? sums[r][s] : all(int32_t(0));
-        sums[r][s] = add_dot(add_dot(sum, weights[0], load_words(values)), weights[1], load_words(values + 64));
-      }
+  int64_t* of_token(int64_t t) const { return outliers_.as<int64_t>() + t * (1 + most_ * int64_t(sizeof(Outlier)) / 8); }
+  int64_t& count(int64_t t) { return of_token(t)[0]; }
+
+  // Takes outliers out of a chunk that begins at i of token t. Returns the largest of the other magnitudes.
+  QCLI_INLINE float without_outliers(float* chunk, int64_t size, int64_t t, int64_t i) {
+    for (;;) {
+      const float largest = absmax_of(chunk, kChunk);
+      F32x16 sum = all(0.0f);
+      for (int j = 0; j < kChunk; j += 16) sum = sum + magnitudes(load(chunk + j));
+      const float others = (sum_lanes(sum) - largest) / float(larger<int64_t>(size - 1, 1));
+      if (largest == 0) return largest;
+      usable_ &= largest > 1e-30f && largest < 1e30f;  // false for NaN
+      if (!usable_ || largest <= kOutlier * others) return largest;
+      int at = 0;
+      while (__builtin_fabsf(chunk[at]) != largest) at++;
+      usable_ = count(t) < most_;
+      if (!usable_) return largest;
+      reinterpret_cast<Outlier*>(of_token(t) + 1)[count(t)++] = {i + at, chunk[at]};
+      chunk[at] = 0;
     }
   }
 
-  int64_t k_;
-  Scratch values_, steps_;
+  int64_t padded_, most_;
+  Scratch values_, steps_, outliers_;
   bool usable_ = true;
 };
 #endif

@@ -4,18 +4,19 @@
 //
 // Reads half a byte per weight, and 4 / block_size bytes of absmax (or 1 / block_size nested). A chunk of 128 weights is decoded by
 // table look-up and multiplied in 16 lanes. absmax scales its sums once, and rows are summed in float32. x is reordered once, to
-// the order in which look-ups decode the weights.
+// the order in which look-ups decode the weights. A row's last chunk may be partial: x is padded with zeros.
 //
 // Products are float32, or of 16-bit integers: see chunks.h.
 //
-// If a row is not a multiple of 128, or the block size is none of those below, a row is expanded in L1 and multiplied there.
+// Where a row or a block is no multiple of 32, or a row is shorter than a chunk, a row is expanded in L1 and multiplied there.
 
 #include "chunks.h"
 
 namespace {
 
-constexpr int64_t kAhead = 1024;  // bytes
-constexpr int kPieces = 2;        // pieces of rows per thread; few, because each begins with streams that are not prefetched
+constexpr int64_t kAhead = 1024;   // bytes
+constexpr int kPieces = 2;         // pieces of rows per thread; few, because each begins with streams that are not prefetched
+constexpr int64_t kScales = 1024;  // absmax values that are decoded at a time for a stream of rows
 
 // Tokens share decoded weights and rows share loaded x, as far as registers allow. Rows that are multiplied together are far apart,
 // so memory fetches as many streams at once.
@@ -35,29 +36,100 @@ struct Weight {
   int32_t coarse;  // the compute dtype is bfloat16
 };
 
-// absmax of the blocks first .. first + count.
-QCLI_INLINE const float* scales_of(const Weight& w, int64_t first, int64_t count, float* scratch) {
-  const int64_t later = first + 8 * count;  // some rows later; hardware does not detect one line per row as a stream
-  if (w.absmax) {
-    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(w.absmax + later + i);
-    return w.absmax + first;
-  }
-  for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(w.nested_codes + later + i);
+// absmax of the blocks first .. first + count, decoded to `out` if it is nested.
+QCLI_INLINE const float* absmax_of_blocks(const Weight& w, int64_t first, int64_t count, float* out) {
+  if (w.absmax) return w.absmax + first;
+  const uint8_t* codes = w.nested_codes + first;
   const F32x16 offset = all(w.offset);
-  int64_t i = 0;
-  while (i < count) {
-    const int64_t block = first + i;
-    if (i + 16 <= count && block % 256 <= 240) {
-      const F32x16 values = gather(w.map, load_bytes(w.nested_codes + block));
-      store(scratch + i, values * all(w.nested_absmax[block / 256]) + offset);
-      i += 16;
-    } else {
-      scratch[i] = w.map[w.nested_codes[block]] * w.nested_absmax[block / 256] + w.offset;
-      i++;
-    }
+  for (int64_t i = 0; i < count;) {
+    const int64_t group = (first + i) / 256, end = smaller(count, (group + 1) * 256 - first);
+    const float scale = w.nested_absmax[group];
+    for (; i + 16 <= end; i += 16) store(out + i, gather(w.map, load_bytes(codes + i)) * all(scale) + offset);
+    for (; i < end; i++) out[i] = w.map[codes[i]] * scale + w.offset;
   }
-  return scratch;
+  return out;
 }
+
+// How a chunk's 128 products find their absmax.
+enum class Scaling {
+  kHalves,    // blocks of 64, rows of whole blocks
+  kQuarters,  // one value per 32 weights: blocks of 32, or any other multiple of 32, repeated
+  kOne,       // blocks of a multiple of 128, rows of whole chunks
+};
+
+// The scales of a stream of rows. They are decoded for some rows at a time, because a row of a small model has few.
+class Scales {
+ public:
+  Scales(const Weight& w, Scaling scaling, float* scratch) : w_(w), scaling_(scaling), scratch_(scratch) {}
+
+  // Floats of scratch.
+  static int64_t room(const Weight& w) { return larger(kScales, w.k / 32 + 2) + larger(kScales, 2 * (w.k / 32) + 4); }
+
+  // The scales of row n, the first of which is that of its start. `last` ends the stream.
+  QCLI_INLINE const float* of_row(int64_t n, int64_t last) {
+    if (n >= end_) decode(n, last);
+    return scales_ + (scaling_ == Scaling::kQuarters ? (n - first_) * (w_.k / 32) : n * w_.k / w_.block_size - first_block_);
+  }
+
+ private:
+  void decode(int64_t n, int64_t last) {
+    const int64_t k = w_.k, bs = w_.block_size;
+    const bool repeat = scaling_ == Scaling::kQuarters && (bs != 32);
+    const int64_t per_row = repeat ? k / 32 : divide_up(k, bs) + 1;
+    first_ = n;
+    end_ = smaller(last, n + larger<int64_t>(1, kScales / per_row));
+    first_block_ = n * k / bs;
+    const int64_t count = divide_up(end_ * k, bs) - first_block_;
+    if (w_.absmax) {
+      for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(w_.absmax + first_block_ + count + i);
+    } else {
+      for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(w_.nested_codes + first_block_ + count + i);
+    }
+    scales_ = absmax_of_blocks(w_, first_block_, count, scratch_);
+    if (!repeat) return;
+    float* repeated = scratch_ + larger(kScales, k / 32 + 2);
+    const int64_t each = bs / 32;
+    int64_t block = 0, into = first_ * k / 32 - first_block_ * each;
+    for (int64_t i = 0; i < (end_ - first_) * (k / 32); i++) {
+      repeated[i] = scales_[block];
+      if (++into == each) {
+        into = 0;
+        block++;
+      }
+    }
+    scales_ = repeated;
+  }
+
+  const Weight& w_;
+  Scaling scaling_;
+  float* scratch_;
+  const float* scales_ = nullptr;
+  int64_t first_ = 0, end_ = 0, first_block_ = 0;
+};
+
+struct Row {
+  const uint8_t* packed;
+  const float* scales;
+  int64_t into_block;  // the position of its start in its first block
+
+  template <Scaling kScaling>
+  QCLI_INLINE float scale_of(const Weight& w, int64_t i) const {
+    if (kScaling == Scaling::kHalves) return scales[i / 64];
+    return kScaling == Scaling::kQuarters ? scales[i / 32] : scales[(into_block + i) / w.block_size];
+  }
+  // The scales of the chunk at i, in lanes. Those beyond the row's end are zero: what is read there is another row's.
+  template <Scaling kScaling>
+  QCLI_INLINE F32x16 scales_of_chunk(const Weight& w, int64_t i) const {
+    if (i + kChunk <= w.k) {
+      if (kScaling == Scaling::kHalves) return halves(scales[i / 64], scales[i / 64 + 1]);
+      if (kScaling == Scaling::kQuarters) return quarters(scales + i / 32);
+      return all(scales[(into_block + i) / w.block_size]);
+    }
+    float some[4] = {};
+    for (int q = 0; i + 32 * q < w.k; q++) some[q] = scale_of<kScaling>(w, i + 32 * q);
+    return quarters(some);
+  }
+};
 
 // The hardware's own prefetching stops at page borders and is slower than the arithmetic.
 QCLI_INLINE I32x16 load_chunk(const uint8_t* p) {
@@ -65,65 +137,129 @@ QCLI_INLINE I32x16 load_chunk(const uint8_t* p) {
   return load_ints(p);
 }
 
-struct Row {
-  const uint8_t* packed;
-  const float* scales;  // absmax of its blocks
-  int64_t into_block;   // the position of its start in its first block
-};
+using Floats = Float32<NibbleOrder>;
+QCLI_INLINE Table16 table_for(const Floats&, const float* code) { return table16(code); }
+
+template <int j, int kT, int kR>
+QCLI_INLINE void add_step(Table16 table, const I32x16* chunk, const float* const* x, F32x16 (*sums)[kT]) {
+  for (int r = 0; r < kR; r++) {
+    const F32x16 weights = look_up<4 * j>(table, chunk[r]);
+    for (int s = 0; s < kT; s++) {
+      const F32x16 values = load(x[s] + 16 * j);
+      sums[r][s] = j ? fused(weights, values, sums[r][s]) : weights * values;
+    }
+  }
+}
+
+// totals += chunk * scales, for the chunk at i of kR rows and kT tokens from t on.
+template <int kT, int kR>
+QCLI_INLINE void add(Table16 table, const I32x16* chunk, const Floats& x, int64_t t, int64_t i, const F32x16* scales,
+                     F32x16 (*totals)[kT]) {
+  const float* values[kT];
+  for (int s = 0; s < kT; s++) values[s] = x.at(t + s, i);
+  F32x16 sums[kR][kT];
+  add_step<0, kT, kR>(table, chunk, values, sums);
+  add_step<1, kT, kR>(table, chunk, values, sums);
+  add_step<2, kT, kR>(table, chunk, values, sums);
+  add_step<3, kT, kR>(table, chunk, values, sums);
+  add_step<4, kT, kR>(table, chunk, values, sums);
+  add_step<5, kT, kR>(table, chunk, values, sums);
+  add_step<6, kT, kR>(table, chunk, values, sums);
+  add_step<7, kT, kR>(table, chunk, values, sums);
+  for (int r = 0; r < kR; r++) {
+    for (int s = 0; s < kT; s++) totals[r][s] = fused(sums[r][s], scales[r], totals[r][s]);
+  }
+}
+
+#if defined(QCLI_INT16_PRODUCTS)
+constexpr float kCodeSteps = 8064;  // 8 * 8064 * 32767 is within int32; FP4's values, multiples of 1 / 192, stay exact
+
+using Words = Int16<NibbleOrder>;
+QCLI_INLINE Codes16 table_for(const Words&, const float* code) {
+  int16_t entries[16];
+  for (int i = 0; i < 16; i++) entries[i] = int16_t(nearbyintf(code[i] * kCodeSteps));
+  return codes16(entries);
+}
+
+template <int kHalf, int kT, int kR>
+QCLI_INLINE void add_half(Codes16 table, const I32x16* chunk, const int16_t* const* x, I32x16 (*sums)[kT]) {
+  for (int r = 0; r < kR; r++) {
+    I16x32 weights[2];
+    look_up_half<kHalf>(table, chunk[r], weights);
+    for (int s = 0; s < kT; s++) {
+      const int16_t* values = x[s] + 32 * kHalf;
+      const I32x16 sum = kHalf ? sums[r][s] : all(int32_t(0));
+      sums[r][s] = add_dot(add_dot(sum, weights[0], load_words(values)), weights[1], load_words(values + 64));
+    }
+  }
+}
+
+template <int kT, int kR>
+QCLI_INLINE void add(Codes16 table, const I32x16* chunk, const Words& x, int64_t t, int64_t i, const F32x16* scales,
+                     F32x16 (*totals)[kT]) {
+  const int16_t* values[kT];
+  for (int s = 0; s < kT; s++) values[s] = x.at(t + s, i);
+  I32x16 sums[kR][kT];
+  add_half<0, kT, kR>(table, chunk, values, sums);
+  add_half<1, kT, kR>(table, chunk, values, sums);
+  for (int s = 0; s < kT; s++) {
+    const F32x16 step = all(x.step(t + s, i) * (1 / kCodeSteps));
+    for (int r = 0; r < kR; r++) totals[r][s] = fused(floats(sums[r][s]), scales[r] * step, totals[r][s]);
+  }
+}
+#endif
 
 // kR rows times kT tokens from t on: sums[r][s].
-template <int kT, int kR, class X>
+template <int kT, int kR, Scaling kScaling, class X>
 void products(const Weight& w, const Row* rows, const X& x, int64_t t, float (*sums)[kTokens]) {
-  const typename X::Table table = X::table(w.code);
+  const auto table = table_for(x, w.code);
   F32x16 totals[kR][kT];
   for (int r = 0; r < kR; r++) {
     for (int s = 0; s < kT; s++) totals[r][s] = all(0.0f);
   }
-  const auto add = [&](int64_t i, const auto& scale_of) {
+  const auto step = [&](int64_t i) {
     I32x16 chunk[kR];
     F32x16 scales[kR];
     for (int r = 0; r < kR; r++) {
       chunk[r] = load_chunk(rows[r].packed + i / 2);
-      scales[r] = scale_of(rows[r]);
+      scales[r] = rows[r].scales_of_chunk<kScaling>(w, i);
     }
-    x.template add<kT, kR>(table, chunk, t, i, scales, totals);
+    add<kT, kR>(table, chunk, x, t, i, scales, totals);
   };
-  if (w.block_size == 64) {
-    for (int64_t i = 0; i < w.k; i += kChunk) {
-      add(i, [=](const Row& row) { return halves(row.scales[i / 64], row.scales[i / 64 + 1]); });
-    }
-  } else if (w.block_size == 32) {
-    for (int64_t i = 0; i < w.k; i += kChunk) {
-      add(i, [=](const Row& row) { return quarters(row.scales + i / 32); });
-    }
-  } else {
-    for (int64_t i = 0; i < w.k; i += kChunk) {
-      add(i, [=, &w](const Row& row) { return all(row.scales[(row.into_block + i) / w.block_size]); });
-    }
-  }
+  const int64_t whole = w.k / kChunk * kChunk;
+  for (int64_t i = 0; i < whole; i += kChunk) step(i);
+  if (whole < w.k) step(whole);
   for (int r = 0; r < kR; r++) {
-    for (int s = 0; s < kT; s++) sums[r][s] = sum_lanes(totals[r][s]);
+    for (int s = 0; s < kT; s++) {
+      float sum = sum_lanes(totals[r][s]);
+      for (int64_t o = 0; o < x.outliers(t + s); o++) {
+        const Outlier each = x.outlier(t + s, o);
+        const int code = rows[r].packed[each.i / 2] >> (each.i % 2 ? 0 : 4) & 15;
+        sum += each.value * w.code[code] * rows[r].template scale_of<kScaling>(w, each.i);
+      }
+      sums[r][s] = sum;
+    }
   }
 }
 
-template <int kT, class X>
+template <int kT, Scaling kScaling, class X>
 void products(int count, const Weight& w, const Row* rows, const X& x, int64_t t, float (*sums)[kTokens]) {
   if (count == 4 && kT <= 2) {
-    products<kT, 4>(w, rows, x, t, sums);
+    products<kT, 4, kScaling>(w, rows, x, t, sums);
     return;
   }
   for (int r = 0; r < count; r += 2) {
-    (count - r > 1 ? products<kT, 2, X> : products<kT, 1, X>)(w, rows + r, x, t, sums + r);
+    (count - r > 1 ? products<kT, 2, kScaling, X> : products<kT, 1, kScaling, X>)(w, rows + r, x, t, sums + r);
   }
 }
 
-template <class X>
+template <Scaling kScaling, class X>
 void products(int tokens, int count, const Weight& w, const Row* rows, const X& x, int64_t t, float (*sums)[kTokens]) {
   switch (tokens) {
-    case 1: products<1>(count, w, rows, x, t, sums); break;
-    case 2: products<2>(count, w, rows, x, t, sums); break;
-    case 3: products<3>(count, w, rows, x, t, sums); break;
-    default: products<kTokens>(count, w, rows, x, t, sums); break;
+    case 1: products<1, kScaling>(count, w, rows, x, t, sums); break;
+    case 2: products<2, kScaling>(count, w, rows, x, t, sums); break;
+    case 3: products<3, kScaling>(count, w, rows, x, t, sums); break;
+    default: products<kTokens, kScaling>(count, w, rows, x, t, sums); break;
   }
 }
 
@@ -159,28 +295,48 @@ QCLI_INLINE void put(const float* sums, int tokens, const Weight& w, int64_t n, 
   for (int t = 0; t < tokens; t++) from_float(sums[t] + bias, &y[t * w.out_features + n]);
 }
 
-template <class T, class X>
+template <Scaling kScaling, class T, class X>
 void linear_in_chunks(const X& x, int64_t tokens, const Weight& w, T* y, int threads) {
-  const int64_t k = w.k, bs = w.block_size;
-  parallel(w.out_features, divide_up(w.out_features, kPieces * larger(threads, 1)), threads, [=, &w, &x](int64_t first, int64_t last) {
-    const int64_t most = divide_up(k, bs) + 1, apart = divide_up(last - first, kRows);
-    const Scratch scratch(4 * kRows * most);
+  const int64_t k = w.k, bytes = w.out_features * k / 2, grain = divide_up(w.out_features, kPieces * larger(threads, 1));
+  parallel(w.out_features, grain, threads, [=, &w, &x](int64_t first, int64_t last) {
+    const int64_t apart = divide_up(last - first, kRows), room = Scales::room(w);
+    const Scratch scratch(4 * kRows * room + x.padded() / 2);
+    uint8_t* const copy = reinterpret_cast<uint8_t*>(scratch.as<float>() + kRows * room);
+    Scales scales[kRows] = {
+        {w, kScaling, scratch.as<float>()},
+        {w, kScaling, scratch.as<float>() + room},
+        {w, kScaling, scratch.as<float>() + 2 * room},
+        {w, kScaling, scratch.as<float>() + 3 * room},
+    };
     for (int64_t i = first; i < first + apart; i++) {
       Row rows[kRows];
       int count = 0;
       for (int64_t n = i; n < last; n += apart, count++) {
-        const int64_t start = n * k, block = start / bs;
-        const float* scales = scales_of(w, block, divide_up(start + k, bs) - block, scratch.as<float>() + count * most);
-        rows[count] = {w.packed + start / 2, scales, start - block * bs};
+        const int64_t start = n * k;
+        const float* own = scales[count].of_row(n, smaller(last, first + (count + 1) * apart));
+        rows[count] = {w.packed + start / 2, own, start % w.block_size};
+        // The load of the last chunk must stay within the weight.
+        if ((start + x.padded()) / 2 > bytes) rows[count].packed = static_cast<uint8_t*>(memcpy(copy, rows[count].packed, k / 2));
       }
       for (int64_t t = 0; t < tokens; t += kTokens) {
         const int some = int(smaller<int64_t>(kTokens, tokens - t));
         float sums[kRows][kTokens];
-        products(some, count, w, rows, x, t, sums);
+        products<kScaling>(some, count, w, rows, x, t, sums);
         for (int r = 0; r < count; r++) put(sums[r], some, w, i + r * apart, y + t * w.out_features);
       }
     }
   });
+}
+
+template <class T, class X>
+void linear_in_chunks(const X& x, int64_t tokens, const Weight& w, T* y, int threads) {
+  if (w.block_size == 64 && w.k % 64 == 0) {
+    linear_in_chunks<Scaling::kHalves>(x, tokens, w, y, threads);
+  } else if (w.block_size % kChunk == 0 && w.k % kChunk == 0) {
+    linear_in_chunks<Scaling::kOne>(x, tokens, w, y, threads);
+  } else {
+    linear_in_chunks<Scaling::kQuarters>(x, tokens, w, y, threads);
+  }
 }
 
 template <class T>
@@ -203,7 +359,7 @@ void linear_by_rows(const T* x, int64_t tokens, const Weight& w, T* y, int threa
     for (int64_t i = k; i < padded; i++) row[i] = 0;
     for (int64_t n = first; n < last; n++) {
       const int64_t first_block = n * k / w.block_size, blocks = divide_up((n + 1) * k, w.block_size) - first_block;
-      expand_row(w, n, scales_of(w, first_block, blocks, scratch.as<float>()), first_block, pairs, row);
+      expand_row(w, n, absmax_of_blocks(w, first_block, blocks, scratch.as<float>()), first_block, pairs, row);
       for (int64_t t = 0; t < tokens; t++) {
         const float sum = dot(values + t * padded, row, padded);
         put(&sum, 1, w, n, y + t * w.out_features);
@@ -216,20 +372,20 @@ template <class T>
 void linear(const void* input, int64_t tokens, const Weight& w, void* output, int threads) {
   const T* x = static_cast<const T*>(input);
   T* y = static_cast<T*>(output);
-  if (w.k % kChunk || (w.block_size != 32 && w.block_size != 64 && w.block_size % kChunk)) {
+  if (w.k % 32 || w.block_size % 32 || w.k < kChunk) {
     linear_by_rows(x, tokens, w, y, threads);
     return;
   }
 #if defined(QCLI_INT16_PRODUCTS)
   if (w.coarse) {
-    const Int16 laid_out(x, tokens, w.k);
+    const Words laid_out(x, tokens, w.k);
     if (laid_out.usable()) {
       linear_in_chunks(laid_out, tokens, w, y, threads);
       return;
     }
   }
 #endif
-  linear_in_chunks(Float32(x, tokens, w.k), tokens, w, y, threads);
+  linear_in_chunks(Floats(x, tokens, w.k), tokens, w, y, threads);
 }
 
 }  // namespace
