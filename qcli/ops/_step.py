@@ -27,6 +27,11 @@ def token_stride(op: str, name: str, x: torch.Tensor, *shape: int) -> int:
     return x.stride(0)
 
 
+def token_rows(x: torch.Tensor) -> bool:
+    """Whether the elements of a token of x [tokens, ...] lie side by side, as in a part of a fused product."""
+    return x.dim() > 1 and (not len(x) or x[0].is_contiguous())
+
+
 def vector(op: str, name: str, x: torch.Tensor | None, count: int) -> torch.Tensor | None:
     """x, or None if there is none. Raises ValueError unless it is float32 [count] on the CPU."""
     return None if x is None else cpu.require(op, name, x, torch.float32, count)

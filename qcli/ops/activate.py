@@ -10,9 +10,9 @@ quick_gelu  x sigmoid(1.702 x)                                                (H
 
 import torch
 
-from qcli.ops._library import define
-from qcli.ops._step import token_stride
-from qcli.runtime import cpu
+from qcli.ops._library import blocks, define
+from qcli.ops._step import token_rows, token_stride
+from qcli.runtime import cpu, cuda
 
 # In the order of `Kind` in the kernels.
 KINDS = {
@@ -56,12 +56,15 @@ def record(gate: torch.Tensor, up: torch.Tensor | None, y: torch.Tensor, kind: s
     return cpu.Record("pppqqqqi", gate, up, y, *strides, n, _code(kind))
 
 
+def _in_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dim() == 2 and token_rows(x) else x.contiguous().view(-1, x.shape[-1])
+
+
 def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
     """[tokens, n] in float32, with the elements of a token side by side."""
     if x is None:
         return None
-    x = x.float()
-    return x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous().view(-1, x.shape[-1])
+    return _in_rows(x.float())
 
 
 def _cpu(gate, up, kind):
@@ -75,7 +78,31 @@ def _cpu(gate, up, kind):
     return y.to(gate.dtype).view(gate.shape)
 
 
-_op = define("activate(Tensor gate, Tensor? up, str kind) -> Tensor", _reference, _fake, _cpu)
+_MANY = 1 << 20  # values from which a thread of the CUDA kernel takes eight
+_kernel_cuda = cuda.kernel("activate", "pqpqqip")
+
+
+def _cuda(gate, up, kind):
+    _code(kind)
+    if not gate.numel():
+        return _reference(gate, up, kind)
+    constants = (f"DTYPE={cuda.type_name('activate', gate)}", f"KIND={kind.upper()}")
+    rows, y = _in_rows(gate), gate.new_empty(gate.shape)
+    if up is not None:
+        if up.dtype != gate.dtype or up.shape != gate.shape or up.device != gate.device:
+            found, wanted = (f"{x.dtype} {list(x.shape)} on {x.device}" for x in (up, gate))
+            raise ValueError(f"activate: up is {found}, expected {wanted}")
+        up = _in_rows(up)
+    tokens, n = rows.shape
+    places = [x.data_ptr() // x.element_size() for x in (rows, up, y) if x is not None]
+    strides = rows.stride(0), 0 if up is None else up.stride(0)
+    eight = gate.numel() >= _MANY and not any(number % 8 for number in (n, *strides, *places))
+    grid = (blocks(n, 256 * (8 if eight else 1)), tokens)
+    _kernel_cuda(constants, grid, 256, 0, rows, strides[0], 0 if up is None else up, strides[1], n, eight, y)
+    return y
+
+
+_op = define("activate(Tensor gate, Tensor? up, str kind) -> Tensor", _reference, _fake, _cpu, _cuda)
 
 
 def activate(gate: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:

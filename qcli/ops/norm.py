@@ -10,8 +10,8 @@ All of it is float32. y is rounded to x's dtype, the sum to the residual's.
 import torch
 
 from qcli.ops._library import define
-from qcli.ops._step import token_stride, vector
-from qcli.runtime import cpu
+from qcli.ops._step import token_rows, token_stride, vector
+from qcli.runtime import cpu, cuda
 
 
 def _reference(x, residual, weight, bias, eps, centered, factor):
@@ -77,12 +77,57 @@ def _cpu(x, residual, weight, bias, eps, centered, factor):
     return y.to(x.dtype).view(x.shape), total.to(kept).view(x.shape)
 
 
+_kernel_cuda = cuda.kernel("norm", "pqiipifpipifipp", "norm_rows")
+
+
+def _cuda(x, residual, weight, bias, eps, centered, factor):
+    op, n = "norm", x.shape[-1]
+    if not x.numel():
+        return _reference(x, residual, weight, bias, eps, centered, factor)
+    constants = (f"DTYPE={cuda.type_name(op, x)}", f"WARPS={1 if n <= 1024 else 8}")
+    if not token_rows(x):
+        x = x.contiguous()
+    kept = x if residual is None else residual
+    cuda.type_name(op, kept, "residual")
+    if residual is not None:
+        residual = cuda.require(op, "residual", residual, residual.dtype, x.numel(), x.device)
+    vectors = []
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            cuda.type_name(op, vector, name)
+            vector = cuda.require(op, name, vector, vector.dtype, n, x.device)
+        vectors += [0, 0] if vector is None else [vector, cpu.DTYPES[vector.dtype]]
+    rows = x.shape[1:-1].numel() if x.dim() > 1 else 1
+    y, total = x.new_empty(x.shape), kept.new_empty(x.shape)
+    stride = x.stride(0) if x.dim() > 1 else n
+    added = 0 if residual is None else residual, cpu.DTYPES[kept.dtype]
+    _kernel_cuda(
+        constants,
+        (x.numel() // n,),
+        32 if n <= 1024 else 256,
+        0,
+        x,
+        stride,
+        rows,
+        n,
+        *added,
+        factor,
+        *vectors,
+        eps,
+        centered,
+        y,
+        total,
+    )
+    return y, total
+
+
 _op = define(
     "norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool centered, float factor) "
     "-> (Tensor y, Tensor sum)",
     _reference,
     _fake,
     _cpu,
+    _cuda,
 )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from qcli import codebooks
+from qcli.ops.activate import KINDS
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
 from qcli.ops.quantize_int8 import quantize_int8
@@ -226,7 +227,29 @@ def _linear_w8a16(dtype):
     yield "spoiled", w8a16(spoiled | {"x": _spoiled(spoiled["x"])})
 
 
+def _activate(dtype):
+    for kind in KINDS:
+        for tokens, columns in ((1, 1), (3, 257), (8, 1100)):
+            gate, up = 5 * torch.randn(2, tokens, columns).to(dtype)
+            yield f"{kind}-{tokens}x{columns}", {"gate": gate, "up": up if tokens > 1 else None, "kind": kind}
+        yield f"{kind}-spoiled", {"gate": _spoiled(torch.randn(4, 40).to(dtype)), "up": None, "kind": kind}
+
+
+def _norm(dtype):
+    for shape in ((1, 1), (3, 33), (2, 5, 80), (4, 1024), (2, 1025), (1, 9000)):
+        x, residual = torch.randn(2, *shape).to(dtype)
+        for centered in (False, True):
+            given = {"x": x, "residual": None, "weight": None, "bias": None, "eps": 1e-6, "centered": centered, "factor": 1.0}
+            yield f"{'x'.join(map(str, shape))}-{centered}", given
+            for other in DTYPES:
+                vectors = {"weight": torch.rand(shape[-1]).to(other), "bias": torch.rand(shape[-1]).to(dtype)}
+                added = {"residual": residual.to(other), "factor": 0.5}
+                yield f"{'x'.join(map(str, shape))}-{centered}-{str(other)[6:]}", given | vectors | added
+    yield "spoiled", given | {"x": _spoiled(torch.randn(5, 70).to(dtype))}
+
+
 _HOSTILE = {
+    "activate": _activate,
     "activation_stats": _activation_stats,
     "dequantize_4bit": _dequantize_4bit,
     "dequantize_absmax": _dequantize_absmax,
@@ -234,6 +257,7 @@ _HOSTILE = {
     "linear_4bit": _linear_4bit,
     "linear_int8": _linear_int8,
     "linear_w8a16": _linear_w8a16,
+    "norm": _norm,
     "quantize_4bit": _quantize_4bit,
     "quantize_absmax": _quantize_absmax,
     "quantize_int8": _quantize_int8,
