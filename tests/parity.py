@@ -31,7 +31,7 @@ def results(name: str, function, arguments: dict) -> tuple[torch.Tensor, ...]:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """For comparing NaN with NaN, and +0 with -0 apart."""
-    return tensor.contiguous().view(torch.uint8) if tensor.numel() else tensor
+    return torch.atleast_1d(tensor.contiguous()).view(torch.uint8) if tensor.numel() else tensor
 
 
 def disagreement(name: str, arguments: dict, ours, expected) -> str | None:

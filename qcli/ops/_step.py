@@ -37,6 +37,14 @@ def vector(op: str, name: str, x: torch.Tensor | None, count: int) -> torch.Tens
     return None if x is None else cpu.require(op, name, x, torch.float32, count)
 
 
+def start_of(op: str, start: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """start, for a CUDA kernel. Raises ValueError unless it is one int64 on `device`."""
+    if start.device != device or start.dtype != torch.int64 or start.numel() != 1:
+        found = f"{list(start.shape)} of {start.dtype} on {start.device}"
+        raise ValueError(f"{op}: start is {found}, expected one torch.int64 on {device}")
+    return start
+
+
 class Cache(NamedTuple):
     """The cache of keys and values of one layer.
 

@@ -92,11 +92,11 @@ def _cuda(x, residual, weight, bias, eps, centered, factor):
     if residual is not None:
         residual = cuda.require(op, "residual", residual, residual.dtype, x.numel(), x.device)
     vectors = []
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            cuda.type_name(op, vector, name)
-            vector = cuda.require(op, name, vector, vector.dtype, n, x.device)
-        vectors += [0, 0] if vector is None else [vector, cpu.DTYPES[vector.dtype]]
+    for name, given in (("weight", weight), ("bias", bias)):
+        if given is not None:
+            cuda.type_name(op, given, name)
+            given = cuda.require(op, name, given, given.dtype, n, x.device)
+        vectors += [0, 0] if given is None else [given, cpu.DTYPES[given.dtype]]
     rows = x.shape[1:-1].numel() if x.dim() > 1 else 1
     y, total = x.new_empty(x.shape), kept.new_empty(x.shape)
     stride = x.stride(0) if x.dim() > 1 else n

@@ -14,8 +14,8 @@ The arithmetic is float32, and each result is rounded once. All implementations 
 import torch
 
 from qcli.ops._library import define
-from qcli.ops._step import CACHE, Cache, token_stride
-from qcli.runtime import cpu
+from qcli.ops._step import CACHE, Cache, start_of, token_rows, token_stride
+from qcli.runtime import cpu, cuda
 
 _OP = "rope_append"
 
@@ -111,8 +111,7 @@ def record(
 
 
 def _side_by_side(x: torch.Tensor) -> torch.Tensor:
-    x = x.float()
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+    return x if token_rows(x) else x.contiguous()
 
 
 def _cpu(q, k, v, cos, sin, keys, values, key_scales, value_scales, start, interleaved):
@@ -124,10 +123,41 @@ def _cpu(q, k, v, cos, sin, keys, values, key_scales, value_scales, start, inter
     if first < 0 or (cos is not None and last >= len(cos)):
         rows = "0 or more" if cos is None else f"0 to {len(cos) - 1}, the rows of cos"
         raise ValueError(f"{_OP}: positions {first} to {last}, expected {rows}")
-    wide = _side_by_side(q)
+    wide, k, v = (_side_by_side(x.float()) for x in (q, k, v))
     scales = {"key_scales": key_scales, "value_scales": value_scales}
-    made = record(wide, _side_by_side(k), _side_by_side(v), cos, sin, keys, values, **scales, interleaved=interleaved)
+    made = record(wide, k, v, cos, sin, keys, values, **scales, interleaved=interleaved)
     _kernel(made.address, len(q), first)
+    if wide is not q:
+        q.copy_(wide)
+
+
+_kernel_cuda = cuda.kernel(_OP, "ppqpqpqppqiiiiiiqpppp")
+_STORED = cuda.TYPES | {torch.int8: "int8_t"}
+
+
+def _cuda(q, k, v, cos, sin, keys, values, key_scales, value_scales, start, interleaved):
+    cache = Cache.checked(_OP, keys, values, key_scales, value_scales)
+    _check(q, k, v, cos, sin, cache)
+    device = q.device
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype or x.device != device:
+            raise ValueError(f"{_OP}: {name} is {x.dtype} on {x.device}, expected {q.dtype} on {device}")
+    if keys.device != device:
+        raise ValueError(f"{_OP}: keys are on {keys.device}, expected {device}")
+    if not len(q):
+        return
+    constants = (f"DTYPE={cuda.type_name(_OP, q, 'q')}", f"STORED={_STORED[keys.dtype]}")
+    rot_dim, positions = (0, 0) if cos is None else (cos.shape[1], len(cos))
+    tables = (0, 0)
+    if rot_dim:
+        tables = tuple(cuda.require(_OP, name, x, torch.float32, cos.numel(), device) for name, x in (("cos", cos), ("sin", sin)))
+    wide, k, v = map(_side_by_side, (q, k, v))
+    (kv_heads, capacity, head_dim), v_dim, heads = keys.shape, values.shape[2], q.shape[1]
+    grid, shared = (heads + 2 * kv_heads, len(q)), 4 * max(head_dim, v_dim)
+    rows = (x for tensor in (wide, k, v) for x in (tensor, tensor.stride(0)))
+    sizes = positions, rot_dim, interleaved, heads, kv_heads, head_dim, v_dim, capacity
+    written = (0 if x is None else x for x in cache)
+    _kernel_cuda(constants, grid, 32, shared, start_of(_OP, start, device), *rows, *tables, *sizes, *written)
     if wide is not q:
         q.copy_(wide)
 
@@ -138,6 +168,7 @@ _op = define(
     _reference,
     _fake,
     _cpu,
+    _cuda,
 )
 
 

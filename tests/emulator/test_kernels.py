@@ -30,6 +30,7 @@ REACHED = {
     "quantize_4bit": {"quantize_4bit"},
     "quantize_absmax": {"quantize_absmax"},
     "quantize_int8": {"find_outliers", "quantize_int8"},
+    "rope_append": {"rope_append"},
 }
 
 

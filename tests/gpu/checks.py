@@ -66,7 +66,7 @@ def moved(arguments: dict, device: torch.device, form: str = "plain") -> dict:
 
 
 def _in_form(tensor: torch.Tensor, device: torch.device, form: str) -> torch.Tensor:
-    if form == "plain":
+    if form == "plain" or not tensor.dim():
         return tensor.to(device, copy=True)
     if form == "unaligned":
         view = tensor.new_empty(tensor.numel() + 1, device=device)[1:].view(tensor.shape)

@@ -9,6 +9,7 @@ from qcli.ops.activate import KINDS
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
 from qcli.ops.quantize_int8 import quantize_int8
+from qcli.ops.rope_append import quantized, tables
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
@@ -248,6 +249,39 @@ def _norm(dtype):
     yield "spoiled", given | {"x": _spoiled(torch.randn(5, 70).to(dtype))}
 
 
+def cache(kv_heads, capacity, head_dim, v_dim, stored, device=CPU) -> dict:
+    """A cache of random keys and values."""
+    given = {"key_scales": None, "value_scales": None}
+    for name, scales, dim in (("keys", "key_scales", head_dim), ("values", "value_scales", v_dim)):
+        rows = torch.randn(kv_heads, capacity, dim, device=device)
+        given[name] = rows.to(stored)
+        if stored == torch.int8:
+            given[name], given[scales] = quantized(rows)
+    return given
+
+
+def _rope_append(dtype):
+    # tokens, heads, kv_heads, head_dim, v_dim, rot_dim, capacity, start
+    sizes = (
+        (1, 1, 1, 1, 1, 0, 1, 0),
+        (8, 3, 1, 34, 70, 34, 11, 5),
+        (2, 16, 8, 128, 64, 32, 50, 777),
+        (1, 4, 2, 256, 256, 256, 4, 3),
+    )
+    for stored in (*DTYPES, torch.int8):
+        for tokens, heads, kv_heads, head_dim, v_dim, rot_dim, capacity, start in sizes:
+            for spoiled in (False, True):
+                rows = ((heads, head_dim), (kv_heads, head_dim), (kv_heads, v_dim))
+                q, k, v = (torch.randn(tokens, *size).to(dtype) for size in rows)
+                interleaved = tokens == 8
+                cos, sin = tables(start + tokens, rot_dim, interleaved) if rot_dim else (None, None)
+                given = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin, **cache(kv_heads, capacity, head_dim, v_dim, stored)}
+                if spoiled:
+                    given |= {name: _spoiled(given[name]) for name in "qkv"}
+                name = f"{str(stored)[6:]}-{tokens}x{heads}x{head_dim}-{'spoiled' if spoiled else 'plain'}"
+                yield name, given | {"start": torch.tensor(start), "interleaved": interleaved}
+
+
 _HOSTILE = {
     "activate": _activate,
     "activation_stats": _activation_stats,
@@ -261,4 +295,5 @@ _HOSTILE = {
     "quantize_4bit": _quantize_4bit,
     "quantize_absmax": _quantize_absmax,
     "quantize_int8": _quantize_int8,
+    "rope_append": _rope_append,
 }
