@@ -29,7 +29,7 @@ def emulator(emulated):
 
 @EMULATED
 @pytest.mark.parametrize("form", checks.FORMS)
-@pytest.mark.parametrize("name", ["norm", "quantize_absmax", "quantize_int8", "rope_append"])
+@pytest.mark.parametrize("name", ["attend", "norm", "quantize_absmax", "quantize_int8", "rope_append"])
 def test_hostile_inputs_on_the_emulator(name, form, emulator):
     torch.manual_seed(0)
     for case, arguments in inputs.hostile(name, (torch.float32,)):

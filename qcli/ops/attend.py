@@ -10,16 +10,16 @@ Scores, weights and sums are float32. y is rounded once.
 
 import torch
 
-from qcli.ops._library import define
-from qcli.ops._step import CACHE, Cache, token_stride, vector
+from qcli.ops._library import blocks, define
+from qcli.ops._step import CACHE, Cache, start_of, token_rows, token_stride, vector
 from qcli.ops.rope_append import quantized
-from qcli.runtime import cpu
+from qcli.runtime import cpu, cuda
 
 _OP = "attend"
 
 
 def _reference(q, keys, values, key_scales, value_scales, sinks, start, scale, softcap, window):
-    _check(q, Cache.checked(_OP, keys, values, key_scales, value_scales), sinks, window)
+    _check(q, Cache.checked(_OP, *_contiguous(keys, values, key_scales, value_scales)), sinks, window)
     (tokens, heads, head_dim), (kv_heads, capacity, v_dim) = q.shape, values.shape
     positions = start + torch.arange(tokens, device=q.device)
     slots = torch.arange(capacity, device=q.device)
@@ -90,7 +90,12 @@ def record(
     return cpu.Record(f"ppp{CACHE}qqqqff", q, sinks, y, *cache.record(_OP), *strides, heads, window, scale, softcap)
 
 
+def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
 def _cpu(q, keys, values, key_scales, value_scales, sinks, start, scale, softcap, window):
+    keys, values, key_scales, value_scales = _contiguous(keys, values, key_scales, value_scales)
     cache = Cache.checked(_OP, keys, values, key_scales, value_scales)
     _check(q, cache, sinks, window)
     tokens, first = len(q), int(start)
@@ -101,12 +106,48 @@ def _cpu(q, keys, values, key_scales, value_scales, sinks, start, scale, softcap
     if first < 0 or needed > cache.capacity:
         raise ValueError(f"{_OP}: start is {first}, and {needed} positions are needed; the cache has {cache.capacity}")
     wide = q.float()
-    if wide.stride(2) != 1 or wide.stride(1) != wide.shape[2]:
-        wide = wide.contiguous()
+    wide = wide if token_rows(wide) else wide.contiguous()
     options = {"key_scales": key_scales, "value_scales": value_scales, "sinks": None if sinks is None else sinks.float()}
     made = record(wide, keys, values, y, scale=scale, **options, softcap=softcap, window=window)
     _kernel(made.address, tokens, first)
     return y.to(q.dtype)
+
+
+_STORED = cuda.TYPES | {torch.int8: "int8_t"}
+_MOST_DIM = 256  # of a head in the CUDA kernel: 32 lanes of eight values
+_kernel_cuda = cuda.kernel(_OP, "piiiiipiqppppiiffipp")
+_merge_cuda = cuda.kernel(_OP, "ppiiipip", "merge_attention")
+
+
+def _cuda(q, keys, values, key_scales, value_scales, sinks, start, scale, softcap, window):
+    device, arguments = q.device, (q, keys, values, key_scales, value_scales, sinks, start, scale, softcap, window)
+    cache = Cache.checked(_OP, *_contiguous(keys, values, key_scales, value_scales))
+    _check(q, cache, sinks, window)
+    (tokens, heads, head_dim), (kv_heads, capacity, v_dim) = q.shape, values.shape
+    if not tokens or max(head_dim, v_dim) > _MOST_DIM:
+        return _reference(*arguments)
+    if keys.device != device:
+        raise ValueError(f"{_OP}: keys are on {keys.device}, expected {device}")
+    cuda.type_name(_OP, q, "q")
+    q = q if token_rows(q) else q.contiguous()
+    sinks = 0 if sinks is None else cuda.require(_OP, "sinks", sinks.float(), torch.float32, heads, device)
+    queries = tokens * heads // kv_heads
+    at_once = 1 if queries == 1 else 4
+    lanes = max(8, 1 << (blocks(max(head_dim, v_dim), 8) - 1).bit_length())
+    aligned = not (head_dim % 8 or v_dim % 8 or any(x.data_ptr() % 16 for x in cache[:2]))
+    constants = (f"STORED={_STORED[keys.dtype]}", f"QUERIES={at_once}", *(() if aligned else ("ALIGNED=0",)))
+    # Enough parts to fill the device, each with 128 positions or more when the cache is full.
+    rest = kv_heads * blocks(queries, at_once)
+    parts = max(1, min(blocks(capacity, 128), blocks(4 * cuda.multiprocessors(q), rest), 64))
+    totals = q.new_empty((parts, tokens, heads, 2), dtype=torch.float32)
+    partial = q.new_empty((parts, tokens, heads, v_dim), dtype=torch.float32)
+    y, pointers = q.new_empty((tokens, heads, v_dim)), [0 if x is None else x for x in cache]
+    sizes = tokens, heads, kv_heads, head_dim, v_dim
+    of_q, options = (q, cpu.DTYPES[q.dtype], q.stride(0)), (capacity, lanes, scale, softcap, window)
+    grid = parts, kv_heads, blocks(queries, at_once)
+    _kernel_cuda(constants, grid, 128, 0, start_of(_OP, start, device), *sizes, *of_q, *pointers, *options, totals, partial)
+    _merge_cuda(constants, (tokens * heads,), 128, 0, totals, partial, parts, heads, v_dim, sinks, cpu.DTYPES[q.dtype], y)
+    return y
 
 
 _op = define(
@@ -115,6 +156,7 @@ _op = define(
     _reference,
     _fake,
     _cpu,
+    _cuda,
 )
 
 

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 REACHED = {
     "activate": {"activate"},
     "activation_stats": {"activation_stats", "merge_stats"},
+    "attend": {"attend", "merge_attention"},
     "dequantize_4bit": {"dequantize_4bit"},
     "dequantize_absmax": {"dequantize_absmax"},
     "dequantize_int8": {"dequantize_int8"},

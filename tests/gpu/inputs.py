@@ -262,12 +262,8 @@ def cache(kv_heads, capacity, head_dim, v_dim, stored, device=CPU) -> dict:
 
 def _rope_append(dtype):
     # tokens, heads, kv_heads, head_dim, v_dim, rot_dim, capacity, start
-    sizes = (
-        (1, 1, 1, 1, 1, 0, 1, 0),
-        (8, 3, 1, 34, 70, 34, 11, 5),
-        (2, 16, 8, 128, 64, 32, 50, 777),
-        (1, 4, 2, 256, 256, 256, 4, 3),
-    )
+    small = (1, 1, 1, 1, 1, 0, 1, 0), (8, 3, 1, 34, 70, 34, 11, 5)
+    sizes = (*small, (2, 16, 8, 128, 64, 32, 50, 777), (1, 4, 2, 256, 256, 256, 4, 3))
     for stored in (*DTYPES, torch.int8):
         for tokens, heads, kv_heads, head_dim, v_dim, rot_dim, capacity, start in sizes:
             for spoiled in (False, True):
@@ -282,9 +278,24 @@ def _rope_append(dtype):
                 yield name, given | {"start": torch.tensor(start), "interleaved": interleaved}
 
 
+def _attend(dtype):
+    # tokens, heads, kv_heads, head_dim, v_dim, capacity, start, window
+    small = (1, 1, 1, 1, 1, 1, 0, 0), (8, 3, 1, 34, 70, 60, 40, 0), (3, 4, 2, 72, 64, 50, 777, 48)
+    sizes = (*small, (2, 8, 1, 128, 256, 400, 300, 0), (1, 5, 5, 256, 32, 500, 7000, 500))
+    for stored in (*DTYPES, torch.int8):
+        for tokens, heads, kv_heads, head_dim, v_dim, capacity, start, window in sizes:
+            given = {"q": torch.randn(tokens, heads, head_dim).to(dtype), **cache(kv_heads, capacity, head_dim, v_dim, stored)}
+            given |= {"sinks": torch.randn(heads) if window else None, "start": torch.tensor(start), "window": window}
+            given |= {"scale": head_dim**-0.5, "softcap": 15.0 if heads == 8 else 0.0}
+            yield f"{str(stored)[6:]}-{tokens}x{heads}x{head_dim}-{start}", given
+        given["q"] = _spoiled(given["q"])
+        yield f"{str(stored)[6:]}-spoiled", given
+
+
 _HOSTILE = {
     "activate": _activate,
     "activation_stats": _activation_stats,
+    "attend": _attend,
     "dequantize_4bit": _dequantize_4bit,
     "dequantize_absmax": _dequantize_absmax,
     "dequantize_int8": _dequantize_int8,
