@@ -5,7 +5,7 @@
 //
 //   start       int64, the position of the first token, in device memory: a captured graph reads it at each replay
 //   q, y        [tokens, heads, head_dim] and [tokens, heads, v_dim] of the dtypes q_type and y_type; q_stride between tokens of q
-//   keys        STORED [kv_heads, capacity, head_dim], values STORED [kv_heads, capacity, v_dim]; position p is in slot p % capacity
+//   keys        STORED [kv_heads, capacity, head_dim], values STORED [kv_heads, capacity, v_dim]; position p: slot p % capacity
 //   key_scales  float32 [kv_heads, capacity], value_scales the same, with STORED = int8_t alone
 //   sinks       float32 [heads], or null
 //   totals      float32 [parts, tokens, heads, 2]: the largest score of a part, and the sum of exp(score - largest)
@@ -17,8 +17,8 @@
 // those of all tokens and of the query heads that share the key-value head. The other blocks of a part find it in L2. `lanes` lanes
 // take a row, eight values each. They read TURN rows of keys and of values at a time, and follow the maximum from turn to turn
 // ("online softmax", Milakov and Gimelshein). At the end the groups of lanes of a block merge through shared memory.
-// merge_attention: a block merges the parts of one query, in their order (flash-decoding). The grid does not depend on `start`, so a
-// part may have no positions. Its total is 0, and it is passed over.
+// merge_attention: a block merges the parts of one query, in their order (flash-decoding). The grid does not depend on `start`, so
+// a part may have no positions. Its total is 0, and it is passed over.
 // All arithmetic is float32. Bytes moved: those of the keys and values attended to.
 // prebuilt: STORED={float,__half,__nv_bfloat16,int8_t} QUERIES={1,4}
 #include "functions.cuh"

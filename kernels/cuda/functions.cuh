@@ -1,5 +1,5 @@
-// Shared by the kernels of a decoding step: exp and erf by polynomials, so that all GPUs give the same, and values whose dtype is an
-// argument. The polynomials are those of kernels/cpu/functions.h.
+// Shared by the kernels of a decoding step: exp and erf by polynomials, so that all GPUs give the same, and values whose dtype is
+// an argument. The polynomials are those of kernels/cpu/functions.h.
 #pragma once
 
 #include "common.cuh"

@@ -8,7 +8,7 @@
 //   q           DTYPE [tokens, heads, head_dim], rotated in place
 //   k, v        DTYPE [tokens, kv_heads, head_dim] and [tokens, kv_heads, v_dim]; q, k and v have strides between tokens
 //   cos, sin    float32 [positions, rot_dim], or null: nothing is rotated
-//   keys        STORED [kv_heads, capacity, head_dim], values STORED [kv_heads, capacity, v_dim]; position p is in slot p % capacity
+//   keys        STORED [kv_heads, capacity, head_dim], values STORED [kv_heads, capacity, v_dim]; position p: slot p % capacity
 //   key_scales  float32 [kv_heads, capacity], value_scales the same, with STORED = int8_t alone
 //
 // A warp takes a row: a head of q, of k or of v of a token. Grid: (heads + 2 kv_heads, tokens). A row is rotated into shared memory
