@@ -72,7 +72,7 @@ class Cache(NamedTuple):
             if x is not None and (x.dtype != torch.float32 or x.shape != keys.shape[:2]):
                 raise ValueError(f"{op}: {name} are {x.dtype} {list(x.shape)}, expected float32 {list(keys.shape[:2])}")
         cache = cls(keys, values, key_scales, value_scales)
-        for name, x in zip(cls._fields, cache):
+        for name, x in zip(("keys", "values", "key_scales", "value_scales"), cache):
             if x is not None and (x.device != keys.device or not x.is_contiguous()):
                 raise ValueError(f"{op}: {name} have strides {x.stride()} on {x.device}, expected contiguous ones on {keys.device}")
         return cache
