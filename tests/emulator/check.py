@@ -18,7 +18,7 @@ import torch
 
 from qcli.runtime import cpu, cuda
 from tests.emulator.emulator import ORDERS, Emulator
-from tests.parity import disagreement
+from tests.parity import disagreement, results
 
 # Ops that take another path for many tokens on GPUs with less shared memory, or without wgmma.
 TWO_WAYS = {"linear_4bit", "linear_int8"}
@@ -76,10 +76,10 @@ def main(folder: str, name: str, cases: str = "") -> None:
     with cuda.using(emulator), cpu.using(None):
         for number, (case, arguments) in enumerate(op.cases() if cases == "all" else spared(op, name)):
             orders = list(ORDERS) if cases == "all" else [list(ORDERS)[number % len(ORDERS)]]
-            expected = op._reference(**arguments)
+            expected = results(name, op._reference, arguments)
             for emulator.of in capabilities(name, arguments):
                 for emulator.order in orders:
-                    wrong = disagreement(name, arguments, op._cuda(**arguments), expected)
+                    wrong = disagreement(name, arguments, results(name, op._cuda, arguments), expected)
                     launches += 1
                     if wrong:
                         print(f"{name} {case}, {emulator.order}, capability {emulator.of}: {wrong}")

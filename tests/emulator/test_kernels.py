@@ -18,16 +18,20 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 # The kernels that each op's cases must reach.
 REACHED = {
+    "activate": {"activate"},
     "activation_stats": {"activation_stats", "merge_stats"},
+    "attend": {"attend", "merge_attention"},
     "dequantize_4bit": {"dequantize_4bit"},
     "dequantize_absmax": {"dequantize_absmax"},
     "dequantize_int8": {"dequantize_int8"},
     "linear_4bit": {"linear_4bit", "linear_4bit_batch", "merge_parts"},
     "linear_int8": {"linear_int8", "linear_int8_epilogue", "linear_int8_gemm", "list_outliers"},
     "linear_w8a16": {"linear_w8a16"},
+    "norm": {"norm_rows"},
     "quantize_4bit": {"quantize_4bit"},
     "quantize_absmax": {"quantize_absmax"},
     "quantize_int8": {"find_outliers", "quantize_int8"},
+    "rope_append": {"rope_append"},
 }
 
 

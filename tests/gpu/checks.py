@@ -15,7 +15,7 @@ from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.packing import unpack_4bit
 from qcli.runtime import cpu, cuda, nvcc
 from tests.gpu.images import wanted
-from tests.parity import bits, disagreement, flat
+from tests.parity import bits, disagreement, flat, results, written
 
 KERNELS = [name for name in ops.names() if hasattr(import_module(f"qcli.ops.{name}"), "_cuda")]  # ops that have a CUDA kernel
 PRODUCTS = ("as chosen", "fused")  # products of LLM.int8() for many tokens
@@ -66,7 +66,7 @@ def moved(arguments: dict, device: torch.device, form: str = "plain") -> dict:
 
 
 def _in_form(tensor: torch.Tensor, device: torch.device, form: str) -> torch.Tensor:
-    if form == "plain":
+    if form == "plain" or not tensor.dim():
         return tensor.to(device, copy=True)
     if form == "unaligned":
         view = tensor.new_empty(tensor.numel() + 1, device=device)[1:].view(tensor.shape)
@@ -80,9 +80,9 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def reference(name: str, arguments: dict):
-    """The result of the reference, on the CPU."""
+    """The results of the reference, on the CPU."""
     with cpu.using(None):
-        return import_module(f"qcli.ops.{name}")._reference(**arguments)
+        return results(name, import_module(f"qcli.ops.{name}")._reference, arguments)
 
 
 def kernel(name: str, arguments: dict):
@@ -92,11 +92,15 @@ def kernel(name: str, arguments: dict):
 
 def wrong(name: str, arguments: dict, device: torch.device, form: str = "plain") -> str | None:
     """What is wrong with the kernel's result for arguments on the CPU; None if nothing is."""
+    changes = written(name)
     given = moved(arguments, device, form)
+    if form == "strided":  # what a kernel changes, it changes where it is
+        given |= moved({key: arguments[key] for key in changes}, device)
     before = {key: _copy(value) for key, value in given.items() if isinstance(value, torch.Tensor)}
     with poisoned():
         ours = kernel(name, given)
-    changed = [key for key, value in before.items() if not torch.equal(bits(_copy(given[key])), bits(value))]
+    ours = *flat(ours), *(given[key] for key in changes if given[key] is not None)
+    changed = [k for k, value in before.items() if k not in changes and not torch.equal(bits(_copy(given[k])), bits(value))]
     if changed:
         return f"the kernel wrote to its input {changed[0]}"
     return disagreement(name, arguments, ours, reference(name, arguments))

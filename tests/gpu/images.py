@@ -18,6 +18,7 @@ def _with_other_bias(dtypes: tuple[str, ...], **more: tuple[int, ...]) -> list[t
 
 # Images by source, in addition to those that a package would contain.
 MORE = {
+    "attend": [(f"STORED={x}", f"QUERIES={n}", "ALIGNED=0") for x in (*_ALL, "int8_t") for n in (1, 4)],
     **dict.fromkeys(("quantize_4bit", "dequantize_4bit"), [(f"DTYPE={x}", f"BLOCK_SIZE={n}") for x in _ALL for n in _BLOCK_SIZES]),
     "linear_int8": _with_other_bias(_ALL, FULL=(0, 1)),
     "linear_int8_epilogue": _with_other_bias(_ALL),

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 import torch
 
 from qcli import codebooks
+from qcli.ops.activate import KINDS
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
 from qcli.ops.quantize_int8 import quantize_int8
+from qcli.ops.rope_append import quantized, tables
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
@@ -226,15 +228,83 @@ def _linear_w8a16(dtype):
     yield "spoiled", w8a16(spoiled | {"x": _spoiled(spoiled["x"])})
 
 
+def _activate(dtype):
+    for kind in KINDS:
+        for tokens, columns in ((1, 1), (3, 257), (8, 1100)):
+            gate, up = 5 * torch.randn(2, tokens, columns).to(dtype)
+            yield f"{kind}-{tokens}x{columns}", {"gate": gate, "up": up if tokens > 1 else None, "kind": kind}
+        yield f"{kind}-spoiled", {"gate": _spoiled(torch.randn(4, 40).to(dtype)), "up": None, "kind": kind}
+
+
+def _norm(dtype):
+    for shape in ((1, 1), (3, 33), (2, 5, 80), (4, 1024), (2, 1025), (1, 9000)):
+        x, residual = torch.randn(2, *shape).to(dtype)
+        for centered in (False, True):
+            given = {"x": x, "residual": None, "weight": None, "bias": None, "eps": 1e-6, "centered": centered, "factor": 1.0}
+            yield f"{'x'.join(map(str, shape))}-{centered}", given
+            for other in DTYPES:
+                vectors = {"weight": torch.rand(shape[-1]).to(other), "bias": torch.rand(shape[-1]).to(dtype)}
+                added = {"residual": residual.to(other), "factor": 0.5}
+                yield f"{'x'.join(map(str, shape))}-{centered}-{str(other)[6:]}", given | vectors | added
+    yield "spoiled", given | {"x": _spoiled(torch.randn(5, 70).to(dtype))}
+
+
+def cache(kv_heads, capacity, head_dim, v_dim, stored, device=CPU) -> dict:
+    """A cache of random keys and values."""
+    given = {"key_scales": None, "value_scales": None}
+    for name, scales, dim in (("keys", "key_scales", head_dim), ("values", "value_scales", v_dim)):
+        rows = torch.randn(kv_heads, capacity, dim, device=device)
+        given[name] = rows.to(stored)
+        if stored == torch.int8:
+            given[name], given[scales] = quantized(rows)
+    return given
+
+
+def _rope_append(dtype):
+    # tokens, heads, kv_heads, head_dim, v_dim, rot_dim, capacity, start
+    small = (1, 1, 1, 1, 1, 0, 1, 0), (8, 3, 1, 34, 70, 34, 11, 5)
+    sizes = (*small, (2, 16, 8, 128, 64, 32, 50, 777), (1, 4, 2, 256, 256, 256, 4, 3))
+    for stored in (*DTYPES, torch.int8):
+        for tokens, heads, kv_heads, head_dim, v_dim, rot_dim, capacity, start in sizes:
+            for spoiled in (False, True):
+                rows = ((heads, head_dim), (kv_heads, head_dim), (kv_heads, v_dim))
+                q, k, v = (torch.randn(tokens, *size).to(dtype) for size in rows)
+                interleaved = tokens == 8
+                cos, sin = tables(start + tokens, rot_dim, interleaved) if rot_dim else (None, None)
+                given = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin, **cache(kv_heads, capacity, head_dim, v_dim, stored)}
+                if spoiled:
+                    given |= {name: _spoiled(given[name]) for name in "qkv"}
+                name = f"{str(stored)[6:]}-{tokens}x{heads}x{head_dim}-{'spoiled' if spoiled else 'plain'}"
+                yield name, given | {"start": torch.tensor(start), "interleaved": interleaved}
+
+
+def _attend(dtype):
+    # tokens, heads, kv_heads, head_dim, v_dim, capacity, start, window
+    small = (1, 1, 1, 1, 1, 1, 0, 0), (8, 3, 1, 34, 70, 60, 40, 0), (3, 4, 2, 72, 64, 50, 777, 48)
+    sizes = (*small, (2, 8, 1, 128, 256, 400, 300, 0), (1, 5, 5, 256, 32, 500, 7000, 500))
+    for stored in (*DTYPES, torch.int8):
+        for tokens, heads, kv_heads, head_dim, v_dim, capacity, start, window in sizes:
+            given = {"q": torch.randn(tokens, heads, head_dim).to(dtype), **cache(kv_heads, capacity, head_dim, v_dim, stored)}
+            given |= {"sinks": torch.randn(heads) if window else None, "start": torch.tensor(start), "window": window}
+            given |= {"scale": head_dim**-0.5, "softcap": 15.0 if heads == 8 else 0.0}
+            yield f"{str(stored)[6:]}-{tokens}x{heads}x{head_dim}-{start}", given
+        given["q"] = _spoiled(given["q"])
+        yield f"{str(stored)[6:]}-spoiled", given
+
+
 _HOSTILE = {
+    "activate": _activate,
     "activation_stats": _activation_stats,
+    "attend": _attend,
     "dequantize_4bit": _dequantize_4bit,
     "dequantize_absmax": _dequantize_absmax,
     "dequantize_int8": _dequantize_int8,
     "linear_4bit": _linear_4bit,
     "linear_int8": _linear_int8,
     "linear_w8a16": _linear_w8a16,
+    "norm": _norm,
     "quantize_4bit": _quantize_4bit,
     "quantize_absmax": _quantize_absmax,
     "quantize_int8": _quantize_int8,
+    "rope_append": _rope_append,
 }

@@ -6,12 +6,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from qcli.ops.attend import attend
 from qcli.ops.linear_4bit import linear_4bit
 from qcli.ops.linear_int8 import linear_int8
 from qcli.ops.linear_w8a16 import linear_w8a16
+from qcli.ops.rope_append import rope_append, tables
 from qcli.runtime import cuda
 from tests.gpu.checks import WAYS, kernel, moved, noting, same_bits
-from tests.gpu.inputs import activations, hostile, layer_4bit, layer_8bit, w8a16
+from tests.gpu.inputs import activations, cache, hostile, layer_4bit, layer_8bit, w8a16
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error::qcli.errors.QcliWarning")]
 
@@ -93,6 +95,33 @@ def test_a_chain_of_layers(device):
         graph.replay()
         torch.cuda.synchronize()
         assert same_bits(result, expected) and result.isfinite().all()
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8], ids=str)
+def test_one_graph_serves_every_position(stored, device):
+    """The position is read from device memory."""
+    heads, kv_heads, dim, tokens = 8, 2, 64, 3
+    cos, sin = (table.to(device) for table in tables(600, dim, False))
+    ours = cache(kv_heads, 600, dim, dim, stored, device)
+    theirs = moved(ours, device)
+    q, k, v = (torch.randn(tokens, count, dim, device=device).bfloat16() for count in (heads, kv_heads, kv_heads))
+    start = torch.zeros((), dtype=torch.int64, device=device)
+
+    def step(held):
+        turned = q.clone()
+        rope_append(turned, k, v, cos, sin, **held, start=start)
+        return attend(turned, **held, sinks=None, start=start, scale=dim**-0.5)
+
+    graph, result = captured(lambda: step(ours), device)
+    for position in (0, 1, 37, 300, 597):
+        for x in (q, k, v):
+            x.copy_(torch.randn(x.shape, device=device))
+        start.fill_(position)
+        expected = step(theirs)
+        result.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same_bits(result, expected) and not result.isnan().any()
 
 
 @contextmanager

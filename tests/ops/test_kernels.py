@@ -17,9 +17,10 @@ from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
 from qcli.ops.quantize_int8 import quantize_int8
 from qcli.runtime import cpu
+from tests.parity import bits, flat, results
 
 COMPILED = [name for name in ops.names() if hasattr(import_module(f"qcli.ops.{name}"), "_cpu")]
-QUANTIZING = [name for name in COMPILED if "quantize" in name]
+EXACT = [name for name in COMPILED if "quantize" in name or name == "rope_append"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -27,15 +28,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def compiled(variant):
     if variant == cpu.REFERENCE:
         pytest.skip("compares kernels with the reference")
-
-
-def flat(result):
-    return result if isinstance(result, tuple) else (result,)
-
-
-def bits(tensor):
-    """For comparing NaN with NaN, and +0 with -0 apart."""
-    return tensor.contiguous().view(torch.uint8) if tensor.numel() else tensor
 
 
 def same_bits(ours, theirs):
@@ -54,11 +46,11 @@ def close_sums(sums, expected):
     torch.testing.assert_close(sums, expected, rtol=1e-5, atol=2.0**-20 * (error * norm) ** 0.5 + 1e-14 * norm)
 
 
-@pytest.mark.parametrize("name", QUANTIZING)
-def test_quantizing_ops_are_bit_equal(name):
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_ops_are_bit_equal(name):
     module = import_module(f"qcli.ops.{name}")
     for case, arguments in module.cases():
-        assert same_bits(flat(module._cpu(**arguments)), flat(module._reference(**arguments))), case
+        assert same_bits(results(name, module._cpu, arguments), results(name, module._reference, arguments)), case
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -66,13 +58,13 @@ def test_threads_and_variants_do_not_matter(name, monkeypatch):
     """The same bits from one thread and from three; those of sums are also the same on every variant."""
     module = import_module(f"qcli.ops.{name}")
     for case, arguments in module.cases():
-        one = flat(module._cpu(**arguments))
+        one = results(name, module._cpu, arguments)
         with monkeypatch.context() as patched:
             patched.setattr(torch, "get_num_threads", lambda: 3)
-            assert same_bits(flat(module._cpu(**arguments)), one), case
+            assert same_bits(results(name, module._cpu, arguments), one), case
         if not name.startswith("linear"):
             with cpu.using("generic"):
-                assert same_bits(flat(module._cpu(**arguments)), one), case
+                assert same_bits(results(name, module._cpu, arguments), one), case
 
 
 def test_large_tensors_take_several_threads_to_the_same_bits(monkeypatch):

@@ -354,6 +354,7 @@ _MAKERS = {
     "setp": _setp,
     "shl": _shift(operator.lshift),
     "shr": _shift(operator.rshift),
+    "sqrt": lambda kinds, modes: (kinds, kinds[0], np.sqrt) if modes == ["rn"] else None,
     "sub": _sum(operator.sub),
     "xor": _logic(operator.xor),
 }
