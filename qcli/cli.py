@@ -1,5 +1,6 @@
 """The command line: one Typer app, one command per file in commands/, and the boundary that turns errors into messages."""
 
+import atexit
 import functools
 import gc
 import os
@@ -85,6 +86,8 @@ def main() -> None:
     # The libraries make a million objects that stay. With Python's default, the search for cycles among them takes a fourth of
     # the import time.
     gc.set_threshold(100_000, 20, 100)
+    # And Python would search through all of them again before it ends, for a second or two.
+    atexit.register(gc.freeze)
     threads.settle()
     with threads.following():
         app(prog_name="qcli")
