@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from qcli import __version__, console
+from qcli import console
 from qcli.errors import QcliError, QcliWarning
 from qcli.runtime import threads
 
@@ -27,6 +27,8 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from qcli import __version__
+
         console.out(f"qcli {__version__}")
         raise typer.Exit()
 

@@ -10,7 +10,6 @@ tests/memory/test_plain_layout.py compares with transformers' answer.
 """
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 
 from qcli.checkpoint.dtypes import MODEL_DTYPES
@@ -186,6 +185,8 @@ def plain_layout(source: Source) -> Layout | None:
 
 
 def _compared() -> bool:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         major, minor = map(int, version("transformers").split(".")[:2])
     except (PackageNotFoundError, ValueError):
