@@ -5,7 +5,6 @@ stands on the meta device, and to `_Quantize.convert` for each weight that is qu
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 
 import torch
 from torch import nn
@@ -35,6 +34,14 @@ class LoadingStopped(BaseException):
     """Carries its cause past transformers, which notes down every Exception of a conversion and reads on."""
 
 
+class Modules(dict[str, Stored]):
+    """What is stored of each module. transformers copies a config, all the way down, several times while it loads; this one, which
+    nobody changes, stays itself: hundreds of descriptions take a tenth of a second a copy."""
+
+    def __deepcopy__(self, memo: dict) -> "Modules":
+        return self
+
+
 @register_quantization_config(NAME)
 class QcliConfig(QuantizationConfigMixin):
     """Either `modules`, what is stored of each quantized module by its name, or `recipe`, to quantize by while reading.
@@ -46,11 +53,12 @@ class QcliConfig(QuantizationConfigMixin):
         self, modules: Mapping[str, Stored] | None = None, recipe: Recipe | None = None, compute_dtype: str | None = None, **_
     ):
         self.quant_method = NAME
-        self.modules, self.recipe, self.compute_dtype = modules, recipe, compute_dtype
+        self.modules = None if modules is None else Modules(modules)
+        self.recipe, self.compute_dtype = recipe, compute_dtype
 
     def to_dict(self) -> dict:
-        """As JSON values, for messages of transformers."""
-        modules = {name: asdict(stored) for name, stored in (self.modules or {}).items()}
+        """As JSON values, for messages of transformers: of each module the name of its scheme."""
+        modules = {name: stored.scheme.name for name, stored in (self.modules or {}).items()}
         recipe = self.recipe.summary() if self.recipe else None
         return {"quant_method": NAME, "modules": modules, "recipe": recipe, "compute_dtype": self.compute_dtype}
 
