@@ -118,7 +118,7 @@ class Format(Protocol):
         ...
 
     def in_memory(self, spec: TensorSpec) -> bool:
-        """Whether a loaded model holds the tensor."""
+        """Whether a loaded model holds the tensor. Others are checked as a checkpoint is read, and not loaded."""
         ...
 
     def read(self, source: "Source", linears: Sequence[Linear], config: Mapping[str, Any]) -> dict[str, Stored]:

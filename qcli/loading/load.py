@@ -6,7 +6,7 @@ model never exists in memory.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -16,6 +16,7 @@ from qcli import formats
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.model_dtype import model_dtype
 from qcli.checkpoint.modules import Layout, model_layout, reason, transformers_class
+from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import Source
 from qcli.checkpoint.stored_tensor import state_dict
 from qcli.devices import DeviceChoice, place
@@ -88,7 +89,7 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
                 f"{model}: transformers {transformers.__version__} does not know its architecture ({names})",
                 "Install a newer transformers; if the model brings its own code, read it and pass --trust-remote-code.",
             )
-        layout = (None if stored else plain_layout(source)) or stored_layout(source, built, config)
+        layout = plain_layout(source) or stored_layout(source, built, config)
         check_fits(source, layout)
         if recipe:
             _check_recipe(recipe, layout, model)
@@ -103,7 +104,7 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
             loaded, info = built.from_pretrained(
                 None,
                 config=config,
-                state_dict=state_dict(source, opened),
+                state_dict=state_dict(source, opened, _held(source)),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **placement.arguments(),
@@ -127,6 +128,12 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
     if not int8_activations:
         _keep_activations(model, loaded)
     return loaded.eval(), tokenizer
+
+
+def _held(source: Source) -> Callable[[TensorInfo], bool]:
+    """Whether a loaded model holds a tensor: each one costs transformers a fraction of a millisecond, and tables are many."""
+    format = formats.of_config(source.quantization) if source.quantization else None
+    return format.in_memory if format else lambda info: True
 
 
 def _check_recipe(recipe: Recipe, layout: Layout, label: str) -> None:

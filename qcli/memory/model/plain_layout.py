@@ -12,6 +12,7 @@ tests/memory/test_plain_layout.py compares with transformers' answer.
 from collections.abc import Callable
 from math import isfinite
 
+from qcli import formats
 from qcli.checkpoint.dtypes import MODEL_DTYPES
 from qcli.checkpoint.modules import Layout, Linear, find_linears
 from qcli.checkpoint.source import Source
@@ -152,8 +153,11 @@ def layout_of(source: Source, *, trust_remote_code: bool = False, rules: bool = 
 
 
 def plain_layout(source: Source) -> Layout | None:
-    """The layout of a plain model that is whole by its headers; None where only transformers can tell."""
-    raw = source.config
+    """The layout of a plain model that is whole by its headers; None where only transformers can tell.
+
+    Of a quantized checkpoint whose codes bear their weights' names too. The shapes of the codes are for its format to check.
+    """
+    raw = {name: value for name, value in source.config.items() if name != "quantization_config"}
     known = CLASSES.get(raw.get("model_type", ""))
     if known is None or raw.get("architectures") != [known] or not _compared():
         return None
@@ -167,9 +171,12 @@ def plain_layout(source: Source) -> Layout | None:
         expected = parameters(config)
     except QcliError:  # a field is missing
         return None
-    if {p.name: p.shape for p in expected} != {name: info.shape for name, info in source.tensors.items()}:
+    beside, decoded = _companions(source)
+    stored = {name: info.shape for name, info in source.tensors.items() if name not in beside}
+    shapes = {p.name: p.shape for p in expected}
+    if not decoded <= {p.name for p in expected if p.quantizable} or stored | {name: shapes[name] for name in decoded} != shapes:
         return None
-    layout = Layout(decided_by=f"transformers' {known}", linear_kinds=["Linear"])
+    layout = Layout(decided_by=f"transformers' {known}", linear_kinds=["Linear"], unknown=beside)
     layout.modules = {name: name for name in source.tensors}
     weights = [p for p in expected if p.linear or p.name == "lm_head.weight"]
     for each in weights:
@@ -182,6 +189,14 @@ def plain_layout(source: Source) -> Layout | None:
     last = expected[-1].name.removesuffix(".weight")
     layout.default_skip = sorted({"lm_head", last} | ({"model.embed_tokens"} if tied else set()))
     return layout
+
+
+def _companions(source: Source) -> tuple[set[str], set[str]]:
+    """The tensors of a quantized checkpoint that stand beside codes, and those of codes."""
+    if not source.quantization:
+        return set(), set()
+    format = formats.of_config(source.quantization)
+    return set(format.companions(source.tensors)) if format else set(), set(formats.quantized_weights(source))
 
 
 def _compared() -> bool:
