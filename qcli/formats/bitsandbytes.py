@@ -182,8 +182,11 @@ class Bitsandbytes:
     def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
         return info.nbytes * 8 // scheme.bits
 
-    def in_memory(self, spec: TensorSpec) -> bool:
-        return not spec.name.endswith(("quant_map", "weight_format")) and _STATE not in spec.name
+    def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:
+        return _STATE not in spec.name and not spec.name.endswith("weight_format")
+
+    def in_module(self, spec: "TensorSpec | TensorInfo") -> bool:
+        return self.in_memory(spec) and not spec.name.endswith("quant_map")
 
     def check(self, config: Mapping[str, Any], label: str) -> None:
         check(config, _CONFIG, label, "Mend the file, or fetch it again.")

@@ -133,7 +133,7 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
 def _held(source: Source) -> Callable[[TensorInfo], bool]:
     """Whether a loaded model holds a tensor: each one costs transformers a fraction of a millisecond, and tables are many."""
     format = formats.of_config(source.quantization) if source.quantization else None
-    return format.in_memory if format else lambda info: True
+    return format.in_module if format else lambda info: True
 
 
 def _check_recipe(recipe: Recipe, layout: Layout, label: str) -> None:

@@ -147,7 +147,7 @@ def _unfilled(old: nn.Module, method, format: formats.Format, dtype: torch.dtype
     """The module for `old` quantized by `method`, whose weight is quantized once it is read."""
     out_features, in_features = old.weight.shape[::-1] if isinstance(old, Conv1D) else old.weight.shape
     weight = Weight("weight", out_features, in_features, dtypes.CODES[str(dtype).removeprefix("torch.")])
-    specs = filter(format.in_memory, format.tensors(weight, method.scheme))
+    specs = filter(format.in_module, format.tensors(weight, method.scheme))
     tensors = {format.attribute(spec.name): (spec.dtype, spec.shape) for spec in specs}
     stored = Stored(format.name, method.scheme, out_features, in_features, tensors)
     empty = _meta(stored)
@@ -167,7 +167,7 @@ def _quantized(input_dict: dict, model) -> dict[str, torch.Tensor]:
     method, format, weight, transposed = module.quantize_with
     if transposed:
         value = value.t().contiguous()
-    specs = {spec.name: spec for spec in format.tensors(weight, method.scheme) if format.in_memory(spec)}
+    specs = {spec.name: spec for spec in format.tensors(weight, method.scheme) if format.in_module(spec)}
     # Filled in place at once: never twice in memory.
     made = {name: torch.empty(spec.nbytes, dtype=torch.uint8, device=value.device) for name, spec in specs.items()}
     encoder = method.encoder(module.out_features, module.in_features, value.device)

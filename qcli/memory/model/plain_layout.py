@@ -148,7 +148,7 @@ _FIELDS: dict[str, Check] = {
 
 def layout_of(source: Source, *, trust_remote_code: bool = False, rules: bool = False) -> Layout:
     """`find_linears` of an unquantized checkpoint, without transformers where its answer is known. Raises CheckpointError."""
-    found = None if rules else plain_layout(source)
+    found = None if rules or source.quantization else plain_layout(source)
     return found or find_linears(source, trust_remote_code=trust_remote_code, rules=rules)
 
 
