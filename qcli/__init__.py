@@ -4,12 +4,6 @@ Names are imported on first use, so `import qcli` loads neither torch nor transf
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-
-try:
-    __version__ = version("qcli")
-except PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "0.0.0"
 
 _EXPORTS = {
     "quantize": "qcli.quantization.quantize",
@@ -23,7 +17,19 @@ _EXPORTS = {
 __all__ = ["QcliError", "__version__", "estimate_memory", "evaluate", "inspect_outliers", "load", "quantize"]
 
 
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("qcli")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "0.0.0"
+
+
 def __getattr__(name: str):
+    if name == "__version__":
+        globals()[name] = found = _version()
+        return found
     if name not in _EXPORTS:
         raise AttributeError(f"module 'qcli' has no attribute {name!r}")
     import_module("qcli.runtime.threads").settle()  # before the verb imports torch

@@ -1,5 +1,6 @@
 """The command line: one Typer app, one command per file in commands/, and the boundary that turns errors into messages."""
 
+import atexit
 import functools
 import gc
 import os
@@ -12,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from qcli import __version__, console
+from qcli import console
 from qcli.errors import QcliError, QcliWarning
 from qcli.runtime import threads
 
@@ -26,6 +27,8 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from qcli import __version__
+
         console.out(f"qcli {__version__}")
         raise typer.Exit()
 
@@ -85,6 +88,8 @@ def main() -> None:
     # The libraries make a million objects that stay. With Python's default, the search for cycles among them takes a fourth of
     # the import time.
     gc.set_threshold(100_000, 20, 100)
+    # And Python would search through all of them again before it ends, for a second or two.
+    atexit.register(gc.freeze)
     threads.settle()
     with threads.following():
         app(prog_name="qcli")

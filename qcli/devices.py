@@ -76,6 +76,11 @@ def place(device: str, device_map: str | dict | None, max_memory: str | Mapping[
     return DeviceChoice("auto", None if max_memory is None else parse_max_memory(max_memory))
 
 
+def never_fails(device: str, device_map: object, max_memory: object) -> bool:
+    """Whether `place` takes these without an error. Then it, which loads torch, can wait until the model's files are checked."""
+    return device in ("auto", "cpu") and device_map is None and max_memory is None
+
+
 def parse_max_memory(text: str | Mapping[int | str, int | str]) -> dict[int | str, int]:
     """Bytes per GPU index or "cpu", from "0=20GB,cpu=30GB" or a dict of the same. Raises UsageError, DeviceError."""
     import torch

@@ -125,6 +125,7 @@ def test_help_loads_no_heavy_library():
     assert loaded_after("import qcli").isdisjoint(heavy | {"typer", "rich"})
     assert loaded_after("import qcli.checkpoint.safetensors_file").isdisjoint(heavy)
     assert loaded_after("import qcli.checkpoint.source, qcli.formats.describe").isdisjoint(heavy)
+    assert loaded_after("import qcli.quantization.quantize, qcli.loading.opening").isdisjoint(heavy)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,27 @@ def test_an_estimate_loads_neither_torch_nor_transformers_nor_numpy(arguments):
     loaded = loaded_after(f"import os\nos.chdir({str(ROOT)!r})\n{quietly}{run}")
     assert "qcli.memory.paper_table" in loaded
     assert loaded.isdisjoint({"torch", "transformers", "numpy", "huggingface_hub", "matplotlib"})
+
+
+def loaded_after_command(*arguments: str) -> set[str]:
+    """What `qcli ARGUMENTS` has loaded when it ends, however it ends."""
+    quietly = "import contextlib\nfrom qcli.cli import app\nwith contextlib.redirect_stdout(open(os.devnull, 'w')), ended: "
+    ended = "import os, contextlib\nended = contextlib.suppress(SystemExit)\n"
+    return loaded_after(f"{ended}{quietly}app(args={list(arguments)!r}, standalone_mode=False)")
+
+
+def test_quantizing_a_plain_model_loads_torch_alone(tmp_path):
+    loaded = loaded_after_command("quantize", str(ROOT / "examples/demo-model"), "--output", str(tmp_path / "out"))
+    assert (tmp_path / "out/model.safetensors").exists() and "torch" in loaded
+    assert loaded.isdisjoint({"transformers", "huggingface_hub", "accelerate", "torch._dynamo", "sympy"})
+
+
+@pytest.mark.parametrize("arguments", [("quantize", "--bits", "4"), ("generate", "Once"), ("info",)], ids=" ".join)
+def test_a_folder_that_is_not_there_is_refused_before_anything_is_loaded(arguments, tmp_path):
+    command, *rest = arguments
+    loaded = loaded_after_command(command, str(tmp_path / "no/such/model"), *rest)
+    assert "qcli.checkpoint.source" in loaded
+    assert loaded.isdisjoint({"torch", "transformers", "numpy", "huggingface_hub"})
 
 
 BARE = """

@@ -124,6 +124,9 @@ class _Repository:
             path = _retried(lambda: hf_hub_download(self.repo, name, revision=self.revision, local_dir=self._folder))
         return Path(path)
 
+    def read_ahead(self, names: list[str]) -> None:
+        """Does nothing: what is fetched is in the system's cache already."""
+
     def release(self, name: str) -> None:
         if self._folder is not None:
             (self._folder / name).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Files of a folder on this machine: a user's model, or a model's snapshot in the user's hub cache. Nothing is ever deleted."""
 
+import os
 from pathlib import Path
 
 
@@ -29,6 +30,17 @@ class LocalFiles:
         with open(self.path / name, "rb") as file:
             file.seek(offset)
             return file.read(count)
+
+    def read_ahead(self, names: list[str]) -> None:
+        """Asks the system to read the weight files into its cache meanwhile. Does nothing where it cannot be asked."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for name in names:
+            try:
+                with open(self.path / name, "rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            except OSError:  # whoever reads it tells
+                return
 
     def release(self, name: str) -> None:
         """Does nothing: the file stays."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from qcli.checkpoint.local_files import LocalFiles
 from qcli.checkpoint.safetensors_file import DAMAGED, Header, TensorInfo, read_header_with
 from qcli.errors import CheckpointError
 from qcli.files.foreign_json import read_object
+from qcli.process import available_memory
 
 _CONNECTIONS = 8  # at a time: the largest models have two hundred shards, and each header costs a round trip
 PIECE_BYTES = 4 << 20  # recommended size of a piece; on the hub each piece is one ranged request
@@ -169,6 +171,16 @@ class Source:
             self.problems.append(
                 f"{_counted(small, 'weight')} in float8 have scales ({scales[0]}, ...), but config.json has no quantization_config"
             )
+
+    def read_ahead(self) -> None:
+        """Asks the system to read the weight files of a folder now, while Python imports what will use them. It returns at once.
+
+        Nothing is asked for where the files would take more than half of the free memory: their ends would push their beginnings
+        out again.
+        """
+        free = available_memory()
+        if free is not None and sum(map(self.place.size, self.files)) <= free // 2:
+            threading.Thread(target=self.place.read_ahead, args=(self.files,), daemon=True).start()
 
     @property
     def fingerprint(self) -> str:

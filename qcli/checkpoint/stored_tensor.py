@@ -65,10 +65,10 @@ def mapped(fd: int) -> Callable[[TensorInfo], torch.Tensor]:
     return load
 
 
-def state_dict(source, opened: ExitStack) -> Mapping[str, StoredTensor]:
-    """Every tensor of `source` by name, over mapped files. `opened` receives what must be closed after loading.
+def state_dict(source, opened: ExitStack, held: Callable[[TensorInfo], bool] = lambda info: True) -> Mapping[str, StoredTensor]:
+    """The tensors of `source` that are `held` by name, over mapped files. `opened` receives what must be closed after loading.
 
     Raises CheckpointError, HubError.
     """
     loads = {file: mapped(opened.enter_context(source.open(file))) for file in source.files}
-    return {name: StoredTensor(info, loads[info.file]) for name, info in source.tensors.items()}
+    return {name: StoredTensor(info, loads[info.file]) for name, info in source.tensors.items() if held(info)}

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from importlib import import_module
 
 from qcli import console, methods
 from qcli.checkpoint import dtypes
@@ -54,7 +55,8 @@ def carried_text(plan: Plan) -> str:
 
 
 def needed(plan: Plan) -> dict[str, int]:
-    """Disk and memory that the run will take, in bytes."""
+    """Disk and memory that the run will take, in bytes. For the memory of the libraries they are loaded, as the run would."""
+    import_module("qcli.quantization.execute")
     return {"disk_bytes": plan.disk_bytes, "peak_memory_bytes": resident_memory() + plan.working_memory}
 
 

@@ -64,19 +64,27 @@ def generate(
     model = asked_model(model, 'qcli generate HuggingFaceTB/SmolLM2-135M "Once upon a time"')
     text = _prompt(prompt, prompt_file, chat, json)
 
-    from qcli.devices import place
+    # What needs no library comes first: a wrong option or a damaged folder is refused at once.
+    from qcli.devices import never_fails, place
+    from qcli.generation.sampling import Sampling
+    from qcli.loading.opening import asked_recipe, open_checkpoint
+    from qcli.recipe import read_recipe
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    asked = asked_recipe(recipe and read_recipe(recipe), bits, method, {}, skip or (), pairs(set_))
+    if not never_fails(device, device_map, max_memory):
+        place(device, device_map, max_memory)
+    source = open_checkpoint(model, revision, trust_remote_code)
+    source.read_ahead()
+
     from qcli.generation import decode
     from qcli.generation.can_generate import check_can_generate
     from qcli.generation.chat import Chat
     from qcli.generation.prompt import plain_ids
     from qcli.loading import generation_config
     from qcli.loading import load as models
-    from qcli.recipe import read_recipe
 
-    sampling = decode.Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    asked = models.asked_recipe(recipe and read_recipe(recipe), bits, method, {}, skip or (), pairs(set_))
     placement = place(device, device_map, max_memory)
-    source = models.open_checkpoint(model, revision, trust_remote_code)
     # These checks come before any weight is read.
     check_can_generate(source.config, model, trust_remote_code)
     generation_config.check_source(source)

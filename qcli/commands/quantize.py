@@ -104,6 +104,8 @@ def quantize(
         return
     for note in plan.notes:
         console.warn(note)
+    if not plan.problems:
+        plan.source.read_ahead()
     try:
         report = quantization.run_plan(plan, device=device, overwrite=overwrite, push_to_hub=push_to_hub, progress=console.progress)
     except KeyboardInterrupt:

@@ -117,8 +117,12 @@ class Format(Protocol):
         """How many weights the stored tensor of codes stands for, as far as headers tell."""
         ...
 
-    def in_memory(self, spec: TensorSpec) -> bool:
-        """Whether a loaded model holds the tensor."""
+    def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:
+        """Whether a model that the format's own library has loaded holds the tensor."""
+        ...
+
+    def in_module(self, spec: "TensorSpec | TensorInfo") -> bool:
+        """Whether a module of qcli/nn holds the tensor. Others are checked as a checkpoint is read, and not loaded."""
         ...
 
     def read(self, source: "Source", linears: Sequence[Linear], config: Mapping[str, Any]) -> dict[str, Stored]:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _LONGEST_FLOAT = len("-2.2250738585072014e-308")
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")  # companions of a weight, after the dot
+_HELD_4BIT = ("absmax", "nested_absmax")  # those that a module holds: the tables are the kernels' own
 _CODEBOOKS = ("nf4", "fp4")
 _ROW_FORMAT = 0  # of weight_format: rows as they are; others interleave them for kernels that are no longer made
 _CONFIG: Mapping[str, Kind | Required] = {
@@ -181,8 +182,11 @@ class Bitsandbytes:
     def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
         return info.nbytes * 8 // scheme.bits
 
-    def in_memory(self, spec: TensorSpec) -> bool:
+    def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:
         return _STATE not in spec.name and not spec.name.endswith("weight_format")
+
+    def in_module(self, spec: "TensorSpec | TensorInfo") -> bool:
+        return self.in_memory(spec) and not spec.name.endswith("quant_map")
 
     def check(self, config: Mapping[str, Any], label: str) -> None:
         check(config, _CONFIG, label, "Mend the file, or fetch it again.")
@@ -193,8 +197,6 @@ class Bitsandbytes:
         return read_each(source, linears, partial(self._read, config))
 
     def attribute(self, name: str) -> str:
-        if _STATE.lstrip(".") in name:
-            return "weight_quant_state"
         return name.replace("weight.", "weight_", 1)
 
     def skipped(self, config: Mapping[str, Any]) -> list[str] | None:
@@ -202,8 +204,7 @@ class Bitsandbytes:
         return found
 
     def renamings(self) -> list[tuple[str, str]]:
-        parts = [(f"weight.{part}$", f"weight_{part}") for part in _PARTS_4BIT]
-        return parts + [(f"weight{_STATE}{codebook}$", "weight_quant_state") for codebook in _CODEBOOKS]
+        return [(f"weight.{part}$", f"weight_{part}") for part in _HELD_4BIT]
 
     def _read(self, config: Mapping[str, Any], source: "Source", linear: Linear) -> Stored | None:
         if f"{linear.tensor.removesuffix('weight')}SCB" in source.tensors:
@@ -250,13 +251,13 @@ def _read_8bit(name: str, config: Mapping[str, Any], source: "Source", linear: L
     from qcli.formats._reading import Problem, expect, present, read_bytes
 
     base = linear.tensor.removesuffix("weight")
-    names = {"weight": linear.tensor, "SCB": f"{base}SCB", "weight_format": f"{base}weight_format"}
+    names = {"weight": linear.tensor, "SCB": f"{base}SCB"}
     expect(source, linear.tensor, ("I8",), (linear.out_features, linear.in_features))
     expect(source, names["SCB"], ("F32",), (linear.out_features,))
-    if names["weight_format"] in source.tensors:
-        data = read_bytes(source, names["weight_format"])
+    if (row_format := f"{base}weight_format") in source.tensors:
+        data = read_bytes(source, row_format)
         if any(data) or len(data) > 8:
-            raise Problem(f"{names['weight_format']} is {list(data[:8])}, and only {_ROW_FORMAT}, plain rows, is read")
+            raise Problem(f"{row_format} is {list(data[:8])}, and only {_ROW_FORMAT}, plain rows, is read")
     threshold = config.get("llm_int8_threshold")
     scheme = replace(NAMED["llm-int8"], threshold=PAPER_THRESHOLD if threshold is None else float(threshold))
     return Stored(name, scheme, linear.out_features, linear.in_features, present(source, names))
@@ -282,7 +283,7 @@ def _read_4bit(name: str, config: Mapping[str, Any], source: "Source", linear: L
         raise Problem(f"{state_name} has no nested_offset, and {tensor}.nested_absmax is there")
     scheme = replace(NAMED[codebook if nested else f"{codebook}-plain"], size=state["blocksize"])
     _check_4bit(source, tensor, scheme, prod(expected))
-    names = {"weight": tensor, "weight_quant_state": state_name, **{f"weight_{p}": f"{tensor}.{p}" for p in _PARTS_4BIT}}
+    names = {"weight": tensor, **{f"weight_{p}": f"{tensor}.{p}" for p in _HELD_4BIT}}
     compute = str(config.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
     return Stored(
         name, scheme, linear.out_features, linear.in_features, present(source, names), state.get("nested_offset"), compute

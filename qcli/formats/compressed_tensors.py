@@ -161,8 +161,11 @@ class CompressedTensors:
     def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
         return info.nbytes * 8 // scheme.bits
 
-    def in_memory(self, spec: TensorSpec) -> bool:
+    def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:
         return not spec.name.endswith("weight_shape")
+
+    def in_module(self, spec: "TensorSpec | TensorInfo") -> bool:
+        return True
 
     def check(self, config: Mapping[str, Any], label: str) -> None:
         check(config, _CONFIG, label, _HINT)

@@ -6,8 +6,7 @@ model never exists in memory.
 """
 
 import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -17,44 +16,22 @@ from qcli import formats
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.model_dtype import model_dtype
 from qcli.checkpoint.modules import Layout, model_layout, reason, transformers_class
-from qcli.checkpoint.source import Source, open_source
+from qcli.checkpoint.safetensors_file import TensorInfo
+from qcli.checkpoint.source import Source
 from qcli.checkpoint.stored_tensor import state_dict
 from qcli.devices import DeviceChoice, place
-from qcli.errors import CheckpointError, QcliError, QcliWarning, UsageError, one_of, together
-from qcli.files.foreign_json import TEXT, check
+from qcli.errors import CheckpointError, QcliError, UsageError, one_of, together
 from qcli.formats._reading import made_again
 from qcli.loading import generation_config, out_of_memory
+from qcli.loading.opening import asked_recipe, open_checkpoint
 from qcli.loading.room import check_room
 from qcli.loading.tokenizer import read_tokenizer
 from qcli.loading.transformers_quantizer import LoadingStopped, NoRoom, QcliConfig
-from qcli.methods.choosing import made, methods_of, recipe_in_force
+from qcli.memory.model.plain_layout import plain_layout
+from qcli.methods.choosing import made, methods_of
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.process import available_memory
 from qcli.recipe import Recipe
-
-
-def open_checkpoint(model: str, revision: str | None, trust_remote_code: bool) -> Source:
-    """The checkpoint of a folder or hub id, whole as far as headers show, and unquantized or in a format that qcli runs.
-
-    Warns of what is odd about it. Raises CheckpointError, HubError.
-    """
-    source = open_source(model, revision, trust_remote_code=trust_remote_code)
-    if source.problems:
-        raise CheckpointError(f"{model}: {source.problems[0]}", source.again())
-    for note in source.notes:
-        warnings.warn(f"{model}: {note}", QcliWarning, stacklevel=2)
-    if source.quantization:
-        label = f"{model}/config.json: quantization_config"
-        check(source.quantization, {"quant_method": TEXT}, label, "Mend the file, or fetch it again.")
-        format = formats.of_config(source.quantization)
-        if format is None:
-            raise CheckpointError(
-                f"{model} is quantized by {source.quantization['quant_method']}, which qcli does not run; it runs "
-                f"{' and '.join(formats.NAMES)}",
-                "Load it with transformers.",
-            )
-        format.check(source.quantization, label)
-    return source
 
 
 def load(
@@ -94,26 +71,6 @@ def load(
     return load_source(source, asked, dtype=dtype, placement=placement, int8_activations=int8_activations)
 
 
-def asked_recipe(
-    recipe: Recipe | None,
-    bits: int | None,
-    method: str | None,
-    options: Mapping[str, object],
-    skip: Iterable[str],
-    settings: Mapping[str, object],
-) -> Recipe | None:
-    """The recipe that a model is to be quantized by while it is read; None where nothing asks for one. Raises UsageError."""
-    skip = list(skip)
-    if bits is None and method is None and recipe is None:
-        given = [name for name, value in options.items() if value is not None] + ["skip"] * bool(skip) + ["set"] * bool(settings)
-        if given:
-            raise UsageError(f"--{given[0].replace('_', '-')} was given without --bits, --method or --recipe", "Add one of them.")
-        return None
-    found, _ = recipe_in_force(recipe, bits, method, options, skip, None, settings)
-    formats.holding([each.scheme for each in methods_of(found)], found.format)  # raises for what no format holds
-    return found
-
-
 def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement: DeviceChoice, int8_activations: bool):
     """`load`, of a checkpoint that `open_checkpoint` has opened."""
     one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
@@ -132,7 +89,7 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
                 f"{model}: transformers {transformers.__version__} does not know its architecture ({names})",
                 "Install a newer transformers; if the model brings its own code, read it and pass --trust-remote-code.",
             )
-        layout = stored_layout(source, built, config)
+        layout = plain_layout(source) or stored_layout(source, built, config)
         check_fits(source, layout)
         if recipe:
             _check_recipe(recipe, layout, model)
@@ -147,7 +104,7 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
             loaded, info = built.from_pretrained(
                 None,
                 config=config,
-                state_dict=state_dict(source, opened),
+                state_dict=state_dict(source, opened, _held(source)),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **placement.arguments(),
@@ -171,6 +128,12 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
     if not int8_activations:
         _keep_activations(model, loaded)
     return loaded.eval(), tokenizer
+
+
+def _held(source: Source) -> Callable[[TensorInfo], bool]:
+    """Whether a loaded model holds a tensor: each one costs transformers a fraction of a millisecond, and tables are many."""
+    format = formats.of_config(source.quantization) if source.quantization else None
+    return format.in_module if format else lambda info: True
 
 
 def _check_recipe(recipe: Recipe, layout: Layout, label: str) -> None:

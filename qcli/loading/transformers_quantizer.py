@@ -5,7 +5,6 @@ stands on the meta device, and to `_Quantize.convert` for each weight that is qu
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 
 import torch
 from torch import nn
@@ -35,6 +34,14 @@ class LoadingStopped(BaseException):
     """Carries its cause past transformers, which notes down every Exception of a conversion and reads on."""
 
 
+class Modules(dict[str, Stored]):
+    """What is stored of each module. transformers copies a config, all the way down, several times while it loads; this one, which
+    nobody changes, stays itself: hundreds of descriptions take a tenth of a second a copy."""
+
+    def __deepcopy__(self, memo: dict) -> "Modules":
+        return self
+
+
 @register_quantization_config(NAME)
 class QcliConfig(QuantizationConfigMixin):
     """Either `modules`, what is stored of each quantized module by its name, or `recipe`, to quantize by while reading.
@@ -46,11 +53,12 @@ class QcliConfig(QuantizationConfigMixin):
         self, modules: Mapping[str, Stored] | None = None, recipe: Recipe | None = None, compute_dtype: str | None = None, **_
     ):
         self.quant_method = NAME
-        self.modules, self.recipe, self.compute_dtype = modules, recipe, compute_dtype
+        self.modules = None if modules is None else Modules(modules)
+        self.recipe, self.compute_dtype = recipe, compute_dtype
 
     def to_dict(self) -> dict:
-        """As JSON values, for messages of transformers."""
-        modules = {name: asdict(stored) for name, stored in (self.modules or {}).items()}
+        """As JSON values, for messages of transformers: of each module the name of its scheme."""
+        modules = {name: stored.scheme.name for name, stored in (self.modules or {}).items()}
         recipe = self.recipe.summary() if self.recipe else None
         return {"quant_method": NAME, "modules": modules, "recipe": recipe, "compute_dtype": self.compute_dtype}
 
@@ -139,7 +147,7 @@ def _unfilled(old: nn.Module, method, format: formats.Format, dtype: torch.dtype
     """The module for `old` quantized by `method`, whose weight is quantized once it is read."""
     out_features, in_features = old.weight.shape[::-1] if isinstance(old, Conv1D) else old.weight.shape
     weight = Weight("weight", out_features, in_features, dtypes.CODES[str(dtype).removeprefix("torch.")])
-    specs = format.tensors(weight, method.scheme)
+    specs = filter(format.in_module, format.tensors(weight, method.scheme))
     tensors = {format.attribute(spec.name): (spec.dtype, spec.shape) for spec in specs}
     stored = Stored(format.name, method.scheme, out_features, in_features, tensors)
     empty = _meta(stored)
@@ -159,7 +167,7 @@ def _quantized(input_dict: dict, model) -> dict[str, torch.Tensor]:
     method, format, weight, transposed = module.quantize_with
     if transposed:
         value = value.t().contiguous()
-    specs = {spec.name: spec for spec in format.tensors(weight, method.scheme)}
+    specs = {spec.name: spec for spec in format.tensors(weight, method.scheme) if format.in_module(spec)}
     # Filled in place at once: never twice in memory.
     made = {name: torch.empty(spec.nbytes, dtype=torch.uint8, device=value.device) for name, spec in specs.items()}
     encoder = method.encoder(module.out_features, module.in_features, value.device)
@@ -167,6 +175,8 @@ def _quantized(input_dict: dict, model) -> dict[str, torch.Tensor]:
 
     def pack(parts: dict[str, torch.Tensor], start: int) -> None:
         for target, offset, piece in format.pack(weight, method.scheme, parts, start):
+            if target not in made:  # a table, or the description of the others
+                continue
             raw = piece.contiguous().reshape(-1).view(torch.uint8)
             made[target][offset : offset + raw.numel()] = raw.to(value.device)
 

@@ -5,12 +5,8 @@ one 4-bit code for each element: the nearest entry of a 16-entry codebook times 
 values themselves in 8 bits, in groups of 256, around their mean (`nested_offset`).
 """
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
-
 import torch
 
-from qcli.errors import UsageError
 from qcli.methods._method import Parts
 from qcli.methods.errors import ErrorSums, add_up
 from qcli.ops.dequantize_4bit import dequantize_4bit
@@ -18,52 +14,12 @@ from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.error_4bit import error_4bit
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
-from qcli.schemes import BLOCK_SIZES, NAMED, NESTED_BLOCK_SIZE, Scheme
+from qcli.schemes import NESTED_BLOCK_SIZE, Scheme
 
 _NESTED_PIECE = 64 * NESTED_BLOCK_SIZE  # absmax values at a time, few enough for the cache
 
 
-@dataclass(frozen=True)
-class Blockwise4bit:
-    """Options of the 4-bit methods: elements per absmax, and whether the absmax values are quantized too."""
-
-    block_size: int = 64
-    double_quant: bool = True
-
-    codebook: ClassVar[str]
-    casts_to_model_dtype: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.block_size not in BLOCK_SIZES:
-            raise UsageError(
-                f"block size is {self.block_size}, expected one of {', '.join(map(str, BLOCK_SIZES))}",
-                "64 is what transformers and bitsandbytes use.",
-            )
-
-    @property
-    def scheme(self) -> Scheme:
-        """What a weight is stored as with these options."""
-        named = NAMED[self.codebook if self.double_quant else f"{self.codebook}-plain"]
-        return replace(named, size=self.block_size)
-
-    @classmethod
-    def of(cls, scheme: Scheme) -> Self:
-        """The method with the options that make `scheme`."""
-        return cls(scheme.size, scheme.double_quant)
-
-    def encoder(self, out_features: int, in_features: int, device: torch.device) -> "_Encoder":
-        """Takes one weight of this shape."""
-        return _Encoder(self.scheme, out_features * in_features, device)
-
-    def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
-        """The weight float32 [out_features, in_features] that all parts together stand for."""
-        absmax = parts["scale"]
-        if "nested_scale" in parts:
-            absmax = dequantize_absmax(absmax, parts["nested_scale"], float(parts["nested_offset"]))
-        return dequantize_4bit(parts["codes"], absmax, self.block_size, self.codebook, [out_features, in_features], torch.float32)
-
-
-class _Encoder:
+class BlockEncoder:
     """See qcli.methods._method.Encoder. `absmax` float32 [blocks] is whole once every chunk was fed."""
 
     def __init__(self, scheme: Scheme, count: int, device: torch.device):
@@ -109,3 +65,11 @@ class _Encoder:
             "nested_offset": torch.tensor(offset, dtype=torch.float64),
         }
         return parts, errors
+
+
+def decode_blocks(parts: Parts, block_size: int, codebook: str, out_features: int, in_features: int) -> torch.Tensor:
+    """The weight float32 [out_features, in_features] that all parts together stand for."""
+    absmax = parts["scale"]
+    if "nested_scale" in parts:
+        absmax = dequantize_absmax(absmax, parts["nested_scale"], float(parts["nested_offset"]))
+    return dequantize_4bit(parts["codes"], absmax, block_size, codebook, [out_features, in_features], torch.float32)

@@ -5,15 +5,18 @@ weight. The encoder turns chunks into parts by role: `codes`, `scale`, `zero_poi
 (qcli/formats/) gives the parts names and bytes. So no method knows a format, and no format knows how codes were found.
 """
 
-from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from qcli.methods.errors import ErrorSums
 from qcli.schemes import Scheme
 
-Parts = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Parts = dict[str, "torch.Tensor"]
 """Role to tensor. `codes` of 4 bits in flat blocks are uint8, two a byte, the first in the high nibble; other codes are int8, one
 an element, [rows, in_features]. `scale` is float32, in groups the dtype of the weight, and 8-bit codes under double
 quantization; `nested_scale` is float32, `zero_point` an integer, `nested_offset` float64 []."""
@@ -47,7 +50,7 @@ class Method(Protocol):
         ...
 
     @classmethod
-    def of(cls, scheme: Scheme) -> "Method":
+    def of(cls, scheme: Scheme) -> Method:
         """The method with the options that make `scheme`."""
         ...
 
@@ -70,7 +73,7 @@ class Statistic(Protocol):
         """Counts activations x [tokens, in_features] in."""
         ...
 
-    def merge(self, other: "Statistic") -> None:
+    def merge(self, other: Statistic) -> None:
         """Counts in what `other` has counted. Merged in a fixed order, the same sums come out to the bit."""
         ...
 

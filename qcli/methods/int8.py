@@ -4,14 +4,16 @@ They differ in what shares a scale: all of X and all of W (`int8-per-tensor`), e
 token of X and each output row of W (`int8`, the paper's vector-wise form).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
-import torch
-
-from qcli.methods._int8 import RowEncoder, decode_rows
-from qcli.methods._method import Method, Parts
+from qcli.methods._method import Encoder, Method, Parts
 from qcli.schemes import NAMED, Scheme
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,18 @@ class Int8:
         """The method in the form of that name."""
         return cls(scheme.name)
 
-    def encoder(self, out_features: int, in_features: int, device: torch.device) -> RowEncoder:
+    def encoder(self, out_features: int, in_features: int, device: torch.device) -> Encoder:
         """Takes one weight of this shape."""
+        from qcli.methods._int8 import RowEncoder
+
         if self.scheme.share == "row":
             return RowEncoder(out_features, in_features, device)
         return RowEncoder(1, out_features * in_features, device)
 
     def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
         """The weight float32 [out_features, in_features] that all parts together stand for."""
+        from qcli.methods._int8 import decode_rows
+
         return decode_rows(parts, out_features, in_features)
 
 

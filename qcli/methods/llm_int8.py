@@ -7,16 +7,18 @@ The paper multiplies outlier columns with the 16-bit weight. bitsandbytes and qc
 column, dequantized to the dtype of the activations. `llm-int8-paper` is the paper's form, for comparison.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
-
-import torch
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from qcli.errors import UsageError
-from qcli.methods._int8 import RowEncoder, decode_rows
-from qcli.methods._method import Method, Parts
+from qcli.methods._method import Encoder, Method, Parts
 from qcli.schemes import NAMED, PAPER_THRESHOLD, Scheme
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,16 @@ class LLMInt8:
         """The method with the options that make `scheme`."""
         return cls(scheme.threshold, scheme.name)
 
-    def encoder(self, out_features: int, in_features: int, device: torch.device) -> RowEncoder:
+    def encoder(self, out_features: int, in_features: int, device: torch.device) -> Encoder:
         """Takes one weight of this shape."""
+        from qcli.methods._int8 import RowEncoder
+
         return RowEncoder(out_features, in_features, device)
 
     def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
         """The weight float32 [out_features, in_features] that all parts together stand for."""
+        from qcli.methods._int8 import decode_rows
+
         return decode_rows(parts, out_features, in_features)
 
 

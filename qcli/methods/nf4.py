@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from qcli.methods._blockwise import Blockwise4bit
+from qcli.methods._four_bits import Blockwise4bit
 from qcli.methods._method import Method
 
 

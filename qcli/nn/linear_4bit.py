@@ -15,8 +15,8 @@ from qcli.ops.linear_4bit import Prepared4bit, linear_4bit
 class Linear4bit(FastPath, QuantizedLinear):
     """A 4-bit weight [out_features, in_features]: packed codes, absmax per block, or 8-bit absmax of double quantization.
 
-    `tensors` maps attribute names (weight, weight_absmax, weight_quant_map, weight_quant_state, and with double quantization
-    weight_nested_absmax, weight_nested_quant_map) to the tensors as stored; meta tensors will do until they are loaded.
+    `tensors` maps attribute names (weight, weight_absmax, and with double quantization weight_nested_absmax) to the tensors as
+    stored; meta tensors will do until they are loaded. The tables are the kernels' own.
     """
 
     _op, _prepare = staticmethod(linear_4bit), Prepared4bit

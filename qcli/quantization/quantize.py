@@ -65,8 +65,8 @@ def make_plan(
     one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
     format_ = formats.holding([each.scheme for each in methods_of(recipe)], recipe.format)
 
-    from qcli.checkpoint.modules import find_linears
     from qcli.checkpoint.source import open_source
+    from qcli.memory.model.plain_layout import layout_of
 
     source = open_source(model, revision, stream=stream, trust_remote_code=trust_remote_code)
     if source.quantization:
@@ -76,7 +76,7 @@ def make_plan(
         )
     if source.problems:
         raise PlanError(source.label, source.problems, source.again())
-    layout = find_linears(source, trust_remote_code=trust_remote_code, rules=run.modules == "rules")
+    layout = layout_of(source, trust_remote_code=trust_remote_code, rules=run.modules == "rules")
     problems: list[str] = []
     notes = [*source.notes, *layout.notes, *source.carried.notes(source.place.size)]
     code = model_dtype(source, dtype)

@@ -24,7 +24,8 @@ from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.stored_tensor import StoredTensor, pread
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, UsageError, one_of
-from qcli.loading.load import check_fits, open_checkpoint, quiet, stored_config, stored_layout
+from qcli.loading.load import check_fits, quiet, stored_config, stored_layout
+from qcli.loading.opening import open_checkpoint
 from qcli.loading.tokenizer import read_tokenizer
 from qcli.loading.transformers_quantizer import QcliQuantizer
 from qcli.runtime.heap import give_back

@@ -10,13 +10,14 @@ from contextlib import closing
 from qcli import formats
 from qcli.checkpoint import config_json, dtypes
 from qcli.checkpoint.model_dtype import model_dtype
-from qcli.checkpoint.modules import Layout, Linear, find_linears
+from qcli.checkpoint.modules import Layout, Linear
 from qcli.checkpoint.names import gain_of, is_down_projection, layer_counts, place
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import Source, open_source, read_pieces
 from qcli.errors import CheckpointError, together
 from qcli.formats import Weight
 from qcli.formats.describe import Description, describe
+from qcli.memory.model.plain_layout import layout_of
 from qcli.outliers.weights import summary
 from qcli.outliers.weights.inspection import Model, Size, WeightInspection
 from qcli.outliers.weights.statistics import LinearWeight, NormGain
@@ -66,10 +67,10 @@ def _layout(source: Source, trust_remote_code: bool) -> tuple[Layout, list[str]]
     """(modules, notes), as transformers builds them, or by names and shapes where it cannot: nothing has to be loaded later."""
     notes = []
     try:
-        layout = find_linears(source, trust_remote_code=trust_remote_code)
+        layout = layout_of(source, trust_remote_code=trust_remote_code)
     except CheckpointError as e:
         notes.append(f"{e.message}; so linear modules were found by their names and shapes")
-        layout = find_linears(source, rules=True)
+        layout = layout_of(source, rules=True)
     notes += layout.notes
     if layout.expert_parameters:
         notes.append(f"fused experts, {layout.expert_parameters:,} parameters, are no linear modules: not inspected")

@@ -1,0 +1,55 @@
+"""What is checked of a model and of the options before torch and transformers are loaded, which takes seconds."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+from qcli import formats
+from qcli.checkpoint.source import Source, open_source
+from qcli.errors import CheckpointError, QcliWarning, UsageError
+from qcli.files.foreign_json import TEXT, check
+from qcli.methods.choosing import methods_of, recipe_in_force
+from qcli.recipe import Recipe
+
+
+def open_checkpoint(model: str, revision: str | None, trust_remote_code: bool) -> Source:
+    """The checkpoint of a folder or hub id, whole as far as headers show, and unquantized or in a format that qcli runs.
+
+    Warns of what is odd about it. Raises CheckpointError, HubError.
+    """
+    source = open_source(model, revision, trust_remote_code=trust_remote_code)
+    if source.problems:
+        raise CheckpointError(f"{model}: {source.problems[0]}", source.again())
+    for note in source.notes:
+        warnings.warn(f"{model}: {note}", QcliWarning, stacklevel=2)
+    if source.quantization:
+        label = f"{model}/config.json: quantization_config"
+        check(source.quantization, {"quant_method": TEXT}, label, "Mend the file, or fetch it again.")
+        format = formats.of_config(source.quantization)
+        if format is None:
+            raise CheckpointError(
+                f"{model} is quantized by {source.quantization['quant_method']}, which qcli does not run; it runs "
+                f"{' and '.join(formats.NAMES)}",
+                "Load it with transformers.",
+            )
+        format.check(source.quantization, label)
+    return source
+
+
+def asked_recipe(
+    recipe: Recipe | None,
+    bits: int | None,
+    method: str | None,
+    options: Mapping[str, object],
+    skip: Iterable[str],
+    settings: Mapping[str, object],
+) -> Recipe | None:
+    """The recipe that a model is to be quantized by while it is read; None where nothing asks for one. Raises UsageError."""
+    skip = list(skip)
+    if bits is None and method is None and recipe is None:
+        given = [name for name, value in options.items() if value is not None] + ["skip"] * bool(skip) + ["set"] * bool(settings)
+        if given:
+            raise UsageError(f"--{given[0].replace('_', '-')} was given without --bits, --method or --recipe", "Add one of them.")
+        return None
+    found, _ = recipe_in_force(recipe, bits, method, options, skip, None, settings)
+    formats.holding([each.scheme for each in methods_of(found)], found.format)  # raises for what no format holds
+    return found

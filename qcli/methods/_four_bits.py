@@ -1,0 +1,54 @@
+"""The options of the 4-bit methods nf4 and fp4. What carries them out is in qcli/methods/_blockwise.py, which loads torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from qcli.errors import UsageError
+from qcli.methods._method import Encoder, Parts
+from qcli.schemes import BLOCK_SIZES, NAMED, Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Blockwise4bit:
+    """Options of the 4-bit methods: elements per absmax, and whether the absmax values are quantized too."""
+
+    block_size: int = 64
+    double_quant: bool = True
+
+    codebook: ClassVar[str]
+    casts_to_model_dtype: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise UsageError(
+                f"block size is {self.block_size}, expected one of {', '.join(map(str, BLOCK_SIZES))}",
+                "64 is what transformers and bitsandbytes use.",
+            )
+
+    @property
+    def scheme(self) -> Scheme:
+        """What a weight is stored as with these options."""
+        named = NAMED[self.codebook if self.double_quant else f"{self.codebook}-plain"]
+        return replace(named, size=self.block_size)
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> Self:
+        """The method with the options that make `scheme`."""
+        return cls(scheme.size, scheme.double_quant)
+
+    def encoder(self, out_features: int, in_features: int, device: torch.device) -> Encoder:
+        """Takes one weight of this shape."""
+        from qcli.methods._blockwise import BlockEncoder
+
+        return BlockEncoder(self.scheme, out_features * in_features, device)
+
+    def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
+        """The weight float32 [out_features, in_features] that all parts together stand for."""
+        from qcli.methods._blockwise import decode_blocks
+
+        return decode_blocks(parts, self.block_size, self.codebook, out_features, in_features)
