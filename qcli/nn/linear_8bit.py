@@ -9,7 +9,7 @@ from qcli.nn._fast_path import FastPath
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.linear_int8 import PreparedInt8, linear_int8
-from qcli.ops.linear_w8a16 import linear_w8a16
+from qcli.ops.linear_w8a16 import PreparedW8A16, linear_w8a16
 
 
 class Linear8bit(FastPath, QuantizedLinear):
@@ -20,7 +20,6 @@ class Linear8bit(FastPath, QuantizedLinear):
 
     one_text_a_call = True  # the outlier columns of all tokens of a call are taken together
     activations_in_int8 = True
-    _op, _prepare = staticmethod(linear_int8), PreparedInt8
 
     def __init__(
         self,
@@ -52,14 +51,17 @@ class Linear8bit(FastPath, QuantizedLinear):
         kind = f"threshold={self.threshold}" if self.activations_in_int8 else "activations_in_int8=False"
         return f"{super().extra_repr()}, {kind}"
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] to [..., out_features], in x's dtype."""
-        if self.activations_in_int8:
-            return super().forward(x)
-        return linear_w8a16(x, self.weight, self.SCB.view(-1), self.bias)
+    @property
+    def _op(self):
+        return linear_int8 if self.activations_in_int8 else linear_w8a16
+
+    @property
+    def _prepare(self):
+        return PreparedInt8 if self.activations_in_int8 else PreparedW8A16
 
     def _arguments(self) -> tuple:
-        return self.weight, self.SCB.view(-1), self.bias, self.threshold
+        weight = self.weight, self.SCB.view(-1), self.bias
+        return (*weight, self.threshold) if self.activations_in_int8 else weight
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out_features, in_features]."""

@@ -12,7 +12,7 @@ from qcli.ops._library import blocks, define, persistent_grid
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.linear_int8 import kernel_arguments
 from qcli.ops.quantize_int8 import quantize_int8
-from qcli.runtime import cuda
+from qcli.runtime import cpu, cuda
 
 _ROWS = 512  # rows of the weight in float32 at a time
 
@@ -28,6 +28,40 @@ def _reference(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias:
 
 def _fake(x, weight, scale, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_kernel = cpu.kernel("linear_w8a16", "piqpp")
+
+
+class PreparedW8A16:
+    """A weight, checked and prepared for the CPU kernel for few tokens. Its arguments after in_features are those of the op after
+    x. It raises the same errors as the op."""
+
+    MOST_TOKENS = 16  # for more tokens, torch's product of a widened weight is faster
+
+    def __init__(self, in_features: int, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None):
+        op, self.in_features, self.out_features = "linear_w8a16", in_features, weight.shape[0]
+        weight = cpu.require(op, "weight", weight, torch.int8, self.out_features * in_features)
+        scale = cpu.require(op, "scale", scale.float(), torch.float32, self.out_features)
+        if bias is not None:
+            bias = cpu.require(op, "bias", bias, bias.dtype, self.out_features)
+        dtype = 0 if bias is None else cpu.dtype_code(op, bias, "bias")
+        self._weight = cpu.Record("pppqqq", weight, scale, bias, dtype, self.out_features, in_features)
+        self.addresses = self._weight.addresses
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] to [..., out_features]."""
+        y = x.new_empty((*x.shape[:-1], self.out_features))
+        tokens = x.numel() // self.in_features
+        _kernel(x.contiguous(), cpu.dtype_code("linear_w8a16", x), tokens, self._weight.address, y)
+        return y
+
+
+def _cpu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    in_features = x.shape[-1]
+    if not in_features or x.numel() > PreparedW8A16.MOST_TOKENS * in_features:
+        return _reference(x, weight, scale, bias)
+    return PreparedW8A16(in_features, weight, scale, bias)(x)
 
 
 _FEW = 8  # the most tokens of the CUDA kernel
@@ -63,7 +97,7 @@ def _cuda(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torc
     return y
 
 
-_op = define("linear_w8a16(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor", _reference, _fake, None, _cuda)
+_op = define("linear_w8a16(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor", _reference, _fake, _cpu, _cuda)
 
 
 def linear_w8a16(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
