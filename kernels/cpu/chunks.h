@@ -1,7 +1,7 @@
-// x in chunks of 128 for the products of few tokens with 4-bit and 8-bit weights, and the products of a chunk.
+// x in chunks of 128, for the products of few tokens with 4-bit and 8-bit weights.
 //
-// Products are float32. With the compute dtype bfloat16 they are products of 16-bit integers, because decoding, not memory, is the
-// limit: 4-bit codes in steps of 1 / 8064, x of each chunk in steps of its largest magnitude / 32767. Half a step of a code is finer
+// It is float32. For 4-bit weights with the compute dtype bfloat16 it is 16-bit integers, because decoding, not memory, is the limit
+// there: codes in steps of 1 / 8064, x of each chunk in steps of its largest magnitude / 32767. Half a step of a code is finer
 // than bfloat16's rounding of it. The steps of x cost no more than that once outliers are taken out: elements of more than kOutlier
 // times the mean magnitude of the rest of their chunk. They are multiplied in float32, apart, as LLM.int8() does with columns.
 //
@@ -35,14 +35,10 @@ QCLI_INLINE void widen_chunk(const T* x, int64_t count, float* to) {
 // The order of a 4-bit weight's codes after look-up. Shift j moves the code of element 8 lane + (j ^ 1) to the low four bits of a
 // lane, where the look-up reads it. That element of x is therefore stored at 16 j + lane.
 struct NibbleOrder {
-  static constexpr int of_float(int place) { return 8 * (place % 16) + ((place / 16) ^ 1); }
-#if defined(QCLI_INT16_PRODUCTS)
-  static constexpr int of_word(int place) { return element_of(place / 32, place % 32); }
-#endif
+  static constexpr int element_at(int place) { return 8 * (place % 16) + ((place / 16) ^ 1); }
 };
 struct NaturalOrder {
-  static constexpr int of_float(int place) { return place; }
-  static constexpr int of_word(int place) { return place; }
+  static constexpr int element_at(int place) { return place; }
 };
 
 // x [rows, k] in float32, with zeros up to whole chunks.
@@ -56,7 +52,7 @@ class Float32 {
     for (int64_t t = 0; t < rows; t++, x += k) {
       for (int64_t i = 0; i < k; i += kChunk, to += kChunk) {
         widen_chunk(x + i, k - i, chunk);
-        for (int place = 0; place < kChunk; place++) to[place] = chunk[Order::of_float(place)];
+        for (int place = 0; place < kChunk; place++) to[place] = chunk[Order::element_at(place)];
       }
     }
   }
@@ -75,8 +71,8 @@ class Float32 {
 constexpr float kSteps = 32767;
 constexpr float kOutlier = 64;
 
-// x [rows, k] in 16-bit integers, with one step size per chunk, and zeros up to whole chunks.
-template <class Order>
+// x [rows, k] in 16-bit integers, in the order of a 4-bit weight's codes after look-up, with one step size per chunk and zeros up to
+// whole chunks.
 class Int16 {
  public:
   template <class T>
@@ -98,7 +94,7 @@ class Int16 {
         if (!usable_) return;
         const F32x16 scale = all(largest > 0 ? kSteps / largest : 0.0f);
         for (int j = 0; j < kChunk; j += 16) store_ints(rounded_x + j, rounded(load(chunk + j) * scale));
-        for (int place = 0; place < kChunk; place++) to[place] = int16_t(rounded_x[Order::of_word(place)]);
+        for (int place = 0; place < kChunk; place++) to[place] = int16_t(rounded_x[element_of(place / 32, place % 32)]);
         *step++ = largest / kSteps;
       }
     }

@@ -174,8 +174,7 @@ QCLI_INLINE void add(Table16 table, const I32x16* chunk, const Floats& x, int64_
 #if defined(QCLI_INT16_PRODUCTS)
 constexpr float kCodeSteps = 8064;  // 8 * 8064 * 32767 is within int32; FP4's values, multiples of 1 / 192, stay exact
 
-using Words = Int16<NibbleOrder>;
-QCLI_INLINE Codes16 table_for(const Words&, const float* code) {
+QCLI_INLINE Codes16 table_for(const Int16&, const float* code) {
   int16_t entries[16];
   for (int i = 0; i < 16; i++) entries[i] = int16_t(nearbyintf(code[i] * kCodeSteps));
   return codes16(entries);
@@ -195,7 +194,7 @@ QCLI_INLINE void add_half(Codes16 table, const I32x16* chunk, const int16_t* con
 }
 
 template <int kT, int kR>
-QCLI_INLINE void add(Codes16 table, const I32x16* chunk, const Words& x, int64_t t, int64_t i, const F32x16* scales,
+QCLI_INLINE void add(Codes16 table, const I32x16* chunk, const Int16& x, int64_t t, int64_t i, const F32x16* scales,
                      F32x16 (*totals)[kT]) {
   const int16_t* values[kT];
   for (int s = 0; s < kT; s++) values[s] = x.at(t + s, i);
@@ -378,7 +377,7 @@ void linear(const void* input, int64_t tokens, const Weight& w, void* output, in
   }
 #if defined(QCLI_INT16_PRODUCTS)
   if (w.coarse) {
-    const Words laid_out(x, tokens, w.k);
+    const Int16 laid_out(x, tokens, w.k);
     if (laid_out.usable()) {
       linear_in_chunks(laid_out, tokens, w, y, threads);
       return;

@@ -138,6 +138,39 @@ def test_an_outlier_does_not_coarsen_its_neighbours(outlier, dtype):
     assert (y - exact).square().mean() <= 2 * (error + of_result)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("block_size", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("in_features", [160, 352, 576, 1568])
+def test_rows_that_end_within_a_chunk(in_features, block_size, nested):
+    """In bfloat16, where a kernel multiplies 16-bit integers, and with outliers in the whole chunks and in the partial one."""
+    generator = torch.Generator().manual_seed(in_features)
+    packed, absmax = quantize_4bit(torch.randn(21, in_features, generator=generator), block_size, "nf4")
+    nested_absmax, offset = None, 0.0
+    if nested:
+        offset = mean_absmax(absmax)
+        absmax, nested_absmax = quantize_absmax(absmax, offset)
+    for tokens in (1, 3, 6, 16):
+        x = torch.randn(tokens, in_features, generator=generator)
+        x[0, [3, in_features - 1]] = 2000.0
+        x[-1, 70] = -3e4
+        arguments = (packed, absmax, nested_absmax, offset, None, block_size, "nf4", 21, torch.bfloat16)
+        check(x.bfloat16(), *arguments)
+        if cpu.variant() is not None:  # plain torch also rounds the result to bfloat16, and then it is float32 again
+            check(x, *arguments)
+
+
+@pytest.mark.parametrize("every", [1, 2, 7, 40])
+def test_any_number_of_outliers(every):
+    """None, some, and more than are taken out one by one: against a background that is some 10,000 times smaller."""
+    generator = torch.Generator().manual_seed(every)
+    packed, absmax = quantize_4bit(torch.randn(40, 576, generator=generator), 64, "nf4")
+    x = torch.randn(5, 576, generator=generator)
+    x[:, ::every] *= 1e4
+    x[2] = 0
+    x[2, 575] = 1.0
+    check(x.bfloat16(), packed, absmax, None, 0.0, None, 64, "nf4", 40, torch.bfloat16)
+
+
 def test_many_panels(monkeypatch):
     monkeypatch.setattr(module, "_PANEL_BYTES", 10_000)
     generator = torch.Generator().manual_seed(1)

@@ -10,7 +10,7 @@ tests/memory/test_plain_layout.py compares with transformers' answer.
 """
 
 from collections.abc import Callable
-from math import isfinite
+from sys import float_info
 
 from qcli import formats
 from qcli.checkpoint.dtypes import MODEL_DTYPES
@@ -42,11 +42,11 @@ Check = Callable[[object], bool]
 
 
 def _whole(value: object) -> bool:
-    return type(value) is int and value >= 1
+    return type(value) is int and 1 <= value < 1 << 63  # torch has no larger sizes
 
 
 def _number(value: object) -> bool:
-    return type(value) in (int, float) and isfinite(value) and value >= 0  # type: ignore[arg-type]
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= float_info.max
 
 
 def _fraction(value: object) -> bool:
