@@ -18,14 +18,14 @@ TOKEN = "hf_loopback"
 
 
 class HubServer:
-    """`url` is its address; `requests` the log of (method, path, bytes sent); `uploads` what was committed to each repo."""
+    """`url` is its address; `requests` the log of [method, path, bytes sent]; `uploads` what was committed to each repo."""
 
     def __init__(self):
         self.repos: dict[str, Path] = {}
         self.gated: set[str] = set()
         self.without_ranges: set[str] = set()  # repos whose files are always sent whole
         self.cuts: dict[str, list[int]] = {}  # file -> [bytes to send, times]
-        self.requests: list[tuple[str, str, int]] = []
+        self.requests: list[list] = []
         self.uploads: dict[str, dict[str, bytes]] = {}
         hub = self
 
@@ -181,48 +181,52 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", f'"{_hash(data)}"')
         self.send_header("X-Repo-Commit", COMMIT)
+        entry = self._log(0)
         self.end_headers()
         if not body:
-            self.requests_log(0)
             return
         piece = data[start:end]
         cut = hub.cuts.get(name)
         if cut and cut[1] > 0 and len(piece) > cut[0]:
             cut[1] -= 1
-            self._send(piece[: cut[0]])
+            self._send(piece[: cut[0]], entry)
             self.close_connection = True
             return
-        self._send(piece)
+        self._send(piece, entry)
 
-    def _send(self, piece: bytes) -> None:
-        sent = 0
-        try:
-            for at in range(0, len(piece), 1 << 16):
-                self.wfile.write(piece[at : at + (1 << 16)])
-                sent += len(piece[at : at + (1 << 16)])
-        except OSError:  # the client has read what it wanted
-            self.close_connection = True
-        self.requests_log(sent)
+    def _send(self, piece: bytes, entry: list) -> None:
+        for at in range(0, len(piece), 1 << 16):
+            part = piece[at : at + (1 << 16)]
+            entry[2] += len(part)
+            try:
+                self.wfile.write(part)
+            except OSError:  # the client has read what it wanted
+                entry[2] -= len(part)
+                self.close_connection = True
+                return
 
-    def requests_log(self, count: int) -> None:
-        self.server_hub.requests.append((self.command, self.path.partition("?")[0], count))
+    def _log(self, count: int) -> list:
+        """Adds to the log, before anything is sent: who has an answer finds its request there."""
+        entry = [self.command, self.path.partition("?")[0], count]
+        self.server_hub.requests.append(entry)
+        return entry
 
     def _json(self, value: object) -> None:
         data = json.dumps(value).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        self._log(len(data))
         self.end_headers()
         self.wfile.write(data)
-        self.requests_log(len(data))
 
     def _refuse(self, status: int, code: str) -> None:
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("X-Error-Message", code)
         self.send_header("Content-Length", "0")
+        self._log(0)
         self.end_headers()
-        self.requests_log(0)
 
 
 def _hash(data: bytes) -> str:
