@@ -27,6 +27,19 @@
 // of which has the position `start` in the text. Every op of a program has these parameters, whether it needs all of them or not.
 #define QCLI_STEP(op) QCLI_KERNEL(op)(const void* record, int64_t tokens, int64_t start, int threads)
 
+// A linear layer as an op of a program. `run` takes (x, tokens, weight, y, threads) for float32 x and y.
+struct LinearStep {
+  const float* x;      // [tokens, in_features]
+  float* y;            // [tokens, out_features]
+  const void* weight;  // the record of the linear op
+};
+#define QCLI_LINEAR_STEP(op, run)                                          \
+  QCLI_STEP(op) {                                                          \
+    (void)start;                                                           \
+    const LinearStep& a = *static_cast<const LinearStep*>(record);         \
+    run(a.x, tokens, *static_cast<const Weight*>(a.weight), a.y, threads); \
+  }
+
 // In parallel.cpp. Calls body(context, begin, end) over [0, count) in pieces of `grain`, with at most `threads` threads.
 extern "C" __attribute__((visibility("hidden"))) void qcli_parallel(
     void (*body)(void*, int64_t, int64_t), void* context, int64_t count, int64_t grain, int threads);

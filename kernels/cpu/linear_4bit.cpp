@@ -393,3 +393,5 @@ void linear(const void* input, int64_t tokens, const Weight& w, void* output, in
 QCLI_KERNEL(linear_4bit)(const void* x, int dtype, int64_t tokens, const void* weight, void* y, int threads) {
   QCLI_DISPATCH(dtype, linear, x, tokens, *static_cast<const Weight*>(weight), y, threads)
 }
+
+QCLI_LINEAR_STEP(linear_4bit_step, linear<float>)

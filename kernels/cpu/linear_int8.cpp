@@ -262,6 +262,8 @@ QCLI_KERNEL(linear_int8)(const void* x, int dtype, int64_t tokens, const void* w
   QCLI_DISPATCH(dtype, linear, x, tokens, *static_cast<const Weight*>(weight), y, threads)
 }
 
+QCLI_LINEAR_STEP(linear_int8_step, linear<float>)
+
 // The same, from the integer product `sums` int32 [tokens, out_features] and the results of quantize_int8 for x: absmax float32
 // [tokens], the outliers' columns int64 [outliers] and values float32 [tokens, outliers].
 QCLI_KERNEL(linear_int8_epilogue)

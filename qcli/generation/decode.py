@@ -17,9 +17,10 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from qcli.devices import gpus_of
 from qcli.errors import CheckpointError, QcliError, QcliWarning, UsageError, first_line
 from qcli.generation import graph as decode_graph
-from qcli.generation import positions
+from qcli.generation import lean, positions
 from qcli.generation.can_generate import check_class
 from qcli.generation.sampling import Sampling
+from qcli.generation.step import Unsupported
 from qcli.generation.stop_string import stop_string
 from qcli.loading import generation_config, out_of_memory
 from qcli.loading.load import quiet
@@ -130,8 +131,15 @@ class Decoding:
         self.prompt_end, self.end = positions.ends(model)
         self.made_for = positions.made_for(model)
         self.length_warned = False
+        self.lean = self._lean()
         for note in notes:
             warnings.warn(note, QcliWarning, stacklevel=3)
+
+    def _lean(self) -> lean.Lean | None:
+        try:
+            return lean.Lean(self.model) if lean.wanted(self.model) else None
+        except Unsupported:
+            return None
 
     def _sample(self) -> list[str]:
         """Applies the user's options over the model's. Temperature 0 means greedy in both."""
@@ -250,7 +258,14 @@ class Decoding:
             try:
                 decode_graph.generate(self.model, ids, capture, streamer.add, streamer.ready, **options)
                 return
-            except decode_graph.Unsupported:
+            except Unsupported:
+                streamer.started = time.monotonic()
+        elif self.lean is not None:
+            try:
+                lean.generate(self.model, ids, self.lean, streamer.add, **options)
+                return
+            except Unsupported:
+                self.lean = None
                 streamer.started = time.monotonic()
         self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
 

@@ -37,6 +37,13 @@ class FastPath(nn.Module):
                 self.__dict__["_prepared"] = kept
         return kept[1](x)
 
+    def for_step(self):
+        """The CPU kernel's view of the weight for a decoding step, which keeps float32 activations between its ops.
+
+        Raises ValueError or TypeError for tensors that the kernel refuses, such as those on another device.
+        """
+        return self._prepare(self.in_features, *self._arguments())
+
     def _arguments(self) -> tuple:
         """What the op takes beside x, in its order."""
         raise NotImplementedError

@@ -37,6 +37,7 @@ class Prepared4bit:
     x. It raises the same errors as the op."""
 
     MOST_TOKENS = 16  # for more tokens, panels are faster
+    STEP = "linear_4bit_step"
 
     def __init__(
         self, in_features, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype
@@ -52,7 +53,7 @@ class Prepared4bit:
         if bias is not None:
             bias = cpu.require(op, "bias", bias, bias.dtype, out_features)
         self.in_features, self.out_features = in_features, out_features
-        self._weight = cpu.Record(
+        self.weight = cpu.Record(
             "pppppppqqqqfi",
             packed,
             *((absmax, None) if nested_absmax is None else (None, absmax)),
@@ -68,13 +69,13 @@ class Prepared4bit:
             compute_dtype == torch.bfloat16,
         )
 
-        self.addresses = self._weight.addresses
+        self.addresses = self.weight.addresses
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features]."""
         y = x.new_empty((*x.shape[:-1], self.out_features))
         tokens = x.numel() // self.in_features
-        _kernel(x.contiguous(), cpu.dtype_code("linear_4bit", x), tokens, self._weight.address, y)
+        _kernel(x.contiguous(), cpu.dtype_code("linear_4bit", x), tokens, self.weight.address, y)
         return y
 
 

@@ -104,6 +104,7 @@ class PreparedInt8:
     the same errors as the op."""
 
     MOST_TOKENS = 16  # up to this number the weight is read once, and torch's product is slower
+    STEP = "linear_int8_step"
 
     def __init__(self, in_features: int, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float):
         op, self.in_features, self.out_features = "linear_int8", in_features, weight.shape[0]
@@ -113,7 +114,7 @@ class PreparedInt8:
         scale = cpu.require(op, "scale", scale.float(), torch.float32, self.out_features)
         if bias is not None:
             bias = cpu.require(op, "bias", bias, bias.dtype, self.out_features)
-        self._weight = cpu.Record(
+        self.weight = cpu.Record(
             "pppqqqf",
             weight,
             scale,
@@ -123,7 +124,7 @@ class PreparedInt8:
             self.in_features,
             threshold,
         )
-        self.address, self.addresses = self._weight.address, self._weight.addresses
+        self.address, self.addresses = self.weight.address, self.weight.addresses
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features]."""

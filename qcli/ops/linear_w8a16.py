@@ -38,6 +38,7 @@ class PreparedW8A16:
     x. It raises the same errors as the op."""
 
     MOST_TOKENS = 16  # for more tokens, torch's product of a widened weight is faster
+    STEP = "linear_w8a16_step"
 
     def __init__(self, in_features: int, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None):
         op, self.in_features, self.out_features = "linear_w8a16", in_features, weight.shape[0]
@@ -46,14 +47,14 @@ class PreparedW8A16:
         if bias is not None:
             bias = cpu.require(op, "bias", bias, bias.dtype, self.out_features)
         dtype = 0 if bias is None else cpu.dtype_code(op, bias, "bias")
-        self._weight = cpu.Record("pppqqq", weight, scale, bias, dtype, self.out_features, in_features)
-        self.addresses = self._weight.addresses
+        self.weight = cpu.Record("pppqqq", weight, scale, bias, dtype, self.out_features, in_features)
+        self.addresses = self.weight.addresses
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features]."""
         y = x.new_empty((*x.shape[:-1], self.out_features))
         tokens = x.numel() // self.in_features
-        _kernel(x.contiguous(), cpu.dtype_code("linear_w8a16", x), tokens, self._weight.address, y)
+        _kernel(x.contiguous(), cpu.dtype_code("linear_w8a16", x), tokens, self.weight.address, y)
         return y
 
 

@@ -64,7 +64,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
+    """The loaded library; None if it cannot be used."""
     return _loaded()[0]
 
 
@@ -86,7 +87,7 @@ def _torch_openmp() -> int | None:
 
 def variants() -> list[str]:
     """The variants that this CPU supports, the best one last. Empty without the library."""
-    return _library().qcli_variants().decode().split() if _library() else []
+    return library().qcli_variants().decode().split() if library() else []
 
 
 def _chosen() -> str | None:
@@ -126,7 +127,7 @@ def using(name: str | None) -> Iterator[None]:
 
 def native_bfloat16() -> bool:
     """Whether this CPU has bfloat16 instructions: a product in bfloat16 is then faster than one in float32."""
-    return bool(_library() and _library().qcli_native_bfloat16())
+    return bool(library() and library().qcli_native_bfloat16())
 
 
 def last_level_cache() -> int:
@@ -151,7 +152,7 @@ def kernel(name: str, signature: str) -> Callable[..., None]:
     def call(*arguments) -> None:
         function = functions.get(_variant)
         if function is None:
-            function = functions[_variant] = getattr(_library(), f"qcli_{name}_{_variant}")
+            function = functions[_variant] = getattr(library(), f"qcli_{name}_{_variant}")
             function.argtypes, function.restype = argtypes, None
         values = [value if type(value) in _NUMBERS else value.data_ptr() for value in arguments]
         function(*values, torch.get_num_threads())
@@ -164,7 +165,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     huge pages."""
     tensor = torch.empty(shape, dtype=dtype)
     if tensor.nbytes >= _HUGE_FROM:
-        _library().qcli_prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        library().qcli_prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
 
 

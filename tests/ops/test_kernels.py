@@ -82,7 +82,7 @@ def test_large_tensors_take_several_threads_to_the_same_bits(monkeypatch):
     one = run()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert same_bits(run(), one)
-    library = cpu._library()
+    library = cpu.library()
     try:
         library.qcli_use_openmp(None)  # threads of its own
         assert same_bits(run(), one)

@@ -1,0 +1,296 @@
+"""Decoding on a CPU by the lean step (lean_step.py): transformers reads the prompt, then the program makes one token after the other.
+
+The program is made for a model at its first prompt, and compared there with transformers: each layer, the input of the first one and
+the head, on the last tokens of the prompt, with the keys and values that transformers has stored. A model that differs anywhere
+keeps transformers' step. QCLI_STEP=transformers turns the lean step off.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.generation.configuration_utils import GenerationMode
+
+from qcli.errors import UsageError
+from qcli.generation.graph import supported
+from qcli.generation.lean_step import MOST_TOKENS, ROOM, Caches, LeanStep
+from qcli.generation.step import Unsupported, cache_argument
+from qcli.generation.structure import Block, candidates, linear_of, norm_of
+from qcli.runtime import cpu
+
+CHOICE = "QCLI_STEP"
+_MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
+_LEAST = 8  # tokens of a text that tells the readings of a layer apart
+# The largest difference, as a share of what a layer adds. transformers rounds each step of a layer to the model's dtype.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+_INT8_ACTIVATIONS = 0.1  # the share if transformers' products round activations to int8
+
+
+def wanted(model) -> bool:
+    """Whether the lean step may run `model`: on the CPU as a whole, with its kernels. Raises UsageError for a choice of neither."""
+    choice = os.environ.get(CHOICE) or "lean"
+    if choice not in ("lean", "transformers"):
+        raise UsageError(f"the environment variable {CHOICE} is {choice!r}", "Set it to lean or transformers, or unset it.")
+    if choice != "lean" or cpu.variant() is None or model.training:
+        return False
+    return all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
+
+
+class Lean:
+    """The lean step of one model, for one text after the other."""
+
+    def __init__(self, model):
+        if not supported(model):
+            raise Unsupported
+        self.model, self.config = model, model.config
+        self.dtype = model.get_input_embeddings().weight.dtype
+        if self.dtype not in _TOLERANCE:
+            raise Unsupported
+        self.decoder = model.get_decoder()
+        kinds = DynamicCache(config=self.config).layers
+        self.windows = [each.sliding_window if isinstance(each, DynamicSlidingWindowLayer) else 0 for each in kinds]
+        lists = [child for child in self.decoder.children() if isinstance(child, nn.ModuleList)]
+        if [len(each) for each in lists] != [len(kinds)]:
+            raise Unsupported
+        (self.decoder_layers,) = lists
+        self.readings = [list(candidates(layer, self.config)) for layer in self.decoder_layers]
+        if len({options[0].attention.out.out_features for options in self.readings}) != 1:
+            raise Unsupported
+        self.head = linear_of(model.get_output_embeddings())
+        self.step: LeanStep | None = None
+        self.embed: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+        self.rope: list[Callable | None] = []
+
+    def prefill(self, ids: torch.Tensor, options: dict, length: int) -> torch.Tensor:
+        """Reads ids int64 [1, tokens] with transformers. Returns logits float32 [1, vocabulary] after the last.
+
+        `length` is that of the longest text. Raises Unsupported at the first prompt if the step differs from transformers'.
+        """
+        count = ids.shape[1]
+        room = max(min(length, count + ROOM), MOST_TOKENS)
+        attention = [each[0].attention for each in self.readings]
+        caches = Caches([a.kv_heads for a in attention], [a.head_dim for a in attention], self.windows, self.dtype, room)
+        self.length = max(length, MOST_TOKENS)
+        if self.step is not None:
+            logits = self._read(ids, options, caches)
+            self.step.caches = caches
+            self.step.record(self._tables(caches.length))
+            return logits
+        short = count < _LEAST
+        with _watching(self.decoder_layers) as seen:
+            logits = self._read(ids, options, caches)
+            if short:  # the same text, repeated
+                repeated = ids.repeat(1, -(-_LEAST // count))
+                others = Caches([a.kv_heads for a in attention], [a.head_dim for a in attention], self.windows, self.dtype, 2 * _LEAST)
+                self._check(seen, repeated, others, self._read(repeated, options, others))
+        if short:
+            self.step.caches = caches
+            self.step.record(self._tables(caches.length))
+        else:
+            self._check(seen, ids, caches, logits)
+        return logits
+
+    def run(self, ids: torch.Tensor, start: int) -> torch.Tensor:
+        """Logits float32 [tokens, vocabulary] after each of ids int64 [tokens], whose first has the position `start`."""
+        caches = self.step.caches
+        if start + len(ids) > caches.length:
+            caches.stretch(min(2 * caches.length, self.length + MOST_TOKENS), start)
+            self.step.record(self._tables(caches.length))
+        return self._finished(self.step.run(ids, start))
+
+    def _read(self, ids: torch.Tensor, options: dict, caches: Caches) -> torch.Tensor:
+        cache = Cache(layers=[_Storing(layer) for layer in caches.layers])
+        positions = torch.arange(ids.shape[1])[None]
+        options = options | {cache_argument(self.model): cache}
+        return self.model(input_ids=ids, position_ids=positions, use_cache=True, **options).logits[:, -1].float()
+
+    def _tables(self, length: int) -> list:
+        made = {rope: rope(torch.arange(length)[None]) for rope in set(self.rope) if rope is not None}
+        return [made.get(rope) for rope in self.rope]
+
+    def _check(self, seen: "_Seen", ids: torch.Tensor, caches: Caches, logits: torch.Tensor) -> None:
+        """Makes the step from the readings that agree with what transformers did. Raises Unsupported."""
+        count = ids.shape[1]
+        tokens = min(MOST_TOKENS, count)
+        self.rope = self._ropes(seen.rope, count)
+        self.embed = self._embed_of(ids[0], seen.inputs[0][0].float())
+        blocks = [self._possible(i)[0] for i in range(len(self.readings))]
+        step = LeanStep(self.embed, blocks, self._last_norm(), self.head, self._tables(caches.length), caches)
+        for i in range(len(blocks)):
+            x, theirs = seen.inputs[i][0].float(), seen.outputs[i][0].float()
+            options = self._possible(i)
+            for block in [blocks[i], *(each for each in options if each is not blocks[i])]:
+                if block is not blocks[i]:  # the layers behind it are likely to be read in the same way
+                    place = options.index(block)
+                    blocks[i:] = [self._possible(j)[place] for j in range(i, len(blocks))]
+                    step.record(self._tables(caches.length))
+                if self._agree(step.run_layer(i, x, count - tokens), theirs, theirs - x):
+                    break
+            else:
+                raise Unsupported
+        ours = self._finished(step.run_head(seen.outputs[-1][0, -1:].float()))
+        if not self._agree(ours, logits, logits):
+            raise Unsupported
+        self.step = step
+
+    def _possible(self, index: int) -> list[Block]:
+        """The readings of a layer that its positions allow."""
+        return [each for each in self.readings[index] if each.attention.rope is None or self.rope[index] is not None]
+
+    def _agree(self, ours: torch.Tensor, theirs: torch.Tensor, added: torch.Tensor) -> bool:
+        """Whether [tokens, n] are equal but for rounding; `added` is what was computed, apart from a residual stream."""
+        share = _TOLERANCE[self.dtype]
+        if any(getattr(module, "activations_in_int8", False) for module in self.decoder.modules()):
+            share = max(share, _INT8_ACTIVATIONS)
+        bound = share * added.norm(dim=-1) + torch.finfo(self.dtype).eps * theirs.norm(dim=-1)
+        return bool(((ours - theirs).norm(dim=-1) <= bound).all())
+
+    def _ropes(self, seen: list, count: int) -> list[Callable | None]:
+        """For each layer, the function of positions int64 [1, count] that gives its (cos, sin) float32 [count, rot_dim]."""
+        known = []
+        kinds = sorted(set(getattr(self.config, "layer_types", None) or ()))
+        for name, module in self.decoder.named_children():
+            if "rotary" in name:
+                by_kind = "layer_type" in inspect.signature(module.forward).parameters
+                known += [_rope(module, (kind,)) for kind in kinds] if by_kind else [_rope(module, ())]
+        made = [rope(torch.arange(count)[None]) for rope in known]
+        found: list[Callable | None] = []
+        for embeddings in seen:
+            if embeddings is None:
+                found.append(None)
+                continue
+            theirs = [each[0].float() for each in embeddings]
+            close = [all(map(self._same_angles, ours, theirs)) for ours in made]
+            if True not in close:
+                raise Unsupported
+            found.append(known[close.index(True)])
+        return found
+
+    def _same_angles(self, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+        return ours.shape == theirs.shape and bool(((ours - theirs).abs() <= 2 * torch.finfo(self.dtype).eps).all())
+
+    def _embed_of(self, ids: torch.Tensor, seen: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """The function of (ids, start) that gives the first layer's input, `seen` for the last of these ids. Raises Unsupported."""
+        embedding, tokens = self.model.get_input_embeddings(), len(seen)
+        rows = embedding(ids[None, -tokens:])[0].float()
+        if rows.shape != seen.shape:
+            raise Unsupported
+        positions = torch.arange(len(ids) - tokens, len(ids))
+        for module in self.decoder.children():
+            if type(module) is nn.Embedding and module is not embedding and module.num_embeddings >= len(ids):
+                if self._agree(rows + module(positions).float(), seen, seen):
+                    return lambda ids, start: embedding(ids) + module(torch.arange(start, start + len(ids)))
+        factor = float((rows * seen).sum() / rows.square().sum())
+        if not self._agree(rows * factor, seen, seen):
+            raise Unsupported
+        factor = 1.0 if torch.equal(rows, seen) else factor
+        return lambda ids, start: embedding(ids) * factor
+
+    def _last_norm(self):
+        for name, module in reversed(list(self.decoder.named_children())):
+            if "norm" in name or name == "ln_f":
+                return norm_of(module, self.head.in_features)
+        return None
+
+    def _finished(self, logits: torch.Tensor) -> torch.Tensor:
+        """In place: what models do with the head's product."""
+        scale = getattr(self.config, "logit_scale", None) or 1 / (getattr(self.config, "logits_scaling", None) or 1)
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        if scale != 1:
+            logits.mul_(scale)
+        if softcap:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        return logits
+
+
+def _rope(module: nn.Module, kind: tuple) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    def tables(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = module(torch.zeros(1, 1, 1), positions, *kind)
+        return cos[0].float().contiguous(), sin[0].float().contiguous()
+
+    return tables
+
+
+class _Storing(CacheLayerMixin):
+    """Stores the keys and values of a prompt in the step's own cache. A prompt attends to its own keys and values."""
+
+    is_compileable, is_sliding = False, False
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__):
+        self.layer.store(0, key_states[0], value_states[0])
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class _Seen:
+    """What the layers of a model got and gave, for the last MOST_TOKENS tokens: inputs, outputs [1, tokens, hidden_size]; rope."""
+
+    def __init__(self, count: int):
+        self.inputs, self.outputs, self.rope = ([None] * count for _ in range(3))
+
+
+@contextmanager
+def _watching(layers: nn.ModuleList) -> Iterator[_Seen]:
+    seen, hooks = _Seen(len(layers)), []
+
+    def before(i: int, args: tuple, kwargs: dict) -> None:
+        seen.inputs[i] = (args[0] if args else kwargs["hidden_states"])[:, -MOST_TOKENS:].clone()
+        seen.rope[i] = kwargs.get("position_embeddings")
+
+    def after(i: int, output) -> None:
+        seen.outputs[i] = (output[0] if isinstance(output, tuple) else output)[:, -MOST_TOKENS:].clone()
+
+    for i, layer in enumerate(layers):
+        hooks.append(layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: before(i, args, kwargs), with_kwargs=True))
+        hooks.append(layer.register_forward_hook(lambda _, __, output, i=i: after(i, output)))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def generate(model, ids: torch.Tensor, lean: Lean, on_token: Callable[[int], bool], **options) -> None:
+    """Continues ids int64 [1, tokens] by transformers' rules for `options`, arguments of its `generate`.
+
+    `on_token` is called with each new id. Raises Unsupported before its first call.
+    """
+
+    def decode(_, input_ids, *, logits_processor, stopping_criteria, generation_config, **inputs):
+        if generation_config.get_generation_mode() not in _MODES or len(input_ids) != 1 or generation_config.use_cache is False:
+            raise Unsupported
+        keep = {name: value for name, value in inputs.items() if name == "logits_to_keep"}
+        logits = lean.prefill(input_ids, keep, generation_config.max_length)
+        while True:
+            scores = logits_processor(input_ids, logits)
+            if generation_config.do_sample:
+                token = torch.multinomial(scores.softmax(-1), 1)
+            else:
+                token = scores.argmax(-1, keepdim=True)
+            input_ids = torch.cat((input_ids, token), 1)
+            on_token(int(token))
+            if bool(stopping_criteria(input_ids, scores).all()):
+                return input_ids
+            logits = lean.run(token[0], input_ids.shape[1] - 1)
+
+    model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=decode, **options)

@@ -1,0 +1,240 @@
+"""The step of a few tokens on a CPU, as one list of ops over float32 activations and a cache with room (kernels/cpu/program.cpp).
+
+transformers' own step spends most of its time around the products of a small model: on Python, on small ops of torch, on copies of
+the cache. This step computes the same from what structure.py reads in the modules. Weights stay where the modules have them.
+
+  hidden [tokens, hidden_size] is the residual stream. What attention or an MLP adds to it is added by the norm that reads it next.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from qcli.generation.step import Unsupported
+from qcli.generation.structure import Block, Norm
+from qcli.ops import activate, attend, norm, rope_append
+from qcli.runtime import cpu
+from qcli.runtime.program import Program
+
+MOST_TOKENS = 8
+ROOM = 256  # positions of a cache at first, beyond the prompt; doubled when they are full
+
+
+@dataclass
+class LayerCache:
+    """Keys and values [kv_heads, capacity, head_dim] of one layer. Position p is in slot p % capacity."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def store(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores keys and values [kv_heads, tokens, head_dim] of the positions from `start` on; only the last `capacity` of them."""
+        count, capacity = keys.shape[1], self.keys.shape[1]
+        first = max(0, count - capacity)
+        while first < count:
+            slot = (start + first) % capacity
+            some = min(count - first, capacity - slot)
+            for to, new in ((self.keys, keys), (self.values, values)):
+                to[:, slot : slot + some] = new[:, first : first + some]
+            first += some
+
+
+class Caches:
+    """The caches of all layers, with room for `length` positions. `windows` are the layers' sliding windows, 0 for none."""
+
+    def __init__(self, kv_heads: list[int], head_dims: list[int], windows: list[int], dtype: torch.dtype, length: int):
+        self.windows, self.dtype, self.length = windows, dtype, length
+        self.layers = [
+            LayerCache(*(self._empty(heads, self._capacity(window), head_dim) for _ in "kv"))
+            for heads, head_dim, window in zip(kv_heads, head_dims, windows)
+        ]
+
+    def _capacity(self, window: int) -> int:
+        return min(self.length, window + MOST_TOKENS - 1) if window else self.length
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype)
+
+    def stretch(self, length: int, used: int) -> None:
+        """Makes room for `length` positions, of which the first `used` are kept."""
+        self.length = length
+        for layer, window in zip(self.layers, self.windows):
+            heads, before, head_dim = layer.keys.shape
+            capacity = self._capacity(window)
+            if capacity == before:
+                continue
+            old, positions = (layer.keys, layer.values), torch.arange(max(0, used - before), used)
+            layer.keys, layer.values = (self._empty(heads, capacity, head_dim) for _ in "kv")
+            for to, of in zip((layer.keys, layer.values), old):
+                to[:, positions % capacity] = of[:, positions % before]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+
+class Buffers:
+    """Activations of up to MOST_TOKENS tokens, float32, shared by the layers."""
+
+    def __init__(self):
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str, width: int) -> torch.Tensor:
+        """[MOST_TOKENS, width]; the same tensor for the same name and width."""
+        key = f"{name} {width}"
+        if key not in self._tensors:
+            self._tensors[key] = torch.zeros(MOST_TOKENS, width)
+        return self._tensors[key]
+
+
+@dataclass
+class Added:
+    """What was computed and not yet added to the residual stream: factor times each of the tensors."""
+
+    tensors: list[torch.Tensor]
+    factor: float = 1.0
+
+
+class LayerOps:
+    """The ops of one layer: (kernel, record) each. `before` is what the layer before left to be added, `after` what this one does."""
+
+    def __init__(self, block: Block, cache: LayerCache, window: int, tables, buffers: Buffers, hidden: torch.Tensor, before: Added):
+        self.ops: list[tuple[str, cpu.Record]] = []
+        self.block, self.buffers, self.hidden = block, buffers, hidden
+        read = add_and_norm(self.ops, hidden, before, block.attention_in, buffers)
+        attended = self._attention(read, cache, window, tables)
+        if block.attention_out is not None:
+            self._norm(attended, block.attention_out)
+        if block.parallel:
+            if block.mlp_in is not None:
+                read = add_and_norm(self.ops, hidden, Added([]), block.mlp_in, buffers, "second")
+            self.after = Added([attended, self._mlp(read)], block.factor)
+        else:
+            read = add_and_norm(self.ops, hidden, Added([attended], block.factor), block.mlp_in, buffers)
+            self.after = Added([self._mlp(read)], block.factor)
+        if block.mlp_out is not None:
+            self._norm(self.after.tensors[-1], block.mlp_out)
+
+    def _norm(self, x: torch.Tensor, how: Norm) -> None:
+        """In place."""
+        made = norm.record(x, x, weight=how.weight, bias=how.bias, eps=how.eps, centered=how.centered)
+        self.ops.append(("norm", made))
+
+    def _linear(self, weight, x: torch.Tensor, name: str) -> torch.Tensor:
+        y = self.buffers(name, weight.out_features)
+        self.ops.append(linear_op(weight, x, y))
+        return y
+
+    def _attention(self, x: torch.Tensor, cache: LayerCache, window: int, tables) -> torch.Tensor:
+        a = self.block.attention
+        made = {name: self._linear(weight, x, name) for name, weight in a.projections.items()}
+        shapes = {"q": (a.heads, a.head_dim), "k": (a.kv_heads, a.head_dim), "v": (a.kv_heads, a.head_dim)}
+        if a.by_head:
+            for i, (name, (heads, n)) in enumerate(shapes.items()):
+                made[name] = self.buffers(name, heads * n)
+                self.ops.append(("take_heads", cpu.Record("ppqqqq", made["qkv"], made[name], heads, 3 * n, i * n, n)))
+        elif "qkv" in made:
+            widths = [heads * n for heads, n in shapes.values()]
+            made |= zip("qkv", made["qkv"].split(widths, 1))
+        for name, how in (("q", a.q_norm), ("k", a.k_norm)):
+            if how is not None:
+                self._norm(made[name].unflatten(1, shapes[name]) if a.norm_per_head else made[name], how)
+        q, k, v = (made[name].unflatten(1, shape) for name, shape in shapes.items())
+        cos, sin = (None, None) if a.rope is None or tables is None else tables
+        appended = rope_append.record(q, k, v, cos, sin, cache.keys, cache.values, interleaved=a.rope == "interleaved")
+        self.ops.append(("rope_append", appended))
+        y = self.buffers("attended", a.heads * a.head_dim)
+        options = {"scale": a.scale, "softcap": a.softcap, "window": window}
+        self.ops.append(("attend", attend.record(q, cache.keys, cache.values, y.view(-1, a.heads, a.head_dim), **options)))
+        return self._linear(a.out, y, "attention")
+
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+        m = self.block.mlp
+        made = {name: self._linear(weight, x, name) for name, weight in m.projections.items()}
+        if "gate_up" in made:
+            made |= zip(("gate", "up"), made["gate_up"].split(m.width, 1))
+        inner = self.buffers("inner", m.width)
+        self.ops.append(("activate", activate.record(made["gate"], made.get("up"), inner, m.act)))
+        return self._linear(m.down, inner, "mlp")
+
+
+def linear_op(weight, x: torch.Tensor, y: torch.Tensor) -> tuple[str, cpu.Record]:
+    """y = x W^T + bias, for x and y float32 and contiguous. `weight` is prepared for its op."""
+    record = cpu.Record("ppp", x, y, weight.weight.address)
+    record.weight = weight  # keeps it alive
+    return weight.STEP, record
+
+
+def add_and_norm(ops: list, hidden: torch.Tensor, added: Added, how: Norm | None, buffers: Buffers, name="normed") -> torch.Tensor:
+    """Adds to the residual stream, and returns what is read from it next: its norm, or itself without one."""
+    if how is None and not added.tensors:
+        return hidden
+    for x in added.tensors[:-1]:
+        ops.append(("norm", norm.record(x, None, residual=hidden, sum=hidden, eps=0.0, centered=False, factor=added.factor)))
+    y = None if how is None else buffers(name, hidden.shape[1])
+    options = {} if how is None else {"weight": how.weight, "bias": how.bias}
+    options |= {"eps": 0.0 if how is None else how.eps, "centered": how is not None and how.centered}
+    if added.tensors:
+        made = norm.record(added.tensors[-1], y, residual=hidden, sum=hidden, factor=added.factor, **options)
+    else:
+        made = norm.record(hidden, y, **options)
+    ops.append(("norm", made))
+    return hidden if y is None else y
+
+
+class LeanStep:
+    """The program of all layers, the last norm and the head.
+
+    blocks, tables ((cos, sin) float32 [positions, rot_dim], or None) and `caches` have an entry per layer. `embed` maps (ids int64
+    [tokens], start) to the input of the first layer [tokens, hidden_size].
+    """
+
+    def __init__(self, embed, blocks: list[Block], last_norm: Norm | None, head, tables: list, caches: Caches):
+        self.embed, self.blocks, self.last_norm, self.head = embed, blocks, last_norm, head
+        self.buffers, self.caches = Buffers(), caches
+        self.hidden = self.buffers("hidden", blocks[0].attention.out.out_features)
+        self.logits = torch.empty(MOST_TOKENS, head.out_features)
+        self.record(tables)
+
+    def record(self, tables: list) -> None:
+        """Makes the program, for the present caches. Raises Unsupported."""
+        before, ops, self.layers = Added([]), [], []
+        try:
+            for block, cache, window, table in zip(self.blocks, self.caches.layers, self.caches.windows, tables):
+                layer = LayerOps(block, cache, window, table, self.buffers, self.hidden, before)
+                self.layers.append((len(ops), len(ops) + len(layer.ops), before, layer.after))
+                before = layer.after
+                ops += layer.ops
+            read = add_and_norm(ops, self.hidden, before, self.last_norm, self.buffers, "last")
+            ops.append(linear_op(self.head, read, self.logits))
+        except (TypeError, ValueError) as e:
+            raise Unsupported from e
+        self.program = Program(ops)
+
+    def run(self, ids: torch.Tensor, start: int) -> torch.Tensor:
+        """Logits float32 [tokens, vocabulary] after each of ids int64 [tokens], the first of which has the position `start`.
+
+        The logits are overwritten by the next run.
+        """
+        tokens = len(ids)
+        self.hidden[:tokens] = self.embed(ids, start)
+        self.program.run(tokens, start)
+        return self.logits[:tokens]
+
+    def run_layer(self, index: int, x: torch.Tensor, start: int) -> torch.Tensor:
+        """The output of one layer for x [tokens, hidden_size], in float32."""
+        tokens, (first, last, before, after) = len(x), self.layers[index]
+        self.hidden[:tokens] = x
+        for tensor in before.tensors:
+            tensor.zero_()
+        self.program.run(tokens, start, slice(first, last))
+        return self.hidden[:tokens] + after.factor * sum(tensor[:tokens] for tensor in after.tensors)
+
+    def run_head(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits for x [tokens, hidden_size], the output of the last layer."""
+        tokens, (_, last, _, after) = len(x), self.layers[-1]
+        self.hidden[:tokens] = x
+        for tensor in after.tensors:
+            tensor.zero_()
+        self.program.run(tokens, 0, slice(last, None))
+        return self.logits[:tokens]
