@@ -1,9 +1,9 @@
 // x in chunks of 128, for the products of few tokens with 4-bit and 8-bit weights.
 //
 // It is float32. For 4-bit weights with the compute dtype bfloat16 it is 16-bit integers, because decoding, not memory, is the limit
-// there: codes in steps of 1 / 8064, x of each chunk in steps of its largest magnitude / 32767. Half a step of a code is finer
+// there: codes in steps of 1 / 8064, x of each 64 or 128 elements in steps of their largest magnitude / 32767. Half a step of a code is finer
 // than bfloat16's rounding of it. The steps of x cost no more than that once outliers are taken out: elements of more than kOutlier
-// times the mean magnitude of the rest of their chunk. They are multiplied in float32, apart, as LLM.int8() does with columns.
+// times the mean magnitude of the rest. They are multiplied in float32, apart, as LLM.int8() does with columns.
 //
 // Multiplying pairs of bfloat16 (AVX512_BF16) would round as much, and is no faster than float32: vdpbf16ps takes two cycles,
 // vpdpwssd half a cycle (Xeon with AMX).
@@ -16,20 +16,14 @@ namespace {
 constexpr int64_t kChunk = 128;
 QCLI_INLINE int64_t padded_to_chunks(int64_t k) { return divide_up(k, kChunk) * kChunk; }
 
-// An element that is multiplied in float32.
-struct Outlier {
-  int64_t i;
-  float value;
-};
-
-// Copies a chunk of x, `count` elements and zeros, to float32.
-template <class T>
-QCLI_INLINE void widen_chunk(const T* x, int64_t count, float* to) {
-  if (count >= kChunk) {
-    for (int j = 0; j < kChunk; j += 16) store(to + j, load(x + j));
+// Copies kCount elements of x, or `count` elements and zeros, to float32.
+template <int kCount, class T>
+QCLI_INLINE void widen(const T* x, int64_t count, float* to) {
+  if (count >= kCount) {
+    for (int j = 0; j < kCount; j += 16) store(to + j, load(x + j));
     return;
   }
-  for (int64_t i = 0; i < kChunk; i++) to[i] = i < count ? to_float(x[i]) : 0.0f;
+  for (int64_t i = 0; i < kCount; i++) to[i] = i < count ? to_float(x[i]) : 0.0f;
 }
 
 // The order of a 4-bit weight's codes after look-up. Shift j moves the code of element 8 lane + (j ^ 1) to the low four bits of a
@@ -51,16 +45,13 @@ class Float32 {
     float chunk[kChunk];
     for (int64_t t = 0; t < rows; t++, x += k) {
       for (int64_t i = 0; i < k; i += kChunk, to += kChunk) {
-        widen_chunk(x + i, k - i, chunk);
+        widen<kChunk>(x + i, k - i, chunk);
         for (int place = 0; place < kChunk; place++) to[place] = chunk[Order::element_at(place)];
       }
     }
   }
   const float* at(int64_t t, int64_t i) const { return values_.as<float>() + t * padded_ + i; }
   int64_t padded() const { return padded_; }
-  // No element is multiplied apart.
-  int64_t outliers(int64_t) const { return 0; }
-  Outlier outlier(int64_t, int64_t) const { return {}; }
 
  private:
   int64_t padded_;
@@ -70,65 +61,83 @@ class Float32 {
 #if defined(QCLI_INT16_PRODUCTS)
 constexpr float kSteps = 32767;
 constexpr float kOutlier = 64;
+constexpr float kCodeSteps = 8064;  // 8 * 8064 * 32767 is within int32; FP4's values, multiples of 1 / 192, stay exact
 
-// x [rows, k] in 16-bit integers, in the order of a 4-bit weight's codes after look-up, with one step size per chunk and zeros up to
-// whole chunks.
+// An element that is multiplied in float32.
+struct Outlier {
+  int64_t i;
+  float value;
+};
+
+// x [rows, k] in 16-bit integers, in the order of a 4-bit weight's codes after look-up, with one step size per kWide elements and
+// zeros up to whole registers; and the table of codes.
 class Int16 {
  public:
   template <class T>
-  Int16(const T* x, int64_t rows, int64_t k)
-      : padded_(padded_to_chunks(k)),
+  Int16(const T* x, int64_t rows, int64_t k, const float* code)
+      : codes_(table_of(code)),
+        padded_(divide_up(k, kWide) * kWide),
         most_(8 + k / 64),
         values_(2 * rows * padded_),
-        steps_(4 * rows * (padded_ / kChunk)),
+        steps_(4 * rows * (padded_ / kWide)),
         outliers_(rows * (8 + most_ * int64_t(sizeof(Outlier)))) {
     int16_t* to = values_.as<int16_t>();
     float* step = steps_.as<float>();
-    float chunk[kChunk];
-    int32_t rounded_x[kChunk];
+    float some[kWide];
+    int32_t rounded_x[kWide];
     for (int64_t t = 0; t < rows; t++, x += k) {
       count(t) = 0;
-      for (int64_t i = 0; i < k; i += kChunk, to += kChunk) {
-        widen_chunk(x + i, k - i, chunk);
-        const float largest = without_outliers(chunk, smaller(kChunk, k - i), t, i);
+      for (int64_t i = 0; i < k; i += kWide, to += kWide) {
+        widen<kWide>(x + i, k - i, some);
+        const float largest = without_outliers(some, smaller<int64_t>(kWide, k - i), t, i);
         if (!usable_) return;
         const F32x16 scale = all(largest > 0 ? kSteps / largest : 0.0f);
-        for (int j = 0; j < kChunk; j += 16) store_ints(rounded_x + j, rounded(load(chunk + j) * scale));
-        for (int place = 0; place < kChunk; place++) to[place] = int16_t(rounded_x[element_of(place / 32, place % 32)]);
-        *step++ = largest / kSteps;
+        for (int j = 0; j < kWide; j += 16) store_ints(rounded_x + j, rounded(load(some + j) * scale));
+        for (int place = 0; place < kWide; place++) {
+          to[place] = int16_t(rounded_x[element_of(place / (kWide / 4), place % (kWide / 4))]);
+        }
+        *step++ = largest / (kSteps * kCodeSteps);
       }
     }
   }
   bool usable() const { return usable_; }  // false with many outliers, NaN, infinity or extreme magnitudes
+  const Codes16& codes() const { return codes_; }
   const int16_t* at(int64_t t, int64_t i) const { return values_.as<int16_t>() + t * padded_ + i; }
-  float step(int64_t t, int64_t i) const { return steps_.as<float>()[(t * padded_ + i) / kChunk]; }
+  // What the sums of the integer products are multiplied by, one for each kWide elements.
+  const float* steps(int64_t t) const { return steps_.as<float>() + t * padded_ / kWide; }
   int64_t padded() const { return padded_; }
   int64_t outliers(int64_t t) const { return of_token(t)[0]; }
   Outlier outlier(int64_t t, int64_t o) const { return reinterpret_cast<const Outlier*>(of_token(t) + 1)[o]; }
 
  private:
+  static Codes16 table_of(const float* code) {
+    int16_t entries[16];
+    for (int i = 0; i < 16; i++) entries[i] = int16_t(nearbyintf(code[i] * kCodeSteps));
+    return codes16(entries);
+  }
   int64_t* of_token(int64_t t) const { return outliers_.as<int64_t>() + t * (1 + most_ * int64_t(sizeof(Outlier)) / 8); }
   int64_t& count(int64_t t) { return of_token(t)[0]; }
 
-  // Takes outliers out of a chunk that begins at i of token t. Returns the largest of the other magnitudes.
-  QCLI_INLINE float without_outliers(float* chunk, int64_t size, int64_t t, int64_t i) {
+  // Takes outliers out of kWide elements that begin at i of token t. Returns the largest of the other magnitudes.
+  QCLI_INLINE float without_outliers(float* some, int64_t size, int64_t t, int64_t i) {
     for (;;) {
-      const float largest = absmax_of(chunk, kChunk);
+      const float largest = absmax_of(some, kWide);
       F32x16 sum = all(0.0f);
-      for (int j = 0; j < kChunk; j += 16) sum = sum + magnitudes(load(chunk + j));
+      for (int j = 0; j < kWide; j += 16) sum = sum + magnitudes(load(some + j));
       const float others = (sum_lanes(sum) - largest) / float(larger<int64_t>(size - 1, 1));
       if (largest == 0) return largest;
       usable_ &= largest > 1e-30f && largest < 1e30f;  // false for NaN
       if (!usable_ || largest <= kOutlier * others) return largest;
       int at = 0;
-      while (__builtin_fabsf(chunk[at]) != largest) at++;
+      while (__builtin_fabsf(some[at]) != largest) at++;
       usable_ = count(t) < most_;
       if (!usable_) return largest;
-      reinterpret_cast<Outlier*>(of_token(t) + 1)[count(t)++] = {i + at, chunk[at]};
-      chunk[at] = 0;
+      reinterpret_cast<Outlier*>(of_token(t) + 1)[count(t)++] = {i + at, some[at]};
+      some[at] = 0;
     }
   }
 
+  Codes16 codes_;
   int64_t padded_, most_;
   Scratch values_, steps_, outliers_;
   bool usable_ = true;

@@ -138,7 +138,6 @@ QCLI_INLINE I32x16 load_chunk(const uint8_t* p) {
 }
 
 using Floats = Float32<NibbleOrder>;
-QCLI_INLINE Table16 table_for(const Floats&, const float* code) { return table16(code); }
 
 template <int j, int kT, int kR>
 QCLI_INLINE void add_step(Table16 table, const I32x16* chunk, const float* const* x, F32x16 (*sums)[kT]) {
@@ -171,47 +170,10 @@ QCLI_INLINE void add(Table16 table, const I32x16* chunk, const Floats& x, int64_
   }
 }
 
-#if defined(QCLI_INT16_PRODUCTS)
-constexpr float kCodeSteps = 8064;  // 8 * 8064 * 32767 is within int32; FP4's values, multiples of 1 / 192, stay exact
-
-QCLI_INLINE Codes16 table_for(const Int16&, const float* code) {
-  int16_t entries[16];
-  for (int i = 0; i < 16; i++) entries[i] = int16_t(nearbyintf(code[i] * kCodeSteps));
-  return codes16(entries);
-}
-
-template <int kHalf, int kT, int kR>
-QCLI_INLINE void add_half(Codes16 table, const I32x16* chunk, const int16_t* const* x, I32x16 (*sums)[kT]) {
-  for (int r = 0; r < kR; r++) {
-    I16x32 weights[2];
-    look_up_half<kHalf>(table, chunk[r], weights);
-    for (int s = 0; s < kT; s++) {
-      const int16_t* values = x[s] + 32 * kHalf;
-      const I32x16 sum = kHalf ? sums[r][s] : all(int32_t(0));
-      sums[r][s] = add_dot(add_dot(sum, weights[0], load_words(values)), weights[1], load_words(values + 64));
-    }
-  }
-}
-
-template <int kT, int kR>
-QCLI_INLINE void add(Codes16 table, const I32x16* chunk, const Int16& x, int64_t t, int64_t i, const F32x16* scales,
-                     F32x16 (*totals)[kT]) {
-  const int16_t* values[kT];
-  for (int s = 0; s < kT; s++) values[s] = x.at(t + s, i);
-  I32x16 sums[kR][kT];
-  add_half<0, kT, kR>(table, chunk, values, sums);
-  add_half<1, kT, kR>(table, chunk, values, sums);
-  for (int s = 0; s < kT; s++) {
-    const F32x16 step = all(x.step(t + s, i) * (1 / kCodeSteps));
-    for (int r = 0; r < kR; r++) totals[r][s] = fused(floats(sums[r][s]), scales[r] * step, totals[r][s]);
-  }
-}
-#endif
-
 // kR rows times kT tokens from t on: sums[r][s].
-template <int kT, int kR, Scaling kScaling, class X>
-void products(const Weight& w, const Row* rows, const X& x, int64_t t, float (*sums)[kTokens]) {
-  const auto table = table_for(x, w.code);
+template <int kT, int kR, Scaling kScaling>
+void products(const Weight& w, const Row* rows, const Floats& x, int64_t t, float (*sums)[kTokens]) {
+  const Table16 table = table16(w.code);
   F32x16 totals[kR][kT];
   for (int r = 0; r < kR; r++) {
     for (int s = 0; s < kT; s++) totals[r][s] = all(0.0f);
@@ -229,17 +191,90 @@ void products(const Weight& w, const Row* rows, const X& x, int64_t t, float (*s
   for (int64_t i = 0; i < whole; i += kChunk) step(i);
   if (whole < w.k) step(whole);
   for (int r = 0; r < kR; r++) {
+    for (int s = 0; s < kT; s++) sums[r][s] = sum_lanes(totals[r][s]);
+  }
+}
+
+#if defined(QCLI_INT16_PRODUCTS)
+// What outliers of x add to the product of a row.
+template <Scaling kScaling>
+float outliers_of(const Weight& w, const Row& row, const Int16& x, int64_t t) {
+  float sum = 0.0f;
+  for (int64_t o = 0; o < x.outliers(t); o++) {
+    const Outlier each = x.outlier(t, o);
+    const int code = row.packed[each.i / 2] >> (each.i % 2 ? 0 : 4) & 15;
+    sum += each.value * w.code[code] * row.template scale_of<kScaling>(w, each.i);
+  }
+  return sum;
+}
+
+// The scales of kWide elements at i. Those beyond the row's end are zero: what is read there is another row's.
+template <Scaling kScaling, bool kWhole>
+QCLI_INLINE Lanes scales_of_lanes(const Weight& w, const Row& row, int64_t i) {
+  float q[kWide / 32];
+  for (int j = 0; j < kWide / 32; j++) q[j] = kWhole || i + 32 * j < w.k ? row.scale_of<kScaling>(w, i + 32 * j) : 0.0f;
+#if defined(__AVX512F__)
+  return kWhole && kScaling == Scaling::kOne ? lanes_of(q[0]) : lanes_of(q[0], q[1], q[2], q[3]);
+#else
+  return kWhole && kScaling != Scaling::kQuarters ? lanes_of(q[0]) : lanes_of(q[0], q[1]);
+#endif
+}
+
+// Where a token's integers and steps are.
+struct Token {
+  const int16_t* values;
+  const float* steps;
+};
+
+// One register of codes of kR rows at i.
+template <int kT, int kR, Scaling kScaling, bool kWhole>
+QCLI_INLINE void add_wide(const Weight& w, const Row (&rows)[kR], const Token (&tokens)[kT], const Codes16& codes, int64_t i,
+                          Lanes (&totals)[kR][kT]) {
+  for (int r = 0; r < kR; r++) {
+    const uint8_t* p = rows[r].packed + i / 2;
+    __builtin_prefetch(p + kAhead);
+    const Packed packed = load_packed(p);
+    Words weights[2];
+    Sums sums[kT];
+    look_up_half<0>(codes, packed, weights);
     for (int s = 0; s < kT; s++) {
-      float sum = sum_lanes(totals[r][s]);
-      for (int64_t o = 0; o < x.outliers(t + s); o++) {
-        const Outlier each = x.outlier(t + s, o);
-        const int code = rows[r].packed[each.i / 2] >> (each.i % 2 ? 0 : 4) & 15;
-        sum += each.value * w.code[code] * rows[r].template scale_of<kScaling>(w, each.i);
-      }
-      sums[r][s] = sum;
+      const int16_t* values = tokens[s].values + i;
+      sums[s] = add_dot(dot(weights[0], load_words(values)), weights[1], load_words(values + kWide / 2));
+    }
+    look_up_half<1>(codes, packed, weights);
+    const Lanes scales = scales_of_lanes<kScaling, kWhole>(w, rows[r], i);
+    for (int s = 0; s < kT; s++) {
+      const int16_t* values = tokens[s].values + i + kWide / 4;
+      sums[s] = add_dot(add_dot(sums[s], weights[0], load_words(values)), weights[1], load_words(values + kWide / 2));
+      totals[r][s] = add_scaled(totals[r][s], sums[s], times(scales, tokens[s].steps[i / kWide]));
     }
   }
 }
+
+template <int kT, int kR, Scaling kScaling>
+void products(const Weight& w, const Row* all_rows, const Int16& x, int64_t t, float (*sums)[kTokens]) {
+  const Codes16 codes = x.codes();
+  Row rows[kR];
+  Token tokens[kT];
+  Lanes totals[kR][kT];
+  for (int r = 0; r < kR; r++) rows[r] = all_rows[r];
+  for (int s = 0; s < kT; s++) tokens[s] = {x.at(t + s, 0), x.steps(t + s)};
+  for (int r = 0; r < kR; r++) {
+    for (int s = 0; s < kT; s++) totals[r][s] = no_lanes();
+  }
+  const int64_t k = w.k;
+  int64_t i = 0;
+  for (; i + kWide <= k; i += kWide) add_wide<kT, kR, kScaling, true>(w, rows, tokens, codes, i, totals);
+  if (i < k) add_wide<kT, kR, kScaling, false>(w, rows, tokens, codes, i, totals);
+  for (int r = 0; r < kR; r++) {
+    for (int s = 0; s < kT; s++) sums[r][s] = sum_lanes(totals[r][s]);
+  }
+  for (int s = 0; s < kT; s++) {
+    if (!x.outliers(t + s)) continue;
+    for (int r = 0; r < kR; r++) sums[r][s] += outliers_of<kScaling>(w, rows[r], x, t + s);
+  }
+}
+#endif
 
 template <int kT, Scaling kScaling, class X>
 void products(int count, const Weight& w, const Row* rows, const X& x, int64_t t, float (*sums)[kTokens]) {
@@ -248,7 +283,11 @@ void products(int count, const Weight& w, const Row* rows, const X& x, int64_t t
     return;
   }
   for (int r = 0; r < count; r += 2) {
-    (count - r > 1 ? products<kT, 2, kScaling, X> : products<kT, 1, kScaling, X>)(w, rows + r, x, t, sums + r);
+    if (count - r > 1) {
+      products<kT, 2, kScaling>(w, rows + r, x, t, sums + r);
+    } else {
+      products<kT, 1, kScaling>(w, rows + r, x, t, sums + r);
+    }
   }
 }
 
@@ -377,7 +416,7 @@ void linear(const void* input, int64_t tokens, const Weight& w, void* output, in
   }
 #if defined(QCLI_INT16_PRODUCTS)
   if (w.coarse) {
-    const Int16 laid_out(x, tokens, w.k);
+    const Int16 laid_out(x, tokens, w.k, w.code);
     if (laid_out.usable()) {
       linear_in_chunks(laid_out, tokens, w, y, threads);
       return;
