@@ -1,5 +1,6 @@
-// What the library reports about the CPU, and requests from the system.
+// What the library reports about the CPU and its memory, and requests from the system.
 
+#include <atomic>
 #include <cstdint>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -10,6 +11,10 @@
 
 // The variants of this library that this CPU supports, the best last. __builtin_cpu_supports asks CPUID, and XGETBV whether the
 // system saves the registers.
+
+// In parallel.cpp.
+extern "C" __attribute__((visibility("hidden"))) void qcli_parallel(
+    void (*body)(void*, int64_t, int64_t), void* context, int64_t count, int64_t grain, int threads);
 
 #define QCLI_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -37,6 +42,33 @@ QCLI_EXPORT int qcli_native_bfloat16() {
 #else
   return 0;
 #endif
+}
+
+// Reads memory as fast as `threads` threads can, from several places at a time. Returns a sum of it, so that nothing is left out.
+QCLI_EXPORT uint64_t qcli_read(const void* start, int64_t bytes, int threads) {
+  constexpr int64_t kPiece = 1 << 18, kStreams = 4, kEach = kPiece / kStreams / 8;
+  struct Reading {
+    const uint64_t* words;
+    std::atomic<uint64_t> sum{0};
+  } reading;
+  reading.words = static_cast<const uint64_t*>(start);
+  const auto read = [](void* context, int64_t first, int64_t last) {
+    Reading& all = *static_cast<Reading*>(context);
+    uint64_t sums[8] = {};
+    for (int64_t piece = first; piece < last; piece++) {
+      const uint64_t* from = all.words + piece * kPiece / 8;
+      for (int64_t i = 0; i < kEach; i += 8) {
+        for (int64_t stream = 0; stream < kStreams; stream++) {
+          const uint64_t* line = from + stream * kEach + i;
+          __builtin_prefetch(line + 128);
+          for (int j = 0; j < 8; j++) sums[j] += line[j];
+        }
+      }
+    }
+    for (int j = 0; j < 8; j++) all.sum += sums[j];
+  };
+  qcli_parallel(read, &reading, bytes / kPiece, 8, threads);
+  return reading.sum;
 }
 
 // Requests pages of 2 MB where whole ones fit into new memory. Writing to it then causes one page fault instead of 512.

@@ -51,9 +51,10 @@ def generate(
     max_memory: Annotated[
         str | None, typer.Option(help="Limits of --device-map, such as 0=20GB,cpu=30GB.", show_default=False)
     ] = None,
-    no_int8_activations: Annotated[
-        bool, typer.Option("--no-int8-activations", help="8-bit models: only weights are 8-bit; activations stay 16-bit.")
-    ] = False,
+    int8_activations: Annotated[
+        bool | None,
+        typer.Option(help="LLM.int8(): also round activations. Default: for prompts, and on a GPU.", show_default=False),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
@@ -88,9 +89,7 @@ def generate(
     # These checks come before any weight is read.
     check_can_generate(source.config, model, trust_remote_code)
     generation_config.check_source(source)
-    loaded, tokenizer = models.load_source(
-        source, asked, dtype=dtype, placement=placement, int8_activations=not no_int8_activations
-    )
+    loaded, tokenizer = models.load_source(source, asked, dtype=dtype, placement=placement, int8_activations=int8_activations)
     if tokenizer is None:
         raise CheckpointError(f"{model} has no tokenizer", "Put its tokenizer files beside config.json.")
     template = Chat(tokenizer, model) if chat else None
@@ -160,6 +159,7 @@ def _answer(decoding, tokenizer, ids: list[int], parts: list[str], json: bool) -
 
 def _stats(model, result) -> dict[str, object]:
     from qcli.devices import gpus_of
+    from qcli.generation import memory_limit
     from qcli.process import peak_memory
 
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
@@ -169,6 +169,8 @@ def _stats(model, result) -> dict[str, object]:
 
         peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
     rate = result.decode_rate
+    read, speed = memory_limit.bytes_a_token(model), memory_limit.memory_speed(model) if rate else None
+    read = None if read is None else read + round(result.cache_bytes or 0)
     return {
         "prompt_tokens": result.prompt_tokens,
         "new_tokens": len(result.token_ids),
@@ -176,6 +178,10 @@ def _stats(model, result) -> dict[str, object]:
         "prefill_tokens_per_second": round(result.prefill_rate, 2),
         "decode_tokens_per_second": None if rate is None else round(rate, 2),
         "capture_seconds": result.capture_seconds and round(result.capture_seconds, 3),
+        "step": result.step,
+        "bytes_per_token": read,
+        "memory_bytes_per_second": speed and round(speed),
+        "memory_limit_share": round(rate * read / speed, 3) if rate and read and speed else None,
         "peak_memory_bytes": peak,
         "weight_bytes": weights,
     }
@@ -184,10 +190,12 @@ def _stats(model, result) -> dict[str, object]:
 def _say_stats(stats: dict) -> None:
     from qcli.sizes import format_bytes
 
-    rate = stats["decode_tokens_per_second"]
+    rate, share = stats["decode_tokens_per_second"], stats["memory_limit_share"]
+    limit = "" if share is None else f" ({share:.0%} of what memory allows)"
+    cut = "" if stats["finished"] else ", cut off"
     console.say(
         f"[{stats['prompt_tokens']} prompt tokens at {stats['prefill_tokens_per_second']:.1f}/s, "
-        f"{stats['new_tokens']} new at {'-' if rate is None else f'{rate:.1f}'}/s{'' if stats['finished'] else ', cut off'}; "
+        f"{stats['new_tokens']} new at {'-' if rate is None else f'{rate:.1f}'}/s{limit}{cut}; "
         f"weights {format_bytes(stats['weight_bytes'])}, peak memory {format_bytes(stats['peak_memory_bytes'])}]"
     )
 

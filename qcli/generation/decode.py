@@ -1,7 +1,7 @@
 """Generates text with a model: first the prefill, then one token at a time. Prints nothing.
 
-On CUDA the step of one token is captured if possible (graph.py). Otherwise transformers' `generate` runs the loop with the
-model's own cache. The sampling rules are transformers' own in both cases.
+On CUDA the step of one token is captured if possible (graph.py). On a CPU a program of ops replaces it if possible (lean.py).
+Otherwise transformers' `generate` runs the loop with the model's own cache. The sampling rules are transformers' own in all cases.
 """
 
 import copy
@@ -50,6 +50,8 @@ class Generation:
     decode_seconds: float
     finished: bool  # an end token or a stop string ended the text, not the limit
     capture_seconds: float | None = None  # time to capture the step, before the prefill; None if it was not captured
+    step: str = "transformers"  # what ran the tokens after the first: also "lean" (lean.py) or "captured" (graph.py)
+    cache_bytes: float | None = None  # read per token from the cache, on average; None if not known
 
     @property
     def prefill_rate(self) -> float:
@@ -204,7 +206,7 @@ class Decoding:
         free = out_of_memory.free_memory(gpus_of(self.model))
         try:
             with torch.inference_mode(), quiet(), self._in_force(limit, len(prompt_ids)):
-                self._decode(ids, streamer)
+                step = self._decode(ids, streamer)
         except (*out_of_memory.KINDS, *_FAILURES) as e:
             if out_of_memory.is_out_of_memory(e):
                 raise out_of_memory.while_generating(self.model, len(prompt_ids), limit, free) from e
@@ -225,6 +227,8 @@ class Decoding:
             decode_seconds=(streamer.last_at or first) - first,
             finished=bool(streamer.token_ids) and (streamer.token_ids[-1] in self.ends or bool(self.stop and self.stop.met)),
             capture_seconds=streamer.captured_at and started - streamer.started,
+            step=step,
+            cache_bytes=self.lean.cache_bytes(len(prompt_ids) + len(streamer.token_ids) / 2) if step == "lean" else None,
         )
 
     def _warn_of_length(self, tokens: int, what: str) -> None:
@@ -251,23 +255,25 @@ class Decoding:
         finally:
             self.model.generation_config = before
 
-    def _decode(self, ids: torch.Tensor, streamer: _Streamer) -> None:
+    def _decode(self, ids: torch.Tensor, streamer: _Streamer) -> str:
+        """Returns what ran the steps."""
         options = {"stopping_criteria": StoppingCriteriaList([self.stop])} if self.stop else {}
         capture = decode_graph.capture_for(self.model)
         if capture is not None:
             try:
                 decode_graph.generate(self.model, ids, capture, streamer.add, streamer.ready, **options)
-                return
+                return "captured"
             except Unsupported:
                 streamer.started = time.monotonic()
         elif self.lean is not None:
             try:
                 lean.generate(self.model, ids, self.lean, streamer.add, **options)
-                return
+                return "lean"
             except Unsupported:
                 self.lean = None
                 streamer.started = time.monotonic()
         self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
+        return "transformers"
 
 
 def generate(model, tokenizer, prompt_ids: list[int], sampling: Sampling, on_token: Callable[[int], None]) -> Generation:

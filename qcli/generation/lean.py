@@ -1,8 +1,8 @@
-"""Decoding on a CPU by the lean step (lean_step.py): transformers reads the prompt, then the program makes one token after the other.
+"""Decoding on a CPU by the lean step (lean_step.py): transformers reads the prompt, then a program makes one token after the other.
 
-The program is made for a model at its first prompt, and compared there with transformers: each layer, the input of the first one and
-the head, on the last tokens of the prompt, with the keys and values that transformers has stored. A model that differs anywhere
-keeps transformers' step. QCLI_STEP=transformers turns the lean step off.
+The program is made for a model at its first prompt, and compared there with transformers: each layer, the input of the first one,
+and the head, on the last tokens of the prompt, with the keys and values that transformers has stored. A model that differs
+anywhere keeps transformers' step. QCLI_STEP=transformers turns the lean step off.
 """
 
 import inspect
@@ -25,7 +25,7 @@ from qcli.runtime import cpu
 
 CHOICE = "QCLI_STEP"
 _MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
-_LEAST = 8  # tokens of a text that tells the readings of a layer apart
+_DISTINCT = 6  # different tokens at the end of a text that tells the readings of a layer apart
 # The largest difference, as a share of what a layer adds. transformers rounds each step of a layer to the model's dtype.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 _INT8_ACTIVATIONS = 0.1  # the share if transformers' products round activations to int8
@@ -61,7 +61,9 @@ class Lean:
         self.readings = [list(candidates(layer, self.config)) for layer in self.decoder_layers]
         if len({options[0].attention.out.out_features for options in self.readings}) != 1:
             raise Unsupported
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self.head = linear_of(model.get_output_embeddings())
+        self.rounds = any(getattr(module, "activations_in_int8", False) for module in self.decoder.modules())
         self.step: LeanStep | None = None
         self.embed: Callable[[torch.Tensor, int], torch.Tensor] | None = None
         self.rope: list[Callable | None] = []
@@ -73,35 +75,42 @@ class Lean:
         """
         count = ids.shape[1]
         room = max(min(length, count + ROOM), MOST_TOKENS)
-        attention = [each[0].attention for each in self.readings]
-        caches = Caches([a.kv_heads for a in attention], [a.head_dim for a in attention], self.windows, self.dtype, room)
+        caches = self._caches(room)
         self.length = max(length, MOST_TOKENS)
         if self.step is not None:
             logits = self._read(ids, options, caches)
             self.step.caches = caches
             self.step.record(self._tables(caches.length))
             return logits
-        short = count < _LEAST
-        with _watching(self.decoder_layers) as seen:
-            logits = self._read(ids, options, caches)
-            if short:  # the same text, repeated
-                repeated = ids.repeat(1, -(-_LEAST // count))
-                others = Caches([a.kv_heads for a in attention], [a.head_dim for a in attention], self.windows, self.dtype, 2 * _LEAST)
-                self._check(seen, repeated, others, self._read(repeated, options, others))
-        if short:
-            self.step.caches = caches
-            self.step.record(self._tables(caches.length))
-        else:
+        if len(ids[0, -MOST_TOKENS:].unique()) >= _DISTINCT:
+            with _watching(self.decoder_layers) as seen:
+                logits = self._read(ids, options, caches)
             self._check(seen, ids, caches, logits)
-        return logits
+            return logits
+        # Attention to equal keys and values is the same in any order. Another text tells the readings apart.
+        text = torch.randint(self.vocabulary, (1, 2 * MOST_TOKENS), generator=torch.Generator().manual_seed(0))
+        others = self._caches(text.shape[1])
+        with _watching(self.decoder_layers) as seen:
+            self._check(seen, text, others, self._read(text, options, others))
+        return self.prefill(ids, options, length)
+
+    def _caches(self, length: int) -> Caches:
+        attention = [options[0].attention for options in self.readings]
+        return Caches([a.kv_heads for a in attention], [a.head_dim for a in attention], self.windows, self.dtype, length)
 
     def run(self, ids: torch.Tensor, start: int) -> torch.Tensor:
         """Logits float32 [tokens, vocabulary] after each of ids int64 [tokens], whose first has the position `start`."""
         caches = self.step.caches
         if start + len(ids) > caches.length:
-            caches.stretch(min(2 * caches.length, self.length + MOST_TOKENS), start)
+            caches.stretch(max(start + len(ids), min(2 * caches.length, self.length)), start)
             self.step.record(self._tables(caches.length))
         return self._finished(self.step.run(ids, start))
+
+    def cache_bytes(self, tokens: float) -> float:
+        """Bytes of keys and values that a token reads after `tokens` others."""
+        caches = self.step.caches
+        seen = [min(tokens, window or tokens) for window in caches.windows]
+        return sum(count * (c.keys[:, 0].nbytes + c.values[:, 0].nbytes) for count, c in zip(seen, caches.layers))
 
     def _read(self, ids: torch.Tensor, options: dict, caches: Caches) -> torch.Tensor:
         cache = Cache(layers=[_Storing(layer) for layer in caches.layers])
@@ -144,9 +153,7 @@ class Lean:
 
     def _agree(self, ours: torch.Tensor, theirs: torch.Tensor, added: torch.Tensor) -> bool:
         """Whether [tokens, n] are equal but for rounding; `added` is what was computed, apart from a residual stream."""
-        share = _TOLERANCE[self.dtype]
-        if any(getattr(module, "activations_in_int8", False) for module in self.decoder.modules()):
-            share = max(share, _INT8_ACTIVATIONS)
+        share = max(_TOLERANCE[self.dtype], _INT8_ACTIVATIONS if self.rounds else 0.0)
         bound = share * added.norm(dim=-1) + torch.finfo(self.dtype).eps * theirs.norm(dim=-1)
         return bool(((ours - theirs).norm(dim=-1) <= bound).all())
 

@@ -28,7 +28,7 @@ class LayerCache:
     values: torch.Tensor
 
     def store(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Stores keys and values [kv_heads, tokens, head_dim] of the positions from `start` on; only the last `capacity` of them."""
+        """Stores keys and values [kv_heads, tokens, head_dim] of the positions from `start` on: the last `capacity` of them."""
         count, capacity = keys.shape[1], self.keys.shape[1]
         first = max(0, count - capacity)
         while first < count:
@@ -68,10 +68,6 @@ class Caches:
             for to, of in zip((layer.keys, layer.values), old):
                 to[:, positions % capacity] = of[:, positions % before]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
-
 
 class Buffers:
     """Activations of up to MOST_TOKENS tokens, float32, shared by the layers."""
@@ -96,7 +92,7 @@ class Added:
 
 
 class LayerOps:
-    """The ops of one layer: (kernel, record) each. `before` is what the layer before left to be added, `after` what this one does."""
+    """The ops of one layer: (kernel, record) each. `before` is what the last layer left to be added, `after` what this one does."""
 
     def __init__(self, block: Block, cache: LayerCache, window: int, tables, buffers: Buffers, hidden: torch.Tensor, before: Added):
         self.ops: list[tuple[str, cpu.Record]] = []
@@ -140,8 +136,8 @@ class LayerOps:
             if how is not None:
                 self._norm(made[name].unflatten(1, shapes[name]) if a.norm_per_head else made[name], how)
         q, k, v = (made[name].unflatten(1, shape) for name, shape in shapes.items())
-        cos, sin = (None, None) if a.rope is None or tables is None else tables
-        appended = rope_append.record(q, k, v, cos, sin, cache.keys, cache.values, interleaved=a.rope == "interleaved")
+        cos, sin = tables or (None, None)
+        appended = rope_append.record(q, k, v, cos, sin, cache.keys, cache.values, interleaved=a.rope not in ("halves", None))
         self.ops.append(("rope_append", appended))
         y = self.buffers("attended", a.heads * a.head_dim)
         options = {"scale": a.scale, "softcap": a.softcap, "window": window}
@@ -182,6 +178,17 @@ def add_and_norm(ops: list, hidden: torch.Tensor, added: Added, how: Norm | None
     return hidden if y is None else y
 
 
+def _laid_out(table, rope: str | None, known: dict):
+    """The tables of a layer as rope_append reads them. `known` has those that were made for other layers."""
+    if rope is None or table is None:
+        return None
+    if rope != "interleaved by halves":
+        return table
+    if id(table) not in known:
+        known[id(table)] = tuple(each[:, : each.shape[1] // 2].repeat_interleave(2, 1) for each in table)
+    return known[id(table)]
+
+
 class LeanStep:
     """The program of all layers, the last norm and the head.
 
@@ -198,9 +205,10 @@ class LeanStep:
 
     def record(self, tables: list) -> None:
         """Makes the program, for the present caches. Raises Unsupported."""
-        before, ops, self.layers = Added([]), [], []
+        before, ops, self.layers, known = Added([]), [], [], {}
         try:
             for block, cache, window, table in zip(self.blocks, self.caches.layers, self.caches.windows, tables):
+                table = _laid_out(table, block.attention.rope, known)
                 layer = LayerOps(block, cache, window, table, self.buffers, self.hidden, before)
                 self.layers.append((len(ops), len(ops) + len(layer.ops), before, layer.after))
                 before = layer.after

@@ -19,7 +19,9 @@ from qcli.ops.activate import KINDS, activate
 from qcli.ops.linear_float import PreparedFloat
 from qcli.ops.norm import norm
 
-ROPES = ("halves", "interleaved", None)
+# Which values of a head are rotated together, and how the tables of angles lie: pairs (i, i + n / 2); pairs (2 i, 2 i + 1) with
+# tables that lie alike; such pairs with tables of two equal halves; no rotation.
+ROPES = ("halves", "interleaved", "interleaved by halves", None)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,25 @@ class Block:
     factor: float  # multiplies what attention and the MLP add to the residual stream
 
 
+# Layers with norms of what attention and the MLP yield: the name of each norm, and its place in a Block.
+_BY_NAME = (
+    {
+        "input_layernorm": "attention_in",
+        "post_attention_layernorm": "attention_out",
+        "pre_feedforward_layernorm": "mlp_in",
+        "post_feedforward_layernorm": "mlp_out",
+    },
+    {
+        "input_layernorm": "attention_in",
+        "post_self_attn_layernorm": "attention_out",
+        "post_attention_layernorm": "mlp_in",
+        "post_mlp_layernorm": "mlp_out",
+    },
+    {"post_attention_layernorm": "attention_out", "post_feedforward_layernorm": "mlp_out"},
+)
+_KNOWN = {"self_attn", "attention", "attn", "mlp", "feed_forward"}
+
+
 def candidates(layer: nn.Module, config) -> Iterator[Block]:
     """Every reading of a layer, the likeliest first. Raises Unsupported if there is none."""
     attention = _attention(_child(layer, "self_attn", "attention", "attn"), config)
@@ -88,7 +109,7 @@ def candidates(layer: nn.Module, config) -> Iterator[Block]:
         if "norm" in name or name.startswith("ln_") or name == "ln1" or name == "ln2"
     }
     others = {name for name, child in layer.named_children() if name not in given and not isinstance(child, nn.Dropout)}
-    if not others <= {"self_attn", "attention", "attn", "mlp", "feed_forward", "resid_attn_dropout", "resid_mlp_dropout"}:
+    if not others <= _KNOWN:
         raise Unsupported
     factor = float(getattr(layer, "residual_multiplier", 1.0))
     for norms, rope in itertools.product(_places(given, layer), ROPES):
@@ -99,16 +120,9 @@ def _places(given: dict[str, Norm], layer: nn.Module) -> list[dict]:
     """Where the norms of a layer may stand."""
     names = list(given)
     none: dict[str, object] = {"attention_in": None, "attention_out": None, "mlp_in": None, "mlp_out": None, "parallel": False}
-    by_name = {
-        "input_layernorm": "attention_in",
-        "post_attention_layernorm": "attention_out",
-        "pre_feedforward_layernorm": "mlp_in",
-        "post_feedforward_layernorm": "mlp_out",
-    }
-    if len(names) == 4 and set(names) == set(by_name):
-        return [none | {by_name[name]: each for name, each in given.items()}]
-    if set(names) == {"post_attention_layernorm", "post_feedforward_layernorm"}:
-        return [none | {by_name[name]: each for name, each in given.items()}]
+    for by_name in _BY_NAME:
+        if set(names) == set(by_name):
+            return [none | {by_name[name]: each for name, each in given.items()}]
     if len(names) == 2:
         placed = none | {"attention_in": given[names[0]], "mlp_in": given[names[1]]}
         parallel = getattr(layer, "use_parallel_residual", False)
@@ -132,7 +146,7 @@ def linear_of(module: nn.Module):
     if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__:
         raise Unsupported
     if isinstance(module, FastPath):
-        return module.for_step()
+        return module.for_few_tokens()
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         # Its weight is [in_features, out_features]. The same values are laid out as a linear layer's, which is as good for torch.
         if not module.weight.t().is_contiguous():
@@ -169,9 +183,7 @@ def norm_of(module: nn.Module, width: int) -> Norm:
         raise Unsupported from e
     weights = [weight] if weight is None else [weight, weight + 1]
     for centered, each in itertools.product((False, True), weights):
-        for found in (eps, torch.finfo(torch.float32).eps):
-            if found is None:
-                continue
+        for found in (1e-5, torch.finfo(torch.float32).eps) if eps is None else (eps,):
             y, _ = norm(x, None, each, bias, found, centered)
             if y.shape == expected.shape and torch.allclose(y, expected, rtol=1e-4, atol=1e-5):
                 return Norm(each if each is None else each.contiguous(), bias, float(found), centered)
@@ -248,6 +260,9 @@ def _width(module: nn.Module) -> int | None:
     return None if weight is None else weight.shape[-1]
 
 
+_PLAIN = (("fc1", "fc2"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"), ("up_proj", "down_proj"))
+
+
 def _mlp(module: nn.Module) -> Mlp:
     children = {name: child for name, child in module.named_children() if not isinstance(child, nn.Dropout)}
     act = next((children.pop(name) for name in ("act_fn", "activation_fn", "act", "activation") if name in children), None)
@@ -256,18 +271,17 @@ def _mlp(module: nn.Module) -> Mlp:
     if act is None:
         raise Unsupported
     names = set(children)
-    plain = ({"fc1", "fc2"}, {"c_fc", "c_proj"}, {"dense_h_to_4h", "dense_4h_to_h"}, {"up_proj", "down_proj"})
+    plain = next((pair for pair in _PLAIN if set(pair) == names), None)
     if names == {"gate_proj", "up_proj", "down_proj"}:
         projections = {"gate": linear_of(children["gate_proj"]), "up": linear_of(children["up_proj"])}
         down = linear_of(children["down_proj"])
     elif names == {"gate_up_proj", "down_proj"}:
         projections, down = {"gate_up": linear_of(children["gate_up_proj"])}, linear_of(children["down_proj"])
-    elif names in plain:
-        first, last = next(pair for pair in (("fc1", "fc2"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"), ("up_proj", "down_proj")) if set(pair) == names)
-        projections, down = {"gate": linear_of(children[first])}, linear_of(children[last])
+    elif plain:
+        projections, down = {"gate": linear_of(children[plain[0]])}, linear_of(children[plain[1]])
     else:
         raise Unsupported
-    width = sum(each.out_features for each in projections.values()) // (2 if len(projections) == 2 or "gate_up" in projections else 1)
-    if width != down.in_features:
+    width = down.in_features
+    if any(each.out_features != (2 * width if name == "gate_up" else width) for name, each in projections.items()):
         raise Unsupported
     return Mlp(projections, down, _activation(act), width)

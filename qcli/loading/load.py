@@ -50,7 +50,7 @@ def load(
     device: str = "auto",
     device_map: str | dict | None = None,
     max_memory: str | Mapping[int | str, int | str] | None = None,
-    int8_activations: bool = True,
+    int8_activations: bool | None = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ):
@@ -59,8 +59,8 @@ def load(
     A checkpoint quantized by qcli, or by transformers with bitsandbytes, is run as it is stored. `bits` (8 or 4), `method` or
     `recipe` quantizes an unquantized one as it is read, with the options that `quantize` takes. `dtype` is that of everything
     unquantized: auto keeps the config's. `device_map` "auto" splits the model over GPUs and CPU memory by accelerate's rules,
-    quantized on each; `max_memory` limits it per GPU or "cpu": {0: "20GB", "cpu": 30 * 10**9}, or "0=20GB,cpu=30GB". Without
-    `int8_activations` an LLM.int8() model keeps its activations in 16 bits.
+    quantized on each; `max_memory` limits it per GPU or "cpu": {0: "20GB", "cpu": 30 * 10**9}, or "0=20GB,cpu=30GB". With
+    `int8_activations` False an LLM.int8() model keeps its activations in 16 bits; with None, in decoding steps on a CPU.
 
     Raises UsageError, CheckpointError (missing, extra and misshaped tensors together), HubError, DeviceError.
     """
@@ -71,7 +71,7 @@ def load(
     return load_source(source, asked, dtype=dtype, placement=placement, int8_activations=int8_activations)
 
 
-def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement: DeviceChoice, int8_activations: bool):
+def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement: DeviceChoice, int8_activations: bool | None):
     """`load`, of a checkpoint that `open_checkpoint` has opened."""
     one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
     model, trust_remote_code, stored = source.label, source.trusted, source.quantization
@@ -126,7 +126,7 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
         loaded.config.name_or_path = str(source.config_folder)
         tokenizer = read_tokenizer(source, trust_remote_code, config)
     if not int8_activations:
-        _keep_activations(model, loaded)
+        _keep_activations(model, loaded, always=int8_activations is False)
     return loaded.eval(), tokenizer
 
 
@@ -179,14 +179,17 @@ def _check_room(source: Source, wanted: str | None, dtype: str, placement: Devic
         check_room(source, wanted, dtype, free, "memory")
 
 
-def _keep_activations(label: str, loaded: torch.nn.Module) -> None:
+def _keep_activations(label: str, loaded: torch.nn.Module, always: bool) -> None:
     modules = [m for m in loaded.modules() if isinstance(m, QuantizedLinear) and m.activations_in_int8]
-    if not modules:
+    if always and not modules:
         raise UsageError(
             f"--no-int8-activations: {label} is not in LLM.int8()", "Leave it out, or add --bits 8 to an unquantized model."
         )
     for module in modules:
-        module.activations_in_int8 = False
+        if always:
+            module.activations_in_int8 = False
+        else:
+            module.few_in_int8 = False
 
 
 def check_fits(source: Source, layout: Layout) -> None:

@@ -18,7 +18,7 @@ class FastPath(nn.Module):
     """For a module with `in_features`, whose `_op(x, *_arguments())` is its output and `_prepare` makes the kernel's view."""
 
     _op: Callable[..., torch.Tensor]
-    _prepare: type
+    _prepare: Callable  # of in_features and _few_arguments()
     _prepared = None  # (addresses of the tensors, the CPU kernel's view of them)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -30,19 +30,19 @@ class FastPath(nn.Module):
         addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
         kept = self._prepared
         if kept is None or kept[0] != addresses:  # a tensor may have been replaced
-            kept = addresses, self._prepare(self.in_features, *self._arguments())
+            kept = addresses, self.for_few_tokens()
             # A view that holds copies is not kept: changes in place would not reach it. Nor is one of a module whose weight
             # accelerate brings and takes away again: the view would keep it alive.
             if kept[1].addresses <= set(addresses) and "_hf_hook" not in self.__dict__:
                 self.__dict__["_prepared"] = kept
         return kept[1](x)
 
-    def for_step(self):
-        """The CPU kernel's view of the weight for a decoding step, which keeps float32 activations between its ops.
+    def for_few_tokens(self):
+        """The CPU kernel's view of the weight. Raises ValueError or TypeError for tensors that the kernel refuses."""
+        return self._prepare(self.in_features, *self._few_arguments())
 
-        Raises ValueError or TypeError for tensors that the kernel refuses, such as those on another device.
-        """
-        return self._prepare(self.in_features, *self._arguments())
+    def _few_arguments(self) -> tuple:
+        return self._arguments()
 
     def _arguments(self) -> tuple:
         """What the op takes beside x, in its order."""

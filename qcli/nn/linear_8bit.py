@@ -15,11 +15,14 @@ from qcli.ops.linear_w8a16 import PreparedW8A16, linear_w8a16
 class Linear8bit(FastPath, QuantizedLinear):
     """An LLM.int8() weight: int8 [out_features, in_features] and SCB float32 [out_features], its rows' absmax.
 
-    With `activations_in_int8` false the input is not rounded to int8 either (W8A16): nearer to the unquantized model.
+    With `activations_in_int8` false the input is not rounded to int8 either (W8A16): nearer to the unquantized model. With
+    `few_in_int8` false that holds on a CPU for the few tokens of a decoding step alone. There the product is bound by memory, and
+    rounding saves nothing.
     """
 
     one_text_a_call = True  # the outlier columns of all tokens of a call are taken together
     activations_in_int8 = True
+    few_in_int8 = True
 
     def __init__(
         self,
@@ -57,11 +60,15 @@ class Linear8bit(FastPath, QuantizedLinear):
 
     @property
     def _prepare(self):
-        return PreparedInt8 if self.activations_in_int8 else PreparedW8A16
+        return PreparedInt8 if self.activations_in_int8 and self.few_in_int8 else PreparedW8A16
 
     def _arguments(self) -> tuple:
         weight = self.weight, self.SCB.view(-1), self.bias
         return (*weight, self.threshold) if self.activations_in_int8 else weight
+
+    def _few_arguments(self) -> tuple:
+        weight = self.weight, self.SCB.view(-1), self.bias
+        return (*weight, self.threshold) if self._prepare is PreparedInt8 else weight
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out_features, in_features]."""

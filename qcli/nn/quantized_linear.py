@@ -22,6 +22,8 @@ class QuantizedLinear(nn.Module):
     """Whether the tokens of a call share a choice, such as outlier columns, so that texts must not be mixed in a call."""
     activations_in_int8 = False
     """Whether inputs are rounded to int8. Setting it to False on a module that does keeps them in 16 bits."""
+    few_in_int8 = False
+    """Whether that holds for the few tokens of a decoding step on a CPU, too. It may be set to False likewise."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, tensors: dict[str, torch.Tensor], dtype: torch.dtype):
         super().__init__()

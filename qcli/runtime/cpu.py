@@ -9,6 +9,7 @@ import ctypes
 import os
 import re
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -128,6 +129,20 @@ def using(name: str | None) -> Iterator[None]:
 def native_bfloat16() -> bool:
     """Whether this CPU has bfloat16 instructions: a product in bfloat16 is then faster than one in float32."""
     return bool(library() and library().qcli_native_bfloat16())
+
+
+def read_speed(tensors: Sequence[torch.Tensor], seconds: float = 0.1) -> float | None:
+    """Bytes per second at which the threads read `tensors`, at best. None without the library, or without memory to read."""
+    tensors = [tensor for tensor in tensors if tensor.nbytes >= 1 << 18]
+    if library() is None or not tensors:
+        return None
+    read, best, end = library().qcli_read, 0.0, time.perf_counter() + seconds
+    read.argtypes, read.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], ctypes.c_uint64
+    while (started := time.perf_counter()) < end:
+        for tensor in tensors:
+            read(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads())
+        best = max(best, sum(tensor.nbytes for tensor in tensors) / (time.perf_counter() - started))
+    return best
 
 
 def last_level_cache() -> int:

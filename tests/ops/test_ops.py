@@ -19,6 +19,7 @@ NAMES = [
     "error_4bit",
     "error_int8",
     "linear_4bit",
+    "linear_float",
     "linear_int8",
     "linear_w8a16",
     "norm",
