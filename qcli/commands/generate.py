@@ -43,6 +43,14 @@ def generate(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Options of the method, such as block_size=128.", show_default=False),
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL|prompt",
+            help="Guess tokens with a smaller model, or from the prompt, and check several in a step. The text stays the same.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of all that is not quantized: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     device_map: Annotated[
@@ -93,13 +101,35 @@ def generate(
     if tokenizer is None:
         raise CheckpointError(f"{model} has no tokenizer", "Put its tokenizer files beside config.json.")
     template = Chat(tokenizer, model) if chat else None
-    decoding = decode.Decoding(loaded, tokenizer, sampling, template.turn_end if template else None)
+    guesses = None if draft is None else _draft(draft, tokenizer, dtype, placement, trust_remote_code)
+    decoding = decode.Decoding(loaded, tokenizer, sampling, template.turn_end if template else None, guesses)
+    if guesses is not None and decoding.lean is None:
+        console.warn(f"--draft is not used: {model} runs with transformers' or a captured step, which makes one token at a time")
     if template is None:
         _answer(decoding, tokenizer, plain_ids(loaded, tokenizer, text), [], json)
     elif text is not None:
         _answer(decoding, tokenizer, template.ids(loaded, [{"role": "user", "content": text}]), [], json)
     else:
         _talk(decoding, tokenizer, template)
+
+
+def _draft(draft: str, tokenizer, dtype: str, placement, trust_remote_code: bool):
+    """What guesses tokens. A folder named "prompt" is ./prompt."""
+    from qcli.generation import decode, drafts
+    from qcli.loading import load as models
+    from qcli.loading.opening import open_checkpoint
+
+    if draft == "prompt":
+        return drafts.PromptLookup()
+    source = open_checkpoint(draft, None, trust_remote_code)
+    small, others = models.load_source(source, None, dtype=dtype, placement=placement, int8_activations=None)
+    if others is None:
+        raise CheckpointError(f"{draft} has no tokenizer", "A draft must have the model's own tokenizer.")
+    drafts.same_vocabulary(tokenizer, others)
+    lean = decode.lean_of(small)
+    if lean is None:
+        raise UsageError(f"--draft: {draft} cannot guess: its layers have no lean step", "Take --draft prompt, or another draft.")
+    return drafts.DraftModel(lean)
 
 
 def _prompt(prompt: str | None, file: Path | None, chat: bool, json: bool) -> str | None:
@@ -179,9 +209,10 @@ def _stats(model, result) -> dict[str, object]:
         "decode_tokens_per_second": None if rate is None else round(rate, 2),
         "capture_seconds": result.capture_seconds and round(result.capture_seconds, 3),
         "step": result.step,
-        "bytes_per_token": read,
+        "tokens_per_step": result.tokens_per_step and round(result.tokens_per_step, 3),
+        "bytes_per_step": read,
         "memory_bytes_per_second": speed and round(speed),
-        "memory_limit_share": round(rate * read / speed, 3) if rate and read and speed else None,
+        "memory_limit_share": round(rate / result.tokens_per_step * read / speed, 3) if rate and read and speed else None,
         "peak_memory_bytes": peak,
         "weight_bytes": weights,
     }
@@ -192,10 +223,11 @@ def _say_stats(stats: dict) -> None:
 
     rate, share = stats["decode_tokens_per_second"], stats["memory_limit_share"]
     limit = "" if share is None else f" ({share:.0%} of what memory allows)"
+    several = f", {stats['tokens_per_step']:.1f} a step" if stats["tokens_per_step"] not in (None, 1) else ""
     cut = "" if stats["finished"] else ", cut off"
     console.say(
         f"[{stats['prompt_tokens']} prompt tokens at {stats['prefill_tokens_per_second']:.1f}/s, "
-        f"{stats['new_tokens']} new at {'-' if rate is None else f'{rate:.1f}'}/s{limit}{cut}; "
+        f"{stats['new_tokens']} new at {'-' if rate is None else f'{rate:.1f}'}/s{several}{limit}{cut}; "
         f"weights {format_bytes(stats['weight_bytes'])}, peak memory {format_bytes(stats['peak_memory_bytes'])}]"
     )
 

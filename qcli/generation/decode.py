@@ -19,6 +19,7 @@ from qcli.errors import CheckpointError, QcliError, QcliWarning, UsageError, fir
 from qcli.generation import graph as decode_graph
 from qcli.generation import lean, positions
 from qcli.generation.can_generate import check_class
+from qcli.generation.drafts import Draft
 from qcli.generation.sampling import Sampling
 from qcli.generation.step import Unsupported
 from qcli.generation.stop_string import stop_string
@@ -51,12 +52,19 @@ class Generation:
     finished: bool  # an end token or a stop string ended the text, not the limit
     capture_seconds: float | None = None  # time to capture the step, before the prefill; None if it was not captured
     step: str = "transformers"  # what ran the tokens after the first: also "lean" (lean.py) or "captured" (graph.py)
-    cache_bytes: float | None = None  # read per token from the cache, on average; None if not known
+    steps: int | None = None  # after the prompt; None if each made one token
+    cache_bytes: float | None = None  # read per step from the cache, on average; None if not known
 
     @property
     def prefill_rate(self) -> float:
         """Prompt tokens per second."""
         return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """New tokens after the first, per step. None if there was no step."""
+        count = len(self.token_ids) - 1
+        return None if count < 1 else count / (self.steps or count)
 
     @property
     def decode_rate(self) -> float | None:
@@ -108,14 +116,22 @@ def end_tokens(model, tokenizer, turn_end: int | None = None) -> set[int]:
     return {i for i in (*stated, tokenizer.eos_token_id, turn_end) if i is not None}
 
 
+def lean_of(model) -> lean.Lean | None:
+    """The lean step of a model; None where it cannot run."""
+    try:
+        return lean.Lean(model) if lean.wanted(model) else None
+    except Unsupported:
+        return None
+
+
 class Decoding:
     """Generates texts by one set of rules: the model's generation config, checked, with the user's options on top.
 
-    `ends` are the ids that end a text. Warns (QcliWarning) once about each field that is overridden. Raises CheckpointError for
+    `ends` are the ids that end a text. `draft` guesses tokens for the lean step; it is not used where another step runs. Warns (QcliWarning) once about each field that is overridden. Raises CheckpointError for
     a field with an invalid value.
     """
 
-    def __init__(self, model, tokenizer, sampling: Sampling, turn_end: int | None = None):
+    def __init__(self, model, tokenizer, sampling: Sampling, turn_end: int | None = None, draft: Draft | None = None):
         check_class(type(model), type(model).__name__)
         self.model, self.sampling = model, sampling
         self.vocabulary = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
@@ -133,15 +149,9 @@ class Decoding:
         self.prompt_end, self.end = positions.ends(model)
         self.made_for = positions.made_for(model)
         self.length_warned = False
-        self.lean = self._lean()
+        self.lean, self.draft = lean_of(model), draft
         for note in notes:
             warnings.warn(note, QcliWarning, stacklevel=3)
-
-    def _lean(self) -> lean.Lean | None:
-        try:
-            return lean.Lean(self.model) if lean.wanted(self.model) else None
-        except Unsupported:
-            return None
 
     def _sample(self) -> list[str]:
         """Applies the user's options over the model's. Temperature 0 means greedy in both."""
@@ -206,7 +216,7 @@ class Decoding:
         free = out_of_memory.free_memory(gpus_of(self.model))
         try:
             with torch.inference_mode(), quiet(), self._in_force(limit, len(prompt_ids)):
-                step = self._decode(ids, streamer)
+                step, steps = self._decode(ids, streamer)
         except (*out_of_memory.KINDS, *_FAILURES) as e:
             if out_of_memory.is_out_of_memory(e):
                 raise out_of_memory.while_generating(self.model, len(prompt_ids), limit, free) from e
@@ -228,6 +238,7 @@ class Decoding:
             finished=bool(streamer.token_ids) and (streamer.token_ids[-1] in self.ends or bool(self.stop and self.stop.met)),
             capture_seconds=streamer.captured_at and started - streamer.started,
             step=step,
+            steps=steps,
             cache_bytes=self.lean.cache_bytes(len(prompt_ids) + len(streamer.token_ids) / 2) if step == "lean" else None,
         )
 
@@ -255,25 +266,24 @@ class Decoding:
         finally:
             self.model.generation_config = before
 
-    def _decode(self, ids: torch.Tensor, streamer: _Streamer) -> str:
-        """Returns what ran the steps."""
+    def _decode(self, ids: torch.Tensor, streamer: _Streamer) -> tuple[str, int | None]:
+        """Returns what ran the steps, and their number if a step may make several tokens."""
         options = {"stopping_criteria": StoppingCriteriaList([self.stop])} if self.stop else {}
         capture = decode_graph.capture_for(self.model)
         if capture is not None:
             try:
                 decode_graph.generate(self.model, ids, capture, streamer.add, streamer.ready, **options)
-                return "captured"
+                return "captured", None
             except Unsupported:
                 streamer.started = time.monotonic()
         elif self.lean is not None:
             try:
-                lean.generate(self.model, ids, self.lean, streamer.add, **options)
-                return "lean"
+                return "lean", lean.generate(self.model, ids, self.lean, streamer.add, self.draft, **options)
             except Unsupported:
                 self.lean = None
                 streamer.started = time.monotonic()
         self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
-        return "transformers"
+        return "transformers", None
 
 
 def generate(model, tokenizer, prompt_ids: list[int], sampling: Sampling, on_token: Callable[[int], None]) -> Generation:

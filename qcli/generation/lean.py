@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 from transformers.generation.configuration_utils import GenerationMode
 
 from qcli.errors import UsageError
+from qcli.generation.drafts import Draft
 from qcli.generation.graph import supported
 from qcli.generation.lean_step import MOST_TOKENS, ROOM, Caches, LeanStep
 from qcli.generation.step import Unsupported, cache_argument
@@ -277,27 +278,46 @@ def _watching(layers: nn.ModuleList) -> Iterator[_Seen]:
             hook.remove()
 
 
-def generate(model, ids: torch.Tensor, lean: Lean, on_token: Callable[[int], bool], **options) -> None:
+def generate(
+    model, ids: torch.Tensor, lean: Lean, on_token: Callable[[int], object], draft: Draft | None = None, **options
+) -> int:
     """Continues ids int64 [1, tokens] by transformers' rules for `options`, arguments of its `generate`.
 
-    `on_token` is called with each new id. Raises Unsupported before its first call.
+    `on_token` is called with each new id. Raises Unsupported before its first call. Returns the number of steps after the prompt.
     """
+    steps = 0
 
     def decode(_, input_ids, *, logits_processor, stopping_criteria, generation_config, **inputs):
+        nonlocal steps
         if generation_config.get_generation_mode() not in _MODES or len(input_ids) != 1 or generation_config.use_cache is False:
             raise Unsupported
         keep = {name: value for name, value in inputs.items() if name == "logits_to_keep"}
-        logits = lean.prefill(input_ids, keep, generation_config.max_length)
+        length, text = generation_config.max_length, input_ids[0].tolist()
+        logits = lean.prefill(input_ids, keep, length)
+        if draft is not None:
+            draft.begin(text, length)
+        guessed: list[int] = []
         while True:
-            scores = logits_processor(input_ids, logits)
-            if generation_config.do_sample:
-                token = torch.multinomial(scores.softmax(-1), 1)
-            else:
-                token = scores.argmax(-1, keepdim=True)
-            input_ids = torch.cat((input_ids, token), 1)
-            on_token(int(token))
-            if bool(stopping_criteria(input_ids, scores).all()):
-                return input_ids
-            logits = lean.run(token[0], input_ids.shape[1] - 1)
+            kept = 0
+            for row in logits.split(1):
+                scores = logits_processor(input_ids, row)
+                if generation_config.do_sample:
+                    token = torch.multinomial(scores.softmax(-1), 1)
+                else:
+                    token = scores.argmax(-1, keepdim=True)
+                input_ids = torch.cat((input_ids, token), 1)
+                text.append(int(token))
+                on_token(text[-1])
+                if bool(stopping_criteria(input_ids, scores).all()):
+                    return input_ids
+                if kept == len(guessed) or text[-1] != guessed[kept]:
+                    break
+                kept += 1
+            if draft is not None:
+                draft.hear(len(guessed), kept)
+                guessed = draft.guess(text, min(MOST_TOKENS - 1, length - len(text)))
+            steps += 1
+            logits = lean.run(torch.tensor([text[-1], *guessed]), len(text) - 1)
 
     model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=decode, **options)
+    return steps

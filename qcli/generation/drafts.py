@@ -1,0 +1,103 @@
+"""Guesses of the next tokens, which one step of the model then checks all at once.
+
+A step of a few tokens reads the weights once, as a step of one token does. Every token is still chosen from the model's own logits,
+in order, and the first one that differs from its guess ends the step (Leviathan et al., 2023, with guesses that are certain: a
+guess is kept exactly when the model chooses it). So greedy and sampled texts are those of the model alone.
+"""
+
+from typing import Protocol
+
+import torch
+
+from qcli.errors import UsageError
+from qcli.generation.lean_step import MOST_TOKENS
+
+
+class Draft(Protocol):
+    """What guesses the tokens of one text after the other."""
+
+    def begin(self, ids: list[int], length: int) -> None:
+        """A new text begins with `ids`; it grows to `length` tokens at most."""
+
+    def guess(self, ids: list[int], most: int) -> list[int]:
+        """At most `most` tokens that may follow `ids`."""
+
+    def hear(self, guessed: int, kept: int) -> None:
+        """How many of the last guesses the model kept."""
+
+
+class _Length:
+    """How many tokens are worth guessing: more after guesses that were all kept, fewer after others."""
+
+    def __init__(self):
+        self.count = 4
+
+    def hear(self, guessed: int, kept: int) -> None:
+        if guessed:
+            self.count = min(self.count + 2, MOST_TOKENS - 1) if kept == guessed else max(kept + 1, 2)
+
+
+class PromptLookup(_Length):
+    """Guesses that the text repeats itself: what followed the last three tokens where they stood before, or the last two.
+
+    For summaries, code and answers that quote the prompt (Saxena, 2023).
+    """
+
+    NGRAMS = (3, 2)
+
+    def begin(self, ids: list[int], length: int) -> None:
+        self.count = 4
+        self._known: dict[tuple[int, ...], int] = {}  # n-gram -> the position behind its latest occurrence
+        self._read = 0
+
+    def guess(self, ids: list[int], most: int) -> list[int]:
+        for end in range(self._read + 1, len(ids)):  # the text's own end is not among them: nothing has followed it
+            for n in self.NGRAMS:
+                if end >= n:
+                    self._known[tuple(ids[end - n : end])] = end
+        self._read = len(ids) - 1
+        for n in self.NGRAMS:
+            place = self._known.get(tuple(ids[-n:])) if len(ids) >= n else None
+            if place is not None:
+                return ids[place : place + min(self.count, most)]
+        return []
+
+
+class DraftModel(_Length):
+    """Guesses what a smaller model with the same vocabulary would choose. `lean` is its lean step."""
+
+    def __init__(self, lean):
+        super().__init__()
+        self.lean = lean
+
+    def begin(self, ids: list[int], length: int) -> None:
+        self.count = 4
+        self.lean.prefill(torch.tensor([ids[:-1] or ids]), {}, length)
+        self._read = max(len(ids) - 1, 1)
+
+    def guess(self, ids: list[int], most: int) -> list[int]:
+        guessed: list[int] = []
+        self._read = min(self._read, len(ids) - 1)  # beyond it are guesses, some of which were not kept
+        while len(guessed) < min(self.count, most):
+            text = ids + guessed
+            some = text[self._read : self._read + MOST_TOKENS]
+            logits = self.lean.run(torch.tensor(some), self._read)
+            self._read += len(some)
+            if self._read == len(text):
+                guessed.append(int(logits[-1].argmax()))
+        return guessed
+
+    def hear(self, guessed: int, kept: int) -> None:
+        super().hear(guessed, kept)
+        self._read -= max(guessed - kept - 1, 0)
+
+
+def same_vocabulary(model, draft) -> None:
+    """Raises UsageError unless two tokenizers give the same ids the same tokens."""
+    ours, theirs = model.get_vocab(), draft.get_vocab()
+    different = len(ours.items() ^ theirs.items())
+    if different:
+        raise UsageError(
+            f"--draft: the draft's vocabulary differs from the model's in {different:,} entries",
+            "A draft must have the model's own tokenizer: take a smaller model of the same family.",
+        )
