@@ -27,12 +27,12 @@ def command(name: str) -> Callable:
 
 
 def names(parameter: Parameter, info: OptionInfo | ArgumentInfo) -> list[str]:
-    """All names of an option, such as --output and -o; of an argument, one in capitals."""
+    """All names of an option, such as --output and -o, or --a and --no-a; of an argument, one in capitals."""
     if isinstance(info, ArgumentInfo):
         return [parameter.name.upper()]
     # Inside Annotated the first name stands where a default would.
     given = [name for name in (info.default, *(info.param_decls or ())) if isinstance(name, str)]
-    return given or ["--" + parameter.name.strip("_").replace("_", "-")]
+    return [each for name in given for each in name.split("/")] or ["--" + parameter.name.strip("_").replace("_", "-")]
 
 
 def parameters(name: str) -> Iterator[tuple[Parameter, type, OptionInfo | ArgumentInfo]]:

@@ -1,4 +1,4 @@
-"""--set NAME=VALUE, as several commands take it."""
+"""Options that several commands take: --set NAME=VALUE, --kv-dtype."""
 
 from collections.abc import Iterable
 
@@ -14,3 +14,11 @@ def pairs(given: Iterable[str] | None) -> dict[str, str]:
             raise UsageError(f"--set {pair!r} has no '='", "Write it as --set name=value.")
         found[name.strip()] = value.strip()
     return found
+
+
+def cache_dtype(given: str | None) -> str | None:
+    """--kv-dtype of a run: None keeps the model's dtype, as 16 does; int8, or 8. Raises UsageError for another."""
+    known = {None: None, "16": None, "8": "int8", "int8": "int8"}
+    if given not in known:
+        raise UsageError(f"--kv-dtype is {given!r}", "Set it to 16 (the model's own dtype) or 8 (int8).")
+    return known[given]

@@ -40,7 +40,7 @@ def estimate_memory(
         list[str] | None, typer.Option(help="32, 16, 8, 4, nf4, nf4-plain, fp4, llm-int8... Repeatable.", show_default=False)
     ] = None,
     kv_dtype: Annotated[
-        str | None, typer.Option(help="Dtype of the cache: fp8, q8_0, q4_0... Default: the model's.", show_default=False)
+        str | None, typer.Option(help="Dtype of the cache: int8, fp8, q8_0, q4_0... Default: the model's.", show_default=False)
     ] = None,
     runtime: Annotated[str, typer.Option(help="What runs the model: transformers or vllm.")] = "transformers",
     train: Annotated[str | None, typer.Option(help="Train the model instead: qlora or lora.", show_default=False)] = None,

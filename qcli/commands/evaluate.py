@@ -7,6 +7,7 @@ import typer
 
 from qcli import console
 from qcli.commands._model import asked_model
+from qcli.commands._settings import cache_dtype
 from qcli.process import importing
 
 
@@ -18,6 +19,9 @@ def evaluate(
     methods: Annotated[
         str | None,
         typer.Option(metavar="NAMES", help="Simulate quantization methods: all, or names with commas.", show_default=False),
+    ] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the cache to compare with the model's: 8 (int8).", show_default=False)
     ] = None,
     text: Annotated[
         Path | None,
@@ -57,6 +61,7 @@ def evaluate(
         model,
         against=against,
         methods=methods,
+        kv_dtype=cache_dtype(kv_dtype),
         text=text,
         tokens=tokens,
         sequence_length=sequence_length,

@@ -11,7 +11,7 @@ import typer
 
 from qcli import console
 from qcli.commands._model import asked_model
-from qcli.commands._settings import pairs
+from qcli.commands._settings import cache_dtype, pairs
 from qcli.errors import CheckpointError, UsageError
 
 
@@ -51,6 +51,10 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option(help="Dtype of the cache: 16 (the model's) or 8 (int8, half of it). Default: 16.", show_default=False),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of all that is not quantized: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     device_map: Annotated[
@@ -61,7 +65,11 @@ def generate(
     ] = None,
     int8_activations: Annotated[
         bool | None,
-        typer.Option(help="LLM.int8(): also round activations. Default: for prompts, and on a GPU.", show_default=False),
+        typer.Option(
+            "--int8-activations/--no-int8-activations",
+            help="LLM.int8(): also round activations. Default: for prompts, and on a GPU.",
+            show_default=False,
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
     trust_remote_code: Annotated[
@@ -72,6 +80,7 @@ def generate(
     """Continue a prompt with a quantized or an unquantized model."""
     model = asked_model(model, 'qcli generate HuggingFaceTB/SmolLM2-135M "Once upon a time"')
     text = _prompt(prompt, prompt_file, chat, json)
+    kv_dtype = cache_dtype(kv_dtype)
 
     # What needs no library comes first: a wrong option or a damaged folder is refused at once.
     from qcli.devices import never_fails, place
@@ -102,7 +111,7 @@ def generate(
         raise CheckpointError(f"{model} has no tokenizer", "Put its tokenizer files beside config.json.")
     template = Chat(tokenizer, model) if chat else None
     guesses = None if draft is None else _draft(draft, tokenizer, dtype, placement, trust_remote_code)
-    decoding = decode.Decoding(loaded, tokenizer, sampling, template.turn_end if template else None, guesses)
+    decoding = decode.Decoding(loaded, tokenizer, sampling, template.turn_end if template else None, guesses, kv_dtype)
     if guesses is not None and decoding.lean is None:
         console.warn(f"--draft is not used: {model} runs with transformers' or a captured step, which makes one token at a time")
     if template is None:
@@ -162,9 +171,9 @@ def _readable(what: str) -> Iterator[None]:
 
 def _answer(decoding, tokenizer, ids: list[int], parts: list[str], json: bool) -> None:
     """Generates, appends the text to `parts` piece by piece, streams it unless `json`, and reports speed and memory."""
-    from qcli.generation import decode
+    from qcli.generation.text_stream import TextStream
 
-    stream = decode.TextStream(tokenizer, ids)
+    stream = TextStream(tokenizer, ids)
 
     def show(piece: str) -> None:
         parts.append(piece)
@@ -199,7 +208,7 @@ def _stats(model, result) -> dict[str, object]:
 
         peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
     rate = result.decode_rate
-    read, speed = memory_limit.bytes_a_token(model), memory_limit.memory_speed(model) if rate else None
+    read, speed = memory_limit.bytes_a_step(model), memory_limit.memory_speed(model) if rate else None
     read = None if read is None else read + round(result.cache_bytes or 0)
     return {
         "prompt_tokens": result.prompt_tokens,

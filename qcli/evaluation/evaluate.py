@@ -7,6 +7,7 @@ from qcli import formats, schemes
 from qcli.checkpoint.modules import Linear
 from qcli.checkpoint.source import Source
 from qcli.errors import UsageError, together
+from qcli.evaluation.int8_cache import round_cache
 from qcli.evaluation.methods import Methods, Rounding, SequencesMixed, quantizable
 from qcli.evaluation.result import Evaluation, Protocol, Row
 from qcli.evaluation.score import Contender, score_all
@@ -26,6 +27,7 @@ def evaluate(
     *,
     against: str | None = None,
     methods: str | Iterable[str] | None = None,
+    kv_dtype: str | None = None,
     text: str | Path | None = None,
     tokens: int | None = None,
     sequence_length: int | None = None,
@@ -40,6 +42,8 @@ def evaluate(
     """Measures `model`, a folder or hub id, quantized or not, on `text`, cut by qcli.streaming.corpus.read_windows.
 
     `against` names a base to compare it with, token by token. Both read what the tokenizer of `model` makes of the text.
+    `kv_dtype` int8 rounds the keys and values of `model` as `generate` does for an int8 cache. The model is then compared with
+    itself, unless `against` names another.
     `methods`, "all" or names of qcli.schemes, compares simulated methods with the unquantized model. A method that does not fit
     the model's shapes is left out, with a note. `speed` also loads whole models and times them. `dtype` auto is each checkpoint's
     own. With `methods` it is float32, so that the cost of a method is not mixed with the rounding of sums. `progress` is that of
@@ -52,6 +56,8 @@ def evaluate(
     """
     if against is not None and methods is not None:
         raise UsageError("--against and --methods were both given", "Leave out one: --methods compares with MODEL itself.")
+    if kv_dtype is not None and methods is not None:
+        raise UsageError("--kv-dtype and --methods were both given", "Leave out one of them.")
     chosen = schemes.chosen(methods) if methods is not None else []
     running = {"device": device, "trust_remote_code": trust_remote_code}
     computing = "float32" if chosen and dtype == "auto" else dtype
@@ -61,6 +67,11 @@ def evaluate(
             f"--methods: {model} is quantized already", "Give the unquantized model, or measure this one with --against."
         )
     base = Skeleton(against, dtype=computing, **running) if against is not None else None
+    label = skeleton.source.label
+    if kv_dtype == "int8":
+        base = base or Skeleton(model, dtype=computing, revision=revision, **running)
+        round_cache(skeleton.model)
+        label = f"{label}, int8 cache"
     if base is not None:
         _check_same_tokens(skeleton, base)
     chosen, notes = _fitting(chosen, skeleton)
@@ -72,7 +83,7 @@ def evaluate(
     skeletons = [s for s in (base, skeleton) if s is not None]
     work = sum(Reading.work(s) for s in skeletons) * len(runs(skeletons, corpus.windows, max(len(chosen), 1)))
     with shown(progress, work) as advance:
-        rows = _simulated(skeleton, chosen, corpus, advance) if chosen else _measured(skeletons, corpus, advance)
+        rows = _simulated(skeleton, chosen, corpus, advance) if chosen else _measured(skeletons, label, corpus, advance)
     source = skeleton.source
     result = Evaluation(source.label, source.revision, protocol, rows, simulated=bool(chosen), notes=notes)
     if base is not None and base.dtype != skeleton.dtype:
@@ -127,21 +138,22 @@ def _check_same_tokens(model: Skeleton, base: Skeleton) -> None:
         raise UsageError(f"{names[0]} predicts {sizes[0]:,} tokens, {names[1]} {sizes[1]:,}", hint)
 
 
-def _measured(skeletons: Sequence[Skeleton], corpus: Corpus, advance: Advance) -> list[Row]:
-    """The model, after its base where there is one."""
+def _measured(skeletons: Sequence[Skeleton], label: str, corpus: Corpus, advance: Advance) -> list[Row]:
+    """The model, which is called `label`, after its base where there is one."""
+    labels = [s.source.label for s in skeletons[:-1]] + [label]
 
     def read(windows: Sequence[Window], before: int) -> tuple[Contender | None, list[Contender]]:
-        found = [Contender(s.source.label, Reading(s, windows, advance), before=before) for s in skeletons]
+        found = [Contender(name, Reading(s, windows, advance), before=before) for name, s in zip(labels, skeletons)]
         return found[0] if len(found) > 1 else None, found[-1:]
 
     scores = score_all(runs(skeletons, corpus.windows), read)
     of_base = scores[0] if len(scores) > 1 else None
     rows = []
-    for skeleton, scored in zip(skeletons, scores):
+    for name, skeleton, scored in zip(labels, skeletons, scores):
         source, linears = skeleton.source, quantizable(skeleton)
         size = sum(info.nbytes for info in source.tensors.values())
         bits = 8 * _linear_bytes(source, linears) / sum(x.out_features * x.in_features for x in linears)
-        rows.append(_row(source.label, scored, of_base, corpus, size, bits))
+        rows.append(_row(name, scored, of_base, corpus, size, bits))
     return rows
 
 

@@ -116,10 +116,10 @@ def end_tokens(model, tokenizer, turn_end: int | None = None) -> set[int]:
     return {i for i in (*stated, tokenizer.eos_token_id, turn_end) if i is not None}
 
 
-def lean_of(model) -> lean.Lean | None:
+def lean_of(model, kv_int8: bool = False) -> lean.Lean | None:
     """The lean step of a model; None where it cannot run."""
     try:
-        return lean.Lean(model) if lean.wanted(model) else None
+        return lean.Lean(model, kv_int8) if lean.wanted(model) else None
     except Unsupported:
         return None
 
@@ -127,11 +127,20 @@ def lean_of(model) -> lean.Lean | None:
 class Decoding:
     """Generates texts by one set of rules: the model's generation config, checked, with the user's options on top.
 
-    `ends` are the ids that end a text. `draft` guesses tokens for the lean step; it is not used where another step runs. Warns (QcliWarning) once about each field that is overridden. Raises CheckpointError for
+    `ends` are the ids that end a text. `draft` guesses tokens for the lean step; it is not used where another step runs. `kv_dtype`
+    int8 halves the cache of the lean step. Warns (QcliWarning) once about each field that is overridden. Raises CheckpointError for
     a field with an invalid value.
     """
 
-    def __init__(self, model, tokenizer, sampling: Sampling, turn_end: int | None = None, draft: Draft | None = None):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        sampling: Sampling,
+        turn_end: int | None = None,
+        draft: Draft | None = None,
+        kv_dtype: str | None = None,
+    ):
         check_class(type(model), type(model).__name__)
         self.model, self.sampling = model, sampling
         self.vocabulary = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
@@ -149,7 +158,10 @@ class Decoding:
         self.prompt_end, self.end = positions.ends(model)
         self.made_for = positions.made_for(model)
         self.length_warned = False
-        self.lean, self.draft = lean_of(model), draft
+        self.kv_int8 = kv_dtype == "int8"
+        self.lean, self.draft = lean_of(model, self.kv_int8), draft
+        if self.kv_int8 and self.lean is None:
+            raise self._no_int8_cache()
         for note in notes:
             warnings.warn(note, QcliWarning, stacklevel=3)
 
@@ -242,6 +254,13 @@ class Decoding:
             cache_bytes=self.lean.cache_bytes(len(prompt_ids) + len(streamer.token_ids) / 2) if step == "lean" else None,
         )
 
+    def _no_int8_cache(self) -> UsageError:
+        name = type(self.model).__name__
+        return UsageError(
+            f"--kv-dtype 8: {name} runs with transformers' step here, whose cache has the model's dtype",
+            "Leave it out. It works on a CPU, with the models that docs/generate.md lists.",
+        )
+
     def _warn_of_length(self, tokens: int, what: str) -> None:
         if self.made_for is not None and tokens > self.made_for and self.end is None and not self.length_warned:
             self.length_warned = True
@@ -280,6 +299,8 @@ class Decoding:
             try:
                 return "lean", lean.generate(self.model, ids, self.lean, streamer.add, self.draft, **options)
             except Unsupported:
+                if self.kv_int8:
+                    raise self._no_int8_cache() from None
                 self.lean = None
                 streamer.started = time.monotonic()
         self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
@@ -289,36 +310,3 @@ class Decoding:
 def generate(model, tokenizer, prompt_ids: list[int], sampling: Sampling, on_token: Callable[[int], None]) -> Generation:
     """Continues one prompt. The same as `Decoding.generate`, for a single text."""
     return Decoding(model, tokenizer, sampling).generate(prompt_ids, on_token)
-
-
-class TextStream:
-    """Turns token ids into text one by one: whole characters only, with the tokenizer's own spaces.
-
-    The text of an id depends on its neighbours. Each step therefore decodes a short tail twice, with and without the new ids.
-    The difference is the new text; it is held back while it ends in half a character.
-    """
-
-    CONTEXT = 6  # earlier ids that the decoded text may depend on
-
-    def __init__(self, tokenizer, prompt_ids: list[int]):
-        self.tokenizer = tokenizer
-        self.ids = list(prompt_ids[-self.CONTEXT :])
-        self.start, self.shown = 0, len(self.ids)
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes, possibly none."""
-        self.ids.append(token)
-        before, now = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
-        if now.endswith("\N{REPLACEMENT CHARACTER}") or len(now) <= len(before):
-            return ""
-        self.start, self.shown = self.shown, len(self.ids)
-        return now[len(before) :]
-
-    def flush(self) -> str:
-        """The remaining text, half characters included."""
-        before, now = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
-        self.shown = len(self.ids)
-        return now[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -7,17 +7,17 @@ anywhere keeps transformers' step. QCLI_STEP=transformers turns the lean step of
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from qcli.errors import UsageError
 from qcli.generation.drafts import Draft
+from qcli.generation.first_prompt import Seen, Storing, watching
 from qcli.generation.graph import supported
 from qcli.generation.lean_step import MOST_TOKENS, ROOM, Caches, LeanStep
 from qcli.generation.step import Unsupported, cache_argument
@@ -43,13 +43,17 @@ def wanted(model) -> bool:
 
 
 class Lean:
-    """The lean step of one model, for one text after the other."""
+    """The lean step of one model, for one text after the other.
 
-    def __init__(self, model):
+    With `kv_int8` the cache holds int8 with a scale for each key and value of a head: half the memory of 16 bits.
+    """
+
+    def __init__(self, model, kv_int8: bool = False):
         if not supported(model):
             raise Unsupported
         self.model, self.config = model, model.config
         self.dtype = model.get_input_embeddings().weight.dtype
+        self.kv_dtype = torch.int8 if kv_int8 else self.dtype
         if self.dtype not in _TOLERANCE:
             raise Unsupported
         self.decoder = model.get_decoder()
@@ -76,28 +80,29 @@ class Lean:
         """
         count = ids.shape[1]
         room = max(min(length, count + ROOM), MOST_TOKENS)
-        caches = self._caches(room)
+        caches = self._caches(room, self.kv_dtype)
         self.length = max(length, MOST_TOKENS)
         if self.step is not None:
             logits = self._read(ids, options, caches)
             self.step.caches = caches
             self.step.record(self._tables(caches.length))
             return logits
-        if len(ids[0, -MOST_TOKENS:].unique()) >= _DISTINCT:
-            with _watching(self.decoder_layers) as seen:
+        if self.kv_dtype == self.dtype and len(ids[0, -MOST_TOKENS:].unique()) >= _DISTINCT:
+            with watching(self.decoder_layers) as seen:
                 logits = self._read(ids, options, caches)
             self._check(seen, ids, caches, logits)
             return logits
-        # Attention to equal keys and values is the same in any order. Another text tells the readings apart.
+        # Attention to equal keys and values is the same in any order, and a rounded cache is not transformers'. Another text and
+        # another cache tell the readings apart.
         text = torch.randint(self.vocabulary, (1, 2 * MOST_TOKENS), generator=torch.Generator().manual_seed(0))
-        others = self._caches(text.shape[1])
-        with _watching(self.decoder_layers) as seen:
+        others = self._caches(text.shape[1], self.dtype)
+        with watching(self.decoder_layers) as seen:
             self._check(seen, text, others, self._read(text, options, others))
         return self.prefill(ids, options, length)
 
-    def _caches(self, length: int) -> Caches:
+    def _caches(self, length: int, dtype: torch.dtype) -> Caches:
         attention = [options[0].attention for options in self.readings]
-        return Caches([a.kv_heads for a in attention], [a.head_dim for a in attention], self.windows, self.dtype, length)
+        return Caches([a.kv_heads for a in attention], [a.head_dim for a in attention], self.windows, dtype, length)
 
     def run(self, ids: torch.Tensor, start: int) -> torch.Tensor:
         """Logits float32 [tokens, vocabulary] after each of ids int64 [tokens], whose first has the position `start`."""
@@ -111,10 +116,10 @@ class Lean:
         """Bytes of keys and values that a token reads after `tokens` others."""
         caches = self.step.caches
         seen = [min(tokens, window or tokens) for window in caches.windows]
-        return sum(count * (c.keys[:, 0].nbytes + c.values[:, 0].nbytes) for count, c in zip(seen, caches.layers))
+        return sum(count * sum(x[:, 0].nbytes for x in layer.tensors) for count, layer in zip(seen, caches.layers))
 
     def _read(self, ids: torch.Tensor, options: dict, caches: Caches) -> torch.Tensor:
-        cache = Cache(layers=[_Storing(layer) for layer in caches.layers])
+        cache = Cache(layers=[Storing(layer) for layer in caches.layers])
         positions = torch.arange(ids.shape[1])[None]
         options = options | {cache_argument(self.model): cache}
         return self.model(input_ids=ids, position_ids=positions, use_cache=True, **options).logits[:, -1].float()
@@ -123,7 +128,7 @@ class Lean:
         made = {rope: rope(torch.arange(length)[None]) for rope in set(self.rope) if rope is not None}
         return [made.get(rope) for rope in self.rope]
 
-    def _check(self, seen: "_Seen", ids: torch.Tensor, caches: Caches, logits: torch.Tensor) -> None:
+    def _check(self, seen: Seen, ids: torch.Tensor, caches: Caches, logits: torch.Tensor) -> None:
         """Makes the step from the readings that agree with what transformers did. Raises Unsupported."""
         count = ids.shape[1]
         tokens = min(MOST_TOKENS, count)
@@ -224,63 +229,7 @@ def _rope(module: nn.Module, kind: tuple) -> Callable[[torch.Tensor], tuple[torc
     return tables
 
 
-class _Storing(CacheLayerMixin):
-    """Stores the keys and values of a prompt in the step's own cache. A prompt attends to its own keys and values."""
-
-    is_compileable, is_sliding = False, False
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.is_initialized = True
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__):
-        self.layer.store(0, key_states[0], value_states[0])
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-class _Seen:
-    """What the layers of a model got and gave, for the last MOST_TOKENS tokens: inputs, outputs [1, tokens, hidden_size]; rope."""
-
-    def __init__(self, count: int):
-        self.inputs, self.outputs, self.rope = ([None] * count for _ in range(3))
-
-
-@contextmanager
-def _watching(layers: nn.ModuleList) -> Iterator[_Seen]:
-    seen, hooks = _Seen(len(layers)), []
-
-    def before(i: int, args: tuple, kwargs: dict) -> None:
-        seen.inputs[i] = (args[0] if args else kwargs["hidden_states"])[:, -MOST_TOKENS:].clone()
-        seen.rope[i] = kwargs.get("position_embeddings")
-
-    def after(i: int, output) -> None:
-        seen.outputs[i] = (output[0] if isinstance(output, tuple) else output)[:, -MOST_TOKENS:].clone()
-
-    for i, layer in enumerate(layers):
-        hooks.append(layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: before(i, args, kwargs), with_kwargs=True))
-        hooks.append(layer.register_forward_hook(lambda _, __, output, i=i: after(i, output)))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def generate(
-    model, ids: torch.Tensor, lean: Lean, on_token: Callable[[int], object], draft: Draft | None = None, **options
-) -> int:
+def generate(model, ids: torch.Tensor, lean: Lean, on_token: Callable[[int], object], draft: Draft | None = None, **options) -> int:
     """Continues ids int64 [1, tokens] by transformers' rules for `options`, arguments of its `generate`.
 
     `on_token` is called with each new id. Raises Unsupported before its first call. Returns the number of steps after the prompt.

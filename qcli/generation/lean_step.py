@@ -22,21 +22,46 @@ ROOM = 256  # positions of a cache at first, beyond the prompt; doubled when the
 
 @dataclass
 class LayerCache:
-    """Keys and values [kv_heads, capacity, head_dim] of one layer. Position p is in slot p % capacity."""
+    """Keys and values [kv_heads, capacity, head_dim] of one layer. Position p is in slot p % capacity.
+
+    With int8 there are scales, float32 [kv_heads, capacity] each: a row is its values times its scale.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
 
-    def store(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Stores keys and values [kv_heads, tokens, head_dim] of the positions from `start` on: the last `capacity` of them."""
-        count, capacity = keys.shape[1], self.keys.shape[1]
-        first = max(0, count - capacity)
-        while first < count:
-            slot = (start + first) % capacity
-            some = min(count - first, capacity - slot)
-            for to, new in ((self.keys, keys), (self.values, values)):
-                to[:, slot : slot + some] = new[:, first : first + some]
-            first += some
+    @classmethod
+    def empty(cls, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype) -> "LayerCache":
+        keys, values = (torch.empty(kv_heads, capacity, head_dim, dtype=dtype) for _ in range(2))
+        if dtype != torch.int8:
+            return cls(keys, values)
+        return cls(keys, values, torch.empty(kv_heads, capacity), torch.empty(kv_heads, capacity))
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """keys and values, and their scales if there are any."""
+        return [x for x in (self.keys, self.values, self.key_scales, self.value_scales) if x is not None]
+
+    @property
+    def scales(self) -> dict[str, torch.Tensor | None]:
+        return {"key_scales": self.key_scales, "value_scales": self.value_scales}
+
+    def store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores keys and values [kv_heads, tokens, head_dim] of the first positions of a text: the last `capacity` of them."""
+        first = max(0, keys.shape[1] - self.capacity)
+        rows = [keys[:, first:], values[:, first:]]
+        if self.key_scales is not None:
+            (keys, key_scales), (values, value_scales) = (rope_append.quantized(each.float()) for each in rows)
+            rows = [keys, values, key_scales, value_scales]
+        slots = torch.arange(first, first + rows[0].shape[1]) % self.capacity
+        for to, new in zip(self.tensors, rows):
+            to[:, slots] = new.to(to.dtype)
 
 
 class Caches:
@@ -44,29 +69,24 @@ class Caches:
 
     def __init__(self, kv_heads: list[int], head_dims: list[int], windows: list[int], dtype: torch.dtype, length: int):
         self.windows, self.dtype, self.length = windows, dtype, length
-        self.layers = [
-            LayerCache(*(self._empty(heads, self._capacity(window), head_dim) for _ in "kv"))
-            for heads, head_dim, window in zip(kv_heads, head_dims, windows)
-        ]
+        sizes = zip(kv_heads, windows, head_dims)
+        self.layers = [LayerCache.empty(heads, self._capacity(window), n, dtype) for heads, window, n in sizes]
 
     def _capacity(self, window: int) -> int:
         return min(self.length, window + MOST_TOKENS - 1) if window else self.length
 
-    def _empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=self.dtype)
-
     def stretch(self, length: int, used: int) -> None:
         """Makes room for `length` positions, of which the first `used` are kept."""
         self.length = length
-        for layer, window in zip(self.layers, self.windows):
-            heads, before, head_dim = layer.keys.shape
+        for i, (old, window) in enumerate(zip(self.layers, self.windows)):
             capacity = self._capacity(window)
-            if capacity == before:
+            if capacity == old.capacity:
                 continue
-            old, positions = (layer.keys, layer.values), torch.arange(max(0, used - before), used)
-            layer.keys, layer.values = (self._empty(heads, capacity, head_dim) for _ in "kv")
-            for to, of in zip((layer.keys, layer.values), old):
-                to[:, positions % capacity] = of[:, positions % before]
+            heads, _, head_dim = old.keys.shape
+            self.layers[i] = LayerCache.empty(heads, capacity, head_dim, self.dtype)
+            positions = torch.arange(max(0, used - old.capacity), used)
+            for to, of in zip(self.layers[i].tensors, old.tensors):
+                to[:, positions % capacity] = of[:, positions % old.capacity]
 
 
 class Buffers:
@@ -137,10 +157,11 @@ class LayerOps:
                 self._norm(made[name].unflatten(1, shapes[name]) if a.norm_per_head else made[name], how)
         q, k, v = (made[name].unflatten(1, shape) for name, shape in shapes.items())
         cos, sin = tables or (None, None)
-        appended = rope_append.record(q, k, v, cos, sin, cache.keys, cache.values, interleaved=a.rope not in ("halves", None))
+        interleaved = a.rope not in ("halves", None)
+        appended = rope_append.record(q, k, v, cos, sin, cache.keys, cache.values, interleaved=interleaved, **cache.scales)
         self.ops.append(("rope_append", appended))
         y = self.buffers("attended", a.heads * a.head_dim)
-        options = {"scale": a.scale, "softcap": a.softcap, "window": window}
+        options = {"scale": a.scale, "softcap": a.softcap, "window": window} | cache.scales
         self.ops.append(("attend", attend.record(q, cache.keys, cache.values, y.view(-1, a.heads, a.head_dim), **options)))
         return self._linear(a.out, y, "attention")
 

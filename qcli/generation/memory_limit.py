@@ -1,4 +1,4 @@
-"""How near decoding comes to what memory allows: each token reads every weight and the cache once, no faster than memory is read."""
+"""How near decoding comes to what memory allows: each step reads every weight and the cache once, as fast as memory is read."""
 
 from collections.abc import Iterable
 
@@ -9,8 +9,8 @@ from qcli.runtime import cpu
 _ENOUGH = 256 << 20  # bytes that are read to measure the speed of memory
 
 
-def bytes_a_token(model) -> int | None:
-    """Bytes of weights that a token reads: all but the rows of an embedding. None for a mixture of experts, which reads some."""
+def bytes_a_step(model) -> int | None:
+    """Bytes of weights that a step reads: all but the rows of an embedding. None for a mixture of experts, which reads some."""
     names = [name for name, _ in model.named_parameters()]
     if any("expert" in name for name in names):
         return None

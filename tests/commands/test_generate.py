@@ -11,6 +11,7 @@ import transformers
 import qcli
 from qcli import formats
 from qcli.generation import decode
+from qcli.generation.text_stream import TextStream
 from qcli.nn.linear_4bit import Linear4bit
 from qcli.nn.linear_8bit import Linear8bit
 from qcli.runtime import cpu
@@ -281,11 +282,11 @@ def test_text_comes_in_whole_characters():
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     text = "a 🦊 fox, grün\n  日本 ok"
     ids = fast(text)["input_ids"]
-    stream = decode.TextStream(fast, fast("start: ")["input_ids"])
+    stream = TextStream(fast, fast("start: ")["input_ids"])
     pieces = [stream.push(i) for i in ids]
     assert len(ids) == len(text.encode()) and "".join(pieces) + stream.flush() == text
     assert all("\N{REPLACEMENT CHARACTER}" not in p for p in pieces) and sum(p == "" for p in pieces) == 3 + 1 + 2 + 2
-    cut = decode.TextStream(fast, [])
+    cut = TextStream(fast, [])
     assert "".join(cut.push(i) for i in fast("ok🦊")["input_ids"][:-1]) == "ok"
     assert cut.flush() == "\N{REPLACEMENT CHARACTER}"
 
@@ -299,7 +300,7 @@ def test_words_keep_their_spaces():
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-    stream = decode.TextStream(fast, [1])
+    stream = TextStream(fast, [1])
     assert [stream.push(i) for i in (2, 3, 1)] == [" fox", "es", " the"]
 
 
@@ -307,6 +308,6 @@ def test_ctrl_c_while_generating(demo, quick_cli, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(decode.TextStream, "push", interrupt)
+    monkeypatch.setattr(TextStream, "push", interrupt)
     done = quick_cli("generate", demo / "nf4", "Once")
     assert done.returncode == 130 and "interrupted" in done.stderr and "Traceback" not in done.stderr

@@ -131,6 +131,28 @@ def test_against_a_base_is_torchs_divergence(stories, whole, tmp_path):
     assert 4 + 8 / 64 < result.rows[1].bits_per_weight < 4.5
 
 
+def test_an_int8_cache_is_compared_with_the_model(stories, whole):
+    """Keys and values in int8, worked out here in float64 from the model's own attention."""
+    result = qcli.evaluate(str(DEMO), kv_dtype="int8", text=stories, dtype="float32", device="cpu")
+    assert [row.name for row in result.rows] == [str(DEMO), f"{DEMO}, int8 cache"]
+    p, _ = predictions(*whole, STORIES)
+    model, _ = qcli.load(str(DEMO), dtype="float32", device="cpu")
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def rounding(query, key, value, *arguments, **options):
+        steps = [x.double().abs().amax(-1, keepdim=True) / 127 for x in (key, value)]
+        key, value = (((x.double() / step).round() * step).float() for x, step in zip((key, value), steps))
+        return attention(query, key, value, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.nn.functional, "scaled_dot_product_attention", rounding)
+        q, _ = predictions(model, whole[1], STORIES)
+    kl = functional.kl_div(q, p, reduction="none", log_target=True).sum(1)
+    assert kl.mean() > 1e-8 and result.rows[1].against.divergence.mean.value == pytest.approx(kl.mean().item(), rel=0.02)
+    with pytest.raises(UsageError, match="--kv-dtype and --methods"):
+        qcli.evaluate(str(DEMO), kv_dtype="int8", methods="nf4", text=stories)
+
+
 @pytest.fixture(scope="module")
 def costs(stories):
     """The demo model's row of each of these methods, by name."""

@@ -12,6 +12,7 @@ import qcli
 from qcli.errors import CheckpointError, UsageError
 from qcli.generation import decode
 from qcli.generation.chat import Chat
+from qcli.generation.text_stream import TextStream
 from tests.models import make_model
 
 CHATML = (
@@ -187,7 +188,7 @@ def test_the_history_grows_and_blank_lines_are_passed_over(folder, quick_cli, mo
 
 
 def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(folder, quick_cli, monkeypatch):
-    push, heard = decode.TextStream.push, []
+    push, heard = TextStream.push, []
 
     def interrupt(stream, token):
         heard.append(token)
@@ -195,7 +196,7 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(folder, quick_cli, 
             os.kill(os.getpid(), signal.SIGINT)
         return push(stream, token)
 
-    monkeypatch.setattr(decode.TextStream, "push", interrupt)
+    monkeypatch.setattr(TextStream, "push", interrupt)
     before = signal.getsignal(signal.SIGINT)
     done = talk(folder, ["hi", "yo", "/exit"], quick_cli, monkeypatch)
     assert done.returncode == 0 and done.stderr.count("[stopped]") == 1 and len(prompts(done)) == 1
@@ -207,7 +208,7 @@ def test_sigterm_while_answering_and_ctrl_c_while_typing_end_it(folder, quick_cl
         raise KeyboardInterrupt
 
     assert talk(folder, ["hi", end], quick_cli, monkeypatch).returncode == 130
-    monkeypatch.setattr(decode.TextStream, "push", end)  # as the command line's handler of SIGTERM does
+    monkeypatch.setattr(TextStream, "push", end)  # as the command line's handler of SIGTERM does
     assert talk(folder, ["hi", "yo"], quick_cli, monkeypatch).returncode == 130
 
 

@@ -196,7 +196,9 @@ def test_qwen3_5_27b():
     assert cache(config("qwen3_5_text", **QWEN3_5_27B), 262_144).components["keys and values"] == 16 * GIB
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("fp8", 1), ("q8_0", 1.0625), ("q4_0", 0.5625), ("nvfp4", 0.5625)])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("float32", 4), ("fp8", 1), ("q8_0", 1.0625), ("q4_0", 0.5625), ("nvfp4", 0.5625), ("int8", 1 + 4 / 128)]
+)
 def test_dtypes_of_the_cache(dtype, size):
     assert cache(llama_like(32, 32, 8, 128), 100, kv_dtype=dtype).total == math.ceil(65_536 * size) * 100
 

@@ -116,7 +116,7 @@ def test_tensors_that_are_replaced_or_changed_are_noticed(make):
     [(eight_bit, "threshold", 0.5), (four_bit, "compute_dtype", torch.float32), (four_bit, "nested_offset", 3.0)],
 )
 def test_a_setting_that_changes_is_noticed(make, name, value):
-    module, x = make(), inputs()
+    module, x = make(), inputs().float()
     with torch.no_grad():
         before = module(x)
         setattr(module, name, value)

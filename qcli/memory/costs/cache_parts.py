@@ -179,8 +179,10 @@ def _page(config, itemsize: Fraction, runtime: str, state_dtype: str | None) -> 
 def itemsize_of(config, kv_dtype: str | None) -> Fraction:
     """Bytes of one cached element, by default of the model's own dtype. Raises UsageError for an unknown dtype."""
     name = kv_dtype or (config.dtype if config.dtype in KV_BYTES else "bfloat16")
+    if name == "int8":  # qcli generate's: with a float32 scale for each key and value of a head
+        return 1 + Fraction(4, config.head_dim)
     if name not in KV_BYTES:
-        raise UsageError(f"the cache's dtype is {name!r}, expected one of {', '.join(KV_BYTES)}.")
+        raise UsageError(f"the cache's dtype is {name!r}, expected one of int8, {', '.join(KV_BYTES)}.")
     return KV_BYTES[name]
 
 
