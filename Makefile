@@ -58,7 +58,7 @@ sanitize: $(VENV)/tested
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	QCLI_CPU_LIBRARY=build/sanitize/libqcli_cpu.so $(BIN)/python -m pytest -q tests/ops
 
-# ARGS="--folder FOLDER" keeps the checkpoints that it makes (12 GB). ARGS="--llama-cpp PYTHON" also measures llama.cpp.
+# ARGS="--folder FOLDER" keeps the checkpoints that it makes (12 GB). benchmarks/decoding.py also measures llama.cpp.
 bench: $(VENV)/tested
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 

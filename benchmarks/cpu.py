@@ -1,22 +1,18 @@
-"""qcli on this CPU compared with torch, bitsandbytes and llama.cpp: `make bench`, or
+"""qcli on this CPU compared with torch and bitsandbytes: `make bench`, or
 
-    python benchmarks/cpu.py [--only ops,quantize,generate] [--folder FOLDER] [--llama-cpp PYTHON]
+    python benchmarks/cpu.py [--only ops,quantize,generate] [--folder FOLDER]
 
 Ratios are ratios of medians in this process. Calls of ops, reads and writes are measured in turn. Libraries that run a whole model
-or keep their own weight are measured one after the other. FOLDER (12 GB, created if missing) holds the random checkpoints. PYTHON
-is an interpreter with llama-cpp-python and gguf. Prints a table and writes benchmarks/results/cpu-NAME.json.
+or keep their own weight are measured one after the other. FOLDER (12 GB, created if missing) holds the random checkpoints. Prints a
+table and writes benchmarks/results/cpu-NAME.json. benchmarks/decoding.py compares whole models with llama.cpp, too.
 """
 
 import argparse
-import json
 import logging
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-
-import torch
 
 from qcli import console
 
@@ -31,7 +27,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="ops,quantize,generate")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are; a temporary one by default")
-    parser.add_argument("--llama-cpp", metavar="PYTHON")
     options = parser.parse_args()
     parts = options.only.split(",")
     logging.disable(logging.WARNING)  # bitsandbytes warns at its import, and about casts at every call
@@ -53,20 +48,11 @@ def main() -> None:
         if "generate" in parts:
             import cpu_models
 
-            other = llama_cpp(options.llama_cpp, cpu_models.checkpoint(folder, "1.1b")) if options.llama_cpp else None
-            rows, result["llama_cpp"] = cpu_models.generate(Row, folder, other), other
+            rows = cpu_models.generate(Row, folder)
             result["rows"] += [asdict(row) for row in rows]
             show(rows, "tokens per second")
     if set(parts) == {"ops", "quantize", "generate"}:
         console.out(f"wrote {save('cpu', str(result['machine']['cpu']), result)}")
-
-
-def llama_cpp(python: str, folder: Path) -> dict[str, object]:
-    """The results of benchmarks/llama_cpp_speed.py in the other interpreter."""
-    script = Path(__file__).with_name("llama_cpp_speed.py")
-    command = [python, str(script), str(folder), "--threads", str(torch.get_num_threads())]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ def write_once(path: Path, size: int) -> None:
     path.unlink()
 
 
-def generate(row, folder: Path, other: dict | None) -> list:
-    """Decode and prefill of a 1.1B Llama, compared with transformers and bitsandbytes, and with llama.cpp if `other` has it."""
+def generate(row, folder: Path) -> list:
+    """Decode and prefill of a 1.1B Llama, compared with transformers and bitsandbytes."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     has_fused = bnb.nn.modules.has_avx512bf16()
@@ -114,24 +114,18 @@ def generate(row, folder: Path, other: dict | None) -> list:
     # The best of several measurements: a slow one would make the ratio look too good.
     limit = max(*bandwidths, read_bandwidth()) / streamed
     ours = found["NF4"]["decode"]
-    decoded = row("generate NF4, decode", {"limit": limit, **_column(found, "NF4", "decode"), **_theirs(other, "decode")})
+    decoded = row("generate NF4, decode", {"limit": limit, **_column(found, "NF4", "decode")})
     decoded.compare("of the limit", ours / limit, 0.5, 0.75)
     decoded.compare("faster than bitsandbytes", ours / found["NF4 bitsandbytes"]["decode"], 5)
     if "NF4 bitsandbytes fused" in found:
         decoded.compare("faster than its AVX512_BF16 path", ours / found["NF4 bitsandbytes fused"]["decode"], None)
     ours = found["LLM.int8()"]["prefill"]
-    filled = row("generate LLM.int8(), prefill of 128", {**_column(found, "LLM.int8()", "prefill"), **_theirs(other, "prefill")})
+    filled = row("generate LLM.int8(), prefill of 128", {**_column(found, "LLM.int8()", "prefill")})
     filled.compare("faster than bitsandbytes", ours / found["LLM.int8() bitsandbytes"]["prefill"], 1)
     rest = [
-        row("generate NF4, prefill of 128", {**_column(found, "NF4", "prefill"), **_theirs(other, "prefill")}),
-        row("generate LLM.int8(), decode", {**_column(found, "LLM.int8()", "decode"), **_theirs(other, "decode")}),
+        row("generate NF4, prefill of 128", {**_column(found, "NF4", "prefill")}),
+        row("generate LLM.int8(), decode", {**_column(found, "LLM.int8()", "decode")}),
     ]
-    if other:
-        decoded.compare("faster than llama.cpp Q4_0", found["NF4"]["decode"] / other["Q4_0"]["decode"], None, 1)
-        filled.compare("faster than llama.cpp Q8_0", ours / other["Q8_0"]["prefill"], 1)
-        filled.compare("faster than llama.cpp Q4_0", ours / other["Q4_0"]["prefill"], None, 3)
-        rest[0].compare("faster than llama.cpp Q4_0", found["NF4"]["prefill"] / other["Q4_0"]["prefill"], None)
-        rest[1].compare("faster than llama.cpp Q8_0", found["LLM.int8()"]["decode"] / other["Q8_0"]["decode"], None)
     return [*rows, decoded, filled, *rest]
 
 
@@ -139,10 +133,6 @@ def _column(found: dict, method: str, what: str) -> dict[str, float]:
     """The speed of each library with the method."""
     own = [name for name in found if name.startswith(method)]
     return {name.removeprefix(method).strip() or "qcli": found[name][what] for name in own}
-
-
-def _theirs(other: dict | None, what: str) -> dict[str, float]:
-    return {f"llama.cpp {kind}": other[kind][what] for kind in ("Q4_0", "Q8_0")} if other else {}
 
 
 def speed(model, new: int = NEW) -> dict[str, float]:

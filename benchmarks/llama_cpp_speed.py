@@ -1,32 +1,28 @@
-"""Tokens per second of llama.cpp on a Llama with random weights, for the comparison in benchmarks/cpu.py.
+"""llama.cpp's part of benchmarks/decoding.py, in an interpreter of its own.
 
-    python -m venv other && other/bin/pip install llama-cpp-python gguf
-    other/bin/python benchmarks/llama_cpp_speed.py FOLDER [--threads 2]
+    python -m venv other && other/bin/pip install xllamacpp gguf
+    other/bin/python benchmarks/llama_cpp_speed.py FILE.gguf [--write FOLDER KIND] [--threads N] [--context N]
 
-If llama.cpp is built from source, it uses every instruction set that the compiler finds on this CPU. If a virtual machine announces
-AMX but faults on it, leave AMX out: CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON
--DGGML_AVX512_BF16=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" with `pip install --no-binary llama-cpp-python`.
-
-FOLDER has a config.json of benchmarks/make_checkpoint.py. The GGUF files are made beside it. Prints one JSON object: per type, the
-tokens per second of the prefill, and of decoding after the prompt.
+With --write, the file is made if it is missing: random weights of KIND (Q4_0, Q4_1, Q8_0) with the shapes in FOLDER's config.json.
+Linear weights and the embedding are of KIND, the output layer is Q8_0, as in llama.cpp's own files. Then each line of stdin,
+{"prompt": 128, "new": 48}, is answered with llama.cpp's own timings, {"prefill": ..., "decode": ...} in tokens per second.
 """
 
 import argparse
-import ctypes
 import json
-import time
+import random
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import numpy as np
+import xllamacpp
 from gguf.quants import quantize
 
-TYPES = {"Q4_0": gguf.GGMLQuantizationType.Q4_0, "Q8_0": gguf.GGMLQuantizationType.Q8_0}
+RESERVED = 259  # <unk>, <s>, </s> and the bytes
 
 
 def write_gguf(path: Path, config: dict, kind: gguf.GGMLQuantizationType) -> None:
-    """Writes a GGUF file with the config's shapes: linear weights of one type, the output layer in Q8_0, norms in float32."""
+    """Writes a GGUF file with the config's shapes, and a vocabulary of made-up words: llama.cpp's server needs one."""
     rng = np.random.default_rng(0)
     hidden, wide, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     heads, kv_heads, vocabulary = config["num_attention_heads"], config["num_key_value_heads"], config["vocab_size"]
@@ -41,7 +37,13 @@ def write_gguf(path: Path, config: dict, kind: gguf.GGMLQuantizationType) -> Non
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(hidden // heads)
     writer.add_vocab_size(vocabulary)
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model("llama")
+    words = [f"w{i}" for i in range(vocabulary - RESERVED)]
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words])
+    writer.add_token_scores([0.0] * vocabulary)
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(words))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
     made = {}
 
     def linear(name, out_features, in_features, kind=kind):
@@ -70,56 +72,37 @@ def write_gguf(path: Path, config: dict, kind: gguf.GGMLQuantizationType) -> Non
     writer.close()
 
 
-def speed(path: Path, threads: int, prompt: int, new: int) -> dict[str, float]:
-    """Prefill and decode tokens per second: medians of three runs."""
-    parameters = llama_cpp.llama_model_default_params()
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
-    if not model:
-        raise RuntimeError(f"llama.cpp cannot load {path}")
-    options = llama_cpp.llama_context_default_params()
-    options.n_ctx, options.n_batch, options.n_ubatch = 512, 512, 512
-    options.n_threads = options.n_threads_batch = threads
-    context = llama_cpp.llama_init_from_model(model, options)
-
-    def run(count: int) -> float:
-        tokens = (llama_cpp.llama_token * count)(*range(5, 5 + count))
-        started = time.perf_counter()
-        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, count)):
-            raise RuntimeError("llama_decode failed")
-        llama_cpp.llama_get_logits(context)
-        llama_cpp.llama_synchronize(context)
-        return time.perf_counter() - started
-
-    memory = llama_cpp.llama_get_memory(context)
-    prefills, decodes = [], []
-    for _ in range(4):
-        llama_cpp.llama_memory_clear(memory, True)
-        prefills.append(prompt / run(prompt))
-        decodes.append(new / sum(run(1) for _ in range(new)))
-    llama_cpp.llama_free(context)
-    llama_cpp.llama_model_free(model)
-    return {"prefill": float(np.median(prefills[1:])), "decode": float(np.median(decodes[1:]))}
+def server(path: Path, threads: int, context: int):
+    """llama.cpp with one place for a text."""
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(path)
+    parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers, parameters.verbosity = context, 1, 0, 0
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+    parameters.fit_params = False
+    return xllamacpp.Server(parameters)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--write", nargs=2, metavar=("FOLDER", "KIND"))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--new", type=int, default=48)
+    parser.add_argument("--context", type=int, default=2048)
     options = parser.parse_args()
-    llama_cpp.llama_backend_init()
-    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
-    config = json.loads((options.folder / "config.json").read_text())
-    found = {"version": llama_cpp.__version__}
-    for name, kind in TYPES.items():
-        path = options.folder / f"{name}.gguf"
-        if not path.exists():
-            write_gguf(path, config, kind)
-        found[name] = speed(path, options.threads, options.prompt, options.new)
-    print(json.dumps(found))
+    if options.write and not options.file.exists():
+        config = json.loads((Path(options.write[0]) / "config.json").read_text())
+        write_gguf(options.file, config, gguf.GGMLQuantizationType[options.write[1]])
+    running, rng = server(options.file, options.threads, options.context), random.Random(0)
+    print(json.dumps({"version": xllamacpp.__version__}), flush=True)
+    while line := input():
+        asked = json.loads(line)
+        ids = [rng.randrange(RESERVED, 4000) for _ in range(asked["prompt"])]
+        request = {"prompt": ids, "n_predict": asked["new"], "temperature": 0, "cache_prompt": False, "ignore_eos": True}
+        done = running.handle_completions(request)
+        timings = (done if isinstance(done, dict) else json.loads(done))["timings"]
+        rates = {"prefill": timings["prompt_per_second"], "decode": timings["predicted_per_second"]}
+        print(json.dumps(rates), flush=True)
 
 
 if __name__ == "__main__":
