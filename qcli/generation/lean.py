@@ -27,6 +27,7 @@ from qcli.runtime import cpu
 CHOICE = "QCLI_STEP"
 _MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
 _DISTINCT = 6  # different tokens at the end of a text that tells the readings of a layer apart
+_SHORT = 64  # tokens of a prompt that may be read twice
 # The largest difference, as a share of what a layer adds. transformers rounds each step of a layer to the model's dtype.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 _INT8_ACTIVATIONS = 0.1  # the share if transformers' products round activations to int8
@@ -80,20 +81,21 @@ class Lean:
         """
         count = ids.shape[1]
         room = max(min(length, count + ROOM), MOST_TOKENS)
-        caches = self._caches(room, self.kv_dtype)
         self.length = max(length, MOST_TOKENS)
         if self.step is not None:
-            logits = self._read(ids, options, caches)
-            self.step.caches = caches
-            self.step.record(self._tables(caches.length))
-            return logits
-        if self.kv_dtype == self.dtype and len(ids[0, -MOST_TOKENS:].unique()) >= _DISTINCT:
+            if self.step.caches.dtype != self.kv_dtype or self.step.caches.length < count:
+                self.step.caches = self._caches(room, self.kv_dtype)
+                self.step.record(self._tables(room))
+            return self._read(ids, options, self.step.caches)
+        distinct = len(ids[0, -MOST_TOKENS:].unique())
+        if self.kv_dtype == self.dtype and distinct >= _DISTINCT and count <= _SHORT:
+            caches = self._caches(room, self.kv_dtype)
             with watching(self.decoder_layers) as seen:
                 logits = self._read(ids, options, caches)
             self._check(seen, ids, caches, logits)
             return logits
-        # Attention to equal keys and values is the same in any order, and a rounded cache is not transformers'. Another text and
-        # another cache tell the readings apart.
+        # Attention to equal keys and values is the same in any order, a rounded cache is not transformers', and a long prompt would
+        # be read twice if the readings were wrong. Another text and another cache tell them apart.
         text = torch.randint(self.vocabulary, (1, 2 * MOST_TOKENS), generator=torch.Generator().manual_seed(0))
         others = self._caches(text.shape[1], self.dtype)
         with watching(self.decoder_layers) as seen:
