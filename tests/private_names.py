@@ -26,6 +26,7 @@ _KINDS = "tests/generation/test_decode_graph.py::test_models_that_cannot_be_capt
 _SEEN = "tests/test_private_names.py::test_torch_tells_who_watches_a_call"
 _FLOAT32 = "tests/formats/test_architectures.py::test_float16_keeps_float32_where_transformers_does"
 _REPLACED = "tests/nn/test_nn.py::test_tensors_that_are_replaced_or_changed_are_noticed"
+_INT8_CACHE = "tests/evaluation/test_evaluate.py::test_an_int8_cache_is_compared_with_the_model"
 _LOADER = "transformers.core_model_loading"
 
 PRIVATE = (
@@ -107,7 +108,21 @@ PRIVATE = (
         "whether it is greedy or sampled",
     ),
     Private("transformers.PreTrainedModel._can_compile_fullgraph", ("generation/graph.py",), _KINDS, "fit for a static cache"),
-    Private("transformers.PreTrainedConfig._attn_implementation", ("generation/graph.py",), _CAPTURED, "what attention it has"),
+    Private(
+        "transformers.PreTrainedConfig._attn_implementation",
+        ("generation/graph.py", "evaluation/int8_cache.py"),
+        _CAPTURED,
+        "what attention it has",
+    ),
+    Private(
+        "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", ("evaluation/int8_cache.py",), _INT8_CACHE, "the attention it has"
+    ),
+    Private(
+        "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS",
+        ("evaluation/int8_cache.py",),
+        _INT8_CACHE,
+        "the masks of that attention",
+    ),
     Private(
         "torch._subclasses.fake_tensor.FakeTensorMode",
         ("checkpoint/torch_file.py",),

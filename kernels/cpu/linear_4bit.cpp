@@ -60,7 +60,9 @@ enum class Scaling {
 // The scales of a stream of rows. They are decoded for some rows at a time, because a row of a small model has few.
 class Scales {
  public:
-  Scales(const Weight& w, Scaling scaling, float* scratch) : w_(w), scaling_(scaling), scratch_(scratch) {}
+  Scales(const Weight& w, Scaling scaling, float* scratch)
+      : w_(w), scaling_(scaling), scratch_(scratch),
+        per_row_(scaling == Scaling::kQuarters ? w.k / 32 : (w.k % w.block_size ? 0 : w.k / w.block_size)) {}
 
   // Floats of scratch.
   static int64_t room(const Weight& w) { return larger(kScales, w.k / 32 + 2) + larger(kScales, 2 * (w.k / 32) + 4); }
@@ -68,7 +70,7 @@ class Scales {
   // The scales of row n, the first of which is that of its start. `last` ends the stream.
   QCLI_INLINE const float* of_row(int64_t n, int64_t last) {
     if (n >= end_) decode(n, last);
-    return scales_ + (scaling_ == Scaling::kQuarters ? (n - first_) * (w_.k / 32) : n * w_.k / w_.block_size - first_block_);
+    return scales_ + (per_row_ ? (n - first_) * per_row_ : n * w_.k / w_.block_size - first_block_);
   }
 
  private:
@@ -103,6 +105,7 @@ class Scales {
   const Weight& w_;
   Scaling scaling_;
   float* scratch_;
+  int64_t per_row_;  // 0 if a row may end within a block
   const float* scales_ = nullptr;
   int64_t first_ = 0, end_ = 0, first_block_ = 0;
 };
@@ -352,7 +355,7 @@ void linear_in_chunks(const X& x, int64_t tokens, const Weight& w, T* y, int thr
       for (int64_t n = i; n < last; n += apart, count++) {
         const int64_t start = n * k;
         const float* own = scales[count].of_row(n, smaller(last, first + (count + 1) * apart));
-        rows[count] = {w.packed + start / 2, own, start % w.block_size};
+        rows[count] = {w.packed + start / 2, own, kScaling == Scaling::kOne ? start % w.block_size : 0};
         // The load of the last chunk must stay within the weight.
         if ((start + x.padded()) / 2 > bytes) rows[count].packed = static_cast<uint8_t*>(memcpy(copy, rows[count].packed, k / 2));
       }
