@@ -27,6 +27,7 @@ _SEEN = "tests/test_private_names.py::test_torch_tells_who_watches_a_call"
 _FLOAT32 = "tests/formats/test_architectures.py::test_float16_keeps_float32_where_transformers_does"
 _REPLACED = "tests/nn/test_nn.py::test_tensors_that_are_replaced_or_changed_are_noticed"
 _INT8_CACHE = "tests/evaluation/test_evaluate.py::test_an_int8_cache_is_compared_with_the_model"
+_READ = "tests/generation/test_lean.py::test_a_model_that_computes_something_else_is_found_out"
 _LOADER = "transformers.core_model_loading"
 
 PRIVATE = (
@@ -100,10 +101,15 @@ PRIVATE = (
         "tests/test_private_names.py::test_a_class_of_the_models_own_code_is_found",
         "the class of remote code",
     ),
-    Private("transformers.cache_utils.DynamicSlidingWindowLayer", ("generation/graph.py",), _KINDS, "a layer that a step knows"),
+    Private(
+        "transformers.cache_utils.DynamicSlidingWindowLayer",
+        ("generation/graph.py", "generation/lean.py"),
+        _KINDS,
+        "a layer that a step knows, and its window",
+    ),
     Private(
         "transformers.generation.configuration_utils.GenerationMode",
-        ("generation/graph.py",),
+        ("generation/graph.py", "generation/lean.py"),
         "tests/generation/test_decode_graph.py::test_rules_that_look_at_the_text_are_left_to_transformers",
         "whether it is greedy or sampled",
     ),
@@ -123,6 +129,8 @@ PRIVATE = (
         _INT8_CACHE,
         "the masks of that attention",
     ),
+    Private("torch.nn.Module: _forward_hooks", ("generation/structure.py",), _READ, "what changes the output of a linear layer"),
+    Private("torch.nn.Module: _forward_pre_hooks", ("generation/structure.py",), _READ, "what changes its input"),
     Private(
         "torch._subclasses.fake_tensor.FakeTensorMode",
         ("checkpoint/torch_file.py",),
