@@ -42,6 +42,7 @@ QCLI_INLINE void look_up_half(const Codes16& codes, Packed packed, Words (&weigh
   weights[1].v = _mm512_permutexvar_epi16(_mm512_srli_epi32(packed.v, kHalf ? 12 : 8), codes.v);
 }
 QCLI_INLINE Words load_words(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
+QCLI_INLINE void store_words(int16_t* p, Words x) { _mm512_storeu_si512(p, x.v); }
 QCLI_INLINE Sums dot(Words a, Words b) { return {_mm512_madd_epi16(a.v, b.v)}; }
 // Adds a[2l] b[2l] + a[2l + 1] b[2l + 1] to lane l.
 QCLI_INLINE Sums add_dot(Sums sum, Words a, Words b) {
@@ -104,6 +105,7 @@ QCLI_INLINE void look_up_half(const Codes16& codes, Packed packed, Words (&weigh
   weights[1].v = _mm256_unpackhi_epi8(low, high);
 }
 QCLI_INLINE Words load_words(const int16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+QCLI_INLINE void store_words(int16_t* p, Words x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v); }
 QCLI_INLINE Sums dot(Words a, Words b) { return {_mm256_madd_epi16(a.v, b.v)}; }
 QCLI_INLINE Sums add_dot(Sums sum, Words a, Words b) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))}; }
 QCLI_INLINE Lanes no_lanes() { return {_mm256_setzero_ps()}; }

@@ -37,28 +37,45 @@ class Storing(CacheLayerMixin):
 
 
 class Seen:
-    """What the layers of a model got and gave, for the last MOST_TOKENS tokens: inputs, outputs [1, tokens, hidden_size]; rope."""
+    """What the layers of a model got and gave, for the last MOST_TOKENS tokens: inputs, attended (what attention gave) and outputs
+    [1, tokens, hidden_size]; and where the angles of each layer came from: (a rotary module, further arguments), or None."""
 
     def __init__(self, count: int):
-        self.inputs, self.outputs, self.rope = ([None] * count for _ in range(3))
+        self.inputs, self.attended, self.outputs, self.ropes = ([None] * count for _ in range(4))
+        self.angles: list[tuple[nn.Module, tuple, object]] = []  # rotary module, further arguments, its (cos, sin)
 
 
 @contextmanager
-def watching(layers: nn.ModuleList) -> Iterator[Seen]:
+def watching(decoder: nn.Module, layers: nn.ModuleList, attention: list[nn.Module]) -> Iterator[Seen]:
+    """What happens in `layers` of `decoder` meanwhile. `attention` has the attention module of each layer."""
     seen, hooks = Seen(len(layers)), []
 
+    def turned(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        seen.angles.append((module, args[2:] or tuple(v for k, v in kwargs.items() if k not in ("x", "position_ids")), output))
+
     def before(i: int, args: tuple, kwargs: dict) -> None:
-        seen.inputs[i] = (args[0] if args else kwargs["hidden_states"])[:, -MOST_TOKENS:].clone()
-        seen.rope[i] = kwargs.get("position_embeddings")
+        seen.inputs[i] = _last(args[0] if args else kwargs["hidden_states"])
+        angles = kwargs.get("position_embeddings")
+        if angles is not None:
+            found = [(module, more) for module, more, output in seen.angles if output is angles or output[0] is angles[0]]
+            seen.ropes[i] = found[-1] if found else (None, ())
 
-    def after(i: int, output) -> None:
-        seen.outputs[i] = (output[0] if isinstance(output, tuple) else output)[:, -MOST_TOKENS:].clone()
+    def note(place: list, i: int, output) -> None:
+        place[i] = _last(output[0] if isinstance(output, tuple) else output)
 
-    for i, layer in enumerate(layers):
-        hooks.append(layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: before(i, args, kwargs), with_kwargs=True))
-        hooks.append(layer.register_forward_hook(lambda _, __, output, i=i: after(i, output)))
     try:
+        for name, module in decoder.named_children():
+            if "rotary" in name:
+                hooks.append(module.register_forward_hook(turned, with_kwargs=True))
+        for i, layer in enumerate(layers):
+            hooks.append(layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: before(i, args, kwargs), with_kwargs=True))
+            hooks.append(layer.register_forward_hook(lambda _, __, output, i=i: note(seen.outputs, i, output)))
+            hooks.append(attention[i].register_forward_hook(lambda _, __, output, i=i: note(seen.attended, i, output)))
         yield seen
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _last(x: torch.Tensor) -> torch.Tensor:
+    return x[:, -MOST_TOKENS:].clone()

@@ -16,21 +16,21 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from qcli.errors import UsageError
+from qcli.generation import compare
+from qcli.generation.compare import Tolerance, choose
 from qcli.generation.drafts import Draft
 from qcli.generation.first_prompt import Seen, Storing, watching
 from qcli.generation.graph import supported
-from qcli.generation.lean_step import MOST_TOKENS, ROOM, Caches, LeanStep
+from qcli.generation.lean_step import MOST_TOKENS, Caches, LeanStep
 from qcli.generation.step import Unsupported, cache_argument
-from qcli.generation.structure import Block, candidates, linear_of, norm_of
+from qcli.generation.structure import attention_of, candidates, check_config, linear_of, norm_of
 from qcli.runtime import cpu
 
 CHOICE = "QCLI_STEP"
 _MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
 _DISTINCT = 6  # different tokens at the end of a text that tells the readings of a layer apart
 _SHORT = 64  # tokens of a prompt that may be read twice
-# The largest difference, as a share of what a layer adds. transformers rounds each step of a layer to the model's dtype.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
-_INT8_ACTIVATIONS = 0.1  # the share if transformers' products round activations to int8
+ROOM = 256  # positions of a cache at first, beyond the prompt; doubled when they are full
 
 
 def wanted(model) -> bool:
@@ -55,8 +55,9 @@ class Lean:
         self.model, self.config = model, model.config
         self.dtype = model.get_input_embeddings().weight.dtype
         self.kv_dtype = torch.int8 if kv_int8 else self.dtype
-        if self.dtype not in _TOLERANCE:
+        if not compare.known(self.dtype):
             raise Unsupported
+        check_config(self.config)
         self.decoder = model.get_decoder()
         kinds = DynamicCache(config=self.config).layers
         self.windows = [each.sliding_window if isinstance(each, DynamicSlidingWindowLayer) else 0 for each in kinds]
@@ -69,7 +70,10 @@ class Lean:
             raise Unsupported
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self.head = linear_of(model.get_output_embeddings())
-        self.rounds = any(getattr(module, "activations_in_int8", False) for module in self.decoder.modules())
+        rounding = [module for module in model.modules() if getattr(module, "activations_in_int8", False)]
+        self.tolerance = Tolerance(self.dtype, bool(rounding))
+        # Whether tokens of a step share a choice, so that guesses would change their logits.
+        self.mixes = any(module.few_in_int8 for module in rounding)
         self.step: LeanStep | None = None
         self.embed: Callable[[torch.Tensor, int], torch.Tensor] | None = None
         self.rope: list[Callable | None] = []
@@ -84,13 +88,12 @@ class Lean:
         self.length = max(length, MOST_TOKENS)
         if self.step is not None:
             if self.step.caches.dtype != self.kv_dtype or self.step.caches.length < count:
-                self.step.caches = self._caches(room, self.kv_dtype)
-                self.step.record(self._tables(room))
+                self.step.record(self._caches(room, self.kv_dtype), self._tables(room))
             return self._read(ids, options, self.step.caches)
         distinct = len(ids[0, -MOST_TOKENS:].unique())
         if self.kv_dtype == self.dtype and distinct >= _DISTINCT and count <= _SHORT:
             caches = self._caches(room, self.kv_dtype)
-            with watching(self.decoder_layers) as seen:
+            with self._watching() as seen:
                 logits = self._read(ids, options, caches)
             self._check(seen, ids, caches, logits)
             return logits
@@ -98,9 +101,13 @@ class Lean:
         # be read twice if the readings were wrong. Another text and another cache tell them apart.
         text = torch.randint(self.vocabulary, (1, 2 * MOST_TOKENS), generator=torch.Generator().manual_seed(0))
         others = self._caches(text.shape[1], self.dtype)
-        with watching(self.decoder_layers) as seen:
-            self._check(seen, text, others, self._read(text, options, others))
+        with self._watching() as seen:
+            logits = self._read(text, options, others)
+        self._check(seen, text, others, logits)
         return self.prefill(ids, options, length)
+
+    def _watching(self):
+        return watching(self.decoder, self.decoder_layers, [attention_of(layer) for layer in self.decoder_layers])
 
     def _caches(self, length: int, dtype: torch.dtype) -> Caches:
         attention = [options[0].attention for options in self.readings]
@@ -110,8 +117,8 @@ class Lean:
         """Logits float32 [tokens, vocabulary] after each of ids int64 [tokens], whose first has the position `start`."""
         caches = self.step.caches
         if start + len(ids) > caches.length:
-            caches.stretch(max(start + len(ids), min(2 * caches.length, self.length)), start)
-            self.step.record(self._tables(caches.length))
+            length = max(start + len(ids), min(2 * caches.length, self.length))
+            self.step.record(caches.stretched(length, start), self._tables(length))
         return self._finished(self.step.run(ids, start))
 
     def cache_bytes(self, tokens: float) -> float:
@@ -123,7 +130,9 @@ class Lean:
     def _read(self, ids: torch.Tensor, options: dict, caches: Caches) -> torch.Tensor:
         cache = Cache(layers=[Storing(layer) for layer in caches.layers])
         positions = torch.arange(ids.shape[1])[None]
-        options = options | {cache_argument(self.model): cache}
+        options = {cache_argument(self.model): cache} | options
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            options["logits_to_keep"] = 1
         return self.model(input_ids=ids, position_ids=positions, use_cache=True, **options).logits[:, -1].float()
 
     def _tables(self, length: int) -> list:
@@ -133,61 +142,26 @@ class Lean:
     def _check(self, seen: Seen, ids: torch.Tensor, caches: Caches, logits: torch.Tensor) -> None:
         """Makes the step from the readings that agree with what transformers did. Raises Unsupported."""
         count = ids.shape[1]
-        tokens = min(MOST_TOKENS, count)
-        self.rope = self._ropes(seen.rope, count)
+        self.rope = self._ropes(seen)
         self.embed = self._embed_of(ids[0], seen.inputs[0][0].float())
-        blocks = [self._possible(i)[0] for i in range(len(self.readings))]
-        step = LeanStep(self.embed, blocks, self._last_norm(), self.head, self._tables(caches.length), caches)
-        for i in range(len(blocks)):
-            x, theirs = seen.inputs[i][0].float(), seen.outputs[i][0].float()
-            options = self._possible(i)
-            for block in [blocks[i], *(each for each in options if each is not blocks[i])]:
-                if block is not blocks[i]:  # the layers behind it are likely to be read in the same way
-                    place = options.index(block)
-                    blocks[i:] = [self._possible(j)[place] for j in range(i, len(blocks))]
-                    step.record(self._tables(caches.length))
-                if self._agree(step.run_layer(i, x, count - tokens), theirs, theirs - x):
-                    break
-            else:
-                raise Unsupported
-        ours = self._finished(step.run_head(seen.outputs[-1][0, -1:].float()))
-        if not self._agree(ours, logits, logits):
+        tables = self._tables(caches.length)
+        start = count - min(MOST_TOKENS, count)
+        blocks = choose(self.readings, seen, caches, tables, start, self.tolerance)
+        step = LeanStep(self.embed, blocks, self._last_norm(), self.head, tables, caches)
+        if not self.tolerance.agree(self._finished(step.run_head(seen.outputs[-1][0, -1:].float())), logits):
             raise Unsupported
         self.step = step
 
-    def _possible(self, index: int) -> list[Block]:
-        """The readings of a layer that its positions allow."""
-        return [each for each in self.readings[index] if each.attention.rope is None or self.rope[index] is not None]
-
-    def _agree(self, ours: torch.Tensor, theirs: torch.Tensor, added: torch.Tensor) -> bool:
-        """Whether [tokens, n] are equal but for rounding; `added` is what was computed, apart from a residual stream."""
-        share = max(_TOLERANCE[self.dtype], _INT8_ACTIVATIONS if self.rounds else 0.0)
-        bound = share * added.norm(dim=-1) + torch.finfo(self.dtype).eps * theirs.norm(dim=-1)
-        return bool(((ours - theirs).norm(dim=-1) <= bound).all())
-
-    def _ropes(self, seen: list, count: int) -> list[Callable | None]:
+    def _ropes(self, seen: Seen) -> list[Callable | None]:
         """For each layer, the function of positions int64 [1, count] that gives its (cos, sin) float32 [count, rot_dim]."""
-        known = []
-        kinds = sorted(set(getattr(self.config, "layer_types", None) or ()))
-        for name, module in self.decoder.named_children():
-            if "rotary" in name:
-                by_kind = "layer_type" in inspect.signature(module.forward).parameters
-                known += [_rope(module, (kind,)) for kind in kinds] if by_kind else [_rope(module, ())]
-        made = [rope(torch.arange(count)[None]) for rope in known]
-        found: list[Callable | None] = []
-        for embeddings in seen:
-            if embeddings is None:
-                found.append(None)
-                continue
-            theirs = [each[0].float() for each in embeddings]
-            close = [all(map(self._same_angles, ours, theirs)) for ours in made]
-            if True not in close:
-                raise Unsupported
-            found.append(known[close.index(True)])
-        return found
-
-    def _same_angles(self, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-        return ours.shape == theirs.shape and bool(((ours - theirs).abs() <= 2 * torch.finfo(self.dtype).eps).all())
+        known: dict[tuple, Callable] = {}
+        for rope in seen.ropes:
+            if rope is not None and rope not in known:
+                module, more = rope
+                if module is None:
+                    raise Unsupported
+                known[rope] = _rope(module, more)
+        return [None if rope is None else known[rope] for rope in seen.ropes]
 
     def _embed_of(self, ids: torch.Tensor, seen: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
         """The function of (ids, start) that gives the first layer's input, `seen` for the last of these ids. Raises Unsupported."""
@@ -198,10 +172,10 @@ class Lean:
         positions = torch.arange(len(ids) - tokens, len(ids))
         for module in self.decoder.children():
             if type(module) is nn.Embedding and module is not embedding and module.num_embeddings >= len(ids):
-                if self._agree(rows + module(positions).float(), seen, seen):
+                if self.tolerance.agree(rows + module(positions).float(), seen):
                     return lambda ids, start: embedding(ids) + module(torch.arange(start, start + len(ids)))
         factor = float((rows * seen).sum() / rows.square().sum())
-        if not self._agree(rows * factor, seen, seen):
+        if not self.tolerance.agree(rows * factor, seen):
             raise Unsupported
         factor = 1.0 if torch.equal(rows, seen) else factor
         return lambda ids, start: embedding(ids) * factor

@@ -17,7 +17,6 @@ from qcli.runtime import cpu
 from qcli.runtime.program import Program
 
 MOST_TOKENS = 8
-ROOM = 256  # positions of a cache at first, beyond the prompt; doubled when they are full
 
 
 @dataclass
@@ -75,18 +74,20 @@ class Caches:
     def _capacity(self, window: int) -> int:
         return min(self.length, window + MOST_TOKENS - 1) if window else self.length
 
-    def stretch(self, length: int, used: int) -> None:
-        """Makes room for `length` positions, of which the first `used` are kept."""
-        self.length = length
-        for i, (old, window) in enumerate(zip(self.layers, self.windows)):
-            capacity = self._capacity(window)
-            if capacity == old.capacity:
-                continue
+    def stretched(self, length: int, used: int) -> "Caches":
+        """Others with room for `length` positions, which begin with the first `used` of these. A layer that has room is shared."""
+        made = Caches([], [], self.windows, self.dtype, length)
+        for old, window in zip(self.layers, self.windows):
+            capacity = made._capacity(window)
             heads, _, head_dim = old.keys.shape
-            self.layers[i] = LayerCache.empty(heads, capacity, head_dim, self.dtype)
+            layer = old if capacity == old.capacity else LayerCache.empty(heads, capacity, head_dim, self.dtype)
+            made.layers.append(layer)
+            if layer is old:
+                continue
             positions = torch.arange(max(0, used - old.capacity), used)
-            for to, of in zip(self.layers[i].tensors, old.tensors):
+            for to, of in zip(layer.tensors, old.tensors):
                 to[:, positions % capacity] = of[:, positions % old.capacity]
+        return made
 
 
 class Buffers:
@@ -210,6 +211,20 @@ def _laid_out(table, rope: str | None, known: dict):
     return known[id(table)]
 
 
+def run_layer(
+    block: Block, cache: LayerCache, window: int, table, x: torch.Tensor, start: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What attention yields (after its norm, if it has one) and the layer's output, float32 [tokens, hidden_size], for x of that
+    shape, whose first token has the position `start`."""
+    tokens, buffers = len(x), Buffers()
+    hidden = buffers("hidden", block.attention.out.out_features)
+    hidden[:tokens] = x
+    layer = LayerOps(block, cache, window, _laid_out(table, block.attention.rope, {}), buffers, hidden, Added([]))
+    Program(layer.ops).run(tokens, start)
+    attended = buffers("attention", hidden.shape[1])[:tokens]
+    return attended, hidden[:tokens] + layer.after.factor * sum(tensor[:tokens] for tensor in layer.after.tensors)
+
+
 class LeanStep:
     """The program of all layers, the last norm and the head.
 
@@ -219,26 +234,26 @@ class LeanStep:
 
     def __init__(self, embed, blocks: list[Block], last_norm: Norm | None, head, tables: list, caches: Caches):
         self.embed, self.blocks, self.last_norm, self.head = embed, blocks, last_norm, head
-        self.buffers, self.caches = Buffers(), caches
+        self.buffers = Buffers()
         self.hidden = self.buffers("hidden", blocks[0].attention.out.out_features)
         self.logits = torch.empty(MOST_TOKENS, head.out_features)
-        self.record(tables)
+        self.record(caches, tables)
 
-    def record(self, tables: list) -> None:
-        """Makes the program, for the present caches. Raises Unsupported."""
-        before, ops, self.layers, known = Added([]), [], [], {}
+    def record(self, caches: Caches, tables: list) -> None:
+        """Makes the program for other caches. If that fails, the present ones and their program stay. Raises Unsupported."""
+        before, ops, known = Added([]), [], {}
         try:
-            for block, cache, window, table in zip(self.blocks, self.caches.layers, self.caches.windows, tables):
+            for block, cache, window, table in zip(self.blocks, caches.layers, caches.windows, tables):
                 table = _laid_out(table, block.attention.rope, known)
                 layer = LayerOps(block, cache, window, table, self.buffers, self.hidden, before)
-                self.layers.append((len(ops), len(ops) + len(layer.ops), before, layer.after))
                 before = layer.after
                 ops += layer.ops
+            tail = len(ops)
             read = add_and_norm(ops, self.hidden, before, self.last_norm, self.buffers, "last")
             ops.append(linear_op(self.head, read, self.logits))
         except (TypeError, ValueError) as e:
             raise Unsupported from e
-        self.program = Program(ops)
+        self.caches, self.program, self.tail, self.after = caches, Program(ops), slice(tail, None), before
 
     def run(self, ids: torch.Tensor, start: int) -> torch.Tensor:
         """Logits float32 [tokens, vocabulary] after each of ids int64 [tokens], the first of which has the position `start`.
@@ -250,20 +265,11 @@ class LeanStep:
         self.program.run(tokens, start)
         return self.logits[:tokens]
 
-    def run_layer(self, index: int, x: torch.Tensor, start: int) -> torch.Tensor:
-        """The output of one layer for x [tokens, hidden_size], in float32."""
-        tokens, (first, last, before, after) = len(x), self.layers[index]
-        self.hidden[:tokens] = x
-        for tensor in before.tensors:
-            tensor.zero_()
-        self.program.run(tokens, start, slice(first, last))
-        return self.hidden[:tokens] + after.factor * sum(tensor[:tokens] for tensor in after.tensors)
-
     def run_head(self, x: torch.Tensor) -> torch.Tensor:
         """Logits for x [tokens, hidden_size], the output of the last layer."""
-        tokens, (_, last, _, after) = len(x), self.layers[-1]
+        tokens = len(x)
         self.hidden[:tokens] = x
-        for tensor in after.tensors:
+        for tensor in self.after.tensors:
             tensor.zero_()
-        self.program.run(tokens, 0, slice(last, None))
+        self.program.run(tokens, 0, self.tail)
         return self.logits[:tokens]

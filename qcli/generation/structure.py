@@ -95,13 +95,29 @@ _BY_NAME = (
     },
     {"post_attention_layernorm": "attention_out", "post_feedforward_layernorm": "mlp_out"},
 )
-_KNOWN = {"self_attn", "attention", "attn", "mlp", "feed_forward"}
+_ATTENTION, _MLP = ("self_attn", "attention", "attn"), ("mlp", "feed_forward")
+# Settings whose effect depends on positions or magnitudes that a short prompt does not reach.
+_UNSEEN = ("clip_qkv", "llama_4_scaling_beta", "attn_temperature_tuning", "attention_chunk_size")
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The attention module of a layer. Raises Unsupported if there is none."""
+    return _child(layer, *_ATTENTION)
+
+
+def check_config(config) -> None:
+    """Raises Unsupported for a setting that the comparison at the first prompt cannot see."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    sets = [rope, *(each for each in rope.values() if isinstance(each, dict))]
+    for name in _UNSEEN:
+        if getattr(config, name, None) or any(each.get(name) for each in sets):
+            raise Unsupported
 
 
 def candidates(layer: nn.Module, config) -> Iterator[Block]:
     """Every reading of a layer, the likeliest first. Raises Unsupported if there is none."""
-    attention = _attention(_child(layer, "self_attn", "attention", "attn"), config)
-    mlp = _mlp(_child(layer, "mlp", "feed_forward"))
+    attention = _attention(attention_of(layer), config)
+    mlp = _mlp(_child(layer, *_MLP))
     width = attention.out.out_features
     given = {
         name: norm_of(module, width)
@@ -109,7 +125,7 @@ def candidates(layer: nn.Module, config) -> Iterator[Block]:
         if "norm" in name or name.startswith("ln_") or name == "ln1" or name == "ln2"
     }
     others = {name for name, child in layer.named_children() if name not in given and not isinstance(child, nn.Dropout)}
-    if not others <= _KNOWN:
+    if not others <= {*_ATTENTION, *_MLP}:
         raise Unsupported
     factor = float(getattr(layer, "residual_multiplier", 1.0))
     for norms, rope in itertools.product(_places(given, layer), ROPES):

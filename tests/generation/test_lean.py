@@ -145,7 +145,6 @@ def test_sampled_tokens_are_those_of_transformers():
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text", "llama"])
 def test_a_cache_grows_with_the_text(name, monkeypatch):
-    monkeypatch.setattr(lean_step, "ROOM", 4)
     monkeypatch.setattr(lean, "ROOM", 4)
     model = small(name, **MODELS[name])
     stepped = lean.Lean(model)
