@@ -52,7 +52,7 @@ def table(name: str) -> str:
         shown = ", ".join(f"`{each}`" for each in names(parameter, info))
         if kind is not bool and shown.startswith("`-"):
             value = info.metavar or _VALUES.get(kind) or names(parameter, info)[0].rpartition("-")[2].upper()
-            shown += f" `{value}`"
+            shown += f" `{value}`".replace("|", r"\|")
         default = parameter.default
         stated = f" Default: {default}." if info.show_default is True and default not in (None, False, Parameter.empty) else ""
         text = f"{info.help}{stated}".replace("|", r"\|").replace("<", "&lt;")

@@ -1,9 +1,9 @@
 // x in chunks of 128, for the products of few tokens with 4-bit and 8-bit weights.
 //
-// It is float32. For 4-bit weights with the compute dtype bfloat16 it is 16-bit integers, because decoding, not memory, is the limit
-// there: codes in steps of 1 / 8064, x of each 64 or 128 elements in steps of their largest magnitude / 32767. Half a step of a code is finer
-// than bfloat16's rounding of it. The steps of x cost no more than that once outliers are taken out: elements of more than kOutlier
-// times the mean magnitude of the rest. They are multiplied in float32, apart, as LLM.int8() does with columns.
+// It is float32. For 4-bit weights with the compute dtype bfloat16 it is 16-bit integers, because decoding, not memory, is the
+// limit there: codes in steps of 1 / 8064, x of each 64 or 128 elements in steps of their largest magnitude / 32767. Half a step of a
+// code is finer than bfloat16's rounding of it. The steps of x cost no more than that once outliers are taken out: elements of more
+// than kOutlier times the mean magnitude of the rest. They are multiplied in float32, apart, as LLM.int8() does with columns.
 //
 // Multiplying pairs of bfloat16 (AVX512_BF16) would round as much, and is no faster than float32: vdpbf16ps takes two cycles,
 // vpdpwssd half a cycle (Xeon with AMX).

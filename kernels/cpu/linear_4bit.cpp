@@ -381,8 +381,8 @@ void linear_in_chunks(const X& x, int64_t tokens, const Weight& w, T* y, int thr
 }
 
 #if defined(QCLI_INT16_PRODUCTS)
-// For many tokens: rows are decoded to 16-bit integers once, into L1, and multiplied with kManyTokens tokens at a time. Tokens go by
-// blocks that L2 holds.
+// For many tokens: rows are decoded to 16-bit integers once, and multiplied with kManyTokens tokens at a time. Tokens go by blocks
+// that L2 holds.
 constexpr int kManyRows = 4, kManyTokens = 3;
 constexpr int64_t kFewTokens = 12;       // up to here decoding for every four tokens is as fast
 constexpr int64_t kTokenBytes = 256000;  // of a block of tokens

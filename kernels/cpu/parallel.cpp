@@ -113,7 +113,7 @@ class Team {
     }
   }
 
-  // Takes a piece and runs it. What belongs to a loop is read after a piece of it was taken: the leader changes it when all are done.
+  // Takes a piece and runs it. What belongs to a loop is read after a piece of it was taken: it changes when all are done.
   bool take() {
     uint64_t seen = open_.load(std::memory_order_acquire);
     while (seen & kMostPieces) {

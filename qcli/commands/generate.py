@@ -93,6 +93,7 @@ def generate(
     if not never_fails(device, device_map, max_memory):
         place(device, device_map, max_memory)
     source = open_checkpoint(model, revision, trust_remote_code)
+    small = open_checkpoint(draft, None, trust_remote_code) if draft not in (None, "prompt") else None
     source.read_ahead()
 
     from qcli.generation import decode
@@ -110,10 +111,9 @@ def generate(
     if tokenizer is None:
         raise CheckpointError(f"{model} has no tokenizer", "Put its tokenizer files beside config.json.")
     template = Chat(tokenizer, model) if chat else None
-    guesses = None if draft is None else _draft(draft, tokenizer, dtype, placement, trust_remote_code)
-    decoding = decode.Decoding(loaded, tokenizer, sampling, template.turn_end if template else None, guesses, kv_dtype)
-    if guesses is not None and decoding.lean is None:
-        console.warn(f"--draft is not used: {model} runs with transformers' or a captured step, which makes one token at a time")
+    decoding = decode.Decoding(loaded, tokenizer, sampling, template.turn_end if template else None, kv_dtype=kv_dtype)
+    if draft is not None:
+        decoding.draft = _draft(draft, small, decoding, tokenizer, dtype, placement)
     if template is None:
         _answer(decoding, tokenizer, plain_ids(loaded, tokenizer, text), [], json)
     elif text is not None:
@@ -122,23 +122,21 @@ def generate(
         _talk(decoding, tokenizer, template)
 
 
-def _draft(draft: str, tokenizer, dtype: str, placement, trust_remote_code: bool):
-    """What guesses tokens. A folder named "prompt" is ./prompt."""
-    from qcli.generation import decode, drafts
+def _draft(draft: str, source, decoding, tokenizer, dtype: str, placement):
+    """What guesses tokens: the text so far, or the model of `source`, which is not loaded where it cannot be used."""
+    from qcli.generation import decode, drafts, positions
     from qcli.loading import load as models
-    from qcli.loading.opening import open_checkpoint
 
-    if draft == "prompt":
-        return drafts.PromptLookup()
-    source = open_checkpoint(draft, None, trust_remote_code)
-    small, others = models.load_source(source, None, dtype=dtype, placement=placement, int8_activations=None)
+    if source is None or decoding.lean is None:
+        return drafts.PromptLookup()  # decoding says so if it cannot be used
+    model, others = models.load_source(source, None, dtype=dtype, placement=placement, int8_activations=None)
     if others is None:
         raise CheckpointError(f"{draft} has no tokenizer", "A draft must have the model's own tokenizer.")
     drafts.same_vocabulary(tokenizer, others)
-    lean = decode.lean_of(small)
+    lean = decode.lean_of(model)
     if lean is None:
         raise UsageError(f"--draft: {draft} cannot guess: its layers have no lean step", "Take --draft prompt, or another draft.")
-    return drafts.DraftModel(lean)
+    return drafts.DraftModel(lean, positions.ends(model)[1])
 
 
 def _prompt(prompt: str | None, file: Path | None, chat: bool, json: bool) -> str | None:
@@ -208,7 +206,9 @@ def _stats(model, result) -> dict[str, object]:
 
         peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
     rate = result.decode_rate
-    read, speed = memory_limit.bytes_a_step(model), memory_limit.memory_speed(model) if rate else None
+    # A draft's own steps are not counted, so there is no share beside one.
+    counted = result.tokens_per_step == 1
+    read, speed = memory_limit.bytes_a_step(model), memory_limit.memory_speed(model) if rate and counted else None
     read = None if read is None else read + round(result.cache_bytes or 0)
     return {
         "prompt_tokens": result.prompt_tokens,
@@ -221,7 +221,7 @@ def _stats(model, result) -> dict[str, object]:
         "tokens_per_step": result.tokens_per_step and round(result.tokens_per_step, 3),
         "bytes_per_step": read,
         "memory_bytes_per_second": speed and round(speed),
-        "memory_limit_share": round(rate / result.tokens_per_step * read / speed, 3) if rate and read and speed else None,
+        "memory_limit_share": round(rate * read / speed, 3) if rate and read and speed else None,
         "peak_memory_bytes": peak,
         "weight_bytes": weights,
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 from qcli import formats, schemes
 from qcli.checkpoint.modules import Linear
 from qcli.checkpoint.source import Source
-from qcli.errors import UsageError, together
+from qcli.errors import UsageError, one_of, together
 from qcli.evaluation.int8_cache import round_cache
 from qcli.evaluation.methods import Methods, Rounding, SequencesMixed, quantizable
 from qcli.evaluation.result import Evaluation, Protocol, Row
@@ -67,10 +67,11 @@ def evaluate(
             f"--methods: {model} is quantized already", "Give the unquantized model, or measure this one with --against."
         )
     base = Skeleton(against, dtype=computing, **running) if against is not None else None
-    label = skeleton.source.label
-    if kv_dtype == "int8":
+    label, rounding = skeleton.source.label, None
+    if kv_dtype is not None:
+        one_of("kv_dtype", kv_dtype, ("int8",))
         base = base or Skeleton(model, dtype=computing, revision=revision, **running)
-        round_cache(skeleton.model)
+        rounding = round_cache(skeleton.model)
         label = f"{label}, int8 cache"
     if base is not None:
         _check_same_tokens(skeleton, base)
@@ -84,6 +85,11 @@ def evaluate(
     work = sum(Reading.work(s) for s in skeletons) * len(runs(skeletons, corpus.windows, max(len(chosen), 1)))
     with shown(progress, work) as advance:
         rows = _simulated(skeleton, chosen, corpus, advance) if chosen else _measured(skeletons, label, corpus, advance)
+    if rounding is not None and not rounding["calls"]:
+        raise UsageError(
+            f"--kv-dtype 8: {type(skeleton.model).__name__} does not use transformers' attention interface",
+            "Its cache cannot be rounded here.",
+        )
     source = skeleton.source
     result = Evaluation(source.label, source.revision, protocol, rows, simulated=bool(chosen), notes=notes)
     if base is not None and base.dtype != skeleton.dtype:

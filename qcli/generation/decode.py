@@ -9,17 +9,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from qcli.devices import gpus_of
-from qcli.errors import CheckpointError, QcliError, QcliWarning, UsageError, first_line
+from qcli.errors import CheckpointError, QcliError, QcliWarning, UsageError, first_line, one_of
 from qcli.generation import graph as decode_graph
 from qcli.generation import lean, positions
 from qcli.generation.can_generate import check_class
 from qcli.generation.drafts import Draft
+from qcli.generation.generated import Generation
 from qcli.generation.sampling import Sampling
 from qcli.generation.step import Unsupported
 from qcli.generation.stop_string import stop_string
@@ -41,36 +41,8 @@ _FAILURES = (
 )
 
 
-@dataclass
-class Generation:
-    """The new token ids and the time they took. The prefill makes the first one."""
-
-    token_ids: list[int]
-    prompt_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    finished: bool  # an end token or a stop string ended the text, not the limit
-    capture_seconds: float | None = None  # time to capture the step, before the prefill; None if it was not captured
-    step: str = "transformers"  # what ran the tokens after the first: also "lean" (lean.py) or "captured" (graph.py)
-    steps: int | None = None  # after the prompt; None if each made one token
-    cache_bytes: float | None = None  # read per step from the cache, on average; None if not known
-
-    @property
-    def prefill_rate(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
-
-    @property
-    def tokens_per_step(self) -> float | None:
-        """New tokens after the first, per step. None if there was no step."""
-        count = len(self.token_ids) - 1
-        return None if count < 1 else count / (self.steps or count)
-
-    @property
-    def decode_rate(self) -> float | None:
-        """Tokens per second after the first; None if there was only one."""
-        count = len(self.token_ids) - 1
-        return count / max(self.decode_seconds, 1e-9) if count > 0 else None
+# What reading the modules of an unusual model may raise.
+_ODD = (AttributeError, LookupError, TypeError, ValueError)
 
 
 class _Streamer:
@@ -120,7 +92,7 @@ def lean_of(model, kv_int8: bool = False) -> lean.Lean | None:
     """The lean step of a model; None where it cannot run."""
     try:
         return lean.Lean(model, kv_int8) if lean.wanted(model) else None
-    except Unsupported:
+    except (Unsupported, *_ODD):
         return None
 
 
@@ -158,7 +130,9 @@ class Decoding:
         self.prompt_end, self.end = positions.ends(model)
         self.made_for = positions.made_for(model)
         self.length_warned = False
-        self.kv_int8 = kv_dtype == "int8"
+        if kv_dtype is not None:
+            one_of("kv_dtype", kv_dtype, ("int8",))
+        self.kv_int8 = kv_dtype is not None
         self.lean, self.draft = lean_of(model, self.kv_int8), draft
         if self.kv_int8 and self.lean is None:
             raise self._no_int8_cache()
@@ -254,6 +228,18 @@ class Decoding:
             cache_bytes=self.lean.cache_bytes(len(prompt_ids) + len(streamer.token_ids) / 2) if step == "lean" else None,
         )
 
+    def _useful_draft(self) -> Draft | None:
+        """The draft, if it can guess. Warns once about one that cannot."""
+        reason = None
+        if self.lean is None:
+            reason = f"{type(self.model).__name__} does not run with the lean step here, and makes one token at a time"
+        elif self.lean.mixes:
+            reason = "with int8 activations the tokens of a step share their outlier columns, and guesses would change the text"
+        if self.draft is not None and reason:
+            self.draft = None
+            warnings.warn(f"--draft is not used: {reason}", QcliWarning, stacklevel=4)
+        return self.draft
+
     def _no_int8_cache(self) -> UsageError:
         name = type(self.model).__name__
         return UsageError(
@@ -297,12 +283,13 @@ class Decoding:
                 streamer.started = time.monotonic()
         elif self.lean is not None:
             try:
-                return "lean", lean.generate(self.model, ids, self.lean, streamer.add, self.draft, **options)
+                return "lean", lean.generate(self.model, ids, self.lean, streamer.add, self._useful_draft(), **options)
             except Unsupported:
                 if self.kv_int8:
                     raise self._no_int8_cache() from None
                 self.lean = None
                 streamer.started = time.monotonic()
+        self._useful_draft()
         self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
         return "transformers", None
 

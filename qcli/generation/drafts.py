@@ -5,19 +5,21 @@ in order, and the first one that differs from its guess ends the step (Leviathan
 guess is kept exactly when the model chooses it). So greedy and sampled texts are those of the model alone.
 """
 
+import warnings
 from typing import Protocol
 
 import torch
 
-from qcli.errors import UsageError
+from qcli.errors import QcliWarning, UsageError
 from qcli.generation.lean_step import MOST_TOKENS
+from qcli.generation.step import Unsupported
 
 
 class Draft(Protocol):
     """What guesses the tokens of one text after the other."""
 
-    def begin(self, ids: list[int], length: int) -> None:
-        """A new text begins with `ids`; it grows to `length` tokens at most."""
+    def begin(self, ids: list[int], length: int) -> bool:
+        """A new text begins with `ids`; it grows to `length` tokens at most. Returns whether there will be guesses."""
 
     def guess(self, ids: list[int], most: int) -> list[int]:
         """At most `most` tokens that may follow `ids`."""
@@ -45,10 +47,11 @@ class PromptLookup(_Length):
 
     NGRAMS = (3, 2)
 
-    def begin(self, ids: list[int], length: int) -> None:
+    def begin(self, ids: list[int], length: int) -> bool:
         self.count = 4
         self._known: dict[tuple[int, ...], int] = {}  # n-gram -> the position behind its latest occurrence
         self._read = 0
+        return True
 
     def guess(self, ids: list[int], most: int) -> list[int]:
         for end in range(self._read + 1, len(ids)):  # the text's own end is not among them: nothing has followed it
@@ -64,19 +67,33 @@ class PromptLookup(_Length):
 
 
 class DraftModel(_Length):
-    """Guesses what a smaller model with the same vocabulary would choose. `lean` is its lean step."""
+    """Guesses what a smaller model with the same vocabulary would choose. `lean` is its lean step, `end` its number of positions,
+    if they have an end. It guesses nothing about a text that it cannot read."""
 
-    def __init__(self, lean):
+    def __init__(self, lean, end: int | None = None):
         super().__init__()
-        self.lean = lean
+        self.lean, self.end = lean, end
 
-    def begin(self, ids: list[int], length: int) -> None:
+    def begin(self, ids: list[int], length: int) -> bool:
         self.count = 4
-        self.lean.prefill(torch.tensor([ids[:-1] or ids]), {}, length)
+        if self.end is not None and len(ids) >= self.end:
+            return False
+        if max(ids) >= self.lean.vocabulary:
+            return False
+        try:
+            self.lean.prefill(torch.tensor([ids[:-1] or ids]), {}, min(length, self.end or length))
+        except Unsupported:
+            warnings.warn("--draft is not used: the draft differs from what its lean step computes", QcliWarning, stacklevel=2)
+            return False
         self._read = max(len(ids) - 1, 1)
+        return True
 
     def guess(self, ids: list[int], most: int) -> list[int]:
         guessed: list[int] = []
+        if self.end is not None:
+            most = min(most, self.end - len(ids))
+        if max(ids[self._read :], default=0) >= self.lean.vocabulary:
+            return []
         self._read = min(self._read, len(ids) - 1)  # beyond it are guesses, some of which were not kept
         while len(guessed) < min(self.count, most):
             text = ids + guessed

@@ -8,6 +8,7 @@ anywhere keeps transformers' step. QCLI_STEP=transformers turns the lean step of
 import inspect
 import os
 from collections.abc import Callable
+from itertools import takewhile
 
 import torch
 from torch import nn
@@ -219,8 +220,7 @@ def generate(model, ids: torch.Tensor, lean: Lean, on_token: Callable[[int], obj
         keep = {name: value for name, value in inputs.items() if name == "logits_to_keep"}
         length, text = generation_config.max_length, input_ids[0].tolist()
         logits = lean.prefill(input_ids, keep, length)
-        if draft is not None:
-            draft.begin(text, length)
+        guessing = draft is not None and draft.begin(text, length)
         guessed: list[int] = []
         while True:
             kept = 0
@@ -238,9 +238,11 @@ def generate(model, ids: torch.Tensor, lean: Lean, on_token: Callable[[int], obj
                 if kept == len(guessed) or text[-1] != guessed[kept]:
                     break
                 kept += 1
-            if draft is not None:
+            if guessing:
                 draft.hear(len(guessed), kept)
-                guessed = draft.guess(text, min(MOST_TOKENS - 1, length - len(text)))
+                # The model's own choice ends a text that has room for one more token.
+                guessed = draft.guess(text, min(MOST_TOKENS, length - len(text)) - 1)
+                guessed = list(takewhile(lambda token: token < lean.vocabulary, guessed))
             steps += 1
             logits = lean.run(torch.tensor([text[-1], *guessed]), len(text) - 1)
 

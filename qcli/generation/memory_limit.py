@@ -10,9 +10,10 @@ _ENOUGH = 256 << 20  # bytes that are read to measure the speed of memory
 
 
 def bytes_a_step(model) -> int | None:
-    """Bytes of weights that a step reads: all but the rows of an embedding. None for a mixture of experts, which reads some."""
+    """Bytes of weights that a step reads: all but the rows of an embedding. None for a mixture of experts, which reads
+    some of them, and for an encoder-decoder."""
     names = [name for name, _ in model.named_parameters()]
-    if any("expert" in name for name in names):
+    if model.config.is_encoder_decoder or any("expert" in name for name in names):
         return None
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and getattr(head, "weight", None) is not None and head.weight is embedding.weight
@@ -21,8 +22,12 @@ def bytes_a_step(model) -> int | None:
 
 
 def memory_speed(model) -> float | None:
-    """Bytes per second at which this machine reads the model's weights, measured in a tenth of a second. None if not on a CPU."""
-    if cpu.variant() is None or model.device.type != "cpu":
+    """Bytes per second at which this machine reads the model's weights, measured in a tenth of a second.
+
+    None if they are not on a CPU, or if a cache holds what a step reads.
+    """
+    read = bytes_a_step(model)
+    if cpu.variant() is None or model.device.type != "cpu" or read is None or read < cpu.last_level_cache():
         return None
     return cpu.read_speed(list(_largest(model.parameters())))
 

@@ -1,120 +1,23 @@
 """The lean step against transformers' own step: tokens, refusals, the cache, the checks at the first prompt."""
 
 import ctypes
-import json
-import shutil
 
 import pytest
 import torch
-import transformers as t
 
 import qcli
 from qcli.errors import UsageError
-from qcli.evaluation.int8_cache import round_cache
-from qcli.generation import decode, drafts, lean, lean_step, memory_limit
+from qcli.generation import decode, lean, lean_step, memory_limit
 from qcli.generation.sampling import Sampling
 from qcli.generation.step import Unsupported
-from qcli.memory.costs.cache import cache
-from qcli.memory.model.config import ModelConfig
 from qcli.nn.linear_8bit import Linear8bit
 from qcli.ops.linear_w8a16 import PreparedW8A16
 from qcli.runtime import cpu
 from tests.conftest import ROOT
+from tests.lean_models import BASE, MODELS, OTHERS, ours, prompt_of, small, theirs
 
 DEMO = ROOT / "examples" / "demo-model"
 pytestmark = pytest.mark.skipif(not cpu.variants(), reason="there is no kernel")
-
-BASE = {
-    "vocab_size": 199,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-}
-WIDE = {"head_dim": 32}
-WINDOW = {"sliding_window": 9}
-NEOX = {name: value for name, value in BASE.items() if name != "num_key_value_heads"}
-GPT2 = {"vocab_size": 199, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512}
-MODELS = {
-    "llama": BASE,
-    "mistral": BASE | WINDOW,
-    "ministral": BASE | WINDOW | WIDE,
-    "qwen2": BASE,
-    "qwen3": BASE | WIDE,
-    "gemma": BASE | WIDE,
-    "gemma2": BASE | WIDE | WINDOW | {"query_pre_attn_scalar": 20},
-    "gemma3_text": BASE | WIDE | WINDOW | {"query_pre_attn_scalar": 20, "sliding_window_pattern": 2},
-    "vaultgemma": BASE | WIDE | WINDOW | {"query_pre_attn_scalar": 20},
-    "phi3": BASE,
-    "phi": BASE,
-    "smollm3": BASE | {"no_rope_layers": [1, 0, 1]},
-    "granite": BASE | {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 4.0, "attention_multiplier": 0.1},
-    "olmo": BASE,
-    "olmo2": BASE,
-    "olmo3": BASE | WINDOW,
-    "stablelm": BASE | {"use_qkv_bias": True},
-    "stablelm-parallel": BASE | {"use_parallel_residual": True},
-    "gpt2": GPT2,
-    "gpt_bigcode": GPT2,
-    "gpt_neox": NEOX,
-    "gpt_neox-sequential": NEOX | {"use_parallel_residual": False},
-    "starcoder2": BASE | WINDOW,
-    "cohere": BASE,
-    "cohere2": BASE | WINDOW,
-    "glm": BASE | WIDE,
-    "glm4": BASE | WIDE,
-    "helium": BASE | {"head_dim": 16},
-    "ernie4_5": BASE,
-    "exaone4": BASE | WINDOW,
-    "arcee": BASE,
-    "nemotron": BASE,
-    "seed_oss": BASE | WIDE,
-}
-# What is not recognised: experts, other names, positions inside attention, norms after the rotation.
-OTHERS = {
-    "mixtral": BASE | {"num_local_experts": 2},
-    "opt": {"vocab_size": 199, "hidden_size": 64, "ffn_dim": 112, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "gptj": {"vocab_size": 199, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
-    "hunyuan_v1_dense": BASE | WIDE,
-}
-
-
-def small(name: str, dtype=torch.float32, **sizes):
-    """A model with random weights, random norms and biases among them."""
-    torch.manual_seed(0)
-    config = t.AutoConfig.for_model(name.split("-")[0], **sizes, bos_token_id=1, eos_token_id=None)
-    model = t.AutoModelForCausalLM.from_config(config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for path, weight in model.named_parameters():
-            drawn = torch.randn(weight.shape, generator=generator)
-            if weight.dim() == 1:
-                weight += 0.3 * drawn
-            else:
-                embedded = 0.15 if "gemma" in name else 0.5  # Gemma scales its embeddings
-                weight.copy_(drawn * weight.shape[-1] ** -0.5 * (embedded if "embed" in path or "wte" in path else 1.2))
-    return model.to(dtype)
-
-
-def prompt_of(tokens: int) -> torch.Tensor:
-    return torch.randint(3, 199, (1, tokens), generator=torch.Generator().manual_seed(2))
-
-
-@torch.inference_mode()
-def theirs(model, ids, **options) -> list[int]:
-    made = model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=None, pad_token_id=0, **options)
-    return made[0, ids.shape[1] :].tolist()
-
-
-@torch.inference_mode()
-def ours(model, ids, stepped=None, **options) -> list[int]:
-    made: list[int] = []
-    stepped = stepped or lean.Lean(model)
-    lean.generate(model, ids, stepped, made.append, eos_token_id=None, pad_token_id=0, **options)
-    return made
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -322,132 +225,66 @@ def test_the_speed_of_memory_is_measured_on_the_weights():
     assert cpu.read_speed([torch.zeros(10)]) is None
 
 
-class _Oracle(drafts.PromptLookup):
-    """Guesses that are right, wrong, or right at first, in turn."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["cohere2", "smollm3", "glm", "llama"])
+def test_rotation_is_found_where_attention_adds_little(name, dtype):
+    """Every layer's kind of rotation, though attention makes up a hundredth of what the layer adds."""
+    model = small(name, dtype, **MODELS[name])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 0.01
+    stepped = lean.Lean(model)
+    with torch.inference_mode():
+        stepped.prefill(prompt_of(20), {}, 40)
+    kinds = {"cohere2": ["interleaved"] * 3, "smollm3": ["halves", None, "halves"], "glm": ["interleaved by halves"] * 3}
+    kinds["llama"] = ["halves"] * 3
+    assert [block.attention.rope for block in stepped.step.blocks] == kinds[name]
 
-    def __init__(self, text: list[int]):
-        self.text, self.turn = text, 0
-        self.heard: list[tuple[int, int]] = []
 
-    def guess(self, ids, most):
-        self.turn += 1
-        right = self.text[len(ids) : len(ids) + most]
-        return [right, [(token + 1) % 199 for token in right], right[:2] + [0] * (len(right) - 2), []][self.turn % 4]
+@pytest.mark.parametrize(
+    "name, setting",
+    [
+        ("olmo", {"clip_qkv": 8.0}),
+        ("ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}}),
+    ],
+)
+def test_what_a_short_prompt_cannot_show_is_refused(name, setting):
+    model = small("olmo" if name == "olmo" else "llama", **BASE | setting)
+    with pytest.raises(Unsupported):
+        lean.Lean(model)
 
-    def hear(self, guessed, kept):
-        self.heard.append((guessed, kept))
+
+def test_layers_with_angles_of_their_own_keep_them():
+    """Two kinds of angles that hardly differ at the first positions."""
+    scaled = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled["original_max_position_embeddings"] = 64
+    plain = {"rope_type": "default", "rope_theta": 1e6}
+    rope = {"sliding_attention": plain, "full_attention": scaled}
+    model = small("gemma3_text", **MODELS["gemma3_text"] | {"rope_parameters": rope})
+    stepped = lean.Lean(model)
+    with torch.inference_mode():
+        stepped.prefill(prompt_of(12), {}, 40)
+        tables = stepped._tables(300)
+        for kind, (cos, _) in zip(model.config.layer_types, tables):
+            expected = model.model.rotary_emb(torch.zeros(1), torch.arange(300)[None], kind)[0][0]
+            assert torch.equal(cos, expected)
+    assert not torch.equal(tables[0][0], tables[model.config.layer_types.index("full_attention")][0])
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
-@pytest.mark.parametrize("rules", [{"do_sample": False}, {"do_sample": True, "top_k": 20, "repetition_penalty": 1.2}])
-def test_guesses_do_not_change_the_text(name, rules, monkeypatch):
-    """Right and wrong ones, past the window and past a cache that is full."""
+def test_a_cache_that_cannot_grow_stays_whole(monkeypatch):
+    """As after Ctrl-C or out of memory between the new cache and its program."""
     monkeypatch.setattr(lean, "ROOM", 4)
-    model = small(name, **MODELS[name])
-    options = rules | {"max_new_tokens": 60}
-    torch.manual_seed(3)
-    expected = theirs(model, prompt_of(9), **options)
-    oracle, made = _Oracle(prompt_of(9)[0].tolist() + expected), []
-    torch.manual_seed(3)
-    with torch.inference_mode():
-        steps = lean.generate(
-            model, prompt_of(9), lean.Lean(model), made.append, oracle, eos_token_id=None, pad_token_id=0, **options
-        )
-    assert made == expected and steps < 40
-    assert {(7, 7), (7, 0), (7, 2), (0, 0)} <= set(oracle.heard)
+    model = small("llama", **BASE)
+    stepped, options = lean.Lean(model), {"max_new_tokens": 30, "do_sample": False}
+    with monkeypatch.context() as patched:
+        program = lean_step.Program
 
+        def fail(ops):
+            if stepped.step is not None:
+                raise KeyboardInterrupt
+            return program(ops)
 
-def test_a_prompt_is_looked_up():
-    lookup = drafts.PromptLookup()
-    lookup.begin([1, 2, 3], 100)
-    assert lookup.guess([1, 2, 3, 4, 5, 6, 7, 1, 2], 7) == [3, 4, 5, 6]  # two tokens are known, four are guessed at first
-    lookup.hear(4, 4)
-    assert lookup.guess([1, 2, 3, 4, 5, 6, 7, 1, 2, 3], 7) == [4, 5, 6, 7, 1, 2]
-    assert lookup.guess([1, 2, 3, 4, 5, 6, 7, 1, 2, 3], 3) == [4, 5, 6]
-    lookup.hear(6, 0)
-    assert lookup.guess([1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4], 7) == [5, 6]
-    assert lookup.guess([1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 9], 7) == []
-    lookup.begin([5], 100)
-    assert lookup.guess([5], 7) == [] and lookup.guess([5, 6, 5, 6], 7) == [5, 6]
-
-
-@pytest.mark.parametrize("tokens", [1, 12])
-def test_a_draft_model_follows_the_text(tokens):
-    """A draft that is the model itself is right each time; another one is not, and the text stays the same."""
-    model, other = small("llama", **BASE), small("qwen2", **BASE)
-    options = {"max_new_tokens": 50, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    with torch.inference_mode():
-        expected = theirs(model, prompt_of(tokens), max_new_tokens=50, do_sample=False)
-        for guesser, fewest, most in ((model, 7, 9), (other, 25, 49)):
-            made: list[int] = []
-            draft = drafts.DraftModel(lean.Lean(guesser))
-            steps = lean.generate(model, prompt_of(tokens), lean.Lean(model), made.append, draft, **options)
-            assert made == expected and fewest <= steps <= most
-
-
-def test_the_draft_of_a_command(quick_cli, tmp_path):
-    prompt = "One rainy day Finn found a tiny shell. One rainy day Finn found a"
-    plain = json.loads(quick_cli("generate", DEMO, prompt, "--json").stdout)
-    for draft in ("prompt", DEMO):
-        guessed = json.loads(quick_cli("generate", DEMO, prompt, "--json", "--draft", draft).stdout)
-        assert guessed["text"] == plain["text"] and guessed["tokens_per_step"] > 1 == plain["tokens_per_step"]
-    assert f"{guessed['tokens_per_step']:.1f} a step" in quick_cli("generate", DEMO, prompt, "--draft", DEMO).stderr
-    with_other_words = tmp_path / "other"
-    shutil.copytree(DEMO, with_other_words)
-    words = json.loads((with_other_words / "tokenizer.json").read_text())
-    vocabulary = words["model"]["vocab"]
-    first, second = list(vocabulary)[-2:]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (with_other_words / "tokenizer.json").write_text(json.dumps(words))
-    refused = quick_cli("generate", DEMO, prompt, "--draft", with_other_words)
-    assert refused.returncode == 2 and "the draft's vocabulary differs from the model's in 4 entries" in refused.stderr
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral", "phi3"])
-def test_an_int8_cache_is_what_evaluate_rounds(name, monkeypatch):
-    """Token by token, so that every key and value is read rounded; past the window and past caches that are full."""
-    monkeypatch.setattr(lean, "ROOM", 4)
-    model, ids = small(name, **MODELS[name]), prompt_of(40)
-    stepped = lean.Lean(model, kv_int8=True)
-    with torch.inference_mode():
-        stepped.prefill(ids[:, :1], {}, 40)
-        logits = torch.cat([stepped.run(ids[0, i : i + 1], i).clone() for i in range(40)])
-        exact = model(ids).logits[0]
-        round_cache(model)
-        expected = model(ids).logits[0]
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
-    assert (expected - exact).norm() > 2e-3 * exact.norm()
-
-
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
-def test_a_long_cache_takes_the_memory_that_is_estimated(name, kv_dtype):
-    model = small(name, torch.bfloat16, **MODELS[name])
-    caches = lean.Lean(model, kv_int8=kv_dtype == "int8")._caches(32_768, torch.int8 if kv_dtype else torch.bfloat16)
-    estimated = cache(ModelConfig(model.config.to_dict(), "small"), 32_768, kv_dtype=kv_dtype)
-    windows = sum(window > 0 for window in caches.windows)
-    row = sum(x[:, 0].nbytes for x in caches.layers[0].tensors)
-    beside = windows * row * (lean_step.MOST_TOKENS - 1)  # room for guesses beside a window
-    assert sum(x.nbytes for layer in caches.layers for x in layer.tensors) == estimated.total + beside
-
-
-def test_an_int8_cache_of_a_command(quick_cli):
-    small_cache, model_cache = (
-        json.loads(quick_cli("generate", DEMO, "One rainy day", "--json", "--max-new-tokens", "20", *options).stdout)
-        for options in (("--kv-dtype", "8"), ("--kv-dtype", "16"))
-    )
-    assert small_cache["step"] == "lean" and small_cache["bytes_per_step"] < model_cache["bytes_per_step"]
-    refused = quick_cli("generate", DEMO, "One", "--kv-dtype", "4")
-    assert refused.returncode == 2 and "--kv-dtype is '4'" in refused.stderr
-
-
-def test_an_int8_cache_needs_the_lean_step(monkeypatch):
-    model, tokenizer = qcli.load(str(DEMO), device="cpu")
-    monkeypatch.setenv(lean.CHOICE, "transformers")
-    with pytest.raises(UsageError, match="--kv-dtype 8: LlamaForCausalLM runs with transformers' step here"):
-        decode.Decoding(model, tokenizer, Sampling(), kv_dtype="int8")
-    monkeypatch.delenv(lean.CHOICE)
-    decoding = decode.Decoding(model, tokenizer, Sampling(max_new_tokens=3), kv_dtype="int8")
-    model.model.layers[0].mlp.forward = lambda x: x
-    with pytest.raises(UsageError, match="--kv-dtype 8"):
-        decoding.generate([5, 6, 7], lambda token: None)
+        patched.setattr(lean_step, "Program", fail)
+        with pytest.raises(KeyboardInterrupt):
+            ours(model, prompt_of(9), stepped, **options)
+    assert ours(model, prompt_of(11), stepped, **options) == theirs(model, prompt_of(11), **options)
