@@ -116,7 +116,7 @@ PRIVATE = (
     Private("transformers.PreTrainedModel._can_compile_fullgraph", ("generation/graph.py",), _KINDS, "fit for a static cache"),
     Private(
         "transformers.PreTrainedConfig._attn_implementation",
-        ("generation/graph.py", "evaluation/int8_cache.py"),
+        ("generation/graph.py", "generation/structure.py", "evaluation/int8_cache.py"),
         _CAPTURED,
         "what attention it has",
     ),

@@ -252,7 +252,9 @@ def _attention(module: nn.Module, config) -> Attention:
         if not separate and not per_head:
             raise Unsupported
     scale = getattr(module, "scaling", None)
-    softcap = getattr(module, "attn_logit_softcapping", None) or 0.0
+    # transformers' sdpa does not cap logits. Older versions ran Gemma 2 with it all the same.
+    capped = config._attn_implementation == "eager"
+    softcap = (capped and getattr(module, "attn_logit_softcapping", None)) or 0.0
     if getattr(module, "sinks", None) is not None:
         raise Unsupported
     return Attention(
