@@ -229,3 +229,22 @@ def test_tensors_of_the_wrong_size_are_refused():
         linear_4bit(x, packed, absmax, None, 0.0, torch.ones(1), 64, "nf4", 8, torch.float32)
     with pytest.raises(TypeError, match="x is torch.float64"):
         linear_4bit(x.double(), packed, absmax, None, 0.0, None, 64, "nf4", 8, torch.float32)
+
+
+@pytest.mark.parametrize("columns, block_size", [(2048, 64), (1536, 128), (480, 32), (2080, 64), (1088, 256)])
+def test_blocks_of_many_tokens(columns, block_size):
+    """More tokens than a block of them, rows that are no multiple of four, outliers; within bfloat16's rounding of each product."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(70, columns, generator=generator)
+    x = torch.randn(197, columns, generator=generator).bfloat16()
+    x[3, 5], x[150, columns - 1] = 3000, -2000
+    packed, absmax = quantize_4bit(weight, block_size, "nf4")
+    offset = mean_absmax(absmax)
+    absmax, nested = quantize_absmax(absmax, offset)
+    bias = torch.randn(70, generator=generator)
+    y = linear_4bit(x, packed, absmax, nested, offset, bias, block_size, "nf4", 70, torch.bfloat16)
+    scales = dequantize_absmax(absmax, nested, offset)
+    decoded = dequantize_4bit(packed, scales, block_size, "nf4", [70, columns], torch.float32).double()
+    expected = x.double() @ decoded.t() + bias.double()
+    bound = 2.0**-8 * (x.double().square() @ decoded.t().square()).sqrt() * 3 + 2.0**-8 * expected.abs()
+    assert ((y.double() - expected).abs() <= bound).all()
