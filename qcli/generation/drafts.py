@@ -81,7 +81,7 @@ class DraftModel(_Length):
         if max(ids) >= self.lean.vocabulary:
             return False
         try:
-            self.lean.prefill(torch.tensor([ids[:-1] or ids]), {}, min(length, self.end or length))
+            self.lean.prefill(torch.tensor([ids[:-1] or ids]), min(length, self.end or length))
         except Unsupported:
             warnings.warn("--draft is not used: the draft differs from what its lean step computes", QcliWarning, stacklevel=2)
             return False
@@ -103,10 +103,6 @@ class DraftModel(_Length):
             if self._read == len(text):
                 guessed.append(int(logits[-1].argmax()))
         return guessed
-
-    def hear(self, guessed: int, kept: int) -> None:
-        super().hear(guessed, kept)
-        self._read -= max(guessed - kept - 1, 0)
 
 
 def same_vocabulary(model, draft) -> None:

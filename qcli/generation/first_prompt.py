@@ -54,7 +54,7 @@ def watching(decoder: nn.Module, layers: nn.ModuleList, attention: list[nn.Modul
         seen.angles.append((module, args[2:] or tuple(v for k, v in kwargs.items() if k not in ("x", "position_ids")), output))
 
     def before(i: int, args: tuple, kwargs: dict) -> None:
-        seen.inputs[i] = _last(args[0] if args else kwargs["hidden_states"])
+        seen.inputs[i] = _last(args[0] if args else kwargs.get("hidden_states"))
         angles = kwargs.get("position_embeddings")
         if angles is not None:
             found = [(module, more) for module, more, output in seen.angles if output is angles or output[0] is angles[0]]
@@ -77,5 +77,6 @@ def watching(decoder: nn.Module, layers: nn.ModuleList, attention: list[nn.Modul
             hook.remove()
 
 
-def _last(x: torch.Tensor) -> torch.Tensor:
-    return x[:, -MOST_TOKENS:].clone()
+def _last(x: object) -> torch.Tensor | None:
+    """None for what is no tensor of tokens: such a layer is not known."""
+    return x[:, -MOST_TOKENS:].clone() if isinstance(x, torch.Tensor) and x.dim() == 3 else None

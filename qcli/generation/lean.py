@@ -79,7 +79,7 @@ class Lean:
         self.embed: Callable[[torch.Tensor, int], torch.Tensor] | None = None
         self.rope: list[Callable | None] = []
 
-    def prefill(self, ids: torch.Tensor, options: dict, length: int) -> torch.Tensor:
+    def prefill(self, ids: torch.Tensor, length: int) -> torch.Tensor:
         """Reads ids int64 [1, tokens] with transformers. Returns logits float32 [1, vocabulary] after the last.
 
         `length` is that of the longest text. Raises Unsupported at the first prompt if the step differs from transformers'.
@@ -90,12 +90,12 @@ class Lean:
         if self.step is not None:
             if self.step.caches.dtype != self.kv_dtype or self.step.caches.length < count:
                 self.step.record(self._caches(room, self.kv_dtype), self._tables(room))
-            return self._read(ids, options, self.step.caches)
+            return self._read(ids, self.step.caches)
         distinct = len(ids[0, -MOST_TOKENS:].unique())
         if self.kv_dtype == self.dtype and distinct >= _DISTINCT and count <= _SHORT:
             caches = self._caches(room, self.kv_dtype)
             with self._watching() as seen:
-                logits = self._read(ids, options, caches)
+                logits = self._read(ids, caches)
             self._check(seen, ids, caches, logits)
             return logits
         # Attention to equal keys and values is the same in any order, a rounded cache is not transformers', and a long prompt would
@@ -103,9 +103,9 @@ class Lean:
         text = torch.randint(self.vocabulary, (1, 2 * MOST_TOKENS), generator=torch.Generator().manual_seed(0))
         others = self._caches(text.shape[1], self.dtype)
         with self._watching() as seen:
-            logits = self._read(text, options, others)
+            logits = self._read(text, others)
         self._check(seen, text, others, logits)
-        return self.prefill(ids, options, length)
+        return self.prefill(ids, length)
 
     def _watching(self):
         return watching(self.decoder, self.decoder_layers, [attention_of(layer) for layer in self.decoder_layers])
@@ -128,10 +128,10 @@ class Lean:
         seen = [min(tokens, window or tokens) for window in caches.windows]
         return sum(count * sum(x[:, 0].nbytes for x in layer.tensors) for count, layer in zip(seen, caches.layers))
 
-    def _read(self, ids: torch.Tensor, options: dict, caches: Caches) -> torch.Tensor:
+    def _read(self, ids: torch.Tensor, caches: Caches) -> torch.Tensor:
         cache = Cache(layers=[Storing(layer) for layer in caches.layers])
         positions = torch.arange(ids.shape[1])[None]
-        options = {cache_argument(self.model): cache} | options
+        options: dict[str, object] = {cache_argument(self.model): cache}
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             options["logits_to_keep"] = 1
         return self.model(input_ids=ids, position_ids=positions, use_cache=True, **options).logits[:, -1].float()
@@ -142,6 +142,12 @@ class Lean:
 
     def _check(self, seen: Seen, ids: torch.Tensor, caches: Caches, logits: torch.Tensor) -> None:
         """Makes the step from the readings that agree with what transformers did. Raises Unsupported."""
+        try:
+            self.step = self._agreeing(seen, ids, caches, logits)
+        except (AttributeError, LookupError, TypeError, ValueError) as e:  # layers that are called in another way
+            raise Unsupported from e
+
+    def _agreeing(self, seen: Seen, ids: torch.Tensor, caches: Caches, logits: torch.Tensor) -> LeanStep:
         count = ids.shape[1]
         self.rope = self._ropes(seen)
         self.embed = self._embed_of(ids[0], seen.inputs[0][0].float())
@@ -151,7 +157,7 @@ class Lean:
         step = LeanStep(self.embed, blocks, self._last_norm(), self.head, tables, caches)
         if not self.tolerance.agree(self._finished(step.run_head(seen.outputs[-1][0, -1:].float())), logits):
             raise Unsupported
-        self.step = step
+        return step
 
     def _ropes(self, seen: Seen) -> list[Callable | None]:
         """For each layer, the function of positions int64 [1, count] that gives its (cos, sin) float32 [count, rot_dim]."""
@@ -213,13 +219,12 @@ def generate(model, ids: torch.Tensor, lean: Lean, on_token: Callable[[int], obj
     """
     steps = 0
 
-    def decode(_, input_ids, *, logits_processor, stopping_criteria, generation_config, **inputs):
+    def decode(_, input_ids, *, logits_processor, stopping_criteria, generation_config, **_inputs):
         nonlocal steps
         if generation_config.get_generation_mode() not in _MODES or len(input_ids) != 1 or generation_config.use_cache is False:
             raise Unsupported
-        keep = {name: value for name, value in inputs.items() if name == "logits_to_keep"}
         length, text = generation_config.max_length, input_ids[0].tolist()
-        logits = lean.prefill(input_ids, keep, length)
+        logits = lean.prefill(input_ids, length)
         guessing = draft is not None and draft.begin(text, length)
         guessed: list[int] = []
         while True:

@@ -33,7 +33,7 @@ def cache_argument(model) -> str:
 
 
 class Unsupported(Exception):
-    """The model or one of the options cannot be captured. No token has been made yet."""
+    """The model or one of the options cannot be run by this kind of step. No token has been made yet."""
 
 
 class _Places:

@@ -27,7 +27,7 @@ def test_an_int8_cache_is_what_evaluate_rounds(name, monkeypatch):
     model, ids = small(name, **MODELS[name]), prompt_of(40)
     stepped = lean.Lean(model, kv_int8=True)
     with torch.inference_mode():
-        stepped.prefill(ids[:, :1], {}, 40)
+        stepped.prefill(ids[:, :1], 40)
         logits = torch.cat([stepped.run(ids[0, i : i + 1], i).clone() for i in range(40)])
         exact = model(ids).logits[0]
         round_cache(model)

@@ -65,9 +65,9 @@ def test_several_tokens_at_once_give_the_logits_of_one_after_the_other(name):
     model = small(name, **MODELS[name])
     stepped, ids = lean.Lean(model), prompt_of(30)[0]
     with torch.inference_mode():
-        stepped.prefill(ids[None, :10], {}, 40)
+        stepped.prefill(ids[None, :10], 40)
         one = torch.cat([stepped.run(ids[i : i + 1], i).clone() for i in range(10, 30)])
-        stepped.prefill(ids[None, :10], {}, 40)
+        stepped.prefill(ids[None, :10], 40)
         several = torch.cat([stepped.run(ids[i : i + 5], i).clone() for i in range(10, 30, 5)])
         whole = model(ids[None]).logits[0, 10:]
     torch.testing.assert_close(several, one, rtol=1e-4, atol=1e-4)
@@ -83,7 +83,7 @@ def test_16_bits_are_no_farther_from_float32_than_transformers(name, dtype):
             weight.copy_(rounded)
         expected, rounded = exact(ids).logits[0, 12:], model(ids).logits[0, 12:].float()
         stepped = lean.Lean(model)
-        stepped.prefill(ids[:, :12], {}, 40)
+        stepped.prefill(ids[:, :12], 40)
         logits = torch.cat([stepped.run(ids[0, i : i + 1], i).clone() for i in range(12, 30)])
     assert (logits - expected).norm() <= 1.1 * (rounded - expected).norm()
     assert (logits - expected).norm() > 0
@@ -191,7 +191,7 @@ def test_threads_give_the_same_logits(monkeypatch):
     model, _ = qcli.load(str(DEMO), bits=4, device="cpu")
     stepped, ids = lean.Lean(model), prompt_of(12)
     with torch.inference_mode():
-        stepped.prefill(ids, {}, 40)
+        stepped.prefill(ids, 40)
         before = stepped.step.caches.layers[0].keys[:, :12].clone()
 
         def run():
@@ -235,7 +235,7 @@ def test_rotation_is_found_where_attention_adds_little(name, dtype):
             layer.self_attn.o_proj.weight *= 0.01
     stepped = lean.Lean(model)
     with torch.inference_mode():
-        stepped.prefill(prompt_of(20), {}, 40)
+        stepped.prefill(prompt_of(20), 40)
     kinds = {"cohere2": ["interleaved"] * 3, "smollm3": ["halves", None, "halves"], "glm": ["interleaved by halves"] * 3}
     kinds["llama"] = ["halves"] * 3
     assert [block.attention.rope for block in stepped.step.blocks] == kinds[name]
@@ -263,7 +263,7 @@ def test_layers_with_angles_of_their_own_keep_them():
     model = small("gemma3_text", **MODELS["gemma3_text"] | {"rope_parameters": rope})
     stepped = lean.Lean(model)
     with torch.inference_mode():
-        stepped.prefill(prompt_of(12), {}, 40)
+        stepped.prefill(prompt_of(12), 40)
         tables = stepped._tables(300)
         for kind, (cos, _) in zip(model.config.layer_types, tables):
             expected = model.model.rotary_emb(torch.zeros(1), torch.arange(300)[None], kind)[0][0]
