@@ -5,7 +5,8 @@ that `--dry-run --json` prints holds the one in force:
 
     {"default": {"method": "nf4"},
      "rules": [["*.down_proj", {"method": "nf4", "options": {"block_size": 32}}], ["model.layers.0", {"method": "keep"}]],
-     "format": "bitsandbytes"}
+     "head": {"method": "llm-int8"},
+     "format": "qcli"}
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ from qcli.schemes import named
 KEEP = "keep"  # the method of a module that stays as it is
 _CHOICE: Mapping[str, Kind | Required] = {"method": Required(TEXT), "options": OBJECT}
 _LIST = Kind("a list", lambda value: isinstance(value, list))
-_RECIPE: Mapping[str, Kind | Required] = {"default": Required(OBJECT), "rules": _LIST, "format": TEXT}
+_RECIPE: Mapping[str, Kind | Required] = {"default": Required(OBJECT), "rules": _LIST, "head": OBJECT, "format": TEXT}
 _HINT = "See docs/recipes.md for what a recipe holds."
 
 
@@ -44,10 +45,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """`rules` are (glob, choice): the first whose glob matches a module, or a parent of it, decides; else `default`."""
+    """`rules` are (glob, choice): the first whose glob matches a module, or a parent of it, decides; else `default`.
+
+    `head` is for the output head, which stays in 16 bits without it, and for the embedding that is tied to it.
+    """
 
     default: Choice
     rules: tuple[tuple[str, Choice], ...] = ()
+    head: Choice | None = None
     format: str | None = None  # None: the widest-read one that holds all of it
 
     def choice(self, module: str) -> Choice:
@@ -64,6 +69,8 @@ class Recipe:
         found: dict[str, object] = {"default": self.default.summary()}
         if self.rules:
             found["rules"] = [[glob, choice.summary()] for glob, choice in self.rules]
+        if self.head:
+            found["head"] = self.head.summary()
         return found | ({"format": self.format} if self.format else {})
 
 
@@ -95,7 +102,9 @@ def recipe_of(value: dict[str, Any], label: str) -> Recipe:
         if not (isinstance(rule, list) and len(rule) == 2 and isinstance(rule[0], str) and isinstance(rule[1], dict)):
             raise CheckpointError(f"{where} is {shown(rule)}, expected a list of a glob and an object with a method", _HINT)
         rules.append((rule[0], _choice(rule[1], f"{where} ({rule[0]})")))
-    return Recipe(_choice(value["default"], f"{label}: default"), tuple(rules), value.get("format"))
+    head = _choice(value["head"], f"{label}: head") if value.get("head") else None
+    head = None if head is None or head.keeps else head
+    return Recipe(_choice(value["default"], f"{label}: default"), tuple(rules), head, value.get("format"))
 
 
 def _choice(value: dict[str, Any], label: str) -> Choice:

@@ -152,5 +152,12 @@ def by_bits(bits: int | None, method: str | None) -> Scheme:
     return named(method)
 
 
+def head_bits(asked: int | None) -> int | None:
+    """What `--head` asks for: the bits of a quantized output head, None where it stays in 16. Raises UsageError."""
+    if asked not in (None, 16, *BY_BITS):
+        raise UsageError(f"head is {asked}, expected 16, 8 or 4", "Set it to the bits of the output head.")
+    return None if asked == 16 else asked
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -9,75 +9,14 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
 
 from qcli.checkpoint.config_json import for_transformers
+from qcli.checkpoint.layout import Head, Layout, Linear
 from qcli.checkpoint.names import may_be_linear
 from qcli.errors import CheckpointError
 
 _MODULES_A_TENSOR, _MODULES_AT_LEAST = 50, 20_000  # real models have at most 4 modules per tensor
 _RULES_MIN_FEATURES = 32  # a narrower 2-D weight is a gate, a bias table or a projection too small to matter
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One linear module: `tensor` is its weight's name in the checkpoint, `module` its name in transformers.
-
-    `transposed` is True for transformers' Conv1D, whose weight is stored as [in_features, out_features].
-    """
-
-    tensor: str
-    module: str
-    out_features: int
-    in_features: int
-    transposed: bool = False
-
-
-@cache
-def _compiled(patterns: tuple[str, ...]) -> list[re.Pattern[str]]:
-    """What matches the start of a module's name as transformers matches its skip lists. Names without an operator, of which a list
-    may hold thousands, are one pattern."""
-    boundary = r"(?:(?<=\.)|(?=\.|$))"
-    plain = [key for key in patterns if re.fullmatch(r"[\w.]*", key)]
-    found = [re.compile(rf"(?:{key}){boundary}") for key in sorted(set(patterns) - set(plain))]
-    return found + ([re.compile(rf"(?:{'|'.join(plain)}){boundary}")] if plain else [])
-
-
-@dataclass
-class Layout:
-    """The modules of a model, as far as quantization needs them."""
-
-    decided_by: str
-    linears: dict[str, Linear] = field(default_factory=dict)  # by tensor name
-    candidates: list[str] = field(default_factory=list)  # every module that transformers would convert
-    explicit_skip: bool = False  # the loaders' default is unknown, so the config must spell out the skip list
-    modules: dict[str, str] = field(default_factory=dict)  # every tensor name -> its name in transformers
-    default_skip: list[str] = field(default_factory=list)  # modules that transformers skips when no list is given
-    always_skip: list[str] = field(default_factory=list)  # patterns that it skips whatever the list says
-    keep_fp32: list[str] = field(default_factory=list)  # patterns kept in float32 when the model's dtype is float16
-    keep_fp32_strict: list[str] = field(default_factory=list)  # patterns kept in float32 when it is float16 or bfloat16
-    missing: list[str] = field(default_factory=list)  # parameters of the model that no tensor provides
-    misshaped: dict[str, tuple] = field(default_factory=dict)  # tensor name -> (stored shape, the model's shape)
-    unknown: set[str] = field(default_factory=set)  # tensors that do not belong to the model
-    linear_kinds: list[str] = field(default_factory=list)  # class names of linear modules, converted or not
-    expert_parameters: int = 0  # count in fused 3-D expert tensors, which are not Linear modules
-    notes: list[str] = field(default_factory=list)
-
-    def skipped(self, module: str, skip: list[str] | None) -> bool:
-        """Whether transformers skips `module`, given the config's skip list (None: its own default)."""
-        patterns = tuple((self.default_skip if skip is None else skip) + self.always_skip)
-        return module.endswith(patterns) or any(pattern.match(module) for pattern in _compiled(patterns))
-
-    def quantizable(self) -> list[Linear]:
-        """The linear modules that transformers converts by default."""
-        return [linear for linear in self.linears.values() if not self.skipped(linear.module, None)]
-
-    def stays_fp32(self, tensor: str, dtype: str) -> bool:
-        """Whether transformers keeps the unquantized `tensor` in float32 when the model's dtype is `dtype`."""
-        patterns = list(self.keep_fp32_strict) if dtype in ("F16", "BF16") else []
-        patterns += self.keep_fp32 if dtype == "F16" else []
-        return any(re.search(p.replace("*", ".*"), self.modules.get(tensor, tensor)) for p in patterns)
 
 
 def find_linears(source, *, trust_remote_code: bool = False, rules: bool = False) -> Layout:
@@ -212,6 +151,8 @@ def model_layout(source, model_class, config, weight_name: Callable[[str], str] 
         layout.linears[tensor] = Linear(tensor, module_name, out_features, in_features, transposed)
     layout.linear_kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear)})
     groups = tied_groups(model.all_tied_weights_keys)
+    found = _head(model, {name: tensor for name, tensor in by_module.items() if name not in merged}, groups)
+    layout.head, layout.no_head = (None, found) if isinstance(found, str) else (found, "")
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or []
     layout.missing = sorted(
         name
@@ -231,6 +172,52 @@ def model_layout(source, model_class, config, weight_name: Callable[[str], str] 
         layout.notes.append(f"{len(unknown)} tensors do not belong to {model_class.__name__} and are copied: {shown}")
     layout.expert_parameters = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n)
     return layout
+
+
+def _head(model, stored: Mapping[str, str], groups: Mapping[str, set[str]]) -> Head | str:
+    """The head of a transformers model, or why none can be quantized. `stored` maps parameters to the tensors that are them,
+    `groups` is of `tied_groups`."""
+    from torch import nn
+
+    try:
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        head = embedding = None
+    if head is None or embedding is None:
+        return "the model has none"
+    if type(head) is not nn.Linear:
+        return f"it is a {type(head).__name__}, expected a Linear"
+    names = {id(module): name for name, module in model.named_modules()}
+    module, other = names[id(head)], names[id(embedding)]
+    weights = [f"{module}.weight", f"{other}.weight"]
+    group = groups.get(weights[0], {weights[0]})
+    tied = weights[1] in group
+    found = [name for name in weights[: 1 + tied] if name in stored]
+    if not group <= set(weights):
+        return "it is tied to more than the embedding of its input"
+    if tied and (head.bias is not None or lookup_scale(embedding, head.weight.dtype) is None):
+        return f"it is tied to a {type(embedding).__name__}" if head.bias is None else "it is tied, and has a bias"
+    if len(found) != 1:
+        return "the embedding that it is tied to is stored beside it" if found else "its weight is not stored by itself"
+    return Head(Linear(stored[found[0]], found[0].removesuffix(".weight"), *head.weight.shape), module, other, tied)
+
+
+def lookup_scale(module, dtype) -> float | None:
+    """What an embedding multiplies its rows by, which it yields in the torch `dtype`. None for a module that does more."""
+    import torch
+    from torch import nn
+
+    if not isinstance(module, nn.Embedding):
+        return None
+    if type(module).forward is nn.Embedding.forward:
+        return 1.0
+    if not type(module).__name__.endswith("ScaledWordEmbedding"):
+        return None
+    scale = getattr(module, "embed_scale", None)
+    if isinstance(scale, torch.Tensor):  # which is rounded to the rows' dtype, and has no value on the meta device
+        stated = getattr(module, "scalar_embed_scale", None)
+        return None if stated is None else float(torch.tensor(stated, device="cpu").to(dtype))
+    return None if scale is None else float(scale)
 
 
 def _by_rules(source, decided_by: str) -> Layout:

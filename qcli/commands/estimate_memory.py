@@ -42,6 +42,9 @@ def estimate_memory(
     kv_dtype: Annotated[
         str | None, typer.Option(help="Dtype of the cache: int8, fp8, q8_0, q4_0... Default: the model's.", show_default=False)
     ] = None,
+    head: Annotated[
+        int | None, typer.Option(help="Bits of a quantized model's output head: 16, 8 or 4. Default 16.", show_default=False)
+    ] = None,
     runtime: Annotated[str, typer.Option(help="What runs the model: transformers or vllm.")] = "transformers",
     train: Annotated[str | None, typer.Option(help="Train the model instead: qlora or lora.", show_default=False)] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapters that are trained.")] = 16,
@@ -66,7 +69,15 @@ def estimate_memory(
     if table:
         if model is not None or params is not None:
             raise UsageError("--table was given with a model", "Name models with --models, or leave out --table.")
-        others = {"bits": bits, "context": context, "train": train, "quantizing": quantizing, "explain": explain, "plot": plot}
+        others = {
+            "bits": bits,
+            "context": context,
+            "head": head,
+            "train": train,
+            "quantizing": quantizing,
+            "explain": explain,
+            "plot": plot,
+        }
         for name in (name for name, value in others.items() if value):
             raise UsageError(f"--{name} was given with --table", f"Leave out --{name}, or name one model without --table.")
         _table(models or [], gpu or [], json)
@@ -76,7 +87,7 @@ def estimate_memory(
     if model is None and params is None:
         if not gpu:
             raise UsageError("neither a model nor a GPU was given", f"For example: {_EXAMPLE}")
-        others = {"train": train, "quantizing": quantizing, "explain": explain, "plot": plot, "revision": revision}
+        others = {"head": head, "train": train, "quantizing": quantizing, "explain": explain, "plot": plot, "revision": revision}
         for name in (name for name, value in others.items() if value):
             raise UsageError(f"--{name} was given without a model", f"Name one, or leave out --{name}. For example: {_EXAMPLE}")
         asked = {"context": context, "batch": batch, "bits": bits or [], "kv_dtype": kv_dtype, "runtime": runtime}
@@ -99,6 +110,7 @@ def estimate_memory(
         batch=batch,
         bits=bits or [],
         kv_dtype=kv_dtype,
+        head=head,
         runtime=runtime,
         train=train,
         rank=rank,

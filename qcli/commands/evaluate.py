@@ -23,6 +23,9 @@ def evaluate(
     kv_dtype: Annotated[
         str | None, typer.Option(help="Dtype of the cache to compare with the model's: 8 (int8).", show_default=False)
     ] = None,
+    head: Annotated[
+        int | None, typer.Option(help="Bits of the output head, 8 or 4, to compare with 16.", show_default=False)
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -62,6 +65,7 @@ def evaluate(
         against=against,
         methods=methods,
         kv_dtype=cache_dtype(kv_dtype),
+        head=head,
         text=text,
         tokens=tokens,
         sequence_length=sequence_length,

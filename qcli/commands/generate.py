@@ -39,6 +39,10 @@ def generate(
     skip: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Modules to leave unquantized. Repeatable.", show_default=False)
     ] = None,
+    head: Annotated[
+        int | None,
+        typer.Option(help="With --bits or --method: bits of the output head, 16, 8 or 4. Default 16.", show_default=False),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Options of the method, such as block_size=128.", show_default=False),
@@ -89,7 +93,7 @@ def generate(
     from qcli.recipe import read_recipe
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    asked = asked_recipe(recipe and read_recipe(recipe), bits, method, {}, skip or (), pairs(set_))
+    asked = asked_recipe(recipe and read_recipe(recipe), bits, method, {}, skip or (), pairs(set_), head)
     if not never_fails(device, device_map, max_memory):
         place(device, device_map, max_memory)
     source = open_checkpoint(model, revision, trust_remote_code)

@@ -43,6 +43,10 @@ def quantize(
         Path | None,
         typer.Option(metavar="FILE", help="Which module gets what: a recipe, or a plan from --dry-run --json.", show_default=False),
     ] = None,
+    head: Annotated[
+        int | None,
+        typer.Option(help="Bits of the output head, and of an embedding tied to it: 16, 8 or 4. Default 16.", show_default=False),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of all that is not quantized: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
@@ -91,6 +95,7 @@ def quantize(
         group_size=group_size,
         skip=skipped,
         recipe=read_recipe(recipe) if recipe else None,
+        head=head,
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,

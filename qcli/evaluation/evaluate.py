@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qcli import formats, schemes
-from qcli.checkpoint.modules import Linear
+from qcli.checkpoint.layout import Linear
 from qcli.checkpoint.source import Source
 from qcli.errors import UsageError, one_of, together
 from qcli.evaluation.int8_cache import round_cache
@@ -15,7 +15,9 @@ from qcli.evaluation.speed import Speed, measure
 from qcli.evaluation.statistics import comparison, perplexity
 from qcli.evaluation.tokens import TokenScores
 from qcli.formats import Weight
+from qcli.methods.choosing import head_choice, made
 from qcli.progress import Advance, Progress, shown
+from qcli.recipe import KEEP, Choice
 from qcli.schemes import Scheme
 from qcli.streaming.corpus import Corpus, Window, read_windows
 from qcli.streaming.reading import Reading, runs
@@ -28,6 +30,7 @@ def evaluate(
     against: str | None = None,
     methods: str | Iterable[str] | None = None,
     kv_dtype: str | None = None,
+    head: int | None = None,
     text: str | Path | None = None,
     tokens: int | None = None,
     sequence_length: int | None = None,
@@ -42,8 +45,8 @@ def evaluate(
     """Measures `model`, a folder or hub id, quantized or not, on `text`, cut by qcli.streaming.corpus.read_windows.
 
     `against` names a base to compare it with, token by token. Both read what the tokenizer of `model` makes of the text.
-    `kv_dtype` int8 rounds the keys and values of `model` as `generate` does for an int8 cache. The model is then compared with
-    itself, unless `against` names another.
+    `kv_dtype` int8 rounds the keys and values of `model` as `generate` does for an int8 cache. `head`, 8 or 4, quantizes the output
+    head of an unquantized model as `quantize` does. With either the model is compared with itself, unless `against` names another.
     `methods`, "all" or names of qcli.schemes, compares simulated methods with the unquantized model. A method that does not fit
     the model's shapes is left out, with a note. `speed` also loads whole models and times them. `dtype` auto is each checkpoint's
     own. With `methods` it is float32, so that the cost of a method is not mixed with the rounding of sums. `progress` is that of
@@ -56,23 +59,30 @@ def evaluate(
     """
     if against is not None and methods is not None:
         raise UsageError("--against and --methods were both given", "Leave out one: --methods compares with MODEL itself.")
-    if kv_dtype is not None and methods is not None:
-        raise UsageError("--kv-dtype and --methods were both given", "Leave out one of them.")
+    of_head = head_choice(head, Choice(KEEP))
+    for option, given in (("--kv-dtype", kv_dtype), ("--head", of_head)):
+        if given is not None and methods is not None:
+            raise UsageError(f"{option} and --methods were both given", "Leave out one of them.")
     chosen = schemes.chosen(methods) if methods is not None else []
     running = {"device": device, "trust_remote_code": trust_remote_code}
     computing = "float32" if chosen and dtype == "auto" else dtype
-    skeleton = Skeleton(model, dtype=computing, revision=revision, **running)
+    skeleton = Skeleton(model, dtype=computing, revision=revision, head=of_head, **running)
     if chosen and skeleton.quantizer is not None:
         raise UsageError(
             f"--methods: {model} is quantized already", "Give the unquantized model, or measure this one with --against."
         )
+    if of_head is not None and skeleton.source.quantization:
+        raise UsageError(f"--head: {model} is quantized already", "Give the unquantized model, or measure this one with --against.")
     base = Skeleton(against, dtype=computing, **running) if against is not None else None
     label, rounding = skeleton.source.label, None
+    if base is None and (kv_dtype is not None or of_head is not None):
+        base = Skeleton(model, dtype=computing, revision=revision, **running)
     if kv_dtype is not None:
         one_of("kv_dtype", kv_dtype, ("int8",))
-        base = base or Skeleton(model, dtype=computing, revision=revision, **running)
         rounding = round_cache(skeleton.model)
         label = f"{label}, int8 cache"
+    if of_head is not None:
+        label = f"{label}, head in {of_head.method}"
     if base is not None:
         _check_same_tokens(skeleton, base)
     chosen, notes = _fitting(chosen, skeleton)
@@ -84,7 +94,7 @@ def evaluate(
     skeletons = [s for s in (base, skeleton) if s is not None]
     work = sum(Reading.work(s) for s in skeletons) * len(runs(skeletons, corpus.windows, max(len(chosen), 1)))
     with shown(progress, work) as advance:
-        rows = _simulated(skeleton, chosen, corpus, advance) if chosen else _measured(skeletons, label, corpus, advance)
+        rows = _simulated(skeleton, chosen, corpus, advance) if chosen else _measured(skeletons, label, of_head, corpus, advance)
     if rounding is not None and not rounding["calls"]:
         raise UsageError(
             f"--kv-dtype 8: {type(skeleton.model).__name__} does not use transformers' attention interface",
@@ -139,13 +149,13 @@ def _check_same_tokens(model: Skeleton, base: Skeleton) -> None:
             f"{ids[1]}",
             hint,
         )
-    sizes = [s.model.get_output_embeddings().weight.shape[0] for s in (model, base)]
+    sizes = [s.model.get_output_embeddings().out_features for s in (model, base)]
     if sizes[0] != sizes[1]:
         raise UsageError(f"{names[0]} predicts {sizes[0]:,} tokens, {names[1]} {sizes[1]:,}", hint)
 
 
-def _measured(skeletons: Sequence[Skeleton], label: str, corpus: Corpus, advance: Advance) -> list[Row]:
-    """The model, which is called `label`, after its base where there is one."""
+def _measured(skeletons: Sequence[Skeleton], label: str, of_head: Choice | None, corpus: Corpus, advance: Advance) -> list[Row]:
+    """The model, which is called `label`, after its base where there is one. `of_head` is what its head is quantized by."""
     labels = [s.source.label for s in skeletons[:-1]] + [label]
 
     def read(windows: Sequence[Window], before: int) -> tuple[Contender | None, list[Contender]]:
@@ -158,9 +168,19 @@ def _measured(skeletons: Sequence[Skeleton], label: str, corpus: Corpus, advance
     for name, skeleton, scored in zip(labels, skeletons, scores):
         source, linears = skeleton.source, quantizable(skeleton)
         size = sum(info.nbytes for info in source.tensors.values())
+        if skeleton is skeletons[-1] and of_head is not None:
+            size += _saved_by_head(skeleton, of_head)
         bits = 8 * _linear_bytes(source, linears) / sum(x.out_features * x.in_features for x in linears)
         rows.append(_row(name, scored, of_base, corpus, size, bits))
     return rows
+
+
+def _saved_by_head(skeleton: Skeleton, choice: Choice) -> int:
+    """What a quantized head changes in the bytes of a checkpoint: a number below zero."""
+    linear = skeleton.layout.head.linear
+    stored = skeleton.source.tensors[linear.tensor]
+    weight = Weight(linear.tensor, linear.out_features, linear.in_features, stored.dtype)
+    return formats.stored_bytes(made(choice).scheme, weight) - stored.nbytes
 
 
 def _simulated(skeleton: Skeleton, wanted: Sequence[Scheme], corpus: Corpus, advance: Advance) -> list[Row]:

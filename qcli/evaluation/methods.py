@@ -11,7 +11,7 @@ from math import prod
 import torch
 
 from qcli import methods as quantizers
-from qcli.checkpoint.modules import Linear
+from qcli.checkpoint.layout import Linear
 from qcli.methods.simulate import Simulated, simulate
 from qcli.schemes import Scheme
 from qcli.streaming.run import Observer, current_call, same_tensor

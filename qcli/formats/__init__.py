@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qcli.checkpoint.dtypes import TensorSpec
-from qcli.checkpoint.modules import Layout, Linear
+from qcli.checkpoint.layout import Layout, Linear
 from qcli.errors import UsageError
 from qcli.schemes import NAMED, QUANTIZED, Scheme
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qcli.checkpoint.source import Source
 
 # The widest-read first: what holds a recipe where nothing else was asked for.
-NAMES = ("bitsandbytes", "compressed-tensors")
+NAMES = ("bitsandbytes", "compressed-tensors", "qcli")
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ class Format(Protocol):
 
     def refuses_shape(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
         """Why it cannot hold a weight of this shape in a scheme that it can hold; None where it can."""
+        ...
+
+    def refuses_head(self, head: Scheme, others: Sequence[Scheme], tied: bool) -> str | None:
+        """Why it cannot hold an output head in the scheme `head`, beside modules in `others`, as a sentence; None where it can.
+        If the head is `tied`, the embedding is stored in that scheme, too."""
         ...
 
     def tensors(self, weight: Weight, scheme: Scheme) -> list[TensorSpec]:
@@ -156,14 +161,20 @@ def all_formats() -> list[Format]:
     return [get(name) for name in NAMES]
 
 
-def holding(schemes: Sequence[Scheme], wanted: str | None = None) -> Format:
-    """The format `wanted`, or the first that holds all `schemes`. Raises UsageError with the reason where none does."""
-    reasons = []
+def holding(schemes: Sequence[Scheme], wanted: str | None = None, head: Scheme | None = None, tied: bool = False) -> Format:
+    """The format `wanted`, or the first that holds all `schemes`, and `head` beside them: the scheme of an output head, which may
+    be `tied` to the embedding. Raises UsageError with the reason where none does."""
+    reasons, of_head = [], []
     for each in [get(wanted)] if wanted else all_formats():
         reason = next((reason for scheme in schemes if (reason := each.refuses(scheme))), None)
-        if reason is None:
+        if reason is not None:
+            reasons.append(reason)
+        elif head is None or (reason := each.refuses_head(head, schemes, tied)) is None:
             return each
-        reasons.append(reason)
+        else:
+            of_head.append(reason)
+    if head is not None and of_head:
+        raise UsageError(f"the head cannot be {head.name} beside the rest: {'; '.join(of_head)}", "Leave out --head.")
     hint = "qcli evaluate --methods measures what no format holds."
     if not wanted and all(any(each.refuses(scheme) is None for each in all_formats()) for scheme in schemes):
         hint = "No format holds all of these methods together: give every module a method of the same format, see docs/methods.md."

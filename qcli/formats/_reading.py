@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from math import prod
 
-from qcli.checkpoint.modules import Linear
+from qcli.checkpoint.layout import Linear
 from qcli.checkpoint.safetensors_file import read_into
 from qcli.checkpoint.source import Source
 from qcli.errors import CheckpointError

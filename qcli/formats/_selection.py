@@ -1,8 +1,9 @@
-"""Which modules are left alone, in the words that loaders look them up by, and what loaders fuse."""
+"""Which modules are left alone, in the words that loaders look them up by, what loaders fuse, and what some fail on."""
 
 from collections.abc import Iterator
 
 from qcli.formats import Choice
+from qcli.schemes import BLOCK_SIZES
 
 # Fused projections of vLLM, which looks a skip list up by its own names.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -16,9 +17,10 @@ def skip_list(choice: Choice) -> list[str] | None:
     """
     layout = choice.layout
     others = [m for m in layout.candidates if m not in choice.schemes]
-    if not layout.explicit_skip and all(layout.skipped(m, None) for m in others):
+    as_by_default = all(layout.skipped(m, None) == (m not in choice.schemes) for m in layout.candidates)
+    if not layout.explicit_skip and as_by_default:
         return None
-    names = set(others) | set(layout.default_skip)
+    names = (set(others) | set(layout.default_skip)) - set(choice.schemes)
     names |= {x.tensor.removesuffix(".weight") for x in layout.linears.values() if x.module in names}
     for fused, parts in _FUSED.items():
         for parent in {m.rpartition(".")[0] for m in others}:
@@ -42,3 +44,21 @@ def fused_notes(choice: Choice) -> Iterator[str]:
                     f"{parent}: {', '.join(m.rpartition('.')[2] for m in left)} quantized beside skipped members of {fused}:"
                     " vLLM, which fuses them, will not load this"
                 )
+
+
+def straddling_notes(choice: Choice) -> Iterator[str]:
+    """The format allows blocks that cross a row. Some readers fail on them."""
+    shapes = {x.module: x for x in choice.layout.linears.values() if x.module in choice.schemes}
+    sizes = {m: scheme.size for m, scheme in choice.schemes.items() if scheme.share == "flat"}
+    wide = [shapes[m] for m, size in sizes.items() if shapes[m].in_features % size]
+    if not wide:
+        return
+    block_size = max(sizes.values())
+    every = [shapes[m] for m in sizes]
+    fitting = [size for size in BLOCK_SIZES if size < block_size and not any(x.in_features % size for x in every)]
+    advice = f"; --block-size {max(fitting)} divides them all" if fitting else ""
+    example = min(wide, key=lambda x: x.module)
+    yield (
+        f"{len(wide)} modules have rows that blocks of {block_size} do not divide (such as {example.module}, "
+        f"{example.in_features} wide): qcli runs them, but bitsandbytes on a CPU with AVX-512 fails or decodes them wrongly{advice}"
+    )

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.dtypes import TORCH_NAMES, TensorSpec
-from qcli.checkpoint.modules import Linear
+from qcli.checkpoint.layout import Linear
 from qcli.files.foreign_json import FLAG, NUMBER, TEXT, Kind, Required, at_least, check, list_of, one_of, parse_object, whole
 from qcli.formats import Choice, Format, Stored, Weight
-from qcli.formats._selection import fused_notes, skip_list
-from qcli.schemes import BLOCK_SIZES, NAMED, NESTED_BLOCK_SIZE, PAPER_THRESHOLD, Scheme
+from qcli.formats._selection import fused_notes, skip_list, straddling_notes
+from qcli.schemes import NAMED, NESTED_BLOCK_SIZE, PAPER_THRESHOLD, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -72,16 +72,28 @@ class Bitsandbytes:
         is_4bit = scheme.share == "flat" and scheme.codebook in _CODEBOOKS
         is_8bit = scheme.share == "row" and scheme.bits == 8 and scheme.threshold and not scheme.keeps_original
         is_8bit_whole = scheme.method == "llm-int8" and not scheme.keeps_original
-        return None if is_4bit or is_8bit or is_8bit_whole else f"bitsandbytes holds nf4, fp4 and llm-int8, not {scheme.name}"
+        return None if is_4bit or is_8bit or is_8bit_whole else f"{self.name} holds nf4, fp4 and llm-int8, not {scheme.name}"
 
     def refuses_shape(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
         return None
+
+    def refuses_head(self, head: Scheme, others: Sequence[Scheme], tied: bool) -> str | None:
+        if reason := self.refuses(head):
+            return reason
+        if tied:
+            return f"{self.name} has no quantized embedding, and the head is tied to it"
+        mixed = any((other.bits, other.threshold) != (head.bits, head.threshold) for other in others)
+        return f"{self.name} has one number of bits for all modules" if mixed else None
+
+    def codes_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """The shape of the stored 8-bit codes of a weight."""
+        return out_features, in_features
 
     def tensors(self, weight: Weight, scheme: Scheme) -> list[TensorSpec]:
         name, module = weight.name, weight.name.removesuffix("weight")
         if scheme.bits == 8:
             return [
-                TensorSpec(name, "I8", (weight.out_features, weight.in_features)),
+                TensorSpec(name, "I8", self.codes_shape(weight.out_features, weight.in_features)),
                 TensorSpec(f"{module}SCB", "F32", (weight.out_features,)),
                 TensorSpec(f"{module}weight_format", "U8", ()),
             ]
@@ -135,7 +147,7 @@ class Bitsandbytes:
                 )
         skip = skip_list(choice)
         choice.notes += fused_notes(choice)
-        choice.notes += _straddling_notes(choice)
+        choice.notes += straddling_notes(choice)
         is_4bit = first.bits == 4
         return {
             "_load_in_4bit": is_4bit,
@@ -208,9 +220,9 @@ class Bitsandbytes:
 
     def _read(self, config: Mapping[str, Any], source: "Source", linear: Linear) -> Stored | None:
         if f"{linear.tensor.removesuffix('weight')}SCB" in source.tensors:
-            return _read_8bit(self.name, config, source, linear)
+            return _read_8bit(config, source, linear, self.codes_shape(linear.out_features, linear.in_features))
         codebook = next((each for each in _CODEBOOKS if f"{linear.tensor}{_STATE}{each}" in source.tensors), None)
-        return None if codebook is None else _read_4bit(self.name, config, source, linear, codebook)
+        return None if codebook is None else _read_4bit(config, source, linear, codebook)
 
 
 def _quant_state(weight: Weight, scheme: Scheme, nested_offset: float | None) -> bytes:
@@ -229,30 +241,12 @@ def _quant_state(weight: Weight, scheme: Scheme, nested_offset: float | None) ->
     return text.ljust(len(text) - len(json.dumps(nested_offset)) + _LONGEST_FLOAT).encode()
 
 
-def _straddling_notes(choice: Choice) -> Iterator[str]:
-    """The format allows blocks that cross a row. Some readers fail on them."""
-    shapes = {x.module: x for x in choice.layout.linears.values() if x.module in choice.schemes}
-    sizes = {m: scheme.size for m, scheme in choice.schemes.items() if scheme.share == "flat"}
-    wide = [shapes[m] for m, size in sizes.items() if shapes[m].in_features % size]
-    if not wide:
-        return
-    block_size = max(sizes.values())
-    every = [shapes[m] for m in sizes]
-    fitting = [size for size in BLOCK_SIZES if size < block_size and not any(x.in_features % size for x in every)]
-    advice = f"; --block-size {max(fitting)} divides them all" if fitting else ""
-    example = min(wide, key=lambda x: x.module)
-    yield (
-        f"{len(wide)} modules have rows that blocks of {block_size} do not divide (such as {example.module}, "
-        f"{example.in_features} wide): qcli runs them, but bitsandbytes on a CPU with AVX-512 fails or decodes them wrongly{advice}"
-    )
-
-
-def _read_8bit(name: str, config: Mapping[str, Any], source: "Source", linear: Linear) -> Stored:
+def _read_8bit(config: Mapping[str, Any], source: "Source", linear: Linear, shape: tuple[int, int]) -> Stored:
     from qcli.formats._reading import Problem, expect, present, read_bytes
 
     base = linear.tensor.removesuffix("weight")
     names = {"weight": linear.tensor, "SCB": f"{base}SCB"}
-    expect(source, linear.tensor, ("I8",), (linear.out_features, linear.in_features))
+    expect(source, linear.tensor, ("I8",), shape)
     expect(source, names["SCB"], ("F32",), (linear.out_features,))
     if (row_format := f"{base}weight_format") in source.tensors:
         data = read_bytes(source, row_format)
@@ -260,10 +254,10 @@ def _read_8bit(name: str, config: Mapping[str, Any], source: "Source", linear: L
             raise Problem(f"{row_format} is {list(data[:8])}, and only {_ROW_FORMAT}, plain rows, is read")
     threshold = config.get("llm_int8_threshold")
     scheme = replace(NAMED["llm-int8"], threshold=PAPER_THRESHOLD if threshold is None else float(threshold))
-    return Stored(name, scheme, linear.out_features, linear.in_features, present(source, names))
+    return Stored(Bitsandbytes.name, scheme, linear.out_features, linear.in_features, present(source, names))
 
 
-def _read_4bit(name: str, config: Mapping[str, Any], source: "Source", linear: Linear, codebook: str) -> Stored:
+def _read_4bit(config: Mapping[str, Any], source: "Source", linear: Linear, codebook: str) -> Stored:
     from qcli.formats._reading import Problem, made_again, present, read_bytes
 
     tensor, state_name = linear.tensor, f"{linear.tensor}{_STATE}{codebook}"
@@ -285,9 +279,8 @@ def _read_4bit(name: str, config: Mapping[str, Any], source: "Source", linear: L
     _check_4bit(source, tensor, scheme, prod(expected))
     names = {"weight": tensor, **{f"weight_{p}": f"{tensor}.{p}" for p in _HELD_4BIT}}
     compute = str(config.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
-    return Stored(
-        name, scheme, linear.out_features, linear.in_features, present(source, names), state.get("nested_offset"), compute
-    )
+    shape, offset = (linear.out_features, linear.in_features), state.get("nested_offset")
+    return Stored(Bitsandbytes.name, scheme, *shape, present(source, names), offset, compute)
 
 
 def _check_4bit(source: "Source", tensor: str, scheme: Scheme, count: int) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qcli.checkpoint.dtypes import CODES, MODEL_DTYPES, TensorSpec
-from qcli.checkpoint.modules import Linear
+from qcli.checkpoint.layout import Linear
 from qcli.errors import CheckpointError
 from qcli.files.foreign_json import FLAG, OBJECT, TEXT, Kind, Required, check, either, list_of, map_of, one_of, whole
 from qcli.formats import Choice, Format, Stored, Weight
@@ -67,6 +67,11 @@ class CompressedTensors:
         advice = f"; a group size of {fitting[0]} does" if fitting else ""
         return f"groups of {scheme.size} do not divide rows of {in_features}{advice}"
 
+    def refuses_head(self, head: Scheme, others: Sequence[Scheme], tied: bool) -> str | None:
+        if reason := self.refuses(head):
+            return reason
+        return f"{self.name} has no quantized embedding, and the head is tied to it" if tied else None
+
     def tensors(self, weight: Weight, scheme: Scheme) -> list[TensorSpec]:
         module, groups = weight.name.removesuffix("weight"), weight.in_features // scheme.size
         specs = [
@@ -109,7 +114,7 @@ class CompressedTensors:
             choice.notes.append(
                 "transformers with compressed-tensors 0.20 does not load packed zero points; vLLM and compressed-tensors itself do"
             )
-        left = {*choice.layout.default_skip, *(m for m in choice.layout.candidates if m not in choice.schemes)}
+        left = {*choice.layout.default_skip, *choice.layout.candidates} - set(choice.schemes)
         return {
             "config_groups": {
                 f"group_{number}": {

@@ -25,6 +25,7 @@ from qcli.generation.graph import supported
 from qcli.generation.lean_step import MOST_TOKENS, Caches, LeanStep
 from qcli.generation.step import Unsupported, cache_argument
 from qcli.generation.structure import attention_of, candidates, check_config, linear_of, norm_of
+from qcli.nn.quantized_embedding import QuantizedEmbedding
 from qcli.runtime import cpu
 
 CHOICE = "QCLI_STEP"
@@ -54,7 +55,8 @@ class Lean:
         if not supported(model):
             raise Unsupported
         self.model, self.config = model, model.config
-        self.dtype = model.get_input_embeddings().weight.dtype
+        embedding = model.get_input_embeddings()
+        self.dtype = embedding.dtype if isinstance(embedding, QuantizedEmbedding) else embedding.weight.dtype
         self.kv_dtype = torch.int8 if kv_int8 else self.dtype
         if not compare.known(self.dtype):
             raise Unsupported
@@ -69,7 +71,7 @@ class Lean:
         self.readings = [list(candidates(layer, self.config)) for layer in self.decoder_layers]
         if len({options[0].attention.out.out_features for options in self.readings}) != 1:
             raise Unsupported
-        self.vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.vocabulary = embedding.num_embeddings
         self.head = linear_of(model.get_output_embeddings())
         rounding = [module for module in model.modules() if getattr(module, "activations_in_int8", False)]
         self.tolerance = Tolerance(self.dtype, bool(rounding))

@@ -14,8 +14,9 @@ import transformers
 
 from qcli import formats
 from qcli.checkpoint import dtypes
+from qcli.checkpoint.layout import Layout
 from qcli.checkpoint.model_dtype import model_dtype
-from qcli.checkpoint.modules import Layout, model_layout, reason, transformers_class
+from qcli.checkpoint.modules import model_layout, reason, transformers_class
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import Source
 from qcli.checkpoint.stored_tensor import state_dict
@@ -45,6 +46,7 @@ def load(
     group_size: int | None = None,
     skip: Iterable[str] = (),
     recipe: Recipe | None = None,
+    head: int | None = None,
     settings: Mapping[str, object] | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -57,7 +59,8 @@ def load(
     """Returns (transformers model, tokenizer or None) of a folder or hub id; the model's own `.generate()` works.
 
     A checkpoint quantized by qcli, or by transformers with bitsandbytes, is run as it is stored. `bits` (8 or 4), `method` or
-    `recipe` quantizes an unquantized one as it is read, with the options that `quantize` takes. `dtype` is that of everything
+    `recipe` quantizes an unquantized one as it is read, with the options that `quantize` takes; `head` is the bits of its output
+    head. `dtype` is that of everything
     unquantized: auto keeps the config's. `device_map` "auto" splits the model over GPUs and CPU memory by accelerate's rules,
     quantized on each; `max_memory` limits it per GPU or "cpu": {0: "20GB", "cpu": 30 * 10**9}, or "0=20GB,cpu=30GB". With
     `int8_activations` False an LLM.int8() model keeps its activations in 16 bits; with None, in decoding steps on a CPU.
@@ -65,7 +68,7 @@ def load(
     Raises UsageError, CheckpointError (missing, extra and misshaped tensors together), HubError, DeviceError.
     """
     options = {"double_quant": double_quant, "block_size": block_size, "threshold": threshold, "group_size": group_size}
-    asked = asked_recipe(recipe, bits, method, options, skip, settings or {})
+    asked = asked_recipe(recipe, bits, method, options, skip, settings or {}, head)
     placement = place(device, device_map, max_memory)
     source = open_checkpoint(model, revision, trust_remote_code)
     return load_source(source, asked, dtype=dtype, placement=placement, int8_activations=int8_activations)
@@ -99,7 +102,7 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
         if stored:
             config.quantization_config = vars(stored_config(source, layout, dtype))
         elif recipe:
-            options["quantization_config"] = QcliConfig(recipe=recipe)
+            options["quantization_config"] = QcliConfig(recipe=recipe, head=layout.head)
         try:
             loaded, info = built.from_pretrained(
                 None,
@@ -140,7 +143,11 @@ def _check_recipe(recipe: Recipe, layout: Layout, label: str) -> None:
     """Raises UsageError where `recipe` does not fit the modules of the model."""
     if unmatched := recipe.unmatched([*(linear.module for linear in layout.linears.values()), *layout.default_skip]):
         raise UsageError(f"{unmatched[0]!r} matches no module of {label}", "Give a full name, or a glob such as '*.down_proj'.")
-    format = formats.holding([each.scheme for each in methods_of(recipe)], recipe.format)
+    if recipe.head:
+        check_head(layout, label)
+    of_head = made(recipe.head).scheme if recipe.head else None
+    tied = layout.head is not None and layout.head.tied
+    format = formats.holding([each.scheme for each in methods_of(recipe)], recipe.format, of_head, tied)
     for linear in layout.quantizable():
         choice = recipe.choice(linear.module)
         shape = linear.out_features, linear.in_features
@@ -148,6 +155,12 @@ def _check_recipe(recipe: Recipe, layout: Layout, label: str) -> None:
             raise UsageError(
                 f"{label}, {linear.module}: {reason}", "Choose other options, or leave the module as it is with --skip."
             )
+
+
+def check_head(layout: Layout, label: str) -> None:
+    """Raises UsageError where no output head can be quantized. `label` names the model."""
+    if layout.head is None:
+        raise UsageError(f"{label}: no output head can be quantized: {layout.no_head}", "Leave out --head.")
 
 
 def stored_layout(source: Source, built: type, config) -> Layout:
@@ -160,8 +173,10 @@ def stored_config(source: Source, layout: Layout, dtype: str) -> QcliConfig:
     """What our quantizer must know of a quantized checkpoint: what is stored of each module. `dtype` is "auto" or what to compute
     in. Raises CheckpointError."""
     format = formats.of_config(source.quantization)
-    modules = format.read(source, list(layout.linears.values()), source.quantization)
-    return QcliConfig(modules=modules, compute_dtype=None if dtype == "auto" else dtype)
+    linears = layout.linears | ({layout.head.linear.tensor: layout.head.linear} if layout.head else {})
+    modules = format.read(source, list(linears.values()), source.quantization)
+    head = layout.head if layout.head and layout.head.linear.module in modules else None
+    return QcliConfig(modules=modules, compute_dtype=None if dtype == "auto" else dtype, head=head)
 
 
 def _check_room(source: Source, wanted: str | None, dtype: str, placement: DeviceChoice) -> None:
@@ -202,7 +217,7 @@ def check_fits(source: Source, layout: Layout) -> None:
     ]
     codes = {source.tensors[name].dtype for name in layout.linears if name not in decoded} - set(dtypes.FLOATS)
     undecoded = [name for name in layout.linears if name not in decoded and source.tensors[name].dtype in codes]
-    strays = sorted(n for n in decoded if n in source.tensors and n not in layout.linears and n not in layout.unknown)
+    strays = sorted(n for n in decoded if n in source.tensors and layout.linear(n) is None and n not in layout.unknown)
     kinds = (
         ("quantized, which are no linear modules in this transformers", strays),
         ("missing", layout.missing),

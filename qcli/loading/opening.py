@@ -42,14 +42,16 @@ def asked_recipe(
     options: Mapping[str, object],
     skip: Iterable[str],
     settings: Mapping[str, object],
+    head: int | None = None,
 ) -> Recipe | None:
     """The recipe that a model is to be quantized by while it is read; None where nothing asks for one. Raises UsageError."""
     skip = list(skip)
     if bits is None and method is None and recipe is None:
-        given = [name for name, value in options.items() if value is not None] + ["skip"] * bool(skip) + ["set"] * bool(settings)
+        asked = {**options, "skip": skip or None, "set": settings or None, "head": head}
+        given = [name for name, value in asked.items() if value is not None]
         if given:
             raise UsageError(f"--{given[0].replace('_', '-')} was given without --bits, --method or --recipe", "Add one of them.")
         return None
-    found, _ = recipe_in_force(recipe, bits, method, options, skip, None, settings)
+    found, _ = recipe_in_force(recipe, bits, method, options, skip, None, settings, head=head)
     formats.holding([each.scheme for each in methods_of(found)], found.format)  # raises for what no format holds
     return found

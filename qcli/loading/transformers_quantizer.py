@@ -4,7 +4,8 @@ Control comes here from inside `from_pretrained`: to `_process_model_before_weig
 stands on the meta device, and to `_Quantize.convert` for each weight that is quantized as it is read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,15 +16,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qcli import formats
 from qcli.checkpoint import dtypes
-from qcli.checkpoint.modules import Layout
+from qcli.checkpoint.layout import Head, Layout
+from qcli.checkpoint.modules import lookup_scale
 from qcli.formats import Stored, Weight
 from qcli.loading import out_of_memory
 from qcli.methods.choosing import made, methods_of
 from qcli.nn import module_for
+from qcli.nn.quantized_embedding import QuantizedEmbedding
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.recipe import Recipe
 
-NAME = "qcli"
+NAME = "qcli-modules"  # not that of a format on disk: what is registered here needs more than a config.json says
 
 
 class NoRoom(Exception):
@@ -46,15 +49,20 @@ class Modules(dict[str, Stored]):
 class QcliConfig(QuantizationConfigMixin):
     """Either `modules`, what is stored of each quantized module by its name, or `recipe`, to quantize by while reading.
 
-    `compute_dtype` is a torch name, or None for what is stored.
+    `head` is the model's head, for one that is quantized. `compute_dtype` is a torch name, or None for what is stored.
     """
 
     def __init__(
-        self, modules: Mapping[str, Stored] | None = None, recipe: Recipe | None = None, compute_dtype: str | None = None, **_
+        self,
+        modules: Mapping[str, Stored] | None = None,
+        recipe: Recipe | None = None,
+        compute_dtype: str | None = None,
+        head: Head | None = None,
+        **_,
     ):
         self.quant_method = NAME
         self.modules = None if modules is None else Modules(modules)
-        self.recipe, self.compute_dtype = recipe, compute_dtype
+        self.recipe, self.compute_dtype, self.head = recipe, compute_dtype, head
 
     def to_dict(self) -> dict:
         """As JSON values, for messages of transformers: of each module the name of its scheme."""
@@ -73,20 +81,49 @@ class QcliQuantizer(HfQuantizer):
         config = self.quantization_config
         if self.pre_quantized:
             for name, stored in config.modules.items():
-                old = model.get_submodule(name)
                 named = config.compute_dtype or stored.compute_dtype
                 compute = getattr(torch, named) if named else model.dtype
-                model.set_submodule(name, _module(old, stored, _meta(stored), compute))
-            return model
+                self._put(model, name, partial(_stored_module, stored=stored, compute_dtype=compute))
+        else:
+            self._put_unfilled(model)
+        head = model.get_output_embeddings()
+        if isinstance(head, QuantizedLinear) and head.activations_in_int8:
+            head.activations_in_int8 = False  # one token a step reads it: rounding would save nothing
+        return model
+
+    def _put_unfilled(self, model) -> None:
+        recipe, head = self.quantization_config.recipe, self.quantization_config.head
         skip = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         layout = Layout("", default_skip=skip)
-        format = formats.holding([each.scheme for each in methods_of(config.recipe)], config.recipe.format)
         for name, module in list(model.named_modules()):
             is_linear = type(module) is nn.Linear or isinstance(module, Conv1D)
-            choice = config.recipe.choice(name)
+            choice = recipe.choice(name)
             if is_linear and not choice.keeps and not layout.skipped(name, None):
+                format = formats.holding([each.scheme for each in methods_of(recipe)], recipe.format)
                 model.set_submodule(name, _unfilled(module, made(choice), format, model.dtype))
-        return model
+        if recipe.head is not None:
+            method = made(recipe.head)
+            of_head = formats.holding([method.scheme])
+            self._put(model, head.linear.module, partial(_unfilled, method=method, format=of_head, dtype=model.dtype))
+
+    def _put(self, model, name: str, make: Callable[[nn.Module], QuantizedLinear]) -> None:
+        """Puts what `make` makes in the place of the module `name`. If that is a head or an embedding that are tied, the other one
+        gets a module too, and transformers is told to tie all tensors of the two."""
+        head, old = self.quantization_config.head, model.get_submodule(name)
+        made = make(old)
+        _place(model, name, made)
+        if head is None or not head.tied or name != head.linear.module:
+            return
+        other = make(old)
+        _place(model, head.embedding if name == head.module else head.module, other)
+        for attribute, tensor in list(made._buffers.items()):
+            if tensor is not None:
+                model.all_tied_weights_keys[f"{head.module}.{attribute}"] = f"{head.embedding}.{attribute}"
+                for each in (made, other):  # transformers ties parameters alone
+                    del each._buffers[attribute]
+                    each.register_parameter(attribute, nn.Parameter(tensor, requires_grad=False))
+        # Once the weight is quantized, this is the one thing that is no tensor.
+        made.__dict__["twin"] = other
 
     def get_weight_conversions(self):
         if not self.pre_quantized:
@@ -105,7 +142,7 @@ class QcliQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         path, _, name = param_name.rpartition(".")
-        return name == "weight" and hasattr(model.get_submodule(path), "quantize_with")
+        return name == "weight" and is_quantized_as_read(model, path)
 
     def get_quantize_ops(self):
         return _Quantize()
@@ -131,6 +168,24 @@ class _Quantize(ConversionOps):
             raise LoadingStopped from e
 
 
+def _place(model, name: str, linear: QuantizedLinear) -> None:
+    """Puts `linear` in the place of the linear module or of the embedding `name`."""
+    old, new = model.get_submodule(name), linear
+    if isinstance(old, nn.Embedding):
+        new = QuantizedEmbedding(linear, old.weight.dtype, lookup_scale(old, old.weight.dtype))
+    model.set_submodule(name, new)
+
+
+def is_quantized_as_read(model, name: str) -> bool:
+    """Whether the weight of the module `name` is quantized between the file and the module."""
+    return hasattr(_linear(model.get_submodule(name)), "quantize_with")
+
+
+def _linear(module: nn.Module) -> nn.Module:
+    """The module itself; of an embedding the one that has its weight."""
+    return module.linear if isinstance(module, QuantizedEmbedding) else module
+
+
 def _meta(stored: Stored) -> dict[str, torch.Tensor]:
     return {
         name: torch.empty(shape, dtype=dtypes.torch_dtype(code), device="meta") for name, (code, shape) in stored.tensors.items()
@@ -143,6 +198,10 @@ def _module(old: nn.Module, stored: Stored, tensors: dict[str, torch.Tensor], co
         return module_for(stored, tensors, bias=bias, dtype=old.weight.dtype, compute_dtype=compute_dtype)
 
 
+def _stored_module(old: nn.Module, stored: Stored, compute_dtype: torch.dtype) -> QuantizedLinear:
+    return _module(old, stored, _meta(stored), compute_dtype)
+
+
 def _unfilled(old: nn.Module, method, format: formats.Format, dtype: torch.dtype) -> QuantizedLinear:
     """The module for `old` quantized by `method`, whose weight is quantized once it is read."""
     out_features, in_features = old.weight.shape[::-1] if isinstance(old, Conv1D) else old.weight.shape
@@ -150,12 +209,18 @@ def _unfilled(old: nn.Module, method, format: formats.Format, dtype: torch.dtype
     specs = filter(format.in_module, format.tensors(weight, method.scheme))
     tensors = {format.attribute(spec.name): (spec.dtype, spec.shape) for spec in specs}
     stored = Stored(format.name, method.scheme, out_features, in_features, tensors)
-    empty = _meta(stored)
-    # transformers 5.17 casts what it reads to the dtype it finds here, and only then quantizes.
-    empty["weight"] = torch.empty(empty["weight"].shape, dtype=dtype, device="meta")
-    module = _module(old, stored, empty, torch.bfloat16 if dtype == torch.float32 else dtype)
+    module = _module(old, stored, _meta(stored), torch.bfloat16 if dtype == torch.float32 else dtype)
     module.quantize_with = (method, format, weight, isinstance(old, Conv1D))
+    weight_as_read(module, dtype)
     return module
+
+
+def weight_as_read(module: nn.Module, dtype: torch.dtype) -> None:
+    """Makes the empty weight of a module that is quantized as it is read one of `dtype`: transformers 5.17 casts what it reads to
+    the dtype that it finds there, and only then has it quantized."""
+    linear = _linear(module)
+    if hasattr(linear, "quantize_with"):
+        linear.weight = nn.Parameter(torch.empty(linear.weight.shape, dtype=dtype, device="meta"), requires_grad=False)
 
 
 def _quantized(input_dict: dict, model) -> dict[str, torch.Tensor]:
@@ -163,7 +228,7 @@ def _quantized(input_dict: dict, model) -> dict[str, torch.Tensor]:
     ((name, value),) = input_dict.items()
     value = value[0] if isinstance(value, list) else value
     path = name.rpartition(".")[0]
-    module = model.get_submodule(path)
+    module = _linear(model.get_submodule(path))
     method, format, weight, transposed = module.quantize_with
     if transposed:
         value = value.t().contiguous()
@@ -185,7 +250,9 @@ def _quantized(input_dict: dict, model) -> dict[str, torch.Tensor]:
     parts, _ = encoder.finish()
     pack(parts, 0)
     if "nested_offset" in parts:
-        module.nested_offset = float(parts["nested_offset"])
+        for each in (module, getattr(module, "twin", None)):
+            if each is not None:
+                each.nested_offset = float(parts["nested_offset"])
     return {
         f"{path}.{format.attribute(target)}": raw.view(dtypes.torch_dtype(specs[target].dtype)).view(specs[target].shape)
         for target, raw in made.items()

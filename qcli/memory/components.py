@@ -27,7 +27,8 @@ class Setting:
     """What the model is to do.
 
     `batch` sequences of `context` tokens are run by `runtime`, or trained by `train` ("qlora" or "lora") with adapters of `rank`.
-    `dtype` is the dtype of all that is not quantized. `kv_dtype` is the cache's; None means the same.
+    `dtype` is the dtype of all that is not quantized. `kv_dtype` is the cache's; None means the same. `head` is the bits of the
+    output head under a method that quantizes.
     """
 
     context: int
@@ -37,6 +38,7 @@ class Setting:
     runtime: str
     train: str | None
     rank: int
+    head: int = 16
 
 
 @dataclass(frozen=True)
@@ -147,5 +149,5 @@ class Costs:
 
 def _stored_method(model: Model, dtype: str) -> str:
     """The method by which a stored checkpoint multiplies. One that qcli does not know is taken to multiply in 16 bits."""
-    schemes = {parameter.scheme for parameter in model.parameters}
+    schemes = {parameter.scheme for parameter in model.parameters if parameter.linear}
     return next((method for method in QUANTIZED if method in schemes), dtype)

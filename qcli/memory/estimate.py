@@ -9,11 +9,12 @@ from qcli.memory.components import STORED, Component, Costs, Setting
 from qcli.memory.costs.quantizing import refusal
 from qcli.memory.costs.weights import ITEMSIZE, METHODS
 from qcli.memory.model.opening import Model, open_model
+from qcli.memory.model.tensor_rules import with_head
 from qcli.memory.placing import verdict
 from qcli.memory.placing.hardware import Gpu, gpus
 from qcli.memory.placing.split import device_map_auto
 from qcli.memory.placing.verdict import FITS, Needs, Placement
-from qcli.schemes import BY_BITS, NAMED, UNQUANTIZED, named
+from qcli.schemes import BY_BITS, NAMED, UNQUANTIZED, head_bits, named
 from qcli.sizes import format_bytes
 
 DEFAULT_CONTEXT = 8192
@@ -92,6 +93,7 @@ def estimate_memory(
     batch: int = 1,
     bits: Sequence[str] = (),
     kv_dtype: str | None = None,
+    head: int | None = None,
     runtime: str = "transformers",
     train: str | None = None,
     rank: int = 16,
@@ -101,6 +103,7 @@ def estimate_memory(
 
     gpu: sizes or names, as `--gpu` takes them. context: tokens of prompt and answer together; 8,192 by default, or the model's
     limit if that is less. batch: sequences. bits: 32, 16, 8, 4 or methods; by default those that the stored weights can become.
+    head: bits of the output head, and of an embedding tied to it, where the rest is quantized: 16, 8 or 4.
     train: None, "qlora" or "lora", with adapters of `rank` on every linear layer.
 
     Raises UsageError, CheckpointError, HubError, DeviceError.
@@ -110,7 +113,10 @@ def estimate_memory(
     if train is not None:
         _one_of("train", train, TRAINING)
         _one_of("runtime", runtime, ("transformers",), " with --train")
+    of_head = head_bits(head)
     opened = open_model(model, params, revision)
+    if of_head is not None:
+        opened = _with_head(opened, of_head, train)
     limit = opened.config.max_context
     setting = Setting(
         context=context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT),
@@ -120,12 +126,24 @@ def estimate_memory(
         train=train,
         rank=rank,
         dtype=_sixteen_bit(opened),
+        head=of_head or 16,
     )
     costs = [Costs(opened, method, setting.dtype) for method in _methods(opened, bits, train)]
     rows = [_estimate(cost, setting, devices) for cost in costs]
     if devices:
         rows = [_advised(cost, row, setting, devices, rows) for cost, row in zip(costs, rows)]
     return Estimate(opened, setting, devices, rows, list(opened.config.assumed), _notes(opened, setting, devices, rows))
+
+
+def _with_head(model: Model, bits: int, train: str | None) -> Model:
+    if train is not None:
+        raise UsageError(f"--head and --train {train} were both given", "Leave out one of them.")
+    if model.config.quantization:
+        raise UsageError(f"--head: {model.label} is quantized already", "Leave it out, or name the original checkpoint.")
+    found = with_head(model.parameters, bits)
+    if found is None:
+        raise UsageError(f"--head: {model.label} has no output head", "Leave it out.")
+    return replace(model, parameters=found)
 
 
 def _notes(model: Model, setting: Setting, devices: list[Gpu], rows: Sequence[MethodEstimate]) -> list[str]:

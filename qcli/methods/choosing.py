@@ -8,7 +8,7 @@ from qcli import methods
 from qcli.errors import UsageError
 from qcli.methods._method import Method
 from qcli.recipe import KEEP, Choice, Recipe
-from qcli.schemes import by_bits, named
+from qcli.schemes import BY_BITS, by_bits, head_bits, named
 
 
 def made(choice: Choice) -> Method:
@@ -24,6 +24,15 @@ def methods_of(recipe: Recipe) -> list[Method]:
     return found
 
 
+def head_choice(bits: int | None, body: Choice) -> Choice | None:
+    """What `--head` asks for beside `body`, the choice for the other modules: the same method, if it stores that many bits, else
+    NF4 or LLM.int8(). None for 16 bits. Raises UsageError."""
+    asked = head_bits(bits)
+    if asked is None:
+        return None
+    return body if not body.keeps and made(body).scheme.bits == asked else Choice(BY_BITS[asked])
+
+
 def recipe_in_force(
     recipe: Recipe | None,
     bits: int | None,
@@ -33,11 +42,12 @@ def recipe_in_force(
     format: str | None = None,
     settings: Mapping[str, object] | None = None,
     others: Mapping[str, type] | None = None,
+    head: int | None = None,
 ) -> tuple[Recipe, dict[str, object]]:
     """What the options of a command ask for together, and those of `settings` that are no method's.
 
     `options` are the method's by name, None where not given; `settings` are name=value pairs, whose text is converted; `others` are
-    names, with types, that may stand among them beside the method's. Raises UsageError.
+    names, with types, that may stand among them beside the method's. `head` is the bits of the output head. Raises UsageError.
     """
     given = {name: value for name, value in options.items() if value is not None}
     kept = tuple((glob, Choice(KEEP)) for glob in skip)
@@ -46,7 +56,8 @@ def recipe_in_force(
         if twice:
             raise UsageError(f"--recipe and --{twice.replace('_', '-')} were both given", "Leave out one, or put it in the recipe.")
         _, rest = _split("a recipe", {}, settings or {}, others or {})
-        return replace(recipe, rules=(*kept, *recipe.rules), format=format or recipe.format), rest
+        of_head = recipe.head if head is None else head_choice(head, recipe.default)
+        return replace(recipe, rules=(*kept, *recipe.rules), head=of_head, format=format or recipe.format), rest
     scheme = by_bits(bits, method)
     own, rest = _split(scheme.name, methods.option_types(scheme), settings or {}, others or {})
     own |= given
@@ -57,7 +68,8 @@ def recipe_in_force(
             )
         own["bits"] = bits
     methods.make(scheme, own)  # raises here what is wrong with an option
-    return Recipe(Choice(scheme.name, tuple(own.items())), kept, format), rest
+    body = Choice(scheme.name, tuple(own.items()))
+    return Recipe(body, kept, head_choice(head, body), format), rest
 
 
 def _split(

@@ -4,12 +4,14 @@ from typing import Self
 
 import torch
 
+from qcli.codebooks import CODEBOOKS, DYNAMIC_MAP
 from qcli.formats import Stored
 from qcli.nn._fast_path import FastPath
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.ops.dequantize_4bit import dequantize_4bit
 from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.linear_4bit import Prepared4bit, linear_4bit
+from qcli.schemes import NESTED_BLOCK_SIZE
 
 
 class Linear4bit(FastPath, QuantizedLinear):
@@ -83,6 +85,26 @@ class Linear4bit(FastPath, QuantizedLinear):
             absmax = dequantize_absmax(absmax, self.weight_nested_absmax, self.nested_offset)
         shape = [self.out_features, self.in_features]
         return dequantize_4bit(self._packed(), absmax, self.block_size, self.quant_type, shape, dtype)
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the weight."""
+        n, size, packed = self.in_features, self.block_size, self._packed().view(-1)
+        if n % size == 0:  # a row has bytes and blocks of its own
+            blocks = self._absmax(ids.unsqueeze(1) * (n // size) + torch.arange(n // size, device=ids.device))
+            codes = packed.view(self.out_features, n // 2)[ids]
+            return dequantize_4bit(codes, blocks.view(-1), size, self.quant_type, [len(ids), n], dtype)
+        at = ids.unsqueeze(1) * n + torch.arange(n, device=ids.device)
+        codes = torch.where(at % 2 == 0, packed[at // 2] >> 4, packed[at // 2] & 15)
+        table = torch.from_numpy(CODEBOOKS[self.quant_type]).to(ids.device)
+        return (table[codes.int()] * self._absmax(at // size)).to(dtype)
+
+    def _absmax(self, blocks: torch.Tensor) -> torch.Tensor:
+        """The absmax float32 of blocks of the flattened weight, by their numbers."""
+        stored = self.weight_absmax.view(-1)[blocks]
+        if self.weight_nested_absmax is None:
+            return stored
+        table = torch.from_numpy(DYNAMIC_MAP).to(blocks.device)
+        return table[stored.int()] * self.weight_nested_absmax.view(-1)[blocks // NESTED_BLOCK_SIZE] + self.nested_offset
 
     def _packed(self) -> torch.Tensor:
         """The codes, two a byte, in whatever dtype they are stored."""

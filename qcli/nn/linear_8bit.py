@@ -13,7 +13,8 @@ from qcli.ops.linear_w8a16 import PreparedW8A16, linear_w8a16
 
 
 class Linear8bit(FastPath, QuantizedLinear):
-    """An LLM.int8() weight: int8 [out_features, in_features] and SCB float32 [out_features], its rows' absmax.
+    """An LLM.int8() weight: int8 [out_features, in_features], or those codes in one column, and SCB float32 [out_features], its
+    rows' absmax.
 
     With `activations_in_int8` false the input is not rounded to int8 either (W8A16): nearer to the unquantized model. With
     `few_in_int8` false that holds on a CPU for the few tokens of a decoding step alone. There the product is bound by memory, and
@@ -62,17 +63,25 @@ class Linear8bit(FastPath, QuantizedLinear):
     def _prepare(self):
         return PreparedInt8 if self.activations_in_int8 and self.few_in_int8 else PreparedW8A16
 
+    @property
+    def _codes(self) -> torch.Tensor:
+        return self.weight.view(self.out_features, self.in_features)
+
     def _arguments(self) -> tuple:
-        weight = self.weight, self.SCB.view(-1), self.bias
+        weight = self._codes, self.SCB.view(-1), self.bias
         return (*weight, self.threshold) if self.activations_in_int8 else weight
 
     def _few_arguments(self) -> tuple:
-        weight = self.weight, self.SCB.view(-1), self.bias
+        weight = self._codes, self.SCB.view(-1), self.bias
         return (*weight, self.threshold) if self._prepare is PreparedInt8 else weight
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out_features, in_features]."""
-        return dequantize_int8(self.weight, self.SCB.view(-1), dtype)
+        return dequantize_int8(self._codes, self.SCB.view(-1), dtype)
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the weight."""
+        return dequantize_int8(self._codes[ids], self.SCB.view(-1)[ids], dtype)
 
 
 MODULE = Linear8bit

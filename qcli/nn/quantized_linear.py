@@ -53,3 +53,7 @@ class QuantizedLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out_features, in_features] in `dtype`."""
         raise NotImplementedError
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the weight [count, in_features] in `dtype`, by ids int64 [count]: the weight as an embedding."""
+        return self.dequantize(dtype)[ids]

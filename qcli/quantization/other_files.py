@@ -62,17 +62,19 @@ def _json(value: object) -> bytes:
 def model_card(plan: Plan, kinds: list[ModuleError]) -> str:
     """README.md of the output: base model, method, options, sizes and measured error."""
     source, name = plan.source, plan.method_name
+    own = plan.format.name == "qcli"
     front = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'qcli' if own else 'transformers'}",
         "tags:",
-        "- qcli",
-        f"- {plan.format.name}",
-        *(f"- {each}" for each in plan.schemes),
+        *(f"- {each}" for each in dict.fromkeys(("qcli", plan.format.name, *plan.schemes))),
     ]
     if source.is_hub:
         front += [f"base_model: {source.label}", "base_model_relation: quantized"]
     options = ", ".join(f"{k} {json.dumps(v)}" for k, v in methods.options_of(plan.method).items())
+    readers = f"transformers loads it with {plan.format.name} installed; `qcli generate` runs it without."
+    if own:
+        readers = "`qcli generate` runs it. Its format is qcli's own."
     revision = f" at revision `{source.revision}`" if source.revision else ""
     lines = [
         *front,
@@ -80,8 +82,7 @@ def model_card(plan: Plan, kinds: list[ModuleError]) -> str:
         "",
         f"# {source.name}, {name}",
         "",
-        f"`{source.label if source.is_hub else source.name}`{revision}, quantized with qcli. transformers loads it with "
-        f"{plan.format.name} installed; `qcli generate` runs it without.",
+        f"`{source.label if source.is_hub else source.name}`{revision}, quantized with qcli. {readers}",
         "",
         "| | |",
         "|---|---|",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.dtypes import TensorSpec
-from qcli.checkpoint.modules import Layout, Linear
+from qcli.checkpoint.layout import Layout, Linear
 from qcli.checkpoint.safetensors_file import TensorInfo, build_header
 from qcli.checkpoint.source import Source
 from qcli.errors import together
@@ -28,7 +28,7 @@ class Planned:
 
 def choose(layout: Layout, recipe: Recipe, problems: list[str]) -> dict[str, Method]:
     """The method of every weight tensor that `recipe` quantizes, by the tensor's name: linear modules but for what transformers
-    leaves alone. A glob that matches nothing is a problem."""
+    leaves alone, and the head where the recipe names it. A glob that matches nothing is a problem."""
     others = layout.default_skip + layout.always_skip
     modules = [linear.module for linear in layout.linears.values()]
     for glob in recipe.unmatched([*modules, *others]):
@@ -42,6 +42,11 @@ def choose(layout: Layout, recipe: Recipe, problems: list[str]) -> dict[str, Met
             if choice not in known:
                 known[choice] = made(choice)
             chosen[linear.tensor] = known[choice]
+    if recipe.head is not None:
+        if layout.head is None:
+            problems.append(f"no output head can be quantized: {layout.no_head}; leave out --head")
+        else:
+            chosen[layout.head.linear.tensor] = known.get(recipe.head) or made(recipe.head)
     return chosen
 
 
@@ -57,7 +62,7 @@ def plan_tensors(
     tensors = sorted(source.tensors.values(), key=lambda info: (order[info.file], info.start))
     for info in tensors:
         method = chosen.get(info.name)
-        linear = layout.linears[info.name] if method else None
+        linear = layout.linear(info.name) if method else None
         if linear and method:
             expected = (linear.out_features, linear.in_features)
             expected = expected[::-1] if linear.transposed else expected

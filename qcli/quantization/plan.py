@@ -14,7 +14,7 @@ from typing import Any
 
 from qcli import __version__, formats, methods
 from qcli.checkpoint import config_json, dtypes
-from qcli.checkpoint.modules import Linear
+from qcli.checkpoint.layout import Linear
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import Source, open_source
 from qcli.errors import CheckpointError, PlanError

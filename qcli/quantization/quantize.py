@@ -27,7 +27,7 @@ DISK_RESERVE = 50_000_000  # for the index, tokenizer files and the file system'
 def quantize(model: str, output: str | Path | None = None, **options: Any) -> Report:
     """Quantizes `model` (a folder or a hub id) into a new folder and returns the report.
 
-    Options are those of `make_plan` and `run_plan`: bits, method, double_quant, block_size, threshold, skip, recipe,
+    Options are those of `make_plan` and `run_plan`: bits, method, double_quant, block_size, threshold, skip, recipe, head,
     format, dtype, revision, trust_remote_code, stream, settings; device, overwrite, push_to_hub.
 
     Raises QcliError kinds: UsageError for options, PlanError for every problem that headers show, CheckpointError, HubError,
@@ -50,6 +50,7 @@ def make_plan(
     group_size: int | None = None,
     skip: Iterable[str] = (),
     recipe: Recipe | None = None,
+    head: int | None = None,
     format: str | None = None,
     dtype: str = "auto",
     revision: str | None = None,
@@ -58,12 +59,16 @@ def make_plan(
     overwrite: bool = False,
     settings: Mapping[str, object] | None = None,
 ) -> Plan:
-    """Decides from headers and config alone what a run would do. Its `problems` hold all that stands against it."""
+    """Decides from headers and config alone what a run would do. Its `problems` hold all that stands against it.
+
+    `head` is the bits of the output head, and of the embedding that is tied to it: 16 by default, 8 or 4.
+    """
     options = {"double_quant": double_quant, "block_size": block_size, "threshold": threshold, "group_size": group_size}
-    recipe, rest = recipe_in_force(recipe, bits, method, options, skip, format, settings or {}, SETTINGS)
+    recipe, rest = recipe_in_force(recipe, bits, method, options, skip, format, settings or {}, SETTINGS, head)
     run = run_settings(rest)
     one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
-    format_ = formats.holding([each.scheme for each in methods_of(recipe)], recipe.format)
+    bodies = [each.scheme for each in methods_of(recipe)]
+    format_ = formats.holding(bodies, recipe.format)
 
     from qcli.checkpoint.source import open_source
     from qcli.memory.model.plain_layout import layout_of
@@ -94,7 +99,12 @@ def make_plan(
             f"fused experts stay {dtypes.TORCH_NAMES[code]}: {layout.expert_parameters:,} parameters, {size}; "
             "transformers 5 loads them in no other form from this format"
         )
-    schemes = {layout.linears[tensor].module: each.scheme for tensor, each in chosen.items()}
+    if recipe.head is not None and layout.head is not None:
+        of_head = chosen[layout.head.linear.tensor].scheme
+        format_ = formats.holding(bodies, recipe.format, of_head, layout.head.tied)
+    if format_.name == "qcli":
+        notes.append(f"qcli alone reads the result{'; with --head 16 others do, too' if recipe.head else ''}")
+    schemes = {linear.module: each.scheme for tensor, each in chosen.items() if (linear := layout.linear(tensor))}
     choice = formats.Choice(schemes, layout, problems, notes)
     config = format_.config(choice, compute)
     planned = outputs.plan_tensors(source, layout, chosen, format_, code, problems)

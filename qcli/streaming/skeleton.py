@@ -18,16 +18,18 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
 from qcli.checkpoint import dtypes
+from qcli.checkpoint.layout import Layout
 from qcli.checkpoint.model_dtype import model_dtype
-from qcli.checkpoint.modules import Layout, find_linears, modules_within, reason, tied_groups, transformers_class
+from qcli.checkpoint.modules import find_linears, modules_within, reason, tied_groups, transformers_class
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.stored_tensor import StoredTensor, pread
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, UsageError, one_of
-from qcli.loading.load import check_fits, quiet, stored_config, stored_layout
+from qcli.loading.load import check_fits, check_head, quiet, stored_config, stored_layout
 from qcli.loading.opening import open_checkpoint
 from qcli.loading.tokenizer import read_tokenizer
-from qcli.loading.transformers_quantizer import QcliQuantizer
+from qcli.loading.transformers_quantizer import QcliConfig, QcliQuantizer, is_quantized_as_read, weight_as_read
+from qcli.recipe import KEEP, Choice, Recipe
 from qcli.runtime.heap import give_back
 from qcli.streaming.units import Unit, find_units
 
@@ -47,10 +49,12 @@ class Skeleton:
         dtype: str = "auto",
         device: str = "auto",
         attention: str | None = None,
+        head: Choice | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ):
-        """Reads headers only. `attention` names transformers' implementation; "eager" shows its probabilities.
+        """Reads headers only. `attention` names transformers' implementation; "eager" shows its probabilities. `head` quantizes
+        the output head of an unquantized model, and an embedding tied to it, as they are read.
 
         Raises UsageError (also for a model that is no causal language model), CheckpointError, HubError, DeviceError.
         """
@@ -61,7 +65,7 @@ class Skeleton:
         self.dtype = dtypes.torch_dtype(model_dtype(self.source, dtype))
         self.source.fetch_what_runs()
         with quiet():
-            self._build(dtype, attention, trust_remote_code)
+            self._build(dtype, attention, head, trust_remote_code)
             self.tokenizer = read_tokenizer(self.source, trust_remote_code, self.model.config)
         if self.tokenizer is None:
             raise CheckpointError(f"{model} has no tokenizer", "Put its tokenizer files beside config.json.")
@@ -84,7 +88,7 @@ class Skeleton:
         except CheckpointError:
             return find_linears(self.source, rules=True)
 
-    def _build(self, dtype: str, attention: str | None, trust_remote_code: bool) -> None:
+    def _build(self, dtype: str, attention: str | None, head: Choice | None, trust_remote_code: bool) -> None:
         source = self.source
         built, config = transformers_class(source, trust_remote_code)
         name = built.__name__ if built else ", ".join(source.architectures or ["model of no known class"])
@@ -110,6 +114,11 @@ class Skeleton:
         self.quantizer = None
         if stored:
             self.quantizer = QcliQuantizer(stored_config(source, self._stored_layout, dtype), pre_quantized=True)
+        elif head is not None:
+            check_head(self._stored_layout, source.label)
+            asked = QcliConfig(recipe=Recipe(Choice(KEEP), head=head), head=self._stored_layout.head)
+            self.quantizer = QcliQuantizer(asked, pre_quantized=False)
+        if self.quantizer is not None:
             self.quantizer.preprocess_model(model=self.model, dtype=self.dtype)
         self._config = LoadStateDictConfig(
             dtype=self.dtype,
@@ -142,6 +151,10 @@ class Skeleton:
             if unit is not None:
                 unit.tensors.append(info)
                 self._origin.setdefault(renamed, []).append(info)
+        for name in [name for unit in self.units for name, _, _ in unit.weights() if name not in self._origin]:
+            path, _, _ = name.rpartition(".")
+            if is_quantized_as_read(self.model, path) and f"{path}.weight" in self._origin:
+                self._origin[name] = self._origin[f"{path}.weight"]
         groups = tied_groups(self.model.all_tied_weights_keys)
         for unit in self.units:
             for name, _, _ in unit.weights():
@@ -170,7 +183,7 @@ class Skeleton:
         if self.is_loaded(unit):
             return
         borrowed = [origin for _, source in unit.ties for origin in self._origin.get(source, ())]
-        self._read([*unit.tensors, *borrowed])
+        self._read(list({info.name: info for info in (*unit.tensors, *borrowed)}.values()))
         for name, origin in unit.ties:
             self._tie(name, origin)
         self._loaded.add(unit.name)
@@ -207,6 +220,7 @@ class Skeleton:
             return
         for _, module, name in unit.weights():
             setattr(module, name, _meta(getattr(module, name)))
+        weight_as_read(unit.module, self.dtype)
         self._loaded.remove(unit.name)
         give_back()
 

@@ -104,7 +104,7 @@ def test_a_quantized_model(method, tmp_path):
     source = open_source(str(tmp_path / "out"))
     ours = plain_layout(source)
     theirs = stored_layout(source, transformers.LlamaForCausalLM, transformers.AutoConfig.from_pretrained(tmp_path / "out"))
-    for name in ("linears", "candidates", "default_skip", "missing", "unknown", "expert_parameters"):
+    for name in ("linears", "candidates", "default_skip", "missing", "unknown", "head", "expert_parameters"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert list(ours.linears) == list(theirs.linears)
 

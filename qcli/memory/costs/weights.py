@@ -14,7 +14,7 @@ from qcli.checkpoint import dtypes
 from qcli.errors import UsageError
 from qcli.formats import Weight, stored_tensors
 from qcli.memory.model.tensor_rules import Parameter
-from qcli.schemes import NAMED, NESTED_BLOCK_SIZE, QUANTIZED
+from qcli.schemes import BY_BITS, NAMED, NESTED_BLOCK_SIZE, QUANTIZED
 from qcli.sizes import format_bytes
 
 ITEMSIZE = {name: dtypes.ITEMSIZE[dtypes.CODES[name]] for name in dtypes.MODEL_DTYPES}
@@ -90,14 +90,23 @@ def _tensors(parameter: Parameter, method: str, dtype: str, every_linear: bool) 
     """The name of the term that counts `parameter`, the bytes of each of its tensors in memory, and its bytes in a checkpoint."""
     if method == "stored" and parameter.scheme is not None:
         return "stored", [parameter.stored], parameter.stored
-    quantizes = method in QUANTIZED
-    if not (quantizes and parameter.numel and (parameter.quantizable or (every_linear and parameter.linear))):
-        keeps = parameter.keep_fp32 and dtype == "float16" and not (every_linear and quantizes)
+    quantized = method_of(parameter, method, every_linear)
+    if quantized is None:
+        keeps = parameter.keep_fp32 and dtype == "float16" and not (every_linear and method in QUANTIZED)
         kept = "float32" if keeps else dtype
         size = parameter.numel * ITEMSIZE[kept]
         return kept, [size], size
-    tensors, size = _quantized(method, (parameter.out_features, parameter.in_features), dtype)
-    return method, tensors, size
+    tensors, size = _quantized(quantized, (parameter.out_features, parameter.in_features), dtype)
+    return quantized, tensors, size
+
+
+def method_of(parameter: Parameter, method: str, every_linear: bool = False) -> str | None:
+    """What quantizes `parameter` in a model that `method` quantizes; None where it stays as it is. See `weights`."""
+    if method not in QUANTIZED or not parameter.numel:
+        return None
+    if parameter.head_bits is not None:
+        return method if NAMED[method].bits == parameter.head_bits else BY_BITS[parameter.head_bits]
+    return method if parameter.quantizable or (every_linear and parameter.linear) else None
 
 
 @functools.cache

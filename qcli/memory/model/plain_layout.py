@@ -14,7 +14,8 @@ from sys import float_info
 
 from qcli import formats
 from qcli.checkpoint.dtypes import MODEL_DTYPES
-from qcli.checkpoint.modules import Layout, Linear, find_linears
+from qcli.checkpoint.layout import Head, Layout, Linear
+from qcli.checkpoint.modules import find_linears
 from qcli.checkpoint.source import Source
 from qcli.errors import QcliError
 from qcli.memory.model.config import ModelConfig
@@ -174,7 +175,9 @@ def plain_layout(source: Source) -> Layout | None:
     beside, decoded = _companions(source)
     stored = {name: info.shape for name, info in source.tensors.items() if name not in beside}
     shapes = {p.name: p.shape for p in expected}
-    if not decoded <= {p.name for p in expected if p.quantizable} or stored | {name: shapes[name] for name in decoded} != shapes:
+    of_head = "model.embed_tokens" if tied else "lm_head"
+    quantizable = {p.name for p in expected if p.quantizable} | {f"{of_head}.weight"}
+    if not decoded <= quantizable or stored | {name: shapes[name] for name in decoded} != shapes:
         return None
     layout = Layout(decided_by=f"transformers' {known}", linear_kinds=["Linear"], unknown=beside)
     layout.modules = {name: name for name in source.tensors}
@@ -185,6 +188,8 @@ def plain_layout(source: Source) -> Layout | None:
         layout.candidates.append(module)
     if tied:
         layout.candidates.append("lm_head")
+    weight = Linear(f"{of_head}.weight", of_head, config.vocab_size, config.hidden_size)
+    layout.head, layout.no_head = Head(weight, "lm_head", "model.embed_tokens", tied), ""
     # The head, what is tied to it, and the last parameter, which belongs to the head or to the norm before it.
     last = expected[-1].name.removesuffix(".weight")
     layout.default_skip = sorted({"lm_head", last} | ({"model.embed_tokens"} if tied else set()))

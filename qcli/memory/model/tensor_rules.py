@@ -4,7 +4,8 @@ The same rules serve both sources of parameters: the shapes of `families` and th
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
@@ -45,6 +46,7 @@ class Parameter:
     scheme      how a checkpoint stores it, if not in plain 16 or 32 bits: "nf4", "llm-int8", "gptq", "F8_E4M3"...
     stored      bytes that a loaded model holds of what a checkpoint stores for it, companions (absmax, scales, zero points)
                 included; None without a checkpoint.
+    head_bits   bits of an output head that is quantized, or of the embedding that is the head; None for all else.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Parameter:
     transposed: bool = False
     scheme: str | None = None
     stored: int | None = None
+    head_bits: int | None = None
 
     @property
     def numel(self) -> int:
@@ -72,6 +75,14 @@ class Parameter:
     def in_features(self) -> int:
         """Columns of that weight."""
         return self.numel // max(self.out_features, 1)
+
+
+def with_head(parameters: Sequence[Parameter], bits: int) -> list[Parameter] | None:
+    """The parameters with an output head of `bits`; the embedding is the head where there is no other. None without either."""
+    of_head = [p for p in parameters if p.kind == "head" and len(p.shape) == 2]
+    embeddings = [p for p in parameters if p.kind == "embedding" and len(p.shape) == 2]
+    found = of_head or sorted(embeddings, key=lambda p: p.numel)[-1:]
+    return [replace(p, head_bits=bits) if p in found else p for p in parameters] if found else None
 
 
 def parameter(

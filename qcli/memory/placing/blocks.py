@@ -1,9 +1,9 @@
 """A model's parameters as the blocks that a device map places: each embedding, each layer, and the final norm with the head."""
 
-from qcli.memory.costs.weights import ITEMSIZE, weights
+from qcli.memory.costs.weights import ITEMSIZE, method_of, weights
 from qcli.memory.model.opening import Model
 from qcli.memory.placing.split import STACK_PREFIX, Block
-from qcli.schemes import NAMED, QUANTIZED
+from qcli.schemes import NAMED
 
 _EMBEDDING, _ENCODER, _STACK, _HEAD = range(4)
 _NAMES = ("embedding", "encoder layer {}", f"{STACK_PREFIX}{{}}", "head")
@@ -39,7 +39,7 @@ def _place(parameter) -> tuple[int, int]:
 
 
 def _is_quantized(parameter, method: str) -> bool:
-    return parameter.scheme is not None if method == "stored" else parameter.quantizable and method in QUANTIZED
+    return parameter.scheme is not None if method == "stored" else method_of(parameter, method) is not None
 
 
 def _counted(parameter, method: str, dtype: str) -> int:
@@ -47,5 +47,5 @@ def _counted(parameter, method: str, dtype: str) -> int:
         if method == "stored":
             return parameter.stored
         # Without scales, as transformers counts.
-        return NAMED[method].parts(parameter.out_features, parameter.in_features)["codes"].nbytes
+        return NAMED[method_of(parameter, method)].parts(parameter.out_features, parameter.in_features)["codes"].nbytes
     return parameter.numel * ITEMSIZE[method if method in ITEMSIZE else dtype]

@@ -9,8 +9,8 @@ from contextlib import closing
 
 from qcli import formats
 from qcli.checkpoint import config_json, dtypes
+from qcli.checkpoint.layout import Layout, Linear
 from qcli.checkpoint.model_dtype import model_dtype
-from qcli.checkpoint.modules import Layout, Linear
 from qcli.checkpoint.names import gain_of, is_down_projection, layer_counts, place
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import Source, open_source, read_pieces

@@ -8,7 +8,7 @@ import torch
 
 from qcli import methods
 from qcli.checkpoint import dtypes
-from qcli.checkpoint.modules import Linear
+from qcli.checkpoint.layout import Linear
 from qcli.checkpoint.names import place
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import PIECE_BYTES
