@@ -78,6 +78,15 @@ def make_model(name: str, folder, dtype: torch.dtype = torch.bfloat16, **save) -
     return model
 
 
+def make_tied(name: str, folder, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+    """`make_model` of an architecture with its embeddings tied."""
+    torch.manual_seed(0)
+    model_class, config, _ = ARCHITECTURES[name]
+    model = model_class(type(config())(**config().to_dict() | {"tie_word_embeddings": True})).to(dtype).eval()
+    model.save_pretrained(folder)
+    return model
+
+
 def add_tokenizer(folder) -> None:
     """Puts a byte-level tokenizer of at most 256 ids beside a model."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -5,14 +5,17 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors import safe_open
 
 import qcli
 from qcli.memory.components import Costs
 from qcli.memory.placing import verdict
 from qcli.memory.placing.hardware import gpus
+from qcli.nn.linear_4bit import Linear4bit
 from tests.conftest import ROOT
 from tests.hub_server import running_hub
+from tests.models import make_model, make_tied
 
 DEMO = ROOT / "examples/demo-model"
 LLAMA_8B = {
@@ -88,7 +91,7 @@ def test_scripts_find_the_keys_that_are_promised(estimate):
     report = found(estimate("--gpu", "6GB", "--bits", "16", "--json"))
     assert set(report) == {"model", "setting", "gpus", "fits", "assumed", "notes", "methods"}
     assert set(report["model"]) == {"name", "type", "parameters", "layers", "max_context", "read"}
-    assert set(report["setting"]) == {"context", "batch", "dtype", "kv_dtype", "runtime", "train", "rank"}
+    assert set(report["setting"]) == {"context", "batch", "dtype", "kv_dtype", "runtime", "train", "rank", "head"}
     assert [set(gpu) for gpu in report["gpus"]] == [{"name", "memory", "said"}]
     (method,) = report["methods"]
     assert set(method) == {
@@ -491,3 +494,21 @@ def test_no_weight_of_a_hub_model_is_downloaded(quick_cli, tmp_path, monkeypatch
         monkeypatch.setenv("HF_TOKEN", "")
         assert "gated" in quick_cli("estimate-memory", "org/gated").stderr
         assert len(hub.requests) == 2  # the listing and config.json: a refusal is no lost connection, to be tried again
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
+@pytest.mark.parametrize("head", [8, 4])
+def test_a_quantized_head_takes_what_is_loaded(name, head, quick_cli, tmp_path):
+    """As an estimate of the unquantized model, and of the checkpoint that is made of it."""
+    make = make_tied if name.endswith("-tied") else make_model
+    make(name.removesuffix("-tied"), tmp_path / "model")
+    qcli.quantize(str(tmp_path / "model"), tmp_path / "out", bits=4, head=head)
+    loaded, _ = qcli.load(str(tmp_path / "out"), device="cpu")
+    held = {id(t): t.nbytes for t in (*loaded.parameters(), *loaded.buffers()) if t.dtype != torch.float32 or t.dim() == 1}
+    offsets = 4 * sum(isinstance(m, Linear4bit) for m in loaded.modules())
+    tables = 1088 * sum(isinstance(m, Linear4bit) for m in loaded.modules())
+    before = found(quick_cli("estimate-memory", "model", "--bits", "4", "--head", str(head), "--json"))["methods"][0]
+    after = found(quick_cli("estimate-memory", "out", "--json"))["methods"][0]
+    sizes = [next(part["bytes"] for part in row["components"] if part["name"] == "weights") for row in (before, after)]
+    assert abs(sizes[0] - sizes[1]) <= offsets  # the offset stands in the quant_state on disk
+    assert sizes[0] == pytest.approx(sum(held.values()) + offsets + tables, rel=0.02)

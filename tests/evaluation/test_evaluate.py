@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import bitsandbytes.functional as F
 import numpy as np
 import pytest
 import torch
@@ -151,6 +152,37 @@ def test_an_int8_cache_is_compared_with_the_model(stories, whole):
     assert kl.mean() > 1e-8 and result.rows[1].against.divergence.mean.value == pytest.approx(kl.mean().item(), rel=0.02)
     with pytest.raises(UsageError, match="--kv-dtype and --methods"):
         qcli.evaluate(str(DEMO), kv_dtype="int8", methods="nf4", text=stories)
+
+
+@pytest.mark.parametrize("head, name", [(8, "llm-int8"), (4, "nf4")])
+def test_a_quantized_head_is_compared_with_the_model(head, name, stories, whole):
+    """The demo model ties its embedding to the head: both are rounded, by bitsandbytes' NF4 or row by row to int8."""
+    result = qcli.evaluate(str(DEMO), head=head, text=stories, dtype="float32", device="cpu")
+    assert [row.name for row in result.rows] == [str(DEMO), f"{DEMO}, head in {name}"]
+    p, _ = predictions(*whole, STORIES)
+    model, _ = qcli.load(str(DEMO), dtype="float32", device="cpu")
+    weight = model.lm_head.weight.data
+    assert weight is model.model.embed_tokens.weight.data or weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    if head == 8:
+        step = weight.double().abs().amax(1, keepdim=True) / 127
+        weight.copy_((weight.double() / step).round() * step)
+    else:
+        weight.copy_(F.dequantize_4bit(*F.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)))
+    q, _ = predictions(model, whole[1], STORIES)
+    kl = functional.kl_div(q, p, reduction="none", log_target=True).sum(1)
+    assert kl.mean() > 1e-6 and result.rows[1].against.divergence.mean.value == pytest.approx(kl.mean().item(), rel=0.02)
+    saved = result.rows[0].bytes - result.rows[1].bytes
+    scales = {8: 4 * weight.shape[0], 4: weight.numel() / 64}[head]
+    assert saved == pytest.approx(weight.numel() * (2 - head / 8) - scales, abs=1500)  # tables and a description
+    for options in ({"methods": "nf4"}, {"head": 3}):
+        with pytest.raises(UsageError, match="--head and --methods|head is 3"):
+            qcli.evaluate(str(DEMO), text=stories, **{"head": head, **options})
+
+
+def test_the_head_of_a_quantized_model_is_not_quantized_again(tmp_path, stories):
+    qcli.quantize(str(DEMO), tmp_path / "nf4")
+    with pytest.raises(UsageError, match="is quantized already"):
+        qcli.evaluate(str(tmp_path / "nf4"), head=8, text=stories)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,8 @@ _TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
 def make_models(folder: Path) -> list[Path]:
-    """The intact models: unquantized, sharded, with tied weights, of another family, and quantized in both ways."""
+    """The intact models: unquantized, sharded, with tied weights, of another family, quantized in both ways, with a quantized
+    head."""
     torch.manual_seed(0)
     made = {
         "plain": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**_SMALL), {}),
@@ -62,11 +63,12 @@ def make_models(folder: Path) -> list[Path]:
         add_tokenizer(folder / name)
         settings = folder / name / "tokenizer_config.json"
         settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": _TEMPLATE}))
-    for name, bits in (("nf4", "4"), ("int8", "8")):
-        done = runs.run(["quantize", str(folder / "plain"), "--bits", bits, "-o", str(folder / name)])
+    quantized = {"nf4": ("plain", "4", "16"), "int8": ("plain", "8", "16"), "head": ("tied", "4", "8")}
+    for name, (source, bits, head) in quantized.items():
+        done = runs.run(["quantize", str(folder / source), "--bits", bits, "--head", head, "-o", str(folder / name)])
         assert done.code == 0, done
     (folder / "text.txt").write_text(TEXT)
-    return [folder / name for name in (*made, "nf4", "int8")]
+    return [folder / name for name in (*made, *quantized)]
 
 
 def verbs(model: str, output: str, text: str) -> list[list[str]]:
@@ -79,14 +81,17 @@ def verbs(model: str, output: str, text: str) -> list[list[str]]:
         ["estimate-memory", model, "--json", "--explain"],
         ["quantize", model, "--bits", "4", "-o", output, "--device", "cpu"],
         ["quantize", model, "--bits", "8", "-o", output, "--device", "cpu"],
+        ["quantize", model, "--bits", "8", "--head", "8", "-o", output, "--device", "cpu"],
         ["quantize", model, "--dry-run", "-o", output],
         ["quantize", model, "--set", "modules=rules", "-o", output, "--device", "cpu"],
         ["generate", model, "a b", *few],
         ["generate", model, "a b", *few, "--json"],
         ["generate", model, "a", *few, "--chat"],
         ["generate", model, "a", *few, "--bits", "4"],
+        ["generate", model, "a", *few, "--bits", "8", "--head", "4"],
         ["generate", model, "a", *few, "--temperature", "0.7", "--seed", "1"],
         ["evaluate", model, "--text", text, "--device", "cpu"],
+        ["evaluate", model, "--text", text, "--device", "cpu", "--head", "8"],
         ["inspect-outliers", model, "--text", text, "--device", "cpu"],
         ["inspect-outliers", model, "--weights-only"],
     ]

@@ -102,6 +102,24 @@ def test_the_demo_model(bits):
     assert ours(model, ids, **options) == theirs(model, ids, **options)
 
 
+@pytest.mark.parametrize("head", [8, 4])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_head_that_is_tied_to_the_embedding(bits, head):
+    model, tokenizer = qcli.load(str(DEMO), bits=bits, head=head, device="cpu", dtype="float32")
+    for module in model.modules():
+        if isinstance(module, Linear8bit):
+            module.activations_in_int8 = False
+    ids = torch.tensor([tokenizer("One rainy day")["input_ids"]])
+    options = {"max_new_tokens": 40, "do_sample": False}
+    stepped = lean.Lean(model)
+    assert ours(model, ids, stepped, **options) == theirs(model, ids, **options)
+    plain, _ = qcli.load(str(DEMO), bits=bits, device="cpu", dtype="bfloat16")
+    quantized, _ = qcli.load(str(DEMO), bits=bits, head=head, device="cpu", dtype="bfloat16")
+    rows, width = plain.lm_head.weight.shape
+    saved = 2 * rows * width - sum(t.nbytes for t in (*quantized.lm_head.parameters(), *quantized.lm_head.buffers()))
+    assert memory_limit.bytes_a_step(plain) - memory_limit.bytes_a_step(quantized) == saved > 0.4 * rows * width
+
+
 def test_new_tokens_of_llm_int8_keep_their_activations():
     model, _ = qcli.load(str(DEMO), bits=8, device="cpu", int8_activations=None)
     modules = [module for module in model.modules() if isinstance(module, Linear8bit)]

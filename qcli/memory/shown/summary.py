@@ -7,7 +7,7 @@ def summary(found: Estimate) -> dict[str, object]:
     """For JSON. Sizes are bytes. A later version may add keys, and changes none.
 
     model: name, type, parameters, layers, max_context, read (what was counted).
-    setting: context, batch, dtype, kv_dtype, runtime, train, rank.
+    setting: context, batch, dtype, kv_dtype, runtime, train, rank, head.
     gpus: name, memory, said (a sentence on where the memory is from).
     fits: see `Estimate.fits`. assumed, notes: sentences.
     methods: for each method, bits_per_weight; components: name, bytes, formula (sentences); overhead and total: least, likely and
