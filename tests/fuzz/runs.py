@@ -108,11 +108,10 @@ def wrong_bytes(output: Path, intact: Path) -> str | None:
 
 
 def _wrong_int8(written: dict, name: str, weight: torch.Tensor) -> str | None:
-    stored = written[name]
-    if stored.shape not in (weight.shape, (weight.numel(), 1)):
+    stored, absmax = written[name], written[f"{name.removesuffix('weight')}SCB"]
+    if stored.shape not in (weight.shape, (weight.numel(), 1)) or absmax.shape != weight.shape[:1]:
         return "has another shape"
-    stored = stored.view(weight.shape)
-    scale = written[f"{name.removesuffix('weight')}SCB"].double()[:, None] / 127
+    stored, scale = stored.view(weight.shape), absmax.double()[:, None] / 127
     return _beyond((stored.double() * scale - weight.double()).abs(), 0.51 * scale.expand_as(stored))
 
 
