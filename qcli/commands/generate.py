@@ -216,6 +216,7 @@ def _stats(model, result) -> dict[str, object]:
     read = None if read is None else read + round(result.cache_bytes or 0)
     return {
         "prompt_tokens": result.prompt_tokens,
+        "kept_tokens": result.kept_tokens,
         "new_tokens": len(result.token_ids),
         "finished": result.finished,
         "prefill_tokens_per_second": round(result.prefill_rate, 2),
@@ -238,8 +239,9 @@ def _say_stats(stats: dict) -> None:
     limit = "" if share is None else f" ({share:.0%} of what memory allows)"
     several = f", {stats['tokens_per_step']:.1f} a step" if stats["tokens_per_step"] not in (None, 1) else ""
     cut = "" if stats["finished"] else ", cut off"
+    kept = f", {stats['kept_tokens']} of them kept, the others" if stats["kept_tokens"] else ""
     console.say(
-        f"[{stats['prompt_tokens']} prompt tokens at {stats['prefill_tokens_per_second']:.1f}/s, "
+        f"[{stats['prompt_tokens']} prompt tokens{kept} at {stats['prefill_tokens_per_second']:.1f}/s, "
         f"{stats['new_tokens']} new at {'-' if rate is None else f'{rate:.1f}'}/s{several}{limit}{cut}; "
         f"weights {format_bytes(stats['weight_bytes'])}, peak memory {format_bytes(stats['peak_memory_bytes'])}]"
     )

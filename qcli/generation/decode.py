@@ -226,6 +226,7 @@ class Decoding:
             step=step,
             steps=steps,
             cache_bytes=self.lean.cache_bytes(len(prompt_ids) + len(streamer.token_ids) / 2) if step == "lean" else None,
+            kept_tokens=self.lean.kept if step == "lean" else 0,
         )
 
     def _useful_draft(self) -> Draft | None:

@@ -16,11 +16,12 @@ class Generation:
     step: str = "transformers"  # what ran the tokens after the first: also "lean" (lean.py) or "captured" (graph.py)
     steps: int | None = None  # after the prompt; None if each made one token
     cache_bytes: float | None = None  # read per step from the cache, on average; None if not known
+    kept_tokens: int = 0  # of the prompt, which the cache held from the text before and which were not read again
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+        """Prompt tokens per second, of those that were read."""
+        return (self.prompt_tokens - self.kept_tokens) / max(self.prefill_seconds, 1e-9)
 
     @property
     def tokens_per_step(self) -> float | None:

@@ -78,19 +78,33 @@ class Lean:
         # Whether tokens of a step share a choice, so that guesses would change their logits.
         self.mixes = any(module.few_in_int8 for module in rounding)
         self.step: LeanStep | None = None
+        self.text: list[int] = []  # whose keys and values the cache holds
+        self.written = 0  # positions that the cache was written at, those of guesses that were not kept among them
+        self.kept = 0  # tokens of the last prompt that were not read, because the cache held them
         self.embed: Callable[[torch.Tensor, int], torch.Tensor] | None = None
         self.rope: list[Callable | None] = []
 
     def prefill(self, ids: torch.Tensor, length: int) -> torch.Tensor:
-        """Reads ids int64 [1, tokens] with transformers. Returns logits float32 [1, vocabulary] after the last.
+        """Reads ids int64 [1, tokens]. Returns logits float32 [1, vocabulary] after the last.
 
-        `length` is that of the longest text. Raises Unsupported at the first prompt if the step differs from transformers'.
+        transformers reads them, or the step itself where few are new to the cache, as in a conversation. `length` is that of the
+        longest text. Raises Unsupported at the first prompt if the step differs from transformers'.
         """
         count = ids.shape[1]
         room = max(min(length, count + ROOM), MOST_TOKENS)
         self.length = max(length, MOST_TOKENS)
+        self.kept = 0
         if self.step is not None:
-            if self.step.caches.dtype != self.kv_dtype or self.step.caches.length < count:
+            if self.step.caches.dtype != self.kv_dtype:
+                self.step.record(self._caches(room, self.kv_dtype), self._tables(room))
+                self.text, self.written = [], 0
+            kept = self._kept(ids[0].tolist())
+            if not self.mixes and (count - kept <= MOST_TOKENS or 2 * (count - kept) <= count):
+                self.kept = kept
+                for start in range(kept, count, MOST_TOKENS):
+                    logits = self.run(ids[0, start : start + MOST_TOKENS], start)
+                return logits[-1:]
+            if self.step.caches.length < count:
                 self.step.record(self._caches(room, self.kv_dtype), self._tables(room))
             return self._read(ids, self.step.caches)
         distinct = len(ids[0, -MOST_TOKENS:].unique())
@@ -116,13 +130,26 @@ class Lean:
         attention = [options[0].attention for options in self.readings]
         return Caches([a.kv_heads for a in attention], [a.head_dim for a in attention], self.windows, dtype, length)
 
+    def _kept(self, text: list[int]) -> int:
+        """How many tokens at the beginning of `text` the cache holds; at least the last token is to be read."""
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, self.text)))
+        same = min(same, len(text) - 1)
+        caches = self.step.caches
+        wrapped = any(window and layer.capacity < self.written for window, layer in zip(caches.windows, caches.layers))
+        # In a full window positions beyond these have taken the slots of earlier ones, which the next token would read.
+        return 0 if wrapped and self.written > same + MOST_TOKENS else same
+
     def run(self, ids: torch.Tensor, start: int) -> torch.Tensor:
         """Logits float32 [tokens, vocabulary] after each of ids int64 [tokens], whose first has the position `start`."""
         caches = self.step.caches
         if start + len(ids) > caches.length:
             length = max(start + len(ids), min(2 * caches.length, self.length))
             self.step.record(caches.stretched(length, start), self._tables(length))
-        return self._finished(self.step.run(ids, start))
+        del self.text[start:]
+        logits = self.step.run(ids, start)
+        self.text += ids.tolist()
+        self.written = max(self.written, start + len(ids))
+        return self._finished(logits)
 
     def cache_bytes(self, tokens: float) -> float:
         """Bytes of keys and values that a token reads after `tokens` others."""
@@ -131,12 +158,15 @@ class Lean:
         return sum(count * sum(x[:, 0].nbytes for x in layer.tensors) for count, layer in zip(seen, caches.layers))
 
     def _read(self, ids: torch.Tensor, caches: Caches) -> torch.Tensor:
+        self.text, self.written = [], 0
         cache = Cache(layers=[Storing(layer) for layer in caches.layers])
         positions = torch.arange(ids.shape[1])[None]
         options: dict[str, object] = {cache_argument(self.model): cache}
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             options["logits_to_keep"] = 1
-        return self.model(input_ids=ids, position_ids=positions, use_cache=True, **options).logits[:, -1].float()
+        logits = self.model(input_ids=ids, position_ids=positions, use_cache=True, **options).logits[:, -1].float()
+        self.text, self.written = ids[0].tolist(), ids.shape[1]
+        return logits
 
     def _tables(self, length: int) -> list:
         made = {rope: rope(torch.arange(length)[None]) for rope in set(self.rope) if rope is not None}

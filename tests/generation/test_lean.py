@@ -37,6 +37,66 @@ def test_prompts_of_any_length_with_one_step(name):
         assert ours(model, prompt_of(tokens), stepped, **options) == theirs(model, prompt_of(tokens), **options)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "mistral", "gpt2"])
+def test_a_conversation_reads_what_is_new(name, monkeypatch):
+    """Turn by turn, as a chat; then a text that parts from the last one near its end, near its beginning, and at once."""
+    monkeypatch.setattr(lean, "ROOM", 4)
+    model = small(name, **MODELS[name])
+    stepped, options = lean.Lean(model), {"max_new_tokens": 12, "do_sample": False}
+    ids, read = prompt_of(20), []
+    stepped_read = stepped._read
+    monkeypatch.setattr(stepped, "_read", lambda ids, caches: read.append(ids.shape[1]) or stepped_read(ids, caches))
+    for turn in range(3):
+        answer = ours(model, ids, stepped, **options)
+        assert answer == theirs(model, ids, **options)
+        before = ids.shape[1] + len(answer)
+        assert stepped.text == [*ids[0].tolist(), *answer][:-1]
+        ids = torch.cat((ids, torch.tensor([answer]), prompt_of(7 + turn)), 1)
+    assert read == [20]
+    ours(model, ids, stepped, **options)
+    assert stepped.kept == before - 1 and read == [20]
+    for place, others in ((-2, 5), (-40, 20), (3, 30), (0, 9)):
+        ids = torch.cat((ids[:, :place], torch.flip(prompt_of(others), [1])), 1)
+        assert ours(model, ids, stepped, **options) == theirs(model, ids, **options)
+        again = ours(model, ids, stepped, **options)  # the same prompt: its last token is read
+        assert again == theirs(model, ids, **options) and stepped.kept in (0, ids.shape[1] - 1)
+    if not any(stepped.windows):
+        assert stepped.kept == ids.shape[1] - 1
+
+
+def test_guesses_that_were_not_kept_are_not_taken_for_the_text():
+    model = small("mistral", **MODELS["mistral"])
+    stepped, ids = lean.Lean(model), prompt_of(40)
+    with torch.inference_mode():
+        stepped.prefill(ids[:, :30], 80)
+        for start in range(30, 36):  # a step of a token and seven wrong guesses each
+            guesses = torch.randint(0, 99, (7,), generator=torch.Generator().manual_seed(start))
+            stepped.run(torch.cat((ids[0, start : start + 1], guesses)), start)
+        logits = stepped.prefill(ids, 80)
+        assert stepped.kept in (0, 36)
+        torch.testing.assert_close(logits, model(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_that_was_interrupted_is_not_kept(monkeypatch):
+    model = small("llama", **BASE)
+    stepped, ids = lean.Lean(model), prompt_of(40)
+    with torch.inference_mode():
+        stepped.prefill(ids[:, :30], 80)
+        forward, calls = model.model.layers[1].forward, []
+
+        def stopped(*arguments, **options):
+            calls.append(1)
+            raise KeyboardInterrupt
+
+        model.model.layers[1].forward = stopped
+        with pytest.raises(KeyboardInterrupt):
+            stepped.prefill(torch.flip(ids, [1]), 80)
+        model.model.layers[1].forward = forward
+        logits = stepped.prefill(ids, 80)
+        assert calls and stepped.kept == 0
+        torch.testing.assert_close(logits, model(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
 def test_sampled_tokens_are_those_of_transformers():
     model = small("llama", **BASE)
     rules = {"max_new_tokens": 30, "do_sample": True, "top_k": 20, "temperature": 0.8, "repetition_penalty": 1.2}

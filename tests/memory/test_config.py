@@ -248,3 +248,9 @@ def test_sizes_beyond_all_machines(field):
     name = {"num_attention_heads": "heads", "max_position_embeddings": "max_context"}.get(field, field)
     with pytest.raises(UsageError, match=f"{field} in config.json is 4,611,686,018,427,387,904, expected at most"):
         getattr(config, name)
+
+
+def test_more_heads_than_the_model_is_wide():
+    raw = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2_000_000, "vocab_size": 100}
+    with pytest.raises(UsageError, match="config.json has 2,000,000 attention heads for a width of 64"):
+        _ = ModelConfig(raw, "config.json").head_dim

@@ -175,7 +175,10 @@ class ModelConfig:
         given = self.get("head_dim", "kv_channels", "d_kv", "attention_head_dim", default=None)
         if given is None:
             doubled = 2 if self.model_type in ("zamba", "zamba2") else 1
-            return self.integer("attention_hidden_size", default=doubled * self.hidden_size) // self.heads
+            width = self.integer("attention_hidden_size", default=doubled * self.hidden_size)
+            if width < self.heads:
+                raise UsageError(f"{self.label} has {self.heads:,} attention heads for a width of {width:,}", "Mend the file.")
+            return width // self.heads
         return self.positive("head_dim", "kv_channels", "d_kv", "attention_head_dim")
 
     @property
