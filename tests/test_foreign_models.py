@@ -151,6 +151,13 @@ def test_infinity_as_transformers_writes_it(tmp_path):
     assert loaded.config.time_step_limit[1] == float("inf")
 
 
+def test_a_foreign_infinity_in_json(model, quick_cli):
+    """JSON has no infinity. What a checkpoint states is shown as a word."""
+    edit(model / "config.json", quantization_config={"quant_method": "odd", "a": float("inf"), "b": [{"c": float("nan")}]})
+    done = quick_cli("info", "model", "--json")
+    assert json.loads(done.stdout)["quantization_config"] == {"quant_method": "odd", "a": "inf", "b": [{"c": "nan"}]}
+
+
 @pytest.mark.parametrize("named", [["LLaMAForCausalLM"], ["OfAFineTune"], ["PreTrainedTokenizerFast"], None])
 def test_an_architecture_of_another_name(named, model, quick_cli, tmp_path):
     """Where transformers has no class of the name, model_type decides, for every verb."""

@@ -159,3 +159,12 @@ def check(value: Mapping, fields: Mapping[str, Kind | Required], label: str, hin
                 raise CheckpointError(f"{label} has no {name}, expected {kind.words}", hint)
         elif not kind.fits(found):
             raise CheckpointError(f"{label}: {name} is {shown(found)}, expected {kind.words}", hint)
+
+
+def finite(value: object) -> object:
+    """A foreign value as JSON can state it: numbers that are not finite become words."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return str(value) if isinstance(value, float) and not _is_finite(value) else value

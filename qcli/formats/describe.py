@@ -8,6 +8,7 @@ from qcli.checkpoint.dtypes import TORCH_NAMES
 from qcli.checkpoint.names import module_kind
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import Source
+from qcli.files.foreign_json import finite
 from qcli.formats import Format
 from qcli.schemes import Scheme
 
@@ -69,7 +70,7 @@ def describe(source: Source) -> Description:
         tensors=len(source.tensors),
         parameters=sum(p.parameters for p in parts.values()),
         bytes=sum(p.bytes for p in parts.values()),
-        quantization_config=source.quantization,
+        quantization_config=None if source.quantization is None else {k: finite(v) for k, v in source.quantization.items()},
         parts=sorted(parts.values(), key=lambda p: -p.bytes),
         problems=list(source.problems),
         notes=list(source.notes),

@@ -1,7 +1,8 @@
 """Turns a conversation into token ids with the model's chat template. A template is code of the model and may raise anything."""
 
 from qcli.errors import CheckpointError, first_line
-from qcli.generation.prompt import check_ids, check_text, tokenized
+from qcli.generation.prompt import check_text, tokenized
+from qcli.loading.tokenizer import check_ids
 
 _WORD = "marmalade"  # no template contains it, and templates that trim or quote leave it unchanged
 

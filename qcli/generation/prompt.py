@@ -1,6 +1,7 @@
 """A prompt's token ids. Tokenizers are other people's files and code: any exception becomes a message of one sentence."""
 
 from qcli.errors import CheckpointError, UsageError, first_line
+from qcli.loading.tokenizer import check_ids
 
 
 def check_text(text: str) -> None:
@@ -40,23 +41,3 @@ def tokenized(tokenizer, text: str, **options) -> list[int]:
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise CheckpointError(f"{type(tokenizer).__name__} does not return a list of token ids for the prompt")
     return ids
-
-
-def check_ids(model, tokenizer, ids: list[int]) -> None:
-    """Raises CheckpointError for an id beyond the rows of the model's embedding."""
-    rows = _embedding_rows(model)
-    beyond = next((i for i in ids if rows is not None and i >= rows), None)
-    if beyond is not None:
-        raise CheckpointError(
-            f"the tokenizer makes token {beyond} of the prompt ({tokenizer.convert_ids_to_tokens(beyond)!r}), "
-            f"the model's embedding has {rows:,} rows",
-            "The tokenizer belongs to another model, or tokens were added to it and not to the model.",
-        )
-
-
-def _embedding_rows(model) -> int | None:
-    try:
-        embedding = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return getattr(embedding, "num_embeddings", None)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from collections.abc import Sequence
 
 import transformers
 
@@ -84,3 +85,23 @@ def _processor_template(source: Source) -> str | None:
     value = source.json("chat_template.json")
     template = value.get("chat_template")
     return template if isinstance(template, str) else None
+
+
+def check_ids(model, tokenizer, ids: Sequence[int]) -> None:
+    """Raises CheckpointError for an id beyond the rows of the model's embedding."""
+    rows = _embedding_rows(model)
+    beyond = next((i for i in ids if rows is not None and i >= rows), None)
+    if beyond is not None:
+        raise CheckpointError(
+            f"the tokenizer makes token {beyond} of the text ({tokenizer.convert_ids_to_tokens(beyond)!r}), "
+            f"the model's embedding has {rows:,} rows",
+            "The tokenizer belongs to another model, or tokens were added to it and not to the model.",
+        )
+
+
+def _embedding_rows(model) -> int | None:
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(embedding, "num_embeddings", None)

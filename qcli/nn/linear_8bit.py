@@ -21,7 +21,6 @@ class Linear8bit(FastPath, QuantizedLinear):
     rounding saves nothing.
     """
 
-    one_text_a_call = True  # the outlier columns of all tokens of a call are taken together
     activations_in_int8 = True
     few_in_int8 = True
 
@@ -54,6 +53,11 @@ class Linear8bit(FastPath, QuantizedLinear):
     def extra_repr(self) -> str:
         kind = f"threshold={self.threshold}" if self.activations_in_int8 else "activations_in_int8=False"
         return f"{super().extra_repr()}, {kind}"
+
+    @property
+    def one_text_a_call(self) -> bool:
+        """Outlier columns are those of all tokens of a call."""
+        return self.activations_in_int8
 
     @property
     def _op(self):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qcli.loading.tokenizer import check_ids
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.progress import Advance
 from qcli.streaming.batches import BATCH_TOKENS, make_batches
@@ -77,6 +78,8 @@ class Reading:
         alone: bool = False,
     ):
         self.skeleton, self.head, self.advance = skeleton, Head(skeleton), advance
+        for window in windows:
+            check_ids(skeleton.model, skeleton.tokenizer, window.ids)
         self._broken: dict[tuple[str, str], torch.Tensor] = {}
         alone = alone or any(m.one_text_a_call for m in skeleton.model.modules() if isinstance(m, QuantizedLinear))
         batches = make_batches([window.ids for window in windows], 0 if padded else None, 1 if alone else BATCH_TOKENS)

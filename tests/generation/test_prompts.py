@@ -93,7 +93,11 @@ def test_tokens_beyond_the_embedding(copy, quick_cli):
     tokens.add_tokens(["tralala"])
     tokens.save_pretrained(copy)
     done = quick_cli("generate", copy, "sing tralala")
-    assert done.returncode == 1 and "token 256 of the prompt ('tralala')" in done.stderr and "256 rows" in done.stderr
+    assert done.returncode == 1 and "token 256 of the text ('tralala')" in done.stderr and "256 rows" in done.stderr
+    (copy.parent / "text.txt").write_text("sing tralala " * 9)
+    for verb in ("evaluate", "inspect-outliers"):
+        done = quick_cli(verb, copy, "--text", "text.txt")
+        assert done.returncode == 1 and "token 256 of the text ('tralala')" in done.stderr
 
 
 def test_answers_beyond_the_tokenizer(tmp_path, quick_cli):
