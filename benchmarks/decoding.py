@@ -1,13 +1,13 @@
 """Whole models on this CPU beside llama.cpp and bitsandbytes, with the same bits and the same threads.
 
     python benchmarks/decoding.py --folder FOLDER [--llama-cpp PYTHON] [--only 135m,360m,1.1b,3b] [--bits 4,8]
-        [--prompts 1,16,128,1024] [--real NAME=MODEL=GGUF] [--repeat N] [--no-bitsandbytes]
+        [--heads 16,8] [--prompts 1,16,128,1024] [--real NAME=MODEL=GGUF] [--repeat N] [--no-bitsandbytes]
 
 Models are Llamas with random weights in the shapes of SmolLM2-135M and -360M, TinyLlama-1.1B and Llama-3.2-3B. They are made in
 FOLDER (12 GB for all), quantized by qcli (NF4 with double quantization, LLM.int8()), and written as GGUF (Q4_0, Q8_0). --real adds
-a model with weights of its own: an unquantized checkpoint, and a GGUF file of it (its four-bit form). Each prompt is read, and then
-48 tokens are made one at a time, by qcli and llama.cpp in turn. Rates are medians. bitsandbytes, through transformers, runs after
-them.
+a model with weights of its own: an unquantized checkpoint, and a GGUF file of it (its four-bit form). --heads are bits of the
+output head, which GGUF files quantize, too. Each prompt is read, and then 48 tokens are made one at a time, by qcli and llama.cpp
+in turn. Rates are medians. bitsandbytes, through transformers, runs after them.
 
 PYTHON is an interpreter with xllamacpp and gguf (see llama_cpp_speed.py). "limit" is what reading the weights once a token would
 allow at the speed of memory that is measured here. Prints tables and writes benchmarks/results/decoding-CPU.json.
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -105,11 +106,12 @@ class Qcli:
         return {"prefill": done.prefill_rate, "decode": done.decode_rate}
 
 
-def measured(model: str, source: Path, bits: int, options, gguf: Path | None) -> list[Row]:
+def measured(model: str, source: Path, bits: int, head: int, options, gguf: Path | None) -> list[Row]:
     """The rows of one model at one number of bits."""
-    folder = source.with_name(f"{source.name}-{bits}")
+    folder = source.with_name(f"{source.name}-{bits}" + ("" if head == 16 else f"-head-{head}"))
     if not folder.exists():
-        qcli.quantize(str(source), folder, bits=bits)
+        qcli.quantize(str(source), folder, bits=bits, head=head)
+    name = NAMES[bits] + ("" if head == 16 else f" with {head} bits for the head")
     ours, theirs = Qcli(folder), None
     if options.llama_cpp and (gguf is None or bits == 4):
         file = gguf or source.with_name(f"{source.name}-{KINDS[bits]}.gguf")
@@ -125,7 +127,7 @@ def measured(model: str, source: Path, bits: int, options, gguf: Path | None) ->
                     found[name].append(rates)
         for what in ("prefill", "decode"):
             figures = {name: statistics.median(each[what] for each in rates) for name, rates in found.items()}
-            work = f"{model} {NAMES[bits]}, " + (f"prompt of {prompt}" if what == "prefill" else f"tokens after {prompt}")
+            work = f"{model} {name}, " + (f"prompt of {prompt}" if what == "prefill" else f"tokens after {prompt}")
             row = Row(work, figures)
             if what == "decode":
                 figures["limit"] = memory_limit.memory_speed(ours.model) / memory_limit.bytes_a_step(ours.model)
@@ -140,7 +142,7 @@ def measured(model: str, source: Path, bits: int, options, gguf: Path | None) ->
     if theirs:
         theirs.close()
     del ours
-    if options.bitsandbytes:
+    if options.bitsandbytes and head == 16:
         rates = bitsandbytes_speed(folder, fused=False, new=3 if bits == 4 else 16)
         rows.append(Row(f"{model} {NAMES[bits]}, bitsandbytes after 128", rates))
     show(rows, "tokens per second")
@@ -155,6 +157,7 @@ def main() -> None:
     parser.add_argument("--llama-cpp", metavar="PYTHON")
     parser.add_argument("--only", default=",".join(SHAPES))
     parser.add_argument("--bits", type=numbers, default=[4, 8])
+    parser.add_argument("--heads", type=numbers, default=[16, 8])
     parser.add_argument("--prompts", type=numbers, default=[1, 16, 128, 1024])
     parser.add_argument("--real", action="append", default=[], metavar="NAME=MODEL=GGUF")
     parser.add_argument("--repeat", type=int, default=3)
@@ -164,16 +167,16 @@ def main() -> None:
     logging.disable(logging.WARNING)
     rows = []
     for name, model, gguf in (each.split("=") for each in options.real):
-        for bits in options.bits:
-            rows += measured(name, Path(model), bits, options, Path(gguf))
+        for bits, head in product(options.bits, options.heads):
+            rows += measured(name, Path(model), bits, head, options, Path(gguf))
     for name in filter(None, options.only.split(",")):
         source = options.folder / name
         if not source.exists():
             make_checkpoint(source, shard_size=5 * 10**9, **SHAPES[name])
-        for bits in options.bits:
-            rows += measured(name, source, bits, options, None)
+        for bits, head in product(options.bits, options.heads):
+            rows += measured(name, source, bits, head, options, None)
     result = {"machine": machine() | {"xllamacpp": ", ".join(sorted(options.versions))}, "rows": [asdict(row) for row in rows]}
-    console.out(f"wrote {save('decoding', str(result['machine']['cpu']), result)}")
+    console.out(f"wrote {save('decoding', ' '.join(str(result['machine'][each]) for each in ('cpu', 'variant')), result)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""NF4 products over the widths that real models have: does any width fall off?
+"""Products of quantized layers over the widths that real models have: does any width fall off?
 
     python benchmarks/widths.py [--threads N] [--megabytes M] [--rounds R]
 
-For each width, a weight of M million bytes of codes, read from memory, with one, four and sixteen tokens; absmax plain and doubly
-quantized. Prints GB/s of codes, and each width's share of the better of its two neighbours, the worst at the end. Writes
-benchmarks/results/widths-NAME.json. Takes a minute or two.
+For each width, a weight of M million bytes of codes, read from memory, with 1, 4, 16 and 64 tokens: NF4 with plain absmax and with
+double quantization (linear_4bit), int8 weights (linear_w8a16), int8 weights and activations (linear_int8). Prints GB/s of codes,
+and each width's share of the better of its two neighbours, the worst at the end. Writes benchmarks/results/widths-NAME.json and
+draws it, beside it in .svg. Takes some minutes.
 """
 
 import argparse
@@ -19,8 +20,10 @@ from measure import alternate, copies, machine  # noqa: E402
 from rows import save  # noqa: E402
 
 from qcli import console  # noqa: E402
+from qcli.files.figure import figure  # noqa: E402
+from qcli.nn.linear_4bit import Linear4bit  # noqa: E402
+from qcli.nn.linear_8bit import Linear8bit  # noqa: E402
 from qcli.ops._library import blocks  # noqa: E402
-from qcli.ops.linear_4bit import Prepared4bit  # noqa: E402
 
 # in_features of the linear modules of these models.
 MODELS = {
@@ -57,48 +60,79 @@ MODELS = {
 }
 # Multiples of 32 that no model above has, for blocks that straddle rows.
 OTHERS = (160, 288, 416, 544, 736, 1056, 1440)
-TOKENS = (1, 4, 16)
+TOKENS = (1, 4, 16, 64)
+KINDS = ("NF4, plain absmax", "NF4", "int8 weights", "LLM.int8()")
+
+
+def layers(width: int, nbytes: int) -> dict[str, torch.nn.Module]:
+    """A layer of each kind with random codes of `nbytes` bytes."""
+    rows4, rows8 = max(2 * nbytes // width, 1), max(nbytes // width, 1)
+    codes, count = torch.randint(256, (rows4 * width // 2, 1), dtype=torch.uint8), blocks(rows4 * width, 64)
+    plain = {"weight": codes, "weight_absmax": torch.rand(count) + 0.5}
+    nested = {
+        "weight": codes,
+        "weight_absmax": torch.randint(256, (count,), dtype=torch.uint8),
+        "weight_nested_absmax": torch.rand(blocks(count, 256)),
+    }
+    int8 = {"weight": torch.randint(-127, 128, (rows8, width), dtype=torch.int8), "SCB": torch.rand(rows8) + 0.5}
+    of_4bit = {"quant_type": "nf4", "block_size": 64, "compute_dtype": torch.bfloat16, "dtype": torch.bfloat16}
+    of_8bit = {"tensors": int8, "threshold": 6.0, "dtype": torch.bfloat16}
+    made = {
+        "NF4, plain absmax": Linear4bit(width, rows4, False, tensors=plain, nested_offset=None, **of_4bit),
+        "NF4": Linear4bit(width, rows4, False, tensors=nested, nested_offset=0.5, **of_4bit),
+        "int8 weights": Linear8bit(width, rows8, False, **of_8bit),
+        "LLM.int8()": Linear8bit(width, rows8, False, **of_8bit),
+    }
+    made["int8 weights"].activations_in_int8 = False
+    return made
 
 
 def speed(width: int, nbytes: int, rounds: int) -> dict[str, float]:
-    """GB/s of codes by "plain" or "nested" and the number of tokens."""
-    out_features = max(2 * nbytes // width, 1)
-
-    def make():
-        codes, count = torch.randint(256, (out_features * width // 2,), dtype=torch.uint8), blocks(out_features * width, 64)
-        absmax, nested = torch.rand(count) + 0.5, torch.randint(256, (count,), dtype=torch.uint8)
-        rest = (None, 64, "nf4", out_features, torch.bfloat16)
-        return {
-            "plain": Prepared4bit(width, codes, absmax, None, 0.0, *rest),
-            "nested": Prepared4bit(width, codes, nested, torch.rand(blocks(count, 256)), 0.5, *rest),
-        }
-
-    weights = copies(make, nbytes)
+    """GB/s of codes by the kind of layer and the number of tokens."""
+    weights = copies(lambda: layers(width, nbytes), nbytes)
     inputs = {tokens: torch.randn(tokens, width).bfloat16() for tokens in TOKENS}
     runs = {
         f"{kind}, {tokens} tokens": lambda kind=kind, tokens=tokens: weights()[kind](inputs[tokens])
-        for kind in ("plain", "nested")
+        for kind in KINDS
         for tokens in TOKENS
     }
-    size = out_features * width / 2
-    return {name: size / seconds / 1e9 for name, seconds in alternate(runs, rounds).items()}
+    return {name: nbytes / seconds / 1e9 for name, seconds in alternate(runs, rounds).items()}
 
 
-def shares(found: dict[int, dict[str, float]]) -> dict[int, float]:
-    """Of each width, the smallest share of the better neighbour's speed, over all runs."""
+def shares(found: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
+    """Of each width and run, the share of the better neighbour's speed."""
     widths = sorted(found)
     result = {}
     for i, width in enumerate(widths):
         near = [found[other] for other in widths[max(i - 1, 0) : i + 2] if other != width]
-        result[width] = min(found[width][name] / max(other[name] for other in near) for name in found[width])
+        result[width] = {name: found[width][name] / max(other[name] for other in near) for name in found[width]}
     return result
+
+
+def draw(found: dict[int, dict[str, float]], title: str, path: Path) -> None:
+    """A panel for each number of tokens, a line for each kind."""
+    with figure(path, 12, 8) as made:
+        for number, tokens in enumerate(TOKENS, 1):
+            axes = made.add_subplot(2, 2, number)
+            for kind in KINDS:
+                axes.plot(sorted(found), [found[w][f"{kind}, {tokens} tokens"] for w in sorted(found)], ".-", label=kind)
+            axes.set(xscale="log", ylim=(0, None), title=f"{tokens} token{'s' * (tokens > 1)}")
+            axes.set_xticks(
+                [160, 576, 1024, 2048, 4096, 8192, 18944], labels=["160", "576", "1024", "2048", "4096", "8192", "18944"]
+            )
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+        made.supxlabel("width (in_features)")
+        made.supylabel("GB/s of codes")
+        made.suptitle(title)
+        made.axes[0].legend(frameon=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--megabytes", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -106,14 +140,21 @@ def main() -> None:
     with torch.inference_mode():
         found = {width: speed(width, options.megabytes * 10**6, options.rounds) for width in widths}
     share, about = shares(found), machine()
-    console.out(" width  " + "  ".join(found[widths[0]]) + "  share of the better neighbour")
-    for width in widths:
-        console.out(f"{width:6}  " + "  ".join(f"{v:{len(name)}.2f}" for name, v in found[width].items()) + f"  {share[width]:.2f}")
-    worst = min(share, key=share.__getitem__)
-    nested = sum(row["plain, 1 tokens"] / row["nested, 1 tokens"] for row in found.values()) / len(found)
-    console.out(f"worst: {worst} with {share[worst]:.2f}; time with double quantization, one token: {nested:.2f} times plain's")
+    for kind in KINDS:
+        names = [f"{kind}, {tokens} tokens" for tokens in TOKENS]
+        rows = [
+            [width, *(f"{found[width][n]:.2f}" for n in names), f"{min(share[width][n] for n in names):.2f}"] for width in widths
+        ]
+        console.table(kind, ["width", *(f"{tokens} tokens" for tokens in TOKENS), "share of the better neighbour"], rows)
+    worst = {name: min(widths, key=lambda width: share[width][name]) for name in share[widths[0]]}
+    for name, width in worst.items():
+        console.out(f"{name}: the worst is {width} with {share[width][name]:.2f}")
+    ratio = [row["NF4, plain absmax, 1 tokens"] / row["NF4, 1 tokens"] for row in found.values()]
+    console.out(f"time with double quantization, one token: {sorted(ratio)[len(ratio) // 2]:.3f} times plain's (median)")
     result = {"machine": about, "megabytes": options.megabytes, "gigabytes_per_second": found, "share": share}
-    console.out(f"written to {save('widths', str(about['cpu']), result)}")
+    path = save("widths", f"{about['cpu']} {about['variant']}", result)
+    draw(found, f"{about['cpu']}, {about['variant']}, {about['threads']} threads", path.with_suffix(".svg"))
+    console.out(f"wrote {path} and {path.with_suffix('.svg').name}")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ def _is_watermark(value) -> bool:
 ANY = Kind("anything", lambda value: True)
 FLAG = Kind("true or false", lambda value: type(value) is bool)
 COUNT = Kind("a whole number of 0 or more", lambda value: type(value) is int and value >= 0)
+# transformers copies a text as many times as an n-gram is long.
+NGRAM = Kind("a whole number of 0 to 65,536", lambda value: type(value) is int and 0 <= value <= 1 << 16)
 POSITIVE = Kind("a whole number of 1 or more", lambda value: type(value) is int and value >= 1)
 NUMBER = Kind("a number", _is_number)
 POSITIVE_NUMBER = Kind("a number above 0", lambda value: _is_number(value) and value > 0)
