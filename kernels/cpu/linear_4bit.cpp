@@ -41,10 +41,11 @@ QCLI_INLINE const float* absmax_of_blocks(const Weight& w, int64_t first, int64_
   if (w.absmax) return w.absmax + first;
   const uint8_t* codes = w.nested_codes + first;
   const F32x16 offset = all(w.offset);
+  const Table256 map = table256(w.map);
   for (int64_t i = 0; i < count;) {
     const int64_t group = (first + i) / 256, end = smaller(count, (group + 1) * 256 - first);
     const float scale = w.nested_absmax[group];
-    for (; i + 16 <= end; i += 16) store(out + i, gather(w.map, load_bytes(codes + i)) * all(scale) + offset);
+    for (; i + 16 <= end; i += 16) store(out + i, look_up(map, load_bytes(codes + i)) * all(scale) + offset);
     for (; i < end; i++) out[i] = w.map[codes[i]] * scale + w.offset;
   }
   return out;

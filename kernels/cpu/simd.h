@@ -91,6 +91,28 @@ QCLI_INLINE I32x16 plus_greater(I32x16 sum, F32x16 a, F32x16 b) {
   return {_mm512_mask_add_epi32(sum.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), sum.v, _mm512_set1_epi32(1))};
 }
 QCLI_INLINE F32x16 gather(const float* base, I32x16 index) { return {_mm512_i32gather_ps(index.v, base, 4)}; }
+
+// A table of 256 values. Where there are 32 registers, permutes find its entries: twice as fast as a gather on AMD's processors.
+struct Table256 {
+  F32x16 part[16];
+};
+QCLI_INLINE Table256 table256(const float* values) {
+  Table256 table;
+  for (int i = 0; i < 16; i++) table.part[i] = load(values + 16 * i);
+  return table;
+}
+// Entries for indices of 0 to 255.
+QCLI_INLINE F32x16 look_up(const Table256& table, I32x16 index) {
+  __m512 found[8];  // by the lowest five bits
+  for (int i = 0; i < 8; i++) {
+    found[i] = _mm512_permutex2var_ps(table.part[2 * i].v, index.v, table.part[2 * i + 1].v);
+  }
+  for (int bit = 5, count = 4; bit < 8; bit++, count /= 2) {
+    const __mmask16 set = _mm512_test_epi32_mask(index.v, _mm512_set1_epi32(1 << bit));
+    for (int i = 0; i < count; i++) found[i] = _mm512_mask_blend_ps(set, found[2 * i], found[2 * i + 1]);
+  }
+  return {found[0]};
+}
 QCLI_INLINE I32x16 rounded(F32x16 x) { return {_mm512_cvtps_epi32(x.v)}; }  // to nearest, ties to even
 QCLI_INLINE I32x16 as_ints(F32x16 x) { return {_mm512_castps_si512(x.v)}; }
 QCLI_INLINE F32x16 floats(I32x16 x) { return {_mm512_cvtepi32_ps(x.v)}; }
@@ -217,6 +239,12 @@ QCLI_INLINE I32x16 plus_greater(I32x16 sum, F32x16 x, F32x16 y) {
 QCLI_INLINE F32x16 gather(const float* base, I32x16 index) {
   return {_mm256_i32gather_ps(base, index.a, 4), _mm256_i32gather_ps(base, index.b, 4)};
 }
+
+struct Table256 {
+  const float* values;
+};
+QCLI_INLINE Table256 table256(const float* values) { return {values}; }
+QCLI_INLINE F32x16 look_up(const Table256& table, I32x16 index) { return gather(table.values, index); }
 QCLI_INLINE I32x16 rounded(F32x16 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 QCLI_INLINE I32x16 as_ints(F32x16 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 QCLI_INLINE F32x16 floats(I32x16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
@@ -360,6 +388,12 @@ QCLI_INLINE F32x16 gather(const float* base, I32x16 index) {
   QCLI_LANES(i) r.v[i] = base[index.v[i]];
   return r;
 }
+
+struct Table256 {
+  const float* values;
+};
+QCLI_INLINE Table256 table256(const float* values) { return {values}; }
+QCLI_INLINE F32x16 look_up(const Table256& table, I32x16 index) { return gather(table.values, index); }
 QCLI_INLINE I32x16 rounded(F32x16 x) {
   I32x16 r;
   // Values beyond int32 give the same result as the vector instructions.
