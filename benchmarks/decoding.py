@@ -111,7 +111,7 @@ def measured(model: str, source: Path, bits: int, head: int, options, gguf: Path
     folder = source.with_name(f"{source.name}-{bits}" + ("" if head == 16 else f"-head-{head}"))
     if not folder.exists():
         qcli.quantize(str(source), folder, bits=bits, head=head)
-    name = NAMES[bits] + ("" if head == 16 else f" with {head} bits for the head")
+    method = NAMES[bits] + ("" if head == 16 else f" with {head} bits for the head")
     ours, theirs = Qcli(folder), None
     if options.llama_cpp and (gguf is None or bits == 4):
         file = gguf or source.with_name(f"{source.name}-{KINDS[bits]}.gguf")
@@ -127,7 +127,7 @@ def measured(model: str, source: Path, bits: int, head: int, options, gguf: Path
                     found[name].append(rates)
         for what in ("prefill", "decode"):
             figures = {name: statistics.median(each[what] for each in rates) for name, rates in found.items()}
-            work = f"{model} {name}, " + (f"prompt of {prompt}" if what == "prefill" else f"tokens after {prompt}")
+            work = f"{model} {method}, " + (f"prompt of {prompt}" if what == "prefill" else f"tokens after {prompt}")
             row = Row(work, figures)
             if what == "decode":
                 figures["limit"] = memory_limit.memory_speed(ours.model) / memory_limit.bytes_a_step(ours.model)

@@ -3,9 +3,9 @@
     python benchmarks/widths.py [--threads N] [--megabytes M] [--rounds R]
 
 For each width, a weight of M million bytes of codes, read from memory, with 1, 4, 16 and 64 tokens: NF4 with plain absmax and with
-double quantization (linear_4bit), int8 weights (linear_w8a16), int8 weights and activations (linear_int8). Prints GB/s of codes,
-and each width's share of the better of its two neighbours, the worst at the end. Writes benchmarks/results/widths-NAME.json and
-draws it, beside it in .svg. Takes some minutes.
+double quantization (linear_4bit), int8 weights (linear_w8a16), int8 weights and activations (linear_int8). A narrow weight of that
+size has many rows, and so many outputs, which are bytes too. Prints GB/s of codes, inputs and outputs, and each width's share of
+the better of its two neighbours, the worst at the end. Writes benchmarks/results/widths-NAME.json and draws it, beside it in .svg.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def layers(width: int, nbytes: int) -> dict[str, torch.nn.Module]:
 
 
 def speed(width: int, nbytes: int, rounds: int) -> dict[str, float]:
-    """GB/s of codes by the kind of layer and the number of tokens."""
+    """GB/s of codes, inputs and outputs by the kind of layer and the number of tokens."""
     weights = copies(lambda: layers(width, nbytes), nbytes)
     inputs = {tokens: torch.randn(tokens, width).bfloat16() for tokens in TOKENS}
     runs = {
@@ -96,7 +96,12 @@ def speed(width: int, nbytes: int, rounds: int) -> dict[str, float]:
         for kind in KINDS
         for tokens in TOKENS
     }
-    return {name: nbytes / seconds / 1e9 for name, seconds in alternate(runs, rounds).items()}
+    found = {}
+    for name, seconds in alternate(runs, rounds).items():
+        kind, tokens = name.removesuffix(" tokens").rsplit(", ", 1)
+        rows = nbytes // width * (2 if kind.startswith("NF4") else 1)
+        found[name] = (nbytes + 2 * int(tokens) * (width + rows)) / seconds / 1e9  # bfloat16
+    return found
 
 
 def shares(found: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
@@ -123,7 +128,7 @@ def draw(found: dict[int, dict[str, float]], title: str, path: Path) -> None:
             axes.minorticks_off()
             axes.grid(alpha=0.3)
         made.supxlabel("width (in_features)")
-        made.supylabel("GB/s of codes")
+        made.supylabel("GB/s of codes, inputs and outputs")
         made.suptitle(title)
         made.axes[0].legend(frameon=False)
 
@@ -151,7 +156,14 @@ def main() -> None:
         console.out(f"{name}: the worst is {width} with {share[width][name]:.2f}")
     ratio = [row["NF4, plain absmax, 1 tokens"] / row["NF4, 1 tokens"] for row in found.values()]
     console.out(f"time with double quantization, one token: {sorted(ratio)[len(ratio) // 2]:.3f} times plain's (median)")
-    result = {"machine": about, "megabytes": options.megabytes, "gigabytes_per_second": found, "share": share}
+    result = {
+        "machine": about,
+        "megabytes": options.megabytes,
+        "time_with_double_quantization": sorted(ratio)[len(ratio) // 2],
+        "worst": {name: {"width": width, "share": share[width][name]} for name, width in worst.items()},
+        "gigabytes_per_second": found,
+        "share": share,
+    }
     path = save("widths", f"{about['cpu']} {about['variant']}", result)
     draw(found, f"{about['cpu']}, {about['variant']}, {about['threads']} threads", path.with_suffix(".svg"))
     console.out(f"wrote {path} and {path.with_suffix('.svg').name}")

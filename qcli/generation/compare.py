@@ -1,11 +1,12 @@
 """Compares the readings of a model's layers (structure.py) with what transformers computed, and chooses the one that is right."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from qcli.generation.first_prompt import Seen
-from qcli.generation.lean_step import Caches, run_layer
+from qcli.generation.lean_step import Caches
 from qcli.generation.step import Unsupported
 from qcli.generation.structure import ROPES, Block, Norm
 from qcli.ops.norm import norm
@@ -42,8 +43,12 @@ def known(dtype: torch.dtype) -> bool:
     return dtype in _SHARES
 
 
-def choose(readings: list[list[Block]], seen: Seen, caches: Caches, tables: list, start: int, tolerance: Tolerance) -> list[Block]:
+def choose(
+    readings: list[list[Block]], seen: Seen, caches: Caches, tables: list, start: int, tolerance: Tolerance, run_layer: Callable
+) -> list[Block]:
     """The reading of each layer that agrees with what was seen of the tokens from `start` on. Raises Unsupported if none does.
+
+    `run_layer` runs a reading, as the one of lean_step.py does.
 
     A layer's output hardly depends on attention where attention adds little, so attention is compared by itself, too. All layers
     that rotate do it in the same way, which is found on the first few. A layer with tables may still not rotate (SmolLM3).
@@ -51,7 +56,7 @@ def choose(readings: list[list[Block]], seen: Seen, caches: Caches, tables: list
 
     def errors(i: int, rope: str | None) -> tuple[float, Block | None]:
         blocks = [block for block in readings[i] if block.attention.rope == rope]
-        found = [(_error(block, i, seen, caches, tables, start, tolerance), block) for block in blocks]
+        found = [(_error(block, i, seen, caches, tables, start, tolerance, run_layer), block) for block in blocks]
         return min(found, key=lambda each: each[0], default=(float("inf"), None))
 
     turning = [i for i in range(len(readings)) if tables[i] is not None]
@@ -73,7 +78,9 @@ def choose(readings: list[list[Block]], seen: Seen, caches: Caches, tables: list
     return chosen
 
 
-def _error(block: Block, i: int, seen: Seen, caches: Caches, tables: list, start: int, tolerance: Tolerance) -> float:
+def _error(
+    block: Block, i: int, seen: Seen, caches: Caches, tables: list, start: int, tolerance: Tolerance, run_layer: Callable
+) -> float:
     """How far a reading is from layer i: the larger error of attention's and the layer's output."""
     x, attended, output = (kept[i][0].float() for kept in (seen.inputs, seen.attended, seen.outputs))
     cache = caches.layers[i]
@@ -88,4 +95,5 @@ def _error(block: Block, i: int, seen: Seen, caches: Caches, tables: list, start
 
 
 def _normed(x: torch.Tensor, how: Norm) -> torch.Tensor:
-    return norm(x, None, how.weight, how.bias, how.eps, how.centered)[0]
+    weight, bias = (None if each is None else each.to(x.device) for each in (how.weight, how.bias))
+    return norm(x, None, weight, bias, how.eps, how.centered)[0]

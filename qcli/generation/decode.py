@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from transformers.generation.stopping_criteria import StoppingCriteriaList
@@ -20,6 +21,7 @@ from qcli.generation import lean, positions
 from qcli.generation.can_generate import check_class
 from qcli.generation.drafts import Draft
 from qcli.generation.generated import Generation
+from qcli.generation.op_step import OpStep, op_step
 from qcli.generation.sampling import Sampling
 from qcli.generation.step import Unsupported
 from qcli.generation.stop_string import stop_string
@@ -134,6 +136,7 @@ class Decoding:
             one_of("kv_dtype", kv_dtype, ("int8",))
         self.kv_int8 = kv_dtype is not None
         self.lean, self.draft = lean_of(model, self.kv_int8), draft
+        self.ops: OpStep | Literal[False] | None = None  # of a captured step; made for the first text, False where there is none
         if self.kv_int8 and self.lean is None:
             raise self._no_int8_cache()
         for note in notes:
@@ -277,8 +280,10 @@ class Decoding:
         options = {"stopping_criteria": StoppingCriteriaList([self.stop])} if self.stop else {}
         capture = decode_graph.capture_for(self.model)
         if capture is not None:
+            if self.ops is None:
+                self.ops = op_step(self.model) or False
             try:
-                decode_graph.generate(self.model, ids, capture, streamer.add, streamer.ready, **options)
+                decode_graph.generate(self.model, ids, capture, streamer.add, streamer.ready, self.ops or None, **options)
                 return "captured", None
             except Unsupported:
                 streamer.started = time.monotonic()

@@ -107,11 +107,12 @@ def _rope_types(parameters) -> set[str]:
     return found.union(*(_rope_types(value) for value in parameters.values()))
 
 
-def generate(model, ids: torch.Tensor, capture: Capture, on_token: Callable[[int], bool], ready: Step, **options) -> None:
+def generate(model, ids: torch.Tensor, capture: Capture, on_token: Callable[[int], bool], ready: Step, ops=None, **options) -> None:
     """Continues ids int64 [1, tokens] by transformers' rules for `options`, arguments of its `generate`.
 
     `on_token` is called with each new id and returns whether it was the last. `ready` is called when the step is captured and
-    before the prompt is read. Raises Unsupported before the first call of `on_token`.
+    before the prompt is read. `ops` is the OpStep that runs the layers, if it can be captured; None leaves them to transformers.
+    Raises Unsupported before the first call of `on_token`.
     """
 
     def decode(_, input_ids, *, logits_processor, stopping_criteria, generation_config, **inputs):
@@ -122,7 +123,13 @@ def generate(model, ids: torch.Tensor, capture: Capture, on_token: Callable[[int
         if generation_config.use_cache is False or generation_config.max_length > _LONGEST:
             raise Unsupported
         count, length = input_ids.shape[1], generation_config.max_length
-        decoder = Decoder(model, count, length, logits_processor, generation_config.do_sample, capture)
+        rest = model, count, length, logits_processor, generation_config.do_sample, capture
+        try:
+            decoder = Decoder(*rest, ops)
+        except Unsupported:
+            if ops is None:
+                raise
+            decoder = Decoder(*rest)
         ready()
         keep = {name: value for name, value in inputs.items() if name == "logits_to_keep"}
         _run(decoder, input_ids, length - count, on_token, keep)

@@ -5,33 +5,27 @@ and the head, on the last tokens of the prompt, with the keys and values that tr
 anywhere keeps transformers' step. QCLI_STEP=transformers turns the lean step off.
 """
 
-import inspect
 import os
 from collections.abc import Callable
 from itertools import takewhile
 
 import torch
-from torch import nn
-from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from qcli.errors import UsageError
-from qcli.generation import compare
-from qcli.generation.compare import Tolerance, choose
 from qcli.generation.drafts import Draft
-from qcli.generation.first_prompt import Seen, Storing, watching
-from qcli.generation.graph import supported
-from qcli.generation.lean_step import MOST_TOKENS, Caches, LeanStep
-from qcli.generation.step import Unsupported, cache_argument
-from qcli.generation.structure import attention_of, candidates, check_config, linear_of, norm_of
-from qcli.nn.quantized_embedding import QuantizedEmbedding
+from qcli.generation.first_prompt import Seen
+from qcli.generation.lean_step import MOST_TOKENS, Caches, LeanStep, run_layer
+from qcli.generation.readings import Readings
+from qcli.generation.step import Unsupported
+from qcli.generation.structure import linear_of
 from qcli.runtime import cpu
 
 CHOICE = "QCLI_STEP"
 _MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
 _DISTINCT = 6  # different tokens at the end of a text that tells the readings of a layer apart
 _SHORT = 64  # tokens of a prompt that may be read twice
+_BY_STEPS = 2 * MOST_TOKENS  # tokens of a prompt that the step reads sooner than transformers
 ROOM = 256  # positions of a cache at first, beyond the prompt; doubled when they are full
 
 
@@ -45,44 +39,21 @@ def wanted(model) -> bool:
     return all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
 
 
-class Lean:
+class Lean(Readings):
     """The lean step of one model, for one text after the other.
 
     With `kv_int8` the cache holds int8 with a scale for each key and value of a head: half the memory of 16 bits.
     """
 
     def __init__(self, model, kv_int8: bool = False):
-        if not supported(model):
-            raise Unsupported
-        self.model, self.config = model, model.config
-        embedding = model.get_input_embeddings()
-        self.dtype = embedding.dtype if isinstance(embedding, QuantizedEmbedding) else embedding.weight.dtype
+        super().__init__(model, linear_of)
         self.kv_dtype = torch.int8 if kv_int8 else self.dtype
-        if not compare.known(self.dtype):
-            raise Unsupported
-        check_config(self.config)
-        self.decoder = model.get_decoder()
-        kinds = DynamicCache(config=self.config).layers
-        self.windows = [each.sliding_window if isinstance(each, DynamicSlidingWindowLayer) else 0 for each in kinds]
-        lists = [child for child in self.decoder.children() if isinstance(child, nn.ModuleList)]
-        if [len(each) for each in lists] != [len(kinds)]:
-            raise Unsupported
-        (self.decoder_layers,) = lists
-        self.readings = [list(candidates(layer, self.config)) for layer in self.decoder_layers]
-        if len({options[0].attention.out.out_features for options in self.readings}) != 1:
-            raise Unsupported
-        self.vocabulary = embedding.num_embeddings
-        self.head = linear_of(model.get_output_embeddings())
-        rounding = [module for module in model.modules() if getattr(module, "activations_in_int8", False)]
-        self.tolerance = Tolerance(self.dtype, bool(rounding))
         # Whether tokens of a step share a choice, so that guesses would change their logits.
-        self.mixes = any(module.few_in_int8 for module in rounding)
+        self.mixes = any(module.few_in_int8 for module in self.rounding)
         self.step: LeanStep | None = None
         self.text: list[int] = []  # whose keys and values the cache holds
         self.written = 0  # positions that the cache was written at, those of guesses that were not kept among them
         self.kept = 0  # tokens of the last prompt that were not read, because the cache held them
-        self.embed: Callable[[torch.Tensor, int], torch.Tensor] | None = None
-        self.rope: list[Callable | None] = []
 
     def prefill(self, ids: torch.Tensor, length: int) -> torch.Tensor:
         """Reads ids int64 [1, tokens]. Returns logits float32 [1, vocabulary] after the last.
@@ -96,39 +67,32 @@ class Lean:
         self.kept = 0
         if self.step is not None:
             if self.step.caches.dtype != self.kv_dtype:
-                self.step.record(self._caches(room, self.kv_dtype), self._tables(room))
+                self.step.record(self.caches(room, self.kv_dtype), self.tables(room))
                 self.text, self.written = [], 0
             kept = self._kept(ids[0].tolist())
-            if not self.mixes and (count - kept <= MOST_TOKENS or 2 * (count - kept) <= count):
+            if not self.mixes and (count - kept <= _BY_STEPS or 2 * (count - kept) <= count):
                 self.kept = kept
                 for start in range(kept, count, MOST_TOKENS):
                     logits = self.run(ids[0, start : start + MOST_TOKENS], start)
                 return logits[-1:]
             if self.step.caches.length < count:
-                self.step.record(self._caches(room, self.kv_dtype), self._tables(room))
+                self.step.record(self.caches(room, self.kv_dtype), self.tables(room))
             return self._read(ids, self.step.caches)
         distinct = len(ids[0, -MOST_TOKENS:].unique())
         if self.kv_dtype == self.dtype and distinct >= _DISTINCT and count <= _SHORT:
-            caches = self._caches(room, self.kv_dtype)
-            with self._watching() as seen:
+            caches = self.caches(room, self.kv_dtype)
+            with self.watching() as seen:
                 logits = self._read(ids, caches)
             self._check(seen, ids, caches, logits)
             return logits
         # Attention to equal keys and values is the same in any order, a rounded cache is not transformers', and a long prompt would
         # be read twice if the readings were wrong. Another text and another cache tell them apart.
-        text = torch.randint(self.vocabulary, (1, 2 * MOST_TOKENS), generator=torch.Generator().manual_seed(0))
-        others = self._caches(text.shape[1], self.dtype)
-        with self._watching() as seen:
+        text = self.random_text()
+        others = self.caches(text.shape[1], self.dtype)
+        with self.watching() as seen:
             logits = self._read(text, others)
         self._check(seen, text, others, logits)
         return self.prefill(ids, length)
-
-    def _watching(self):
-        return watching(self.decoder, self.decoder_layers, [attention_of(layer) for layer in self.decoder_layers])
-
-    def _caches(self, length: int, dtype: torch.dtype) -> Caches:
-        attention = [options[0].attention for options in self.readings]
-        return Caches([a.kv_heads for a in attention], [a.head_dim for a in attention], self.windows, dtype, length)
 
     def _kept(self, text: list[int]) -> int:
         """How many tokens at the beginning of `text` the cache holds; at least the last token is to be read."""
@@ -144,12 +108,12 @@ class Lean:
         caches = self.step.caches
         if start + len(ids) > caches.length:
             length = max(start + len(ids), min(2 * caches.length, self.length))
-            self.step.record(caches.stretched(length, start), self._tables(length))
+            self.step.record(caches.stretched(length, start), self.tables(length))
         del self.text[start:]
         logits = self.step.run(ids, start)
         self.text += ids.tolist()
         self.written = max(self.written, start + len(ids))
-        return self._finished(logits)
+        return self.finished(logits)
 
     def cache_bytes(self, tokens: float) -> float:
         """Bytes of keys and values that a token reads after `tokens` others."""
@@ -159,89 +123,20 @@ class Lean:
 
     def _read(self, ids: torch.Tensor, caches: Caches) -> torch.Tensor:
         self.text, self.written = [], 0
-        cache = Cache(layers=[Storing(layer) for layer in caches.layers])
-        positions = torch.arange(ids.shape[1])[None]
-        options: dict[str, object] = {cache_argument(self.model): cache}
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            options["logits_to_keep"] = 1
-        logits = self.model(input_ids=ids, position_ids=positions, use_cache=True, **options).logits[:, -1].float()
+        logits = self.read(ids, caches)
         self.text, self.written = ids[0].tolist(), ids.shape[1]
         return logits
-
-    def _tables(self, length: int) -> list:
-        made = {rope: rope(torch.arange(length)[None]) for rope in set(self.rope) if rope is not None}
-        return [made.get(rope) for rope in self.rope]
 
     def _check(self, seen: Seen, ids: torch.Tensor, caches: Caches, logits: torch.Tensor) -> None:
         """Makes the step from the readings that agree with what transformers did. Raises Unsupported."""
         try:
-            self.step = self._agreeing(seen, ids, caches, logits)
+            blocks = self.agreeing(seen, ids, caches, run_layer)
+            self.step = LeanStep(self.embed, blocks, self.last_norm(), self.head, self.tables(caches.length), caches)
+            ours = self.finished(self.step.run_head(seen.outputs[-1][0, -1:].float()))
         except (AttributeError, LookupError, TypeError, ValueError) as e:  # layers that are called in another way
             raise Unsupported from e
-
-    def _agreeing(self, seen: Seen, ids: torch.Tensor, caches: Caches, logits: torch.Tensor) -> LeanStep:
-        count = ids.shape[1]
-        self.rope = self._ropes(seen)
-        self.embed = self._embed_of(ids[0], seen.inputs[0][0].float())
-        tables = self._tables(caches.length)
-        start = count - min(MOST_TOKENS, count)
-        blocks = choose(self.readings, seen, caches, tables, start, self.tolerance)
-        step = LeanStep(self.embed, blocks, self._last_norm(), self.head, tables, caches)
-        if not self.tolerance.agree(self._finished(step.run_head(seen.outputs[-1][0, -1:].float())), logits):
+        if not self.tolerance.agree(ours, logits):
             raise Unsupported
-        return step
-
-    def _ropes(self, seen: Seen) -> list[Callable | None]:
-        """For each layer, the function of positions int64 [1, count] that gives its (cos, sin) float32 [count, rot_dim]."""
-        known: dict[tuple, Callable] = {}
-        for rope in seen.ropes:
-            if rope is not None and rope not in known:
-                module, more = rope
-                if module is None:
-                    raise Unsupported
-                known[rope] = _rope(module, more)
-        return [None if rope is None else known[rope] for rope in seen.ropes]
-
-    def _embed_of(self, ids: torch.Tensor, seen: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """The function of (ids, start) that gives the first layer's input, `seen` for the last of these ids. Raises Unsupported."""
-        embedding, tokens = self.model.get_input_embeddings(), len(seen)
-        rows = embedding(ids[None, -tokens:])[0].float()
-        if rows.shape != seen.shape:
-            raise Unsupported
-        positions = torch.arange(len(ids) - tokens, len(ids))
-        for module in self.decoder.children():
-            if type(module) is nn.Embedding and module is not embedding and module.num_embeddings >= len(ids):
-                if self.tolerance.agree(rows + module(positions).float(), seen):
-                    return lambda ids, start: embedding(ids) + module(torch.arange(start, start + len(ids)))
-        factor = float((rows * seen).sum() / rows.square().sum())
-        if not self.tolerance.agree(rows * factor, seen):
-            raise Unsupported
-        factor = 1.0 if torch.equal(rows, seen) else factor
-        return lambda ids, start: embedding(ids) * factor
-
-    def _last_norm(self):
-        for name, module in reversed(list(self.decoder.named_children())):
-            if "norm" in name or name == "ln_f":
-                return norm_of(module, self.head.in_features)
-        return None
-
-    def _finished(self, logits: torch.Tensor) -> torch.Tensor:
-        """In place: what models do with the head's product."""
-        scale = getattr(self.config, "logit_scale", None) or 1 / (getattr(self.config, "logits_scaling", None) or 1)
-        softcap = getattr(self.config, "final_logit_softcapping", None)
-        if scale != 1:
-            logits.mul_(scale)
-        if softcap:
-            logits.div_(softcap).tanh_().mul_(softcap)
-        return logits
-
-
-def _rope(module: nn.Module, kind: tuple) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    def tables(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = module(torch.zeros(1, 1, 1), positions, *kind)
-        return cos[0].float().contiguous(), sin[0].float().contiguous()
-
-    return tables
 
 
 def generate(model, ids: torch.Tensor, lean: Lean, on_token: Callable[[int], object], draft: Draft | None = None, **options) -> int:

@@ -32,8 +32,8 @@ class LayerCache:
     value_scales: torch.Tensor | None = None
 
     @classmethod
-    def empty(cls, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype) -> "LayerCache":
-        keys, values = (torch.empty(kv_heads, capacity, head_dim, dtype=dtype) for _ in range(2))
+    def empty(cls, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device="cpu") -> "LayerCache":
+        keys, values = (torch.empty(kv_heads, capacity, head_dim, dtype=dtype, device=device) for _ in range(2))
         if dtype != torch.int8:
             return cls(keys, values)
         return cls(keys, values, torch.empty(kv_heads, capacity), torch.empty(kv_heads, capacity))
@@ -66,10 +66,12 @@ class LayerCache:
 class Caches:
     """The caches of all layers, with room for `length` positions. `windows` are the layers' sliding windows, 0 for none."""
 
-    def __init__(self, kv_heads: list[int], head_dims: list[int], windows: list[int], dtype: torch.dtype, length: int):
+    def __init__(
+        self, kv_heads: list[int], head_dims: list[int], windows: list[int], dtype: torch.dtype, length: int, device="cpu"
+    ):
         self.windows, self.dtype, self.length = windows, dtype, length
         sizes = zip(kv_heads, windows, head_dims)
-        self.layers = [LayerCache.empty(heads, self._capacity(window), n, dtype) for heads, window, n in sizes]
+        self.layers = [LayerCache.empty(heads, self._capacity(window), n, dtype, device) for heads, window, n in sizes]
 
     def _capacity(self, window: int) -> int:
         return min(self.length, window + MOST_TOKENS - 1) if window else self.length
@@ -200,7 +202,7 @@ def add_and_norm(ops: list, hidden: torch.Tensor, added: Added, how: Norm | None
     return hidden if y is None else y
 
 
-def _laid_out(table, rope: str | None, known: dict):
+def laid_out(table, rope: str | None, known: dict):
     """The tables of a layer as rope_append reads them. `known` has those that were made for other layers."""
     if rope is None or table is None:
         return None
@@ -219,7 +221,7 @@ def run_layer(
     tokens, buffers = len(x), Buffers()
     hidden = buffers("hidden", block.attention.out.out_features)
     hidden[:tokens] = x
-    layer = LayerOps(block, cache, window, _laid_out(table, block.attention.rope, {}), buffers, hidden, Added([]))
+    layer = LayerOps(block, cache, window, laid_out(table, block.attention.rope, {}), buffers, hidden, Added([]))
     Program(layer.ops).run(tokens, start)
     attended = buffers("attention", hidden.shape[1])[:tokens]
     return attended, hidden[:tokens] + layer.after.factor * sum(tensor[:tokens] for tensor in layer.after.tensors)
@@ -244,7 +246,7 @@ class LeanStep:
         before, ops, known = Added([]), [], {}
         try:
             for block, cache, window, table in zip(self.blocks, caches.layers, caches.windows, tables):
-                table = _laid_out(table, block.attention.rope, known)
+                table = laid_out(table, block.attention.rope, known)
                 layer = LayerOps(block, cache, window, table, self.buffers, self.hidden, before)
                 before = layer.after
                 ops += layer.ops

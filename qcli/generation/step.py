@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from qcli.errors import KernelError
 from qcli.loading import out_of_memory
 
 # Positions of a cache at first, doubled until the prompt fits. Attention reads all of them at each step.
@@ -99,10 +100,11 @@ class Decoder:
     """The step of `model`, its tensors, and the function that replays it.
 
     `rules` turn logits into scores, as in transformers. The next id is the one with the best score, or, if `sampled`, drawn with
-    the softmax of the scores. `prompt_tokens` is the length of the prompt, `length` that of the longest text. Raises Unsupported.
+    the softmax of the scores. `prompt_tokens` is the length of the prompt, `length` that of the longest text. `ops` is the OpStep
+    (op_step.py) that runs the layers of a step; None leaves them to transformers. Raises Unsupported.
     """
 
-    def __init__(self, model, prompt_tokens: int, length: int, rules, sampled: bool, capture: Capture):
+    def __init__(self, model, prompt_tokens: int, length: int, rules, sampled: bool, capture: Capture, ops=None):
         self.length = -(-length // SPAN) * SPAN
         self.model, self.rules, self.sampled, self.capture = model, rules, sampled, capture
         self.places = _Places(model.device)
@@ -113,9 +115,14 @@ class Decoder:
         self.history = torch.zeros(1, self.length, dtype=torch.int64, device=model.device)
         self.at = 0  # the position, counted on the host
         self.replay: Step | None = None
+        self.ops = ops
         try:
+            if ops is not None:
+                self.tables = ops.laid_out(self.length)
+                for layer, keys in zip(self.cache.layers, ops.empty_keys()):
+                    layer.lazy_initialization(keys, keys)
             self._capture(prompt_tokens)
-        except RuntimeError as e:
+        except (RuntimeError, KernelError) as e:
             if out_of_memory.is_out_of_memory(e):
                 raise
             raise Unsupported from e
@@ -164,7 +171,10 @@ class Decoder:
         restore()
 
     def _step(self) -> None:
-        logits = self._logits(self.token, self.places.position.view(1, 1), {})
+        if self.ops is None:
+            logits = self._logits(self.token, self.places.position.view(1, 1), {})
+        else:
+            logits = self.ops.logits(self.token[0], self.places.position, self.cache.layers, self.tables)
         self.places.position.add_(1)
         self._choose(logits)
 

@@ -7,7 +7,7 @@ step (lean_step.py) tries each against the layer itself. Whatever is not recogni
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -114,10 +114,10 @@ def check_config(config) -> None:
             raise Unsupported
 
 
-def candidates(layer: nn.Module, config) -> Iterator[Block]:
-    """Every reading of a layer, the likeliest first. Raises Unsupported if there is none."""
-    attention = _attention(attention_of(layer), config)
-    mlp = _mlp(_child(layer, *_MLP))
+def candidates(layer: nn.Module, config, linear: Callable) -> Iterator[Block]:
+    """Every reading of a layer, the likeliest first. `linear` prepares a linear layer. Raises Unsupported if there is none."""
+    attention = _attention(attention_of(layer), config, linear)
+    mlp = _mlp(_child(layer, *_MLP), linear)
     width = attention.out.out_features
     given = {
         name: norm_of(module, width)
@@ -186,7 +186,8 @@ def norm_of(module: nn.Module, width: int) -> Norm:
     """A norm of `width` values, recognised by what it computes in float32. Raises Unsupported for anything else."""
     if list(module.children()) or not set(dict(module.named_parameters())) <= {"weight", "bias"}:
         raise Unsupported
-    weight, bias = (None if (x := getattr(module, name, None)) is None else x.detach().float() for name in ("weight", "bias"))
+    own = [getattr(module, name, None) for name in ("weight", "bias")]
+    weight, bias = (None if x is None else x.detach().float().cpu() for x in own)
     if any(x is not None and x.shape != (width,) for x in (weight, bias)):
         raise Unsupported
     eps = next((value for name in ("variance_epsilon", "eps") if (value := getattr(module, name, None)) is not None), None)
@@ -194,7 +195,7 @@ def norm_of(module: nn.Module, width: int) -> Norm:
     x[1] *= 30
     x[2] *= 1e-3  # where eps counts
     try:
-        expected = copy.deepcopy(module).float()(x)
+        expected = copy.deepcopy(module).cpu().float()(x)
     except Exception as e:
         raise Unsupported from e
     weights = [weight] if weight is None else [weight, weight + 1]
@@ -219,7 +220,7 @@ def _activation(module) -> str:
     raise Unsupported
 
 
-def _attention(module: nn.Module, config) -> Attention:
+def _attention(module: nn.Module, config, linear: Callable) -> Attention:
     names = {name for name, child in module.named_children() if not isinstance(child, nn.Dropout)}
     out_name = next((name for name in ("o_proj", "dense", "c_proj", "out_proj") if name in names), None)
     whole = next((name for name in ("qkv_proj", "query_key_value", "c_attn") if name in names), None)
@@ -228,16 +229,16 @@ def _attention(module: nn.Module, config) -> Attention:
     known = norms | {out_name, whole} | ({"q_proj", "k_proj", "v_proj"} if separate else set()) | {"rotary_emb"}
     if out_name is None or separate == bool(whole) or not names <= known:
         raise Unsupported
-    out = linear_of(getattr(module, out_name))
+    out = linear(getattr(module, out_name))
     heads = config.num_attention_heads
     head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if separate:
-        projections = {part: linear_of(getattr(module, f"{part}_proj")) for part in "qkv"}
+        projections = {part: linear(getattr(module, f"{part}_proj")) for part in "qkv"}
         heads, kv_heads = (projections[part].out_features // head_dim for part in "qk")
         widths = [projections[part].out_features for part in "qkv"]
     else:
-        projections = {"qkv": linear_of(getattr(module, whole))}
+        projections = {"qkv": linear(getattr(module, whole))}
         widths = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
         if projections["qkv"].out_features != sum(widths):
             raise Unsupported
@@ -281,7 +282,7 @@ def _width(module: nn.Module) -> int | None:
 _PLAIN = (("fc1", "fc2"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"), ("up_proj", "down_proj"))
 
 
-def _mlp(module: nn.Module) -> Mlp:
+def _mlp(module: nn.Module, linear: Callable) -> Mlp:
     children = {name: child for name, child in module.named_children() if not isinstance(child, nn.Dropout)}
     act = next((children.pop(name) for name in ("act_fn", "activation_fn", "act", "activation") if name in children), None)
     if act is None:
@@ -291,12 +292,12 @@ def _mlp(module: nn.Module) -> Mlp:
     names = set(children)
     plain = next((pair for pair in _PLAIN if set(pair) == names), None)
     if names == {"gate_proj", "up_proj", "down_proj"}:
-        projections = {"gate": linear_of(children["gate_proj"]), "up": linear_of(children["up_proj"])}
-        down = linear_of(children["down_proj"])
+        projections = {"gate": linear(children["gate_proj"]), "up": linear(children["up_proj"])}
+        down = linear(children["down_proj"])
     elif names == {"gate_up_proj", "down_proj"}:
-        projections, down = {"gate_up": linear_of(children["gate_up_proj"])}, linear_of(children["down_proj"])
+        projections, down = {"gate_up": linear(children["gate_up_proj"])}, linear(children["down_proj"])
     elif plain:
-        projections, down = {"gate": linear_of(children[plain[0]])}, linear_of(children[plain[1]])
+        projections, down = {"gate": linear(children[plain[0]])}, linear(children[plain[1]])
     else:
         raise Unsupported
     width = down.in_features

@@ -10,8 +10,12 @@ import qcli
 from qcli.generation import decode
 from qcli.generation import graph as decode_graph
 from qcli.generation import step as decode_step
+from qcli.generation.op_step import OpStep
 from tests.captures import CASES, GREEDY, SAMPLED, ours, small, theirs
 from tests.conftest import ROOT
+from tests.generation.test_op_step import ours as by_ops
+from tests.lean_models import MODELS, prompt_of
+from tests.lean_models import small as layered
 
 DEMO = ROOT / "examples" / "demo-model"
 
@@ -102,6 +106,16 @@ def test_a_cuda_graph_says_what_transformers_says(name, monkeypatch):
     options = GREEDY | {"max_new_tokens": 24, "eos_token_id": None}
     for prompt in ([5], list(range(1, 20))):
         assert ours(model, prompt, decode_graph.capture_for(model), **options) == theirs(model, prompt, **options)
+
+
+@GPU
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cuda_graph_of_ops_says_what_transformers_says(name, monkeypatch):
+    monkeypatch.setattr(decode_step, "SPAN", 16)
+    model, options = layered(name, **MODELS[name]).cuda(), {"max_new_tokens": 40, "do_sample": False}
+    for ids in (prompt_of(13).cuda(), prompt_of(1).cuda()):
+        expected = theirs(model, ids[0].tolist(), eos_token_id=None, pad_token_id=0, **options)
+        assert by_ops(model, ids, OpStep(model), decode_graph.capture_for(model), **options) == expected
 
 
 @GPU

@@ -40,7 +40,7 @@ def test_an_int8_cache_is_what_evaluate_rounds(name, monkeypatch):
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
 def test_a_long_cache_takes_the_memory_that_is_estimated(name, kv_dtype):
     model = small(name, torch.bfloat16, **MODELS[name])
-    caches = lean.Lean(model, kv_int8=kv_dtype == "int8")._caches(32_768, torch.int8 if kv_dtype else torch.bfloat16)
+    caches = lean.Lean(model, kv_int8=kv_dtype == "int8").caches(32_768, torch.int8 if kv_dtype else torch.bfloat16)
     estimated = cache(ModelConfig(model.config.to_dict(), "small"), 32_768, kv_dtype=kv_dtype)
     windows = sum(window > 0 for window in caches.windows)
     row = sum(x[:, 0].nbytes for x in caches.layers[0].tensors)

@@ -342,7 +342,7 @@ def test_layers_with_angles_of_their_own_keep_them():
     stepped = lean.Lean(model)
     with torch.inference_mode():
         stepped.prefill(prompt_of(12), 40)
-        tables = stepped._tables(300)
+        tables = stepped.tables(300)
         for kind, (cos, _) in zip(model.config.layer_types, tables):
             expected = model.model.rotary_emb(torch.zeros(1), torch.arange(300)[None], kind)[0][0]
             assert torch.equal(cos, expected)
