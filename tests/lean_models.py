@@ -94,5 +94,5 @@ def theirs(model, ids, **options) -> list[int]:
 def ours(model, ids, stepped=None, **options) -> list[int]:
     made: list[int] = []
     stepped = stepped or lean.Lean(model)
-    lean.generate(model, ids, stepped, made.append, eos_token_id=None, pad_token_id=0, **options)
+    lean.generate(model, ids, stepped, made.append, lambda: None, eos_token_id=None, pad_token_id=0, **options)
     return made

@@ -54,24 +54,29 @@ def choose(
     that rotate do it in the same way, which is found on the first few. A layer with tables may still not rotate (SmolLM3).
     """
 
-    def errors(i: int, rope: str | None) -> tuple[float, Block | None]:
-        blocks = [block for block in readings[i] if block.attention.rope == rope]
-        found = [(_error(block, i, seen, caches, tables, start, tolerance, run_layer), block) for block in blocks]
-        return min(found, key=lambda each: each[0], default=(float("inf"), None))
+    def differing(i: int, rope: str | None) -> float:
+        """How far attention is from that of layer i."""
+        block = next(block for block in readings[i] if block.attention.rope == rope)
+        if (i, rope) not in known:
+            known[i, rope] = _error(block, i, seen, caches, tables, start, tolerance, run_layer, attention_only=True)
+        return known[i, rope]
 
+    known: dict[tuple[int, str | None], float] = {}
     turning = [i for i in range(len(readings)) if tables[i] is not None]
     kinds = [rope for rope in ROPES if rope is not None]
-    tried = {rope: [errors(i, rope)[0] for i in turning[:_LAYERS]] for rope in kinds if turning}
+    tried = {rope: [differing(i, rope) for i in turning[:_LAYERS]] for rope in kinds if turning}
     # The number of layers with an error that is not clearly larger than the best.
     best = [min(column) for column in zip(*tried.values())]
     near = {rope: sum(error <= one / _CLEARLY for error, one in zip(row, best)) for rope, row in tried.items()}
     rope = max(kinds, key=lambda kind: near[kind]) if turning else None
     chosen = []
     for i in range(len(readings)):
-        error, block = errors(i, rope) if tables[i] is not None else (float("inf"), None)
-        plain_error, plain = errors(i, None)
-        if plain is not None and (block is None or plain_error < _CLEARLY * error):
-            error, block = plain_error, plain
+        turns = tables[i] is not None and differing(i, None) >= _CLEARLY * differing(i, rope)
+        error, block = float("inf"), None
+        for each in readings[i]:
+            if each.attention.rope == (rope if turns else None):
+                found = _error(each, i, seen, caches, tables, start, tolerance, run_layer)
+                error, block = min((error, block), (found, each), key=lambda pair: pair[0])
         if block is None or error > 1:
             raise Unsupported
         chosen.append(block)
@@ -79,19 +84,28 @@ def choose(
 
 
 def _error(
-    block: Block, i: int, seen: Seen, caches: Caches, tables: list, start: int, tolerance: Tolerance, run_layer: Callable
+    block: Block,
+    i: int,
+    seen: Seen,
+    caches: Caches,
+    tables: list,
+    start: int,
+    tolerance: Tolerance,
+    run_layer: Callable,
+    attention_only: bool = False,
 ) -> float:
     """How far a reading is from layer i: the larger error of attention's and the layer's output."""
     x, attended, output = (kept[i][0].float() for kept in (seen.inputs, seen.attended, seen.outputs))
     cache = caches.layers[i]
     slots = torch.arange(start, start + len(x)) % cache.capacity
     before = [tensor[:, slots] for tensor in cache.tensors]
-    ours, ours_output = run_layer(block, cache, caches.windows[i], tables[i], x, start)
+    ours, ours_output = run_layer(block, cache, caches.windows[i], tables[i], x, start, attention_only)
     for tensor, rows in zip(cache.tensors, before):  # a wrong reading leaves wrong keys
         tensor[:, slots] = rows
     if block.attention_out is not None:
         attended = _normed(attended, block.attention_out)
-    return max(tolerance.error(ours, attended, attended), tolerance.error(ours_output, output, output - x))
+    error = tolerance.error(ours, attended, attended)
+    return error if attention_only else max(error, tolerance.error(ours_output, output, output - x))
 
 
 def _normed(x: torch.Tensor, how: Norm) -> torch.Tensor:

@@ -54,11 +54,11 @@ class _Streamer:
         self.on_token, self.ends, self.prompt_is_next = on_token, ends, True
         self.token_ids: list[int] = []
         self.started = time.monotonic()
-        self.first_at = self.last_at = self.captured_at = self.refused = None
+        self.first_at = self.last_at = self.ready_at = self.refused = None
 
     def ready(self) -> None:
-        """Called when the step is captured and before the prefill."""
-        self.captured_at = time.monotonic()
+        """Called when the step is made and before the prefill."""
+        self.ready_at = time.monotonic()
 
     def add(self, token: int) -> bool:
         """Records a token. Returns whether it ends the text."""
@@ -215,7 +215,7 @@ class Decoding:
                 f"{type(self.model).__name__} cannot continue this prompt: {first_line(e)}",
                 "QCLI_TRACEBACK=1 shows where it stopped.",
             ) from e
-        started = streamer.captured_at or streamer.started
+        started = streamer.ready_at or streamer.started
         first = streamer.first_at or time.monotonic()
         before = 0 if self.model.config.is_encoder_decoder else len(prompt_ids)
         self._warn_of_length(before + len(streamer.token_ids), "the text")
@@ -225,7 +225,7 @@ class Decoding:
             prefill_seconds=first - started,
             decode_seconds=(streamer.last_at or first) - first,
             finished=bool(streamer.token_ids) and (streamer.token_ids[-1] in self.ends or bool(self.stop and self.stop.met)),
-            capture_seconds=streamer.captured_at and started - streamer.started,
+            capture_seconds=started - streamer.started if step == "captured" else None,
             step=step,
             steps=steps,
             cache_bytes=self.lean.cache_bytes(len(prompt_ids) + len(streamer.token_ids) / 2) if step == "lean" else None,
@@ -289,7 +289,8 @@ class Decoding:
                 streamer.started = time.monotonic()
         elif self.lean is not None:
             try:
-                return "lean", lean.generate(self.model, ids, self.lean, streamer.add, self._useful_draft(), **options)
+                made = lean.generate(self.model, ids, self.lean, streamer.add, streamer.ready, self._useful_draft(), **options)
+                return "lean", made
             except Unsupported:
                 if self.kv_int8:
                     raise self._no_int8_cache() from None

@@ -1,8 +1,8 @@
 """Decoding on a CPU by the lean step (lean_step.py): transformers reads the prompt, then a program makes one token after the other.
 
-The program is made for a model at its first prompt, and compared there with transformers: each layer, the input of the first one,
-and the head, on the last tokens of the prompt, with the keys and values that transformers has stored. A model that differs
-anywhere keeps transformers' step. QCLI_STEP=transformers turns the lean step off.
+The program is made for a model before its first prompt, and compared with transformers: each layer, the input of the first one, and
+the head, on the last of some random tokens, with the keys and values that transformers has stored. A model that differs anywhere
+keeps transformers' step. QCLI_STEP=transformers turns the lean step off.
 """
 
 import os
@@ -14,7 +14,6 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from qcli.errors import UsageError
 from qcli.generation.drafts import Draft
-from qcli.generation.first_prompt import Seen
 from qcli.generation.lean_step import MOST_TOKENS, Caches, LeanStep, run_layer
 from qcli.generation.readings import Readings
 from qcli.generation.step import Unsupported
@@ -23,8 +22,6 @@ from qcli.runtime import cpu
 
 CHOICE = "QCLI_STEP"
 _MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
-_DISTINCT = 6  # different tokens at the end of a text that tells the readings of a layer apart
-_SHORT = 64  # tokens of a prompt that may be read twice
 _BY_STEPS = 2 * MOST_TOKENS  # tokens of a prompt that the step reads sooner than transformers
 ROOM = 256  # positions of a cache at first, beyond the prompt; doubled when they are full
 
@@ -55,44 +52,49 @@ class Lean(Readings):
         self.written = 0  # positions that the cache was written at, those of guesses that were not kept among them
         self.kept = 0  # tokens of the last prompt that were not read, because the cache held them
 
+    def prepare(self) -> None:
+        """Makes the step, at the first call, and compares it with transformers on a text of random tokens.
+
+        On a user's prompt equal tokens would hide differences, and a long one would be read twice if the readings were wrong.
+        Raises Unsupported if no reading agrees.
+        """
+        if self.step is not None:
+            return
+        text = self.random_text()
+        caches = self.caches(text.shape[1], self.dtype)
+        try:
+            with self.watching() as seen:
+                logits = self.read(text, caches)
+            blocks = self.agreeing(seen, text, caches, run_layer)
+            step = LeanStep(self.embed, blocks, self.last_norm(), self.head, self.tables(caches.length), caches)
+            ours = self.finished(step.run_head(seen.outputs[-1][0, -1:].float()))
+        except (AttributeError, LookupError, TypeError, ValueError) as e:  # layers that are called in another way
+            raise Unsupported from e
+        if not self.tolerance.agree(ours, logits):
+            raise Unsupported
+        self.step = step
+
     def prefill(self, ids: torch.Tensor, length: int) -> torch.Tensor:
         """Reads ids int64 [1, tokens]. Returns logits float32 [1, vocabulary] after the last.
 
         transformers reads them, or the step itself where few are new to the cache, as in a conversation. `length` is that of the
-        longest text. Raises Unsupported at the first prompt if the step differs from transformers'.
+        longest text. Raises Unsupported as `prepare`.
         """
+        self.prepare()
         count = ids.shape[1]
         room = max(min(length, count + ROOM), MOST_TOKENS)
         self.length = max(length, MOST_TOKENS)
-        self.kept = 0
-        if self.step is not None:
-            if self.step.caches.dtype != self.kv_dtype:
-                self.step.record(self.caches(room, self.kv_dtype), self.tables(room))
-                self.text, self.written = [], 0
-            kept = self._kept(ids[0].tolist())
-            if not self.mixes and (count - kept <= _BY_STEPS or 2 * (count - kept) <= count):
-                self.kept = kept
-                for start in range(kept, count, MOST_TOKENS):
-                    logits = self.run(ids[0, start : start + MOST_TOKENS], start)
-                return logits[-1:]
-            if self.step.caches.length < count:
-                self.step.record(self.caches(room, self.kv_dtype), self.tables(room))
+        self.kept = self._kept(ids[0].tolist())
+        new = count - self.kept
+        by_steps = not self.mixes and (new <= _BY_STEPS or 2 * new <= count)
+        if not self.text or (not by_steps and self.step.caches.length < count):
+            self.step.record(self.caches(room, self.kv_dtype), self.tables(room))
+        if not by_steps:
+            self.kept = 0
             return self._read(ids, self.step.caches)
-        distinct = len(ids[0, -MOST_TOKENS:].unique())
-        if self.kv_dtype == self.dtype and distinct >= _DISTINCT and count <= _SHORT:
-            caches = self.caches(room, self.kv_dtype)
-            with self.watching() as seen:
-                logits = self._read(ids, caches)
-            self._check(seen, ids, caches, logits)
-            return logits
-        # Attention to equal keys and values is the same in any order, a rounded cache is not transformers', and a long prompt would
-        # be read twice if the readings were wrong. Another text and another cache tell them apart.
-        text = self.random_text()
-        others = self.caches(text.shape[1], self.dtype)
-        with self.watching() as seen:
-            logits = self._read(text, others)
-        self._check(seen, text, others, logits)
-        return self.prefill(ids, length)
+        for start in range(self.kept, count, MOST_TOKENS):
+            logits = self.run(ids[0, start : start + MOST_TOKENS], start)
+        return logits[-1:]
 
     def _kept(self, text: list[int]) -> int:
         """How many tokens at the beginning of `text` the cache holds; at least the last token is to be read."""
@@ -127,22 +129,20 @@ class Lean(Readings):
         self.text, self.written = ids[0].tolist(), ids.shape[1]
         return logits
 
-    def _check(self, seen: Seen, ids: torch.Tensor, caches: Caches, logits: torch.Tensor) -> None:
-        """Makes the step from the readings that agree with what transformers did. Raises Unsupported."""
-        try:
-            blocks = self.agreeing(seen, ids, caches, run_layer)
-            self.step = LeanStep(self.embed, blocks, self.last_norm(), self.head, self.tables(caches.length), caches)
-            ours = self.finished(self.step.run_head(seen.outputs[-1][0, -1:].float()))
-        except (AttributeError, LookupError, TypeError, ValueError) as e:  # layers that are called in another way
-            raise Unsupported from e
-        if not self.tolerance.agree(ours, logits):
-            raise Unsupported
 
-
-def generate(model, ids: torch.Tensor, lean: Lean, on_token: Callable[[int], object], draft: Draft | None = None, **options) -> int:
+def generate(
+    model,
+    ids: torch.Tensor,
+    lean: Lean,
+    on_token: Callable[[int], object],
+    ready: Callable[[], None],
+    draft: Draft | None = None,
+    **options,
+) -> int:
     """Continues ids int64 [1, tokens] by transformers' rules for `options`, arguments of its `generate`.
 
-    `on_token` is called with each new id. Raises Unsupported before its first call. Returns the number of steps after the prompt.
+    `on_token` is called with each new id, `ready` when the step is made and before the prompt is read. Raises Unsupported before
+    their first call. Returns the number of steps after the prompt.
     """
     steps = 0
 
@@ -151,6 +151,8 @@ def generate(model, ids: torch.Tensor, lean: Lean, on_token: Callable[[int], obj
         if generation_config.get_generation_mode() not in _MODES or len(input_ids) != 1 or generation_config.use_cache is False:
             raise Unsupported
         length, text = generation_config.max_length, input_ids[0].tolist()
+        lean.prepare()
+        ready()
         logits = lean.prefill(input_ids, length)
         guessing = draft is not None and draft.begin(text, length)
         guessed: list[int] = []

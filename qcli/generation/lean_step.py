@@ -124,6 +124,7 @@ class LayerOps:
         attended = self._attention(read, cache, window, tables)
         if block.attention_out is not None:
             self._norm(attended, block.attention_out)
+        self.of_attention = len(self.ops)
         if block.parallel:
             if block.mlp_in is not None:
                 read = add_and_norm(self.ops, hidden, Added([]), block.mlp_in, buffers, "second")
@@ -214,16 +215,18 @@ def laid_out(table, rope: str | None, known: dict):
 
 
 def run_layer(
-    block: Block, cache: LayerCache, window: int, table, x: torch.Tensor, start: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    block: Block, cache: LayerCache, window: int, table, x: torch.Tensor, start: int, attention_only: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What attention yields (after its norm, if it has one) and the layer's output, float32 [tokens, hidden_size], for x of that
-    shape, whose first token has the position `start`."""
+    shape, whose first token has the position `start`. With `attention_only` the rest is not run, and there is no output."""
     tokens, buffers = len(x), Buffers()
     hidden = buffers("hidden", block.attention.out.out_features)
     hidden[:tokens] = x
     layer = LayerOps(block, cache, window, laid_out(table, block.attention.rope, {}), buffers, hidden, Added([]))
-    Program(layer.ops).run(tokens, start)
+    Program(layer.ops[: layer.of_attention] if attention_only else layer.ops).run(tokens, start)
     attended = buffers("attention", hidden.shape[1])[:tokens]
+    if attention_only:
+        return attended, None
     return attended, hidden[:tokens] + layer.after.factor * sum(tensor[:tokens] for tensor in layer.after.tensors)
 
 

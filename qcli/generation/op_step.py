@@ -104,22 +104,33 @@ class OpStep(Readings):
 
 
 def run_layer(
-    block: Block, cache: LayerCache, window: int, table, x: torch.Tensor, start: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    block: Block, cache: LayerCache, window: int, table, x: torch.Tensor, start: int, attention_only: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As lean_step.run_layer, by ops."""
-    where = torch.tensor(start, device=x.device)
-    table = laid_out(table, block.attention.rope, {})
-    stored = cache.keys, cache.values
-    hidden, after, attended = _layer(_on(x.device, block), window, table, x, Added([]), stored, where, cache.keys.dtype)
+    block, where = _on(x.device, block), torch.tensor(start, device=x.device)
+    table, stored = laid_out(table, block.attention.rope, {}), (cache.keys, cache.values)
+    hidden, after, attended = _layer(block, window, table, x, Added([]), stored, where, cache.keys.dtype, attention_only)
+    if attention_only:
+        return attended.float(), None
     return attended.float(), hidden + after.factor * sum(tensor.float() for tensor in after.tensors)
 
 
 def _layer(
-    block: Block, window: int, table, hidden: torch.Tensor, before: Added, cache: tuple, start: torch.Tensor, dtype: torch.dtype
+    block: Block,
+    window: int,
+    table,
+    hidden: torch.Tensor,
+    before: Added,
+    cache: tuple,
+    start: torch.Tensor,
+    dtype: torch.dtype,
+    attention_only: bool = False,
 ) -> tuple[torch.Tensor, Added, torch.Tensor]:
     """hidden float32 [tokens, hidden_size] with `before` added, what this layer leaves to be added, and what attention yields."""
     hidden, read = _add_and_norm(hidden, before, block.attention_in, dtype)
     attended = _normed(_attention(block.attention, window, table, read, cache, start), block.attention_out)
+    if attention_only:
+        return hidden, Added([attended]), attended
     if block.parallel:
         if block.mlp_in is not None:
             _, read = _add_and_norm(hidden, Added([]), block.mlp_in, dtype)

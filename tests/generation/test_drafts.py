@@ -47,7 +47,7 @@ def test_guesses_do_not_change_the_text(name, rules, monkeypatch):
     torch.manual_seed(3)
     with torch.inference_mode():
         steps = lean.generate(
-            model, prompt_of(9), lean.Lean(model), made.append, oracle, eos_token_id=None, pad_token_id=0, **options
+            model, prompt_of(9), lean.Lean(model), made.append, lambda: None, oracle, eos_token_id=None, pad_token_id=0, **options
         )
     assert made == expected and steps < 40
     assert {(7, 7), (7, 0), (7, 2), (0, 0)} <= set(oracle.heard)
@@ -77,7 +77,7 @@ def test_a_draft_model_follows_the_text(tokens):
         for guesser, fewest, most in ((model, 7, 9), (other, 25, 49)):
             made: list[int] = []
             draft = drafts.DraftModel(lean.Lean(guesser))
-            steps = lean.generate(model, prompt_of(tokens), lean.Lean(model), made.append, draft, **options)
+            steps = lean.generate(model, prompt_of(tokens), lean.Lean(model), made.append, lambda: None, draft, **options)
             assert made == expected and fewest <= steps <= most
 
 
@@ -108,7 +108,15 @@ def test_a_draft_with_fewer_positions_stops_guessing():
         draft = drafts.DraftModel(lean.Lean(little), 32)
         with torch.inference_mode():
             lean.generate(
-                model, prompt_of(tokens), lean.Lean(model), made.append, draft, eos_token_id=None, pad_token_id=0, **options
+                model,
+                prompt_of(tokens),
+                lean.Lean(model),
+                made.append,
+                lambda: None,
+                draft,
+                eos_token_id=None,
+                pad_token_id=0,
+                **options,
             )
         assert made == expected
 
