@@ -27,6 +27,7 @@ _SEEN = "tests/test_private_names.py::test_torch_tells_who_watches_a_call"
 _FLOAT32 = "tests/formats/test_architectures.py::test_float16_keeps_float32_where_transformers_does"
 _REPLACED = "tests/nn/test_nn.py::test_tensors_that_are_replaced_or_changed_are_noticed"
 _INT8_CACHE = "tests/evaluation/test_evaluate.py::test_an_int8_cache_is_compared_with_the_model"
+_TIED = "tests/loading/test_head.py::test_a_model_with_a_quantized_head_computes_what_is_stored"
 _READ = "tests/generation/test_lean.py::test_a_model_that_computes_something_else_is_found_out"
 _LOADER = "transformers.core_model_loading"
 
@@ -103,7 +104,7 @@ PRIVATE = (
     ),
     Private(
         "transformers.cache_utils.DynamicSlidingWindowLayer",
-        ("generation/graph.py", "generation/lean.py"),
+        ("generation/graph.py", "generation/readings.py"),
         _KINDS,
         "a layer that a step knows, and its window",
     ),
@@ -157,6 +158,19 @@ PRIVATE = (
     ),
     Private("torch.nn.Module: _parameters", ("nn/_fast_path.py",), _REPLACED, "a module's own tensors, sooner"),
     Private("torch.nn.Module: _buffers", ("nn/_fast_path.py",), _REPLACED, "likewise"),
+    Private("torch.nn.Module: _parameters", ("nn/quantized_embedding.py",), _TIED, "tensors that an embedding has with its weight"),
+    Private(
+        "torch.nn.Module: _buffers",
+        ("nn/quantized_embedding.py", "loading/transformers_quantizer.py"),
+        _TIED,
+        "likewise, and those that are tied",
+    ),
+    Private(
+        "transformers.PreTrainedModel: all_tied_weights_keys",
+        ("checkpoint/modules.py", "loading/transformers_quantizer.py", "streaming/skeleton.py"),
+        _TIED,
+        "which parameters are one",
+    ),
     Private("torch.nn.Module: _non_persistent_buffers_set", ("streaming/units.py",), _STREAMING, "buffers that no file holds"),
     Private("torch._C._len_torch_dispatch_stack", ("runtime/cpu.py",), _SEEN, "whether a mode sees the call"),
     Private("torch._C._len_torch_function_stack", ("runtime/cpu.py",), _SEEN, "likewise"),

@@ -19,7 +19,7 @@ from qcli.generation.lean import CHOICE
 from qcli.generation.lean_step import Added, LayerCache, laid_out
 from qcli.generation.readings import Readings
 from qcli.generation.step import Unsupported
-from qcli.generation.structure import Attention, Block, Mlp, Norm
+from qcli.generation.structure import Attention, Block, Mlp, Norm, hooked
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.ops.activate import activate
 from qcli.ops.attend import attend
@@ -41,7 +41,7 @@ class Product:
 
 def product(module: nn.Module) -> Product:
     """Raises Unsupported for anything that computes more than a linear layer."""
-    if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__:
+    if hooked(module):
         raise Unsupported
     if isinstance(module, Conv1D):
         return Product(module, *module.weight.shape)

@@ -157,9 +157,14 @@ def _child(module: nn.Module, *names: str) -> nn.Module:
     raise Unsupported
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether hooks may change what the module gets or gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__)
+
+
 def linear_of(module: nn.Module):
     """A linear layer, prepared for the step. Raises Unsupported for anything that computes more, or has no kernel."""
-    if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__:
+    if hooked(module):
         raise Unsupported
     if isinstance(module, FastPath):
         return module.for_few_tokens()
