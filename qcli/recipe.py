@@ -102,7 +102,7 @@ def recipe_of(value: dict[str, Any], label: str) -> Recipe:
         if not (isinstance(rule, list) and len(rule) == 2 and isinstance(rule[0], str) and isinstance(rule[1], dict)):
             raise CheckpointError(f"{where} is {shown(rule)}, expected a list of a glob and an object with a method", _HINT)
         rules.append((rule[0], _choice(rule[1], f"{where} ({rule[0]})")))
-    head = _choice(value["head"], f"{label}: head") if value.get("head") else None
+    head = _choice(value["head"], f"{label}: head") if value.get("head") is not None else None
     head = None if head is None or head.keeps else head
     return Recipe(_choice(value["default"], f"{label}: default"), tuple(rules), head, value.get("format"))
 

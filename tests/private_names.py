@@ -104,7 +104,7 @@ PRIVATE = (
     ),
     Private(
         "transformers.cache_utils.DynamicSlidingWindowLayer",
-        ("generation/graph.py", "generation/readings.py"),
+        ("generation/graph.py", "generation/recognized.py"),
         _KINDS,
         "a layer that a step knows, and its window",
     ),

@@ -20,7 +20,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Head:
+class OutputHead:
     """The output head of a language model, which predicts tokens: y = x W^T with W [vocabulary, hidden_size].
 
     `linear` is the stored weight. If the head is `tied` to the embedding, one of the two is stored, and `linear.module` is the one.
@@ -60,7 +60,7 @@ class Layout:
     misshaped: dict[str, tuple] = field(default_factory=dict)  # tensor name -> (stored shape, the model's shape)
     unknown: set[str] = field(default_factory=set)  # tensors that do not belong to the model
     linear_kinds: list[str] = field(default_factory=list)  # class names of linear modules, converted or not
-    head: Head | None = None  # None where none could be quantized
+    head: OutputHead | None = None  # None where none could be quantized
     no_head: str = "its modules are known by name and shape alone"  # why not, after "no head can be quantized: "
     expert_parameters: int = 0  # count in fused 3-D expert tensors, which are not Linear modules
     notes: list[str] = field(default_factory=list)

@@ -5,13 +5,14 @@ bitsandbytes checkpoint may be quantized. For an architecture that transformers 
 the plan says so.
 """
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from qcli.checkpoint.config_json import for_transformers
-from qcli.checkpoint.layout import Head, Layout, Linear
+from qcli.checkpoint.layout import Layout, Linear, OutputHead
 from qcli.checkpoint.names import may_be_linear
 from qcli.errors import CheckpointError
 
@@ -174,7 +175,7 @@ def model_layout(source, model_class, config, weight_name: Callable[[str], str] 
     return layout
 
 
-def _head(model, stored: Mapping[str, str], groups: Mapping[str, set[str]]) -> Head | str:
+def _head(model, stored: Mapping[str, str], groups: Mapping[str, set[str]]) -> OutputHead | str:
     """The head of a transformers model, or why none can be quantized. `stored` maps parameters to the tensors that are them,
     `groups` is of `tied_groups`."""
     from torch import nn
@@ -188,7 +189,11 @@ def _head(model, stored: Mapping[str, str], groups: Mapping[str, set[str]]) -> H
     if type(head) is not nn.Linear:
         return f"it is a {type(head).__name__}, expected a Linear"
     names = {id(module): name for name, module in model.named_modules()}
-    module, other = names[id(head)], names[id(embedding)]
+    module, other = names.get(id(head)), names.get(id(embedding))
+    if module is None or other is None:
+        return "it is no module of the model"
+    if f"{module.rpartition('.')[2]}.weight.dtype" in _forward_source(model):
+        return "the model casts what it reads to the dtype of its weight"
     weights = [f"{module}.weight", f"{other}.weight"]
     group = groups.get(weights[0], {weights[0]})
     tied = weights[1] in group
@@ -199,7 +204,14 @@ def _head(model, stored: Mapping[str, str], groups: Mapping[str, set[str]]) -> H
         return f"it is tied to a {type(embedding).__name__}" if head.bias is None else "it is tied, and has a bias"
     if len(found) != 1:
         return "the embedding that it is tied to is stored beside it" if found else "its weight is not stored by itself"
-    return Head(Linear(stored[found[0]], found[0].removesuffix(".weight"), *head.weight.shape), module, other, tied)
+    return OutputHead(Linear(stored[found[0]], found[0].removesuffix(".weight"), *head.weight.shape), module, other, tied)
+
+
+def _forward_source(model) -> str:
+    try:
+        return inspect.getsource(type(model).forward)
+    except (OSError, TypeError):  # code without a file
+        return ""
 
 
 def lookup_scale(module, dtype) -> float | None:

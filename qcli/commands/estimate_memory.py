@@ -78,7 +78,7 @@ def estimate_memory(
             "explain": explain,
             "plot": plot,
         }
-        for name in (name for name, value in others.items() if value):
+        for name in (name for name, value in others.items() if value not in (None, False, [])):
             raise UsageError(f"--{name} was given with --table", f"Leave out --{name}, or name one model without --table.")
         _table(models or [], gpu or [], json)
         return

@@ -41,7 +41,9 @@ def generate(
     ] = None,
     head: Annotated[
         int | None,
-        typer.Option(help="With --bits or --method: bits of the output head, 16, 8 or 4. Default 16.", show_default=False),
+        typer.Option(
+            help="With --bits, --method or --recipe: bits of the output head, 16, 8 or 4. Default 16.", show_default=False
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,

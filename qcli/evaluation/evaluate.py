@@ -63,6 +63,10 @@ def evaluate(
     for option, given in (("--kv-dtype", kv_dtype), ("--head", of_head)):
         if given is not None and methods is not None:
             raise UsageError(f"{option} and --methods were both given", "Leave out one of them.")
+        if given is not None and speed:
+            raise UsageError(
+                f"{option} and --speed were both given", "Leave out one of them: qcli generate times a model as it is run."
+            )
     chosen = schemes.chosen(methods) if methods is not None else []
     running = {"device": device, "trust_remote_code": trust_remote_code}
     computing = "float32" if chosen and dtype == "auto" else dtype
@@ -177,7 +181,7 @@ def _measured(skeletons: Sequence[Skeleton], label: str, of_head: Choice | None,
 
 def _saved_by_head(skeleton: Skeleton, choice: Choice) -> int:
     """What a quantized head changes in the bytes of a checkpoint: a number below zero."""
-    linear = skeleton.layout.head.linear
+    linear = skeleton.output_head.linear
     stored = skeleton.source.tensors[linear.tensor]
     weight = Weight(linear.tensor, linear.out_features, linear.in_features, stored.dtype)
     return formats.stored_bytes(made(choice).scheme, weight) - stored.nbytes

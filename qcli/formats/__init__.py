@@ -68,6 +68,8 @@ class Format(Protocol):
 
     name: str
     """What `format` of a recipe takes and the model card says; `quant_method` of config.json."""
+    layout: str
+    """The name of the format whose modules (qcli/nn) run its weights: its own, or that of one with the same tensors."""
 
     def refuses(self, scheme: Scheme) -> str | None:
         """Why it cannot hold `scheme`, as a sentence; None where it can."""
@@ -174,7 +176,9 @@ def holding(schemes: Sequence[Scheme], wanted: str | None = None, head: Scheme |
         else:
             of_head.append(reason)
     if head is not None and of_head:
-        raise UsageError(f"the head cannot be {head.name} beside the rest: {'; '.join(of_head)}", "Leave out --head.")
+        raise UsageError(
+            f"the head cannot be {head.name} beside the rest: {'; '.join(of_head)}", "Leave out --head, or the recipe's head."
+        )
     hint = "qcli evaluate --methods measures what no format holds."
     if not wanted and all(any(each.refuses(scheme) is None for each in all_formats()) for scheme in schemes):
         hint = "No format holds all of these methods together: give every module a method of the same format, see docs/methods.md."

@@ -66,7 +66,7 @@ _QUANT_STATE: Mapping[str, Kind | Required] = {
 class Bitsandbytes:
     """See the module and qcli.formats.Format."""
 
-    name = "bitsandbytes"
+    name = layout = "bitsandbytes"
 
     def refuses(self, scheme: Scheme) -> str | None:
         is_4bit = scheme.share == "flat" and scheme.codebook in _CODEBOOKS
@@ -254,7 +254,7 @@ def _read_8bit(config: Mapping[str, Any], source: "Source", linear: Linear, shap
             raise Problem(f"{row_format} is {list(data[:8])}, and only {_ROW_FORMAT}, plain rows, is read")
     threshold = config.get("llm_int8_threshold")
     scheme = replace(NAMED["llm-int8"], threshold=PAPER_THRESHOLD if threshold is None else float(threshold))
-    return Stored(Bitsandbytes.name, scheme, linear.out_features, linear.in_features, present(source, names))
+    return Stored(Bitsandbytes.layout, scheme, linear.out_features, linear.in_features, present(source, names))
 
 
 def _read_4bit(config: Mapping[str, Any], source: "Source", linear: Linear, codebook: str) -> Stored:
@@ -280,7 +280,7 @@ def _read_4bit(config: Mapping[str, Any], source: "Source", linear: Linear, code
     names = {"weight": tensor, **{f"weight_{p}": f"{tensor}.{p}" for p in _HELD_4BIT}}
     compute = str(config.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
     shape, offset = (linear.out_features, linear.in_features), state.get("nested_offset")
-    return Stored(Bitsandbytes.name, scheme, *shape, present(source, names), offset, compute)
+    return Stored(Bitsandbytes.layout, scheme, *shape, present(source, names), offset, compute)
 
 
 def _check_4bit(source: "Source", tensor: str, scheme: Scheme, count: int) -> None:

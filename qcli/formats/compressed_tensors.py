@@ -53,7 +53,7 @@ _FLOATS = tuple(CODES[name] for name in MODEL_DTYPES)
 class CompressedTensors:
     """See the module and qcli.formats.Format."""
 
-    name = "compressed-tensors"
+    name = layout = "compressed-tensors"
 
     def refuses(self, scheme: Scheme) -> str | None:
         if scheme.share != "group" or scheme.bits not in (4, 8) or scheme.codebook or scheme.activations:

@@ -56,6 +56,10 @@ class _Streamer:
         self.started = time.monotonic()
         self.first_at = self.last_at = self.ready_at = self.refused = None
 
+    def restart(self) -> None:
+        """Called when another way is tried, before any token."""
+        self.started, self.ready_at = time.monotonic(), None
+
     def ready(self) -> None:
         """Called when the step is made and before the prefill."""
         self.ready_at = time.monotonic()
@@ -283,10 +287,11 @@ class Decoding:
             if self.ops is None:
                 self.ops = op_step(self.model) or False
             try:
-                decode_graph.generate(self.model, ids, capture, streamer.add, streamer.ready, self.ops or None, **options)
+                by_ops = decode_graph.generate(self.model, ids, capture, streamer.add, streamer.ready, self.ops or None, **options)
+                self.ops = by_ops and self.ops
                 return "captured", None
             except Unsupported:
-                streamer.started = time.monotonic()
+                streamer.restart()
         elif self.lean is not None:
             try:
                 made = lean.generate(self.model, ids, self.lean, streamer.add, streamer.ready, self._useful_draft(), **options)
@@ -295,7 +300,7 @@ class Decoding:
                 if self.kv_int8:
                     raise self._no_int8_cache() from None
                 self.lean = None
-                streamer.started = time.monotonic()
+                streamer.restart()
         self._useful_draft()
         self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
         return "transformers", None

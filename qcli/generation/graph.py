@@ -107,13 +107,14 @@ def _rope_types(parameters) -> set[str]:
     return found.union(*(_rope_types(value) for value in parameters.values()))
 
 
-def generate(model, ids: torch.Tensor, capture: Capture, on_token: Callable[[int], bool], ready: Step, ops=None, **options) -> None:
+def generate(model, ids: torch.Tensor, capture: Capture, on_token: Callable[[int], bool], ready: Step, ops=None, **options) -> bool:
     """Continues ids int64 [1, tokens] by transformers' rules for `options`, arguments of its `generate`.
 
     `on_token` is called with each new id and returns whether it was the last. `ready` is called when the step is captured and
     before the prompt is read. `ops` is the OpStep that runs the layers, if it can be captured; None leaves them to transformers.
-    Raises Unsupported before the first call of `on_token`.
+    Raises Unsupported before the first call of `on_token`. Returns whether the ops were captured.
     """
+    by_ops = ops is not None
 
     def decode(_, input_ids, *, logits_processor, stopping_criteria, generation_config, **inputs):
         if not _RULES.issuperset(map(type, logits_processor)) or not _STOPS.issuperset(map(type, stopping_criteria)):
@@ -123,13 +124,14 @@ def generate(model, ids: torch.Tensor, capture: Capture, on_token: Callable[[int
         if generation_config.use_cache is False or generation_config.max_length > _LONGEST:
             raise Unsupported
         count, length = input_ids.shape[1], generation_config.max_length
+        nonlocal by_ops
         rest = model, count, length, logits_processor, generation_config.do_sample, capture
         try:
             decoder = Decoder(*rest, ops)
         except Unsupported:
             if ops is None:
                 raise
-            decoder = Decoder(*rest)
+            by_ops, decoder = False, Decoder(*rest)
         ready()
         keep = {name: value for name, value in inputs.items() if name == "logits_to_keep"}
         _run(decoder, input_ids, length - count, on_token, keep)
@@ -138,6 +140,7 @@ def generate(model, ids: torch.Tensor, capture: Capture, on_token: Callable[[int
     if not supported(model):
         raise Unsupported
     model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=decode, **options)
+    return by_ops
 
 
 def _run(decoder: Decoder, ids: torch.Tensor, limit: int, on_token: Callable[[int], bool], keep: dict) -> None:

@@ -1,4 +1,4 @@
-"""Decoding on a CPU by the lean step (lean_step.py): transformers reads the prompt, then a program makes one token after the other.
+"""Decoding on a CPU by the lean step (lean_step.py): a program makes one token after the other. transformers reads long prompts.
 
 The program is made for a model before its first prompt, and compared with transformers: each layer, the input of the first one, and
 the head, on the last of some random tokens, with the keys and values that transformers has stored. A model that differs anywhere
@@ -15,7 +15,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from qcli.errors import UsageError
 from qcli.generation.drafts import Draft
 from qcli.generation.lean_step import MOST_TOKENS, Caches, LeanStep, run_layer
-from qcli.generation.readings import Readings
+from qcli.generation.recognized import Recognized
 from qcli.generation.step import Unsupported
 from qcli.generation.structure import linear_of
 from qcli.runtime import cpu
@@ -36,7 +36,7 @@ def wanted(model) -> bool:
     return all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
 
 
-class Lean(Readings):
+class Lean(Recognized):
     """The lean step of one model, for one text after the other.
 
     With `kv_int8` the cache holds int8 with a scale for each key and value of a head: half the memory of 16 bits.
@@ -48,6 +48,7 @@ class Lean(Readings):
         # Whether tokens of a step share a choice, so that guesses would change their logits.
         self.mixes = any(module.few_in_int8 for module in self.rounding)
         self.step: LeanStep | None = None
+        self.refused = False
         self.text: list[int] = []  # whose keys and values the cache holds
         self.written = 0  # positions that the cache was written at, those of guesses that were not kept among them
         self.kept = 0  # tokens of the last prompt that were not read, because the cache held them
@@ -60,6 +61,9 @@ class Lean(Readings):
         """
         if self.step is not None:
             return
+        if self.refused:
+            raise Unsupported
+        self.refused = True  # until it agrees
         text = self.random_text()
         caches = self.caches(text.shape[1], self.dtype)
         try:
@@ -72,7 +76,7 @@ class Lean(Readings):
             raise Unsupported from e
         if not self.tolerance.agree(ours, logits):
             raise Unsupported
-        self.step = step
+        self.step, self.refused = step, False
 
     def prefill(self, ids: torch.Tensor, length: int) -> torch.Tensor:
         """Reads ids int64 [1, tokens]. Returns logits float32 [1, vocabulary] after the last.
@@ -88,6 +92,7 @@ class Lean(Readings):
         new = count - self.kept
         by_steps = not self.mixes and (new <= _BY_STEPS or 2 * new <= count)
         if not self.text or (not by_steps and self.step.caches.length < count):
+            self.text, self.written = [], 0
             self.step.record(self.caches(room, self.kv_dtype), self.tables(room))
         if not by_steps:
             self.kept = 0
@@ -112,9 +117,9 @@ class Lean(Readings):
             length = max(start + len(ids), min(2 * caches.length, self.length))
             self.step.record(caches.stretched(length, start), self.tables(length))
         del self.text[start:]
+        self.written = max(self.written if start else 0, start + len(ids))  # said before it is so: a step may be interrupted
         logits = self.step.run(ids, start)
         self.text += ids.tolist()
-        self.written = max(self.written, start + len(ids))
         return self.finished(logits)
 
     def cache_bytes(self, tokens: float) -> float:
@@ -142,7 +147,7 @@ def generate(
     """Continues ids int64 [1, tokens] by transformers' rules for `options`, arguments of its `generate`.
 
     `on_token` is called with each new id, `ready` when the step is made and before the prompt is read. Raises Unsupported before
-    their first call. Returns the number of steps after the prompt.
+    the first call of `on_token`. Returns the number of steps after the prompt.
     """
     steps = 0
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from qcli.errors import KernelError
 from qcli.generation.lean import CHOICE
 from qcli.generation.lean_step import Added, LayerCache, laid_out
-from qcli.generation.readings import Readings
+from qcli.generation.recognized import Recognized
 from qcli.generation.step import Unsupported
 from qcli.generation.structure import Attention, Block, Mlp, Norm, hooked
 from qcli.nn.quantized_linear import QuantizedLinear
@@ -28,7 +28,7 @@ from qcli.ops.rope_append import rope_append
 
 
 @dataclass(frozen=True)
-class Product:
+class Projection:
     """A linear layer as the readings take it: its sizes, and the call of the module itself."""
 
     module: nn.Module
@@ -39,20 +39,22 @@ class Product:
         return self.module(x)
 
 
-def product(module: nn.Module) -> Product:
+def projection_of(module: nn.Module) -> Projection:
     """Raises Unsupported for anything that computes more than a linear layer."""
     if hooked(module):
         raise Unsupported
     if isinstance(module, Conv1D):
-        return Product(module, *module.weight.shape)
+        return Projection(module, *module.weight.shape)
     if type(module) is not nn.Linear and not isinstance(module, QuantizedLinear):
         raise Unsupported
-    return Product(module, module.in_features, module.out_features)
+    return Projection(module, module.in_features, module.out_features)
 
 
 def op_step(model) -> "OpStep | None":
-    """The step of `model`; None where its layers are not recognised, compute something else, or QCLI_STEP is transformers."""
-    if os.environ.get(CHOICE) == "transformers":
+    """The step of `model`; None where its layers are not recognised, compute something else, or QCLI_STEP is transformers; and for
+    an unquantized model on a GPU, which needs no kernel of ours."""
+    quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
+    if os.environ.get(CHOICE) == "transformers" or not (quantized or model.device.type == "cpu"):
         return None
     try:
         return OpStep(model)
@@ -60,11 +62,11 @@ def op_step(model) -> "OpStep | None":
         return None
 
 
-class OpStep(Readings):
+class OpStep(Recognized):
     """The layers of one model as ops, for the caches of step.py. Raises Unsupported where they differ from transformers'."""
 
     def __init__(self, model):
-        super().__init__(model, product)
+        super().__init__(model, projection_of)
         device, text = model.device, self.random_text().to(model.device)
         caches = self.caches(text.shape[1], self.dtype)
         with torch.inference_mode():

@@ -122,8 +122,8 @@ class Decoder:
                 for layer, keys in zip(self.cache.layers, ops.empty_keys()):
                     layer.lazy_initialization(keys, keys)
             self._capture(prompt_tokens)
-        except (RuntimeError, KernelError) as e:
-            if out_of_memory.is_out_of_memory(e):
+        except (RuntimeError, KernelError, TypeError, ValueError) as e:
+            if out_of_memory.is_out_of_memory(e) or (ops is None and isinstance(e, (TypeError, ValueError))):
                 raise
             raise Unsupported from e
 

@@ -106,7 +106,7 @@ def attention_of(layer: nn.Module) -> nn.Module:
 
 
 def check_config(config) -> None:
-    """Raises Unsupported for a setting that the comparison at the first prompt cannot see."""
+    """Raises Unsupported for a setting that the comparison on a short text cannot see."""
     rope = getattr(config, "rope_parameters", None) or {}
     sets = [rope, *(each for each in rope.values() if isinstance(each, dict))]
     for name in _UNSEEN:

@@ -81,7 +81,7 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
     wanted = methods_of(recipe)[0].scheme.name if recipe else None
     if stored and wanted:
         raise CheckpointError(f"{model} is quantized already", "Leave out --bits and --method.")
-    _check_room(source, wanted, dtype, placement)
+    _check_room(source, wanted, made(recipe.head).scheme.bits if recipe and recipe.head else None, dtype, placement)
     source.fetch_what_runs()
     free = out_of_memory.free_memory(placement.gpus())
     with quiet(), ExitStack() as opened:
@@ -148,8 +148,10 @@ def _check_recipe(recipe: Recipe, layout: Layout, label: str) -> None:
     of_head = made(recipe.head).scheme if recipe.head else None
     tied = layout.head is not None and layout.head.tied
     format = formats.holding([each.scheme for each in methods_of(recipe)], recipe.format, of_head, tied)
-    for linear in layout.quantizable():
-        choice = recipe.choice(linear.module)
+    chosen = [(linear, recipe.choice(linear.module)) for linear in layout.quantizable()]
+    if recipe.head:
+        chosen.append((layout.head.linear, recipe.head))
+    for linear, choice in chosen:
         shape = linear.out_features, linear.in_features
         if not choice.keeps and (reason := format.refuses_shape(made(choice).scheme, *shape)):
             raise UsageError(
@@ -160,7 +162,7 @@ def _check_recipe(recipe: Recipe, layout: Layout, label: str) -> None:
 def check_head(layout: Layout, label: str) -> None:
     """Raises UsageError where no output head can be quantized. `label` names the model."""
     if layout.head is None:
-        raise UsageError(f"{label}: no output head can be quantized: {layout.no_head}", "Leave out --head.")
+        raise UsageError(f"{label}: no output head can be quantized: {layout.no_head}", "Leave out --head, or the recipe's head.")
 
 
 def stored_layout(source: Source, built: type, config) -> Layout:
@@ -179,19 +181,19 @@ def stored_config(source: Source, layout: Layout, dtype: str) -> QcliConfig:
     return QcliConfig(modules=modules, compute_dtype=None if dtype == "auto" else dtype, head=head)
 
 
-def _check_room(source: Source, wanted: str | None, dtype: str, placement: DeviceChoice) -> None:
+def _check_room(source: Source, wanted: str | None, head: int | None, dtype: str, placement: DeviceChoice) -> None:
     """Refuses, before weights are fetched or read, what a single device has no room for. Splits find their own room."""
     if set(placement.device_map) != {""}:
         return
     gpus = placement.gpus()
     if gpus:
-        check_room(source, wanted, dtype, out_of_memory.free_memory(gpus)[gpus[0]][0], "GPU memory")
+        check_room(source, wanted, dtype, out_of_memory.free_memory(gpus)[gpus[0]][0], "GPU memory", head)
         return
     # On a CPU unquantized weights stay in the mapped file, whose pages the system takes back as it needs.
     mapped = wanted is None and not source.quantization and dtype == "auto"
     free = available_memory()
     if free is not None and not mapped:
-        check_room(source, wanted, dtype, free, "memory")
+        check_room(source, wanted, dtype, free, "memory", head)
 
 
 def _keep_activations(label: str, loaded: torch.nn.Module, always: bool) -> None:
@@ -201,7 +203,7 @@ def _keep_activations(label: str, loaded: torch.nn.Module, always: bool) -> None
             f"--no-int8-activations: {label} is not in LLM.int8()", "Leave it out, or add --bits 8 to an unquantized model."
         )
     for module in modules:
-        if always:
+        if always or module is loaded.get_output_embeddings():
             module.activations_in_int8 = False
         else:
             module.few_in_int8 = False

@@ -6,19 +6,23 @@ from qcli.memory.components import STORED, Costs, Setting
 from qcli.memory.model.config import ModelConfig
 from qcli.memory.model.headers import parameters_of
 from qcli.memory.model.opening import Model
+from qcli.memory.model.tensor_rules import with_head
 from qcli.schemes import BY_BITS, NAMED
 from qcli.sizes import format_bytes
 
 CONTEXT = 512  # tokens of cache and activations that have to find room too
 
 
-def costs_of(source: Source, method: str | None, dtype: str) -> Costs | None:
+def costs_of(source: Source, method: str | None, dtype: str, head: int | None = None) -> Costs | None:
     """What `source` takes, quantized by the scheme named `method` while it is read (None: as it is stored), the rest in `dtype` or
-    "auto". None where the estimate does not know the model or cannot make it out: it is for the loader to judge."""
+    "auto". `head` is the bits of a quantized output head. None where the estimate does not know the model or cannot make it out: it
+    is for the loader to judge."""
     try:
         config = ModelConfig(source.config, f"{source.label}/config.json")
         half = config.dtype if dtype == "auto" else dtype
-        model = Model(source.label, config, parameters_of(source, config), "safetensors headers")
+        parameters = parameters_of(source, config)
+        parameters = (with_head(parameters, head) if head else None) or parameters
+        model = Model(source.label, config, parameters, "safetensors headers")
         return Costs(model, method or (STORED if config.quantization else half), half)
     except (CheckpointError, UsageError, ArithmeticError, LookupError, TypeError, ValueError):
         return None
@@ -36,10 +40,10 @@ def fewer_bits(source: Source, method: str | None) -> dict[int, str]:
     return {} if source.quantization else {bits: BY_BITS[bits] for bits in sorted(BY_BITS, reverse=True) if bits < current}
 
 
-def check_room(source: Source, method: str | None, dtype: str, free: int, place: str) -> None:
+def check_room(source: Source, method: str | None, dtype: str, free: int, place: str, head: int | None = None) -> None:
     """Raises DeviceError where `source`, quantized by `method` while it is read, needs more than the `free` bytes of `place` at the
-    least, and says which option would fit. `dtype` is that of what is not quantized, or auto."""
-    costs = costs_of(source, method, dtype)
+    least, and says which option would fit. `dtype` is that of what is not quantized, or auto; `head` as in `costs_of`."""
+    costs = costs_of(source, method, dtype, head)
     needed = _least(costs)
     if costs is None or needed is None or needed <= free:
         return

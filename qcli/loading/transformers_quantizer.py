@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qcli import formats
 from qcli.checkpoint import dtypes
-from qcli.checkpoint.layout import Head, Layout
+from qcli.checkpoint.layout import Layout, OutputHead
 from qcli.checkpoint.modules import lookup_scale
 from qcli.formats import Stored, Weight
 from qcli.loading import out_of_memory
@@ -57,7 +57,7 @@ class QcliConfig(QuantizationConfigMixin):
         modules: Mapping[str, Stored] | None = None,
         recipe: Recipe | None = None,
         compute_dtype: str | None = None,
-        head: Head | None = None,
+        head: OutputHead | None = None,
         **_,
     ):
         self.quant_method = NAME
@@ -86,10 +86,17 @@ class QcliQuantizer(HfQuantizer):
                 self._put(model, name, partial(_stored_module, stored=stored, compute_dtype=compute))
         else:
             self._put_unfilled(model)
-        head = model.get_output_embeddings()
-        if isinstance(head, QuantizedLinear) and head.activations_in_int8:
-            head.activations_in_int8 = False  # one token a step reads it: rounding would save nothing
+        self._keep_activations_of_head(model)
         return model
+
+    def _keep_activations_of_head(self, model) -> None:
+        """A head reads one token a step, so that rounding its activations saves nothing. One that is bitsandbytes' own, among other
+        modules that round theirs, does as they do."""
+        head, known = model.get_output_embeddings(), self.quantization_config.head
+        if isinstance(head, QuantizedLinear) and head.activations_in_int8:
+            others = (m.activations_in_int8 for m in model.modules() if isinstance(m, QuantizedLinear) and m is not head)
+            if (known is not None and known.tied) or not any(others):
+                head.activations_in_int8 = False
 
     def _put_unfilled(self, model) -> None:
         recipe, head = self.quantization_config.recipe, self.quantization_config.head
@@ -208,7 +215,7 @@ def _unfilled(old: nn.Module, method, format: formats.Format, dtype: torch.dtype
     weight = Weight("weight", out_features, in_features, dtypes.CODES[str(dtype).removeprefix("torch.")])
     specs = filter(format.in_module, format.tensors(weight, method.scheme))
     tensors = {format.attribute(spec.name): (spec.dtype, spec.shape) for spec in specs}
-    stored = Stored(format.name, method.scheme, out_features, in_features, tensors)
+    stored = Stored(format.layout, method.scheme, out_features, in_features, tensors)
     module = _module(old, stored, _meta(stored), torch.bfloat16 if dtype == torch.float32 else dtype)
     module.quantize_with = (method, format, weight, isinstance(old, Conv1D))
     weight_as_read(module, dtype)

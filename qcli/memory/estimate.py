@@ -116,7 +116,7 @@ def estimate_memory(
     of_head = head_bits(head)
     opened = open_model(model, params, revision)
     if of_head is not None:
-        opened = _with_head(opened, of_head, train)
+        opened = _with_head(opened, of_head, train, runtime)
     limit = opened.config.max_context
     setting = Setting(
         context=context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT),
@@ -128,16 +128,21 @@ def estimate_memory(
         dtype=_sixteen_bit(opened),
         head=of_head or 16,
     )
-    costs = [Costs(opened, method, setting.dtype) for method in _methods(opened, bits, train)]
+    chosen = _methods(opened, bits, train)
+    if of_head is not None and all(method in ITEMSIZE for method in chosen):
+        raise UsageError(f"--head {head} was given, and --bits {', '.join(bits)} quantizes nothing", "Add --bits 4 or --bits 8.")
+    costs = [Costs(opened, method, setting.dtype) for method in chosen]
     rows = [_estimate(cost, setting, devices) for cost in costs]
     if devices:
         rows = [_advised(cost, row, setting, devices, rows) for cost, row in zip(costs, rows)]
     return Estimate(opened, setting, devices, rows, list(opened.config.assumed), _notes(opened, setting, devices, rows))
 
 
-def _with_head(model: Model, bits: int, train: str | None) -> Model:
+def _with_head(model: Model, bits: int, train: str | None, runtime: str) -> Model:
     if train is not None:
         raise UsageError(f"--head and --train {train} were both given", "Leave out one of them.")
+    if runtime == "vllm":
+        raise UsageError("--head and --runtime vllm were both given", "Leave out --head: vLLM reads no head in fewer bits.")
     if model.config.quantization:
         raise UsageError(f"--head: {model.label} is quantized already", "Leave it out, or name the original checkpoint.")
     found = with_head(model.parameters, bits)

@@ -17,8 +17,11 @@ def made(choice: Choice) -> Method:
 
 
 def methods_of(recipe: Recipe) -> list[Method]:
-    """The methods of a recipe, that of its default first. Raises UsageError where it keeps every module as it is."""
+    """The methods of a recipe, that of its default first; that of its head where it has no other. Raises UsageError where it keeps
+    every module as it is."""
     found = [made(choice) for choice in (recipe.default, *(choice for _, choice in recipe.rules)) if not choice.keeps]
+    if not found and recipe.head is not None:
+        found = [made(recipe.head)]
     if not found:
         raise UsageError("the recipe keeps every module as it is", "Give its default or one of its rules a method.")
     return found

@@ -11,6 +11,7 @@ from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.ops.dequantize_4bit import dequantize_4bit
 from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.linear_4bit import Prepared4bit, linear_4bit
+from qcli.runtime.arguments import table
 from qcli.schemes import NESTED_BLOCK_SIZE
 
 
@@ -95,16 +96,18 @@ class Linear4bit(FastPath, QuantizedLinear):
             return dequantize_4bit(codes, blocks.view(-1), size, self.quant_type, [len(ids), n], dtype)
         at = ids.unsqueeze(1) * n + torch.arange(n, device=ids.device)
         codes = torch.where(at % 2 == 0, packed[at // 2] >> 4, packed[at // 2] & 15)
-        table = torch.from_numpy(CODEBOOKS[self.quant_type]).to(ids.device)
-        return (table[codes.int()] * self._absmax(at // size)).to(dtype)
+        entries = table(CODEBOOKS[self.quant_type], ids.device)
+        return (entries[codes.int()] * self._absmax(at // size)).to(dtype)
 
     def _absmax(self, blocks: torch.Tensor) -> torch.Tensor:
         """The absmax float32 of blocks of the flattened weight, by their numbers."""
         stored = self.weight_absmax.view(-1)[blocks]
         if self.weight_nested_absmax is None:
             return stored
-        table = torch.from_numpy(DYNAMIC_MAP).to(blocks.device)
-        return table[stored.int()] * self.weight_nested_absmax.view(-1)[blocks // NESTED_BLOCK_SIZE] + self.nested_offset
+        return (
+            table(DYNAMIC_MAP, blocks.device)[stored.int()] * self.weight_nested_absmax.view(-1)[blocks // NESTED_BLOCK_SIZE]
+            + self.nested_offset
+        )
 
     def _packed(self) -> torch.Tensor:
         """The codes, two a byte, in whatever dtype they are stored."""

@@ -55,5 +55,6 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of the weight [count, in_features] in `dtype`, by ids int64 [count]: the weight as an embedding."""
-        return self.dequantize(dtype)[ids]
+        """Rows of the weight [count, in_features] in `dtype`, by ids int64 [count]: the weight as an embedding. Only modules of a
+        format that holds a tied head have it."""
+        raise NotImplementedError

@@ -13,7 +13,7 @@ from qcli.methods import entering_dtype
 from qcli.methods._method import Method
 from qcli.methods.choosing import made
 from qcli.quantization.plan import Output, Shard, Work
-from qcli.recipe import Recipe
+from qcli.recipe import Recipe, matches
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,30 @@ def choose(layout: Layout, recipe: Recipe, problems: list[str]) -> dict[str, Met
             if choice not in known:
                 known[choice] = made(choice)
             chosen[linear.tensor] = known[choice]
+    problems += _about_head(layout, recipe)
     if recipe.head is not None:
         if layout.head is None:
-            problems.append(f"no output head can be quantized: {layout.no_head}; leave out --head")
+            problems.append(f"no output head can be quantized: {layout.no_head}; leave out --head, or the recipe's head")
         else:
             chosen[layout.head.linear.tensor] = known.get(recipe.head) or made(recipe.head)
     return chosen
+
+
+def _about_head(layout: Layout, recipe: Recipe) -> list[str]:
+    """What the rules of `recipe` say of the output head alone, which only the recipe's `head` decides."""
+    if layout.head is None:
+        return []
+    of_head = {layout.head.module, layout.head.linear.module}
+    found = []
+    for glob, choice in recipe.rules:
+        others = any(matches(linear.module, glob) for linear in layout.linears.values() if linear.module not in of_head)
+        if others or not any(matches(module, glob) for module in of_head):
+            continue
+        if choice.keeps and recipe.head is not None:
+            found.append(f"{glob!r} is to stay as it is, and the head is to be quantized; leave out --skip or --head")
+        elif not choice.keeps:
+            found.append(f"{glob!r} is the output head, which no rule decides; give the recipe a head, or pass --head")
+    return found
 
 
 def plan_tensors(

@@ -11,7 +11,7 @@ from qcli.checkpoint import dtypes
 from qcli.checkpoint.model_dtype import model_dtype
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, PlanError, one_of, together
-from qcli.methods.choosing import methods_of, recipe_in_force
+from qcli.methods.choosing import made, methods_of, recipe_in_force
 from qcli.process import available_memory, peak_memory
 from qcli.progress import Progress, shown
 from qcli.quantization import outputs
@@ -103,7 +103,9 @@ def make_plan(
         of_head = chosen[layout.head.linear.tensor].scheme
         format_ = formats.holding(bodies, recipe.format, of_head, layout.head.tied)
     if format_.name == "qcli":
-        notes.append(f"qcli alone reads the result{'; with --head 16 others do, too' if recipe.head else ''}")
+        without = formats.holding(bodies).name != "qcli" and len({(each.bits, each.threshold) for each in bodies}) == 1
+        way = "; with --head 16 others do, too" if recipe.head and recipe.format is None and without else ""
+        notes.append(f"qcli alone reads the result{way}")
     schemes = {linear.module: each.scheme for tensor, each in chosen.items() if (linear := layout.linear(tensor))}
     choice = formats.Choice(schemes, layout, problems, notes)
     config = format_.config(choice, compute)
@@ -114,7 +116,7 @@ def make_plan(
         recipe=recipe,
         format=format_,
         decided_by=layout.decided_by,
-        output=Path(output) if output is not None else Path(f"{source.name}-{methods_of(recipe)[0].scheme.name}"),
+        output=Path(output) if output is not None else _default_output(source.name, recipe),
         dtype=code,
         compute_dtype=compute,
         quantization_config=config,
@@ -129,6 +131,11 @@ def make_plan(
     if available is not None and plan.working_memory > available:
         problems.append(f"the run needs {format_bytes(plan.working_memory)} of memory, and {format_bytes(available)} are free")
     return plan
+
+
+def _default_output(name: str, recipe: Recipe) -> Path:
+    head = f"-head-{made(recipe.head).scheme.bits}" if recipe.head else ""
+    return Path(f"{name}-{methods_of(recipe)[0].scheme.name}{head}")
 
 
 def _check_output(plan: Plan, overwrite: bool) -> None:

@@ -116,7 +116,8 @@ class Skeleton:
             self.quantizer = QcliQuantizer(stored_config(source, self._stored_layout, dtype), pre_quantized=True)
         elif head is not None:
             check_head(self._stored_layout, source.label)
-            asked = QcliConfig(recipe=Recipe(Choice(KEEP), head=head), head=self._stored_layout.head)
+            self.output_head = self._stored_layout.head
+            asked = QcliConfig(recipe=Recipe(Choice(KEEP), head=head), head=self.output_head)
             self.quantizer = QcliQuantizer(asked, pre_quantized=False)
         if self.quantizer is not None:
             self.quantizer.preprocess_model(model=self.model, dtype=self.dtype)
@@ -213,6 +214,7 @@ class Skeleton:
         unit = next((u for u in self.units if any(n == origin for n, _, _ in u.weights())), None)
         if unit is not None and not self.is_loaded(unit):
             setattr(owner, there, _meta(weight))
+            weight_as_read(owner, self.dtype)
 
     def unload(self, unit: Unit) -> None:
         """Drops the weights of `unit`."""

@@ -97,6 +97,57 @@ def test_a_prompt_that_was_interrupted_is_not_kept(monkeypatch):
         torch.testing.assert_close(logits, model(ids).logits[:, -1], rtol=1e-4, atol=1e-4)
 
 
+def test_a_step_that_was_interrupted_is_not_kept(monkeypatch):
+    """Ctrl-C in the second step of a new message, past a window that is full: its keys are in the cache, and no text says so."""
+    model = small("mistral", **MODELS["mistral"])
+    stepped, ids = lean.Lean(model), prompt_of(60)
+    message = torch.cat((ids, torch.flip(prompt_of(24), [1])), 1)
+    with torch.inference_mode():
+        stepped.prefill(ids, 200)
+        run, calls = stepped.step.run, []
+
+        def stopping(*arguments):
+            run(*arguments)
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(stepped.step, "run", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            stepped.prefill(message, 200)
+        monkeypatch.setattr(stepped.step, "run", run)
+        other = torch.cat((message[:, :64], prompt_of(9)), 1)
+        logits = stepped.prefill(other, 200)
+        torch.testing.assert_close(logits, model(other).logits[:, -1], rtol=1e-4, atol=1e-4)
+        assert len(calls) == 2
+
+
+@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 8, "int8_activations": True}, {"bits": 4}])
+def test_a_conversation_of_a_quantized_model(options):
+    """Turn by turn it says what a new step says of the whole text. LLM.int8() in the paper's form reads each turn whole."""
+    model, tokenizer = qcli.load(str(DEMO), device="cpu", dtype="float32", **({"int8_activations": None} | options))
+    stepped, rules = lean.Lean(model), {"max_new_tokens": 10, "do_sample": False}
+    ids = torch.tensor([tokenizer("One rainy day the goat")["input_ids"]])
+    for text in (" went to the", " and the mouse"):
+        answer = ours(model, ids, stepped, **rules)
+        ids = torch.cat((ids, torch.tensor([answer]), torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])), 1)
+        kept = ours(model, ids, stepped, **rules)
+        assert (stepped.kept == 0) == (options.get("int8_activations") is True)
+        if options["bits"] == 4:
+            assert kept == ours(model, ids, lean.Lean(model), **rules)
+
+
+def test_a_model_is_compared_once(monkeypatch):
+    model = small("llama", **BASE)
+    model.model.layers[0].mlp.forward = lambda x: 0 * x
+    stepped, seen = lean.Lean(model), []
+    monkeypatch.setattr(stepped, "read", lambda *a, **k: seen.append(1) or lean.Lean.read(stepped, *a, **k))
+    for _ in range(2):
+        with pytest.raises(Unsupported), torch.inference_mode():
+            stepped.prepare()
+    assert seen == [1]
+
+
 def test_sampled_tokens_are_those_of_transformers():
     model = small("llama", **BASE)
     rules = {"max_new_tokens": 30, "do_sample": True, "top_k": 20, "temperature": 0.8, "repetition_penalty": 1.2}

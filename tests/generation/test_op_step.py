@@ -109,6 +109,17 @@ def test_ops_that_cannot_be_captured_are_left_to_transformers():
     assert ours(model, prompt_of(5), ops, max_new_tokens=10, do_sample=False) == expected and tried == [1]
 
 
+def test_ops_that_fail_are_not_tried_again(monkeypatch):
+    model, tokenizer = qcli.load(str(DEMO), bits=4, device="cpu", dtype="float32")
+    prompt, sampling = tokenizer("Once")["input_ids"], decode.Sampling(max_new_tokens=5)
+    monkeypatch.setattr(decode_graph, "capture_for", lambda model: call_it)
+    tried = []
+    monkeypatch.setattr(OpStep, "logits", lambda *arguments: tried.append(1) or torch.zeros(1, 1) @ torch.zeros(2, 2))
+    decoding = decode.Decoding(model, tokenizer, sampling)
+    texts = [decoding.generate(prompt, lambda token: None).token_ids for _ in range(2)]
+    assert tried == [1] and decoding.ops is False and texts[0] == texts[1]
+
+
 def test_generate_captures_ops(monkeypatch):
     model, tokenizer = qcli.load(str(DEMO), bits=4, device="cpu", dtype="float32")
     prompt, sampling = tokenizer("Once")["input_ids"], decode.Sampling(max_new_tokens=30)

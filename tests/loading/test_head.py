@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import qcli
 from qcli.errors import CheckpointError, PlanError, UsageError
+from qcli.nn.linear_4bit import Linear4bit
 from qcli.nn.quantized_embedding import QuantizedEmbedding
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.quantization.plan import from_json
@@ -182,6 +183,10 @@ def test_4_and_8_bits_in_one_model(tmp_path):
     torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-4)
     kinds = {m.scheme.name for m in ours.modules() if isinstance(m, QuantizedLinear)}
     assert kinds == {"nf4", "llm-int8"}
+    read, _ = qcli.load(
+        str(tmp_path / "model"), recipe=qcli.recipe.recipe_of(recipe, "it"), dtype="float32", device="cpu", int8_activations=False
+    )
+    torch.testing.assert_close(logits(read), logits(ours), rtol=0, atol=0)
 
 
 def test_a_format_of_choice_that_cannot_hold_it(tmp_path):
@@ -217,6 +222,120 @@ def test_models_without_such_a_head(name, reason, tmp_path):
         plan.check()
     with pytest.raises(UsageError, match="no output head can be quantized"):
         qcli.load(str(tmp_path / "model"), bits=4, head=8, device="cpu")
+
+
+def test_a_model_that_reads_the_dtype_of_its_heads_weight(tmp_path):
+    """Mamba casts hidden states to the dtype of the head's weight: with codes in it they would become integers."""
+    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=100, state_size=4)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "model")
+    plan = make_plan(str(tmp_path / "model"), tmp_path / "out", bits=4, head=8)
+    assert any("casts what it reads to the dtype of its weight" in problem for problem in plan.problems)
+
+
+def test_what_rules_say_of_the_head(tmp_path):
+    made("llama-tied", tmp_path / "model", torch.bfloat16)
+    for glob in ("lm_head", "model.embed_tokens"):
+        plan = make_plan(str(tmp_path / "model"), tmp_path / "out", bits=4, head=8, skip=[glob])
+        assert any("leave out --skip or --head" in problem for problem in plan.problems)
+    recipe = {"default": {"method": "nf4"}, "rules": [["lm_head", {"method": "llm-int8"}]]}
+    plan = make_plan(str(tmp_path / "model"), tmp_path / "out", recipe=qcli.recipe.recipe_of(recipe, "it"))
+    assert any("'lm_head' is the output head, which no rule decides" in problem for problem in plan.problems)
+    assert not make_plan(str(tmp_path / "model"), tmp_path / "out", bits=4, skip=["lm_head"]).problems
+    assert not make_plan(str(tmp_path / "model"), tmp_path / "out", bits=4, head=8, skip=["*.down_proj"]).problems
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama"])
+def test_a_recipe_for_the_head_alone(name, tmp_path):
+    made(name, tmp_path / "model")
+    recipe = qcli.recipe.recipe_of({"default": {"method": "keep"}, "head": {"method": "nf4"}}, "it")
+    qcli.quantize(str(tmp_path / "model"), tmp_path / "out", recipe=recipe)
+    ours, _ = qcli.load(str(tmp_path / "out"), dtype="float32", device="cpu")
+    assert [m.scheme.name for m in ours.modules() if isinstance(m, QuantizedLinear)] == ["nf4"]
+    torch.testing.assert_close(logits(ours), logits(reference(tmp_path / "out", tmp_path / "model")), rtol=1e-4, atol=1e-4)
+    read, _ = qcli.load(str(tmp_path / "model"), recipe=recipe, dtype="float32", device="cpu")
+    torch.testing.assert_close(logits(read), logits(ours), rtol=0, atol=0)
+
+
+def test_the_name_of_a_folder_tells_the_head(tmp_path):
+    made("llama-tied", tmp_path / "model", torch.bfloat16)
+    assert str(make_plan(str(tmp_path / "model"), bits=4, head=8).output) == "model-nf4-head-8"
+    assert str(make_plan(str(tmp_path / "model"), bits=8).output) == "model-llm-int8"
+
+
+def test_what_others_would_read_without_a_quantized_head(tmp_path):
+    made("llama-tied", tmp_path / "model", torch.bfloat16)
+    mixed = {
+        "default": {"method": "nf4"},
+        "rules": [["*.down_proj", {"method": "llm-int8"}]],
+        "head": {"method": "nf4"},
+        "format": "qcli",
+    }
+    plan = make_plan(str(tmp_path / "model"), tmp_path / "out", recipe=qcli.recipe.recipe_of(mixed, "it"))
+    assert plan.notes == ["qcli alone reads the result"]
+
+
+def test_activations_of_a_head_are_rounded_where_bitsandbytes_would(tmp_path):
+    """An untied head in LLM.int8() among others, in the paper's form alone; a tied one never."""
+    made("llama", tmp_path / "untied", torch.bfloat16)
+    made("llama-tied", tmp_path / "tied", torch.bfloat16)
+    for name, asked, rounds in (("untied", True, True), ("untied", None, False), ("untied", False, False), ("tied", True, False)):
+        qcli.quantize(str(tmp_path / name), tmp_path / "out", bits=8, head=8, overwrite=True)
+        ours, _ = qcli.load(str(tmp_path / "out"), device="cpu", int8_activations=asked)
+        assert ours.lm_head.activations_in_int8 == rounds
+
+
+def test_rows_copy_no_table_at_each_call(tmp_path, monkeypatch):
+    """A copy from the host's memory would end the capture of a step on a GPU."""
+    for name, block_size in (("llama-tied", 64), ("llama-tied", 2048)):
+        made(name, tmp_path / "model", torch.bfloat16)
+        ours, _ = qcli.load(str(tmp_path / "model"), bits=4, head=4, block_size=block_size, device="cpu")
+        embedding = ours.get_input_embeddings()
+        expected = embedding(torch.tensor([3, 7]))
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "from_numpy", lambda array: pytest.fail("a table is copied"))
+            assert torch.equal(embedding(torch.tensor([3, 7])), expected)
+
+
+@pytest.mark.parametrize("head", [8, 4])
+def test_instruments_read_a_quantized_head(head, quick_cli, tmp_path):
+    """What is streamed block by block predicts what the whole model predicts."""
+    made("llama-tied", tmp_path / "model", torch.bfloat16)
+    add_tokenizer(tmp_path / "model")
+    qcli.quantize(str(tmp_path / "model"), tmp_path / "out", bits=4, head=head)
+    (tmp_path / "text.txt").write_text("The goat and the mouse were proud of the moon. " * 5)
+    result = qcli.evaluate(str(tmp_path / "out"), text=tmp_path / "text.txt", dtype="float32", device="cpu")
+    ours, tokenizer = qcli.load(str(tmp_path / "out"), dtype="float32", device="cpu")
+    ids = torch.tensor([tokenizer((tmp_path / "text.txt").read_text())["input_ids"]])
+    losses = []
+    with torch.inference_mode():
+        for part in ids.split(64, 1):
+            predicted = ours(part).logits[0, :-1].log_softmax(-1)
+            losses.append(-predicted.gather(1, part[0, 1:, None])[:, 0])
+    assert result.rows[0].quality.perplexity.value == pytest.approx(torch.cat(losses).mean().exp().item(), rel=0.02)
+    done = quick_cli("inspect-outliers", "out", "--text", "text.txt")
+    assert done.returncode == 0, done.stderr
+    assert quick_cli("inspect-outliers", "out", "--weights-only").returncode in (0, 2)
+
+
+def test_an_estimate_of_an_untied_head_in_one_column(quick_cli, tmp_path):
+    made("llama", tmp_path / "model", torch.bfloat16)
+    qcli.quantize(str(tmp_path / "model"), tmp_path / "out", bits=4, head=8)
+    done = quick_cli("estimate-memory", "out", "--json")
+    found = json.loads(done.stdout)
+    assert not any("output head" in sentence for sentence in found["assumed"])
+    loaded, _ = qcli.load(str(tmp_path / "out"), device="cpu")
+    weight = next(part for part in found["methods"][0]["components"] if part["name"] == "weights")
+    held = sum(t.nbytes for t in (*loaded.parameters(), *loaded.buffers()) if t.dtype != torch.float32 or t.dim() == 1)
+    tables = 1088 * sum(isinstance(module, Linear4bit) for module in loaded.modules())  # which bitsandbytes keeps for each
+    assert weight["bytes"] == pytest.approx(held + tables, rel=0.01)
+
+
+def test_speed_is_not_of_another_model(tmp_path):
+    made("llama-tied", tmp_path / "model", torch.bfloat16)
+    add_tokenizer(tmp_path / "model")
+    for option in ({"head": 8}, {"kv_dtype": "int8"}):
+        with pytest.raises(UsageError, match="and --speed were both given"):
+            qcli.evaluate(str(tmp_path / "model"), speed=True, **option)
 
 
 def test_an_embedding_stored_beside_the_head_that_is_tied_to_it(tmp_path):

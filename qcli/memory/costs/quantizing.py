@@ -9,10 +9,10 @@ from pathlib import Path
 
 from qcli.errors import QcliError, UsageError
 from qcli.formats import misfit, written
-from qcli.memory.costs.weights import ITEMSIZE, weights
+from qcli.memory.costs.weights import ITEMSIZE, method_of, weights
 from qcli.memory.model.opening import Model
 from qcli.memory.model.tensor_rules import Parameter
-from qcli.schemes import CHUNK_BYTES, CHUNKS_IN_WORK, NAMED, QUANTIZED
+from qcli.schemes import CHUNK_BYTES, CHUNKS_IN_WORK, NAMED
 
 _SAMPLE = 32 << 20  # bytes read and written to measure a rate
 
@@ -44,14 +44,14 @@ def quantizing(model: Model, folder: Path) -> list[Quantizing]:
         raise UsageError(f"{model.label} is quantized already, and --quantizing was given", "Leave out --quantizing.")
     dtype = model.config.dtype if model.config.dtype in ITEMSIZE else "bfloat16"
     source = model.file_bytes or weights(model.parameters, dtype).stored
-    linears = [parameter for parameter in model.parameters if parameter.quantizable]
     read, write = _rates(model.files, folder)
     found = []
     for method in written():
         if refusal(model.parameters, method) is not None:
             continue
         stored = weights(model.parameters, method, dtype).stored
-        held = (NAMED[method].held_bytes(linear.out_features, linear.in_features) for linear in linears)
+        made = [(p, name) for p in model.parameters if (name := method_of(p, method)) is not None]
+        held = (NAMED[name].held_bytes(p.out_features, p.in_features) for p, name in made)
         found.append(
             Quantizing(
                 method=method,
@@ -69,7 +69,8 @@ def quantizing(model: Model, folder: Path) -> list[Quantizing]:
 def refusal(parameters: Sequence[Parameter], method: str) -> str | None:
     """Why `qcli quantize` refuses `method` for these parameters, as a sentence without its end; None where it does not."""
     for one in parameters:
-        if method in QUANTIZED and one.quantizable and (reason := misfit(NAMED[method], one.out_features, one.in_features)):
+        name = method_of(one, method)
+        if name is not None and (reason := misfit(NAMED[name], one.out_features, one.in_features)):
             return f"qcli quantize refuses {method} for {one.name}: {reason}"
     return None
 

@@ -112,6 +112,9 @@ def _logical_shape(
 ) -> tuple[int, ...]:
     """The shape of the weight that the stored tensor stands for. `known` is its shape by the family's rules, if there are any."""
     leaf, shape = main.name.rpartition(".")[2], main.shape
+    rows = next((info.numel for info in infos if info.name.endswith(".SCB")), None)
+    if rows and main.dtype == "I8" and shape[-1] == 1:  # qcli's format lays codes out in one column
+        return (rows, main.numel // rows)
     if scheme in NAMED and NAMED[scheme].share == "flat":
         count = 8 * main.nbytes // NAMED[scheme].bits
         return known if prod(known) in (count, count - 1) else (1, count)
@@ -149,7 +152,7 @@ def _without_copies(found: list[Parameter], config: ModelConfig) -> list[Paramet
     tokens = shared or max(embeddings, key=lambda p: p.numel, default=None)
     if tokens is None:
         return found
-    heads = [p for p in found if p.kind == "head" and p.shape == tokens.shape]
+    heads = [p for p in found if p.kind == "head" and p.numel == tokens.numel]
     copies = [p for p in embeddings if shared and p is not shared and p.shape == shared.shape]
     if config.tied_embeddings:
         copies += heads

@@ -14,7 +14,7 @@ from sys import float_info
 
 from qcli import formats
 from qcli.checkpoint.dtypes import MODEL_DTYPES
-from qcli.checkpoint.layout import Head, Layout, Linear
+from qcli.checkpoint.layout import Layout, Linear, OutputHead
 from qcli.checkpoint.modules import find_linears
 from qcli.checkpoint.source import Source
 from qcli.errors import QcliError
@@ -189,7 +189,7 @@ def plain_layout(source: Source) -> Layout | None:
     if tied:
         layout.candidates.append("lm_head")
     weight = Linear(f"{of_head}.weight", of_head, config.vocab_size, config.hidden_size)
-    layout.head, layout.no_head = Head(weight, "lm_head", "model.embed_tokens", tied), ""
+    layout.head, layout.no_head = OutputHead(weight, "lm_head", "model.embed_tokens", tied), ""
     # The head, what is tied to it, and the last parameter, which belongs to the head or to the norm before it.
     last = expected[-1].name.removesuffix(".weight")
     layout.default_skip = sorted({"lm_head", last} | ({"model.embed_tokens"} if tied else set()))

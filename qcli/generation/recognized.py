@@ -10,7 +10,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
-from qcli.generation import compare
+from qcli.generation import compare, positions
 from qcli.generation.compare import Tolerance, choose
 from qcli.generation.first_prompt import Seen, Storing, watching
 from qcli.generation.graph import supported
@@ -19,12 +19,13 @@ from qcli.generation.step import Unsupported, cache_argument
 from qcli.generation.structure import Block, attention_of, candidates, check_config, norm_of
 from qcli.nn.quantized_embedding import QuantizedEmbedding
 
+_RANDOM = 2 * MOST_TOKENS  # tokens that tell the readings apart
 Rope = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-class Readings:
-    """The readings of the layers of `model`. `linear` prepares a linear layer for the step. Raises Unsupported for a model that has
-    none."""
+class Recognized:
+    """The layers of `model` in every reading that their modules allow. `linear` prepares a linear layer for the step. Raises
+    Unsupported for a model that has no reading."""
 
     def __init__(self, model, linear: Callable):
         if not supported(model):
@@ -46,6 +47,8 @@ class Readings:
         if len({options[0].attention.out.out_features for options in self.readings}) != 1:
             raise Unsupported
         self.vocabulary = embedding.num_embeddings
+        if (positions.ends(model)[1] or _RANDOM) < _RANDOM:
+            raise Unsupported
         self.head = linear(model.get_output_embeddings())
         self.rounding = [module for module in model.modules() if getattr(module, "activations_in_int8", False)]
         self.tolerance = Tolerance(self.dtype, bool(self.rounding))
@@ -57,8 +60,8 @@ class Readings:
         return watching(self.decoder, self.decoder_layers, [attention_of(layer) for layer in self.decoder_layers])
 
     def random_text(self) -> torch.Tensor:
-        """ids int64 [1, 2 * MOST_TOKENS], always the same: enough to tell the readings apart."""
-        return torch.randint(self.vocabulary, (1, 2 * MOST_TOKENS), generator=torch.Generator().manual_seed(0))
+        """ids int64 [1, _RANDOM], always the same."""
+        return torch.randint(self.vocabulary, (1, _RANDOM), generator=torch.Generator().manual_seed(0))
 
     def caches(self, length: int, dtype: torch.dtype) -> Caches:
         """Empty caches of all layers, with room for `length` positions."""
@@ -69,11 +72,11 @@ class Readings:
     def read(self, ids: torch.Tensor, caches: Caches) -> torch.Tensor:
         """Reads ids int64 [1, tokens] with transformers, into `caches`. Returns logits float32 [1, vocabulary] after the last."""
         cache = Cache(layers=[Storing(layer) for layer in caches.layers])
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        places = torch.arange(ids.shape[1], device=ids.device)[None]
         options: dict[str, object] = {cache_argument(self.model): cache}
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             options["logits_to_keep"] = 1
-        return self.model(input_ids=ids, position_ids=positions, use_cache=True, **options).logits[:, -1].float()
+        return self.model(input_ids=ids, position_ids=places, use_cache=True, **options).logits[:, -1].float()
 
     def agreeing(self, seen: Seen, ids: torch.Tensor, caches: Caches, run_layer: Callable) -> list[Block]:
         """The reading of each layer that computes what was seen of `ids`, by `run_layer` (see lean_step.run_layer). Finds `embed`
@@ -85,8 +88,8 @@ class Readings:
 
     def tables(self, length: int) -> list:
         """(cos, sin) float32 [length, rot_dim] of each layer, None for one without rotation."""
-        positions = torch.arange(length, device=self.model.device)[None]
-        made = {rope: rope(positions) for rope in set(self.rope) if rope is not None}
+        places = torch.arange(length, device=self.model.device)[None]
+        made = {rope: rope(places) for rope in set(self.rope) if rope is not None}
         return [made.get(rope) for rope in self.rope]
 
     def last_norm(self):
@@ -123,10 +126,10 @@ class Readings:
         rows = embedding(ids[None, -tokens:])[0].float()
         if rows.shape != seen.shape:
             raise Unsupported
-        positions = torch.arange(len(ids) - tokens, len(ids), device=ids.device)
+        places = torch.arange(len(ids) - tokens, len(ids), device=ids.device)
         for module in self.decoder.children():
             if type(module) is nn.Embedding and module is not embedding and module.num_embeddings >= len(ids):
-                if self.tolerance.agree(rows + module(positions).float(), seen):
+                if self.tolerance.agree(rows + module(places).float(), seen):
                     return lambda ids, start: embedding(ids) + module(start + torch.arange(len(ids), device=ids.device))
         factor = float((rows * seen).sum() / rows.square().sum())
         if not self.tolerance.agree(rows * factor, seen):
@@ -136,8 +139,8 @@ class Readings:
 
 
 def _rope(module: nn.Module, kind: tuple) -> Rope:
-    def tables(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = module(torch.zeros(1, 1, 1, device=positions.device), positions, *kind)
+    def tables(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = module(torch.zeros(1, 1, 1, device=places.device), places, *kind)
         return cos[0].float().contiguous(), sin[0].float().contiguous()
 
     return tables
