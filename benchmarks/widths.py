@@ -91,16 +91,13 @@ def speed(width: int, nbytes: int, rounds: int) -> dict[str, float]:
     """GB/s of codes, inputs and outputs by the kind of layer and the number of tokens."""
     weights = copies(lambda: layers(width, nbytes), nbytes)
     inputs = {tokens: torch.randn(tokens, width).bfloat16() for tokens in TOKENS}
-    runs = {
-        f"{kind}, {tokens} tokens": lambda kind=kind, tokens=tokens: weights()[kind](inputs[tokens])
-        for kind in KINDS
-        for tokens in TOKENS
-    }
     found = {}
-    for name, seconds in alternate(runs, rounds).items():
-        kind, tokens = name.removesuffix(" tokens").rsplit(", ", 1)
-        rows = nbytes // width * (2 if kind.startswith("NF4") else 1)
-        found[name] = (nbytes + 2 * int(tokens) * (width + rows)) / seconds / 1e9  # bfloat16
+    for tokens in TOKENS:
+        x = inputs[tokens]
+        runs = {kind: lambda kind=kind, x=x: weights()[kind](x) for kind in KINDS}
+        for kind, seconds in alternate(runs, rounds).items():
+            rows = nbytes // width * (2 if kind.startswith("NF4") else 1)
+            found[f"{kind}, {tokens} tokens"] = (nbytes + 2 * tokens * (width + rows)) / seconds / 1e9  # bfloat16
     return found
 
 
@@ -120,7 +117,7 @@ def draw(found: dict[int, dict[str, float]], title: str, path: Path) -> None:
         for number, tokens in enumerate(TOKENS, 1):
             axes = made.add_subplot(2, 2, number)
             for kind in KINDS:
-                axes.plot(sorted(found), [found[w][f"{kind}, {tokens} tokens"] for w in sorted(found)], ".-", label=kind)
+                axes.plot(sorted(found), [found[w][f"{kind}, {tokens} tokens"] for w in sorted(found)], label=kind)
             axes.set(xscale="log", ylim=(0, None), title=f"{tokens} token{'s' * (tokens > 1)}")
             axes.set_xticks(
                 [160, 576, 1024, 2048, 4096, 8192, 18944], labels=["160", "576", "1024", "2048", "4096", "8192", "18944"]
