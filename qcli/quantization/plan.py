@@ -174,6 +174,7 @@ class Plan:
             "source": self.source.fingerprint,
             "method": self.method.scheme.method,
             "options": methods.options_of(self.method),
+            **({"head": self.recipe.head.summary()} if self.recipe.head else {}),
             "dtype": dtypes.TORCH_NAMES[self.dtype],
             "compute_dtype": self.compute_dtype,
             "skip_modules": self.skip_modules,

@@ -113,11 +113,11 @@ class Staging:
 
     def _check_same_plan(self, theirs: dict[str, object]) -> None:
         ours = json.loads(json.dumps(self.plan.identity))
-        different = [key for key in ours if ours[key] != theirs.get(key)]
+        different = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
         if len(different) > 1 and "output headers" in different:
             different.remove("output headers")  # follows from the others
         if different:
-            problems = [f"its {key} was {_short(theirs.get(key))}, this run's is {_short(ours[key])}" for key in different]
+            problems = [f"its {key} was {_short(theirs.get(key))}, this run's is {_short(ours.get(key))}" for key in different]
             raise PlanError(
                 f"{self.folder} was started by a run that differs",
                 problems,

@@ -163,6 +163,21 @@ def test_a_plan_goes_to_json_and_back(tmp_path):
     assert plan.to_json()["recipe"] == {"default": {"method": "nf4"}, "head": {"method": "llm-int8"}}
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "llama"])
+def test_a_run_with_another_head_is_not_gone_on_with(name, tmp_path, monkeypatch):
+    made(name, tmp_path / "model", torch.bfloat16)
+    with monkeypatch.context() as stopped:
+        stopped.setattr("qcli.quantization.staging.Staging.publish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            qcli.quantize(str(tmp_path / "model"), tmp_path / "out", bits=4, head=8)
+    for head, said in ((4, 'this run\'s is {"method": "nf4"}'), (16, "this run's is null")):
+        with pytest.raises(PlanError, match="was started by a run that differs") as e:
+            qcli.quantize(str(tmp_path / "model"), tmp_path / "out", bits=4, head=head)
+        assert 'its head was {"method": "llm-int8"}' in e.value.message and said in e.value.message
+    qcli.quantize(str(tmp_path / "model"), tmp_path / "out", bits=4, head=8)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
 def test_a_recipe_names_the_head(tmp_path):
     made("llama-tied", tmp_path / "model", torch.bfloat16)
     recipe = {"default": {"method": "llm-int8"}, "head": {"method": "nf4", "options": {"block_size": 32}}}
