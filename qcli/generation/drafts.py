@@ -6,6 +6,7 @@ guess is kept exactly when the model chooses it). So greedy and sampled texts ar
 """
 
 import warnings
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -17,6 +18,9 @@ from qcli.generation.step import Unsupported
 
 class Draft(Protocol):
     """What guesses the tokens of one text after the other."""
+
+    def prepare(self) -> None:
+        """Does what takes time once, before the prompt of a text is read."""
 
     def begin(self, ids: list[int], length: int) -> bool:
         """A new text begins with `ids`; it grows to `length` tokens at most. Returns whether there will be guesses."""
@@ -47,6 +51,9 @@ class PromptLookup(_Length):
 
     NGRAMS = (3, 2)
 
+    def prepare(self) -> None:
+        """There is nothing to do."""
+
     def begin(self, ids: list[int], length: int) -> bool:
         self.count = 4
         self._known: dict[tuple[int, ...], int] = {}  # n-gram -> the position behind its latest occurrence
@@ -73,6 +80,11 @@ class DraftModel(_Length):
     def __init__(self, lean, end: int | None = None):
         super().__init__()
         self.lean, self.end = lean, end
+
+    def prepare(self) -> None:
+        """Makes the draft's own step. One that differs from its model is said when a text begins."""
+        with suppress(Unsupported):
+            self.lean.prepare()
 
     def begin(self, ids: list[int], length: int) -> bool:
         self.count = 4

@@ -157,6 +157,8 @@ def generate(
             raise Unsupported
         length, text = generation_config.max_length, input_ids[0].tolist()
         lean.prepare()
+        if draft is not None:
+            draft.prepare()
         ready()
         logits = lean.prefill(input_ids, length)
         guessing = draft is not None and draft.begin(text, length)
