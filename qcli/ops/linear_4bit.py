@@ -31,9 +31,11 @@ _kernel = cpu.kernel("linear_4bit", "piqpp")
 
 
 def _most_tokens(compute_dtype: torch.dtype) -> int:
-    """Tokens up to which panels are slower. With AVX2 the kernel multiplies 16-bit integers, about as fast as torch multiplies
-    float32, and expands nothing: 1.65 times as fast for 32 tokens, equal for 128, slower for 250. Where torch multiplies bfloat16 (AVX-512),
-    panels are as fast for 24 tokens and 1.5 times as fast for 64."""
+    """Tokens up to which panels are slower.
+
+    With AVX2 the kernel multiplies 16-bit integers, about as fast as torch multiplies float32, and expands nothing: 1.65 times as
+    fast for 32 tokens, equal for 128, slower for 250. Where torch multiplies bfloat16 (AVX-512), panels are as fast for 24 tokens
+    and 1.5 times as fast for 64."""
     return 96 if compute_dtype == torch.bfloat16 and cpu.variant() == "avx2" else Prepared4bit.MOST_TOKENS
 
 
