@@ -16,6 +16,7 @@ from qcli.nn.quantized_embedding import QuantizedEmbedding
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.quantization.plan import from_json
 from qcli.quantization.quantize import make_plan
+from qcli.runtime import cpu
 from tests.models import add_tokenizer, example_inputs, make_model, make_tied
 
 TIED = ("llama-tied", "gemma3_text", "gpt2", "opt")
@@ -198,10 +199,10 @@ def test_4_and_8_bits_in_one_model(tmp_path):
     torch.testing.assert_close(logits(ours), expected, rtol=1e-4, atol=1e-4)
     kinds = {m.scheme.name for m in ours.modules() if isinstance(m, QuantizedLinear)}
     assert kinds == {"nf4", "llm-int8"}
-    read, _ = qcli.load(
-        str(tmp_path / "model"), recipe=qcli.recipe.recipe_of(recipe, "it"), dtype="float32", device="cpu", int8_activations=False
-    )
-    torch.testing.assert_close(logits(read), logits(ours), rtol=0, atol=0)
+    stored, _ = qcli.load(str(tmp_path / "out"), device="cpu", int8_activations=False)
+    asked = qcli.recipe.recipe_of(recipe, "it")
+    read, _ = qcli.load(str(tmp_path / "model"), recipe=asked, device="cpu", int8_activations=False)
+    assert torch.equal(logits(read), logits(stored))
 
 
 def test_a_format_of_choice_that_cannot_hold_it(tmp_path):
@@ -267,8 +268,9 @@ def test_a_recipe_for_the_head_alone(name, tmp_path):
     ours, _ = qcli.load(str(tmp_path / "out"), dtype="float32", device="cpu")
     assert [m.scheme.name for m in ours.modules() if isinstance(m, QuantizedLinear)] == ["nf4"]
     torch.testing.assert_close(logits(ours), logits(reference(tmp_path / "out", tmp_path / "model")), rtol=1e-4, atol=1e-4)
-    read, _ = qcli.load(str(tmp_path / "model"), recipe=recipe, dtype="float32", device="cpu")
-    torch.testing.assert_close(logits(read), logits(ours), rtol=0, atol=0)
+    stored, _ = qcli.load(str(tmp_path / "out"), device="cpu")
+    read, _ = qcli.load(str(tmp_path / "model"), recipe=recipe, device="cpu")
+    assert torch.equal(logits(read), logits(stored))
 
 
 def test_the_name_of_a_folder_tells_the_head(tmp_path):
@@ -299,6 +301,7 @@ def test_activations_of_a_head_are_rounded_where_bitsandbytes_would(tmp_path):
         assert ours.lm_head.activations_in_int8 == rounds
 
 
+@pytest.mark.skipif(cpu.variant() is None, reason="plain torch copies tables")
 def test_rows_copy_no_table_at_each_call(tmp_path, monkeypatch):
     """A copy from the host's memory would end the capture of a step on a GPU."""
     for name, block_size in (("llama-tied", 64), ("llama-tied", 2048)):
