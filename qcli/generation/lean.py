@@ -48,7 +48,7 @@ class Lean(Recognized):
         # Whether tokens of a step share a choice, so that guesses would change their logits.
         self.mixes = any(module.few_in_int8 for module in self.rounding)
         self.step: LeanStep | None = None
-        self.refused = False
+        self.refused = False  # whether the step was compared and differs
         self.text: list[int] = []  # whose keys and values the cache holds
         self.written = 0  # positions that the cache was written at, those of guesses that were not kept among them
         self.kept = 0  # tokens of the last prompt that were not read, because the cache held them
@@ -63,7 +63,14 @@ class Lean(Recognized):
             return
         if self.refused:
             raise Unsupported
-        self.refused = True  # until it agrees
+        try:
+            self.step = self._compared()
+        except Unsupported:
+            self.refused = True
+            raise
+
+    def _compared(self) -> LeanStep:
+        """A step that computes what transformers does. Raises Unsupported."""
         text = self.random_text()
         caches = self.caches(text.shape[1], self.dtype)
         try:
@@ -76,7 +83,7 @@ class Lean(Recognized):
             raise Unsupported from e
         if not self.tolerance.agree(ours, logits):
             raise Unsupported
-        self.step, self.refused = step, False
+        return step
 
     def prefill(self, ids: torch.Tensor, length: int) -> torch.Tensor:
         """Reads ids int64 [1, tokens]. Returns logits float32 [1, vocabulary] after the last.

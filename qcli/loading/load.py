@@ -129,7 +129,8 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
         loaded.config.name_or_path = str(source.config_folder)
         tokenizer = read_tokenizer(source, trust_remote_code, config)
     if not int8_activations:
-        _keep_activations(model, loaded, always=int8_activations is False)
+        head = loaded.get_submodule(layout.head.module) if layout.head else None
+        _keep_activations(model, loaded, head, always=int8_activations is False)
     return loaded.eval(), tokenizer
 
 
@@ -196,14 +197,14 @@ def _check_room(source: Source, wanted: str | None, head: int | None, dtype: str
         check_room(source, wanted, dtype, free, "memory", head)
 
 
-def _keep_activations(label: str, loaded: torch.nn.Module, always: bool) -> None:
+def _keep_activations(label: str, loaded: torch.nn.Module, head: torch.nn.Module | None, always: bool) -> None:
     modules = [m for m in loaded.modules() if isinstance(m, QuantizedLinear) and m.activations_in_int8]
     if always and not modules:
         raise UsageError(
             f"--no-int8-activations: {label} is not in LLM.int8()", "Leave it out, or add --bits 8 to an unquantized model."
         )
     for module in modules:
-        if always or module is loaded.get_output_embeddings():
+        if always or module is head:
             module.activations_in_int8 = False
         else:
             module.few_in_int8 = False

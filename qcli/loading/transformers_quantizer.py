@@ -92,21 +92,22 @@ class QcliQuantizer(HfQuantizer):
     def _keep_activations_of_head(self, model) -> None:
         """A head reads one token a step, so that rounding its activations saves nothing. One that is bitsandbytes' own, among other
         modules that round theirs, does as they do."""
-        head, known = model.get_output_embeddings(), self.quantization_config.head
+        known = self.quantization_config.head
+        head = None if known is None else model.get_submodule(known.module)
         if isinstance(head, QuantizedLinear) and head.activations_in_int8:
             others = (m.activations_in_int8 for m in model.modules() if isinstance(m, QuantizedLinear) and m is not head)
-            if (known is not None and known.tied) or not any(others):
+            if known.tied or not any(others):
                 head.activations_in_int8 = False
 
     def _put_unfilled(self, model) -> None:
         recipe, head = self.quantization_config.recipe, self.quantization_config.head
         skip = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         layout = Layout("", default_skip=skip)
+        format = formats.holding([each.scheme for each in methods_of(recipe)], recipe.format)
         for name, module in list(model.named_modules()):
             is_linear = type(module) is nn.Linear or isinstance(module, Conv1D)
             choice = recipe.choice(name)
             if is_linear and not choice.keeps and not layout.skipped(name, None):
-                format = formats.holding([each.scheme for each in methods_of(recipe)], recipe.format)
                 model.set_submodule(name, _unfilled(module, made(choice), format, model.dtype))
         if recipe.head is not None:
             method = made(recipe.head)

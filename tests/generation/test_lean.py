@@ -137,6 +137,18 @@ def test_a_conversation_of_a_quantized_model(options):
             assert kept == ours(model, ids, lean.Lean(model), **rules)
 
 
+def test_a_comparison_that_was_interrupted_is_made_again(monkeypatch):
+    stepped, read = lean.Lean(small("llama", **BASE)), lean.Lean.read
+    with monkeypatch.context() as stopped, torch.inference_mode():
+        stopped.setattr(lean.Lean, "read", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            stepped.prepare()
+    assert lean.Lean.read is read and stepped.step is None
+    with torch.inference_mode():
+        stepped.prepare()
+    assert stepped.step is not None
+
+
 def test_a_model_is_compared_once(monkeypatch):
     model = small("llama", **BASE)
     model.model.layers[0].mlp.forward = lambda x: 0 * x
