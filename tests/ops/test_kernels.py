@@ -11,6 +11,7 @@ from qcli import ops
 from qcli.ops.dequantize_4bit import dequantize_4bit
 from qcli.ops.error_4bit import error_4bit
 from qcli.ops.error_int8 import error_int8
+from qcli.ops.fit_scale import fit_scale
 from qcli.ops.linear_4bit import linear_4bit
 from qcli.ops.linear_int8 import linear_int8
 from qcli.ops.quantize_4bit import quantize_4bit
@@ -20,7 +21,7 @@ from qcli.runtime import cpu
 from tests.parity import bits, flat, results
 
 COMPILED = [name for name in ops.names() if hasattr(import_module(f"qcli.ops.{name}"), "_cpu")]
-EXACT = [name for name in COMPILED if "quantize" in name or name == "rope_append"]
+EXACT = [name for name in COMPILED if "quantize" in name or name in ("fit_scale", "rope_append")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -137,6 +138,15 @@ def test_int8_is_bit_equal_for_any_matrix(x, threshold):
     assert same_bits(quantize_int8(x, threshold), reference(quantize_int8, x, threshold))
     q, absmax, _ = quantize_int8(x, 0.0)
     close_sums(error_int8(x, q, absmax), reference(error_int8, x, q, absmax)[0])
+
+
+FORMS = st.sampled_from([("", 2, False), ("", 3, True), ("", 4, False), ("", 8, True), ("nf4", 4, False), ("fp4", 4, False)])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(matrices(), st.sampled_from([1, 7, 32, 50, 128, 400, 4096]), FORMS, st.sampled_from(DTYPES))
+def test_scales_are_bit_equal_for_any_matrix(x, size, form, dtype):
+    assert same_bits(fit_scale(x, size, *form, dtype), reference(fit_scale, x, size, *form, dtype))
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

@@ -18,6 +18,7 @@ NAMES = [
     "dequantize_int8",
     "error_4bit",
     "error_int8",
+    "fit_scale",
     "linear_4bit",
     "linear_float",
     "linear_int8",
