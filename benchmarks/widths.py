@@ -83,7 +83,7 @@ def layers(width: int, nbytes: int) -> dict[str, torch.nn.Module]:
         "int8 weights": Linear8bit(width, rows8, False, **of_8bit),
         "LLM.int8()": Linear8bit(width, rows8, False, **of_8bit),
     }
-    made["int8 weights"].activations_in_int8 = False
+    made["int8 weights"].rounds_activations = False
     return made
 
 

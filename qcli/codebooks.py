@@ -1,8 +1,9 @@
 """The only copy of each codebook, in float32, and of the thresholds between its codes.
 
 NF4: quantiles of the normal distribution (QLoRA, arXiv:2305.14314, appendix E). FP4: sign, two exponent bits, one
-mantissa bit, scaled to a maximum of 1; bit 3 of the code is the sign. Dynamic map: the 8-bit signed dynamic exponent
-type (arXiv:1511.04561, section 1.2) in which double quantization stores absmax.
+mantissa bit, scaled to a maximum of 1; bit 3 of the code is the sign. E2M1: the OCP float of the same bits, whose values are not
+scaled. Dynamic map: the 8-bit signed dynamic exponent type (arXiv:1511.04561, section
+1.2) in which double quantization stores absmax.
 
 Thresholds ascend. The number of thresholds below a value is the rank of its code, in the order of the codes' values. A value
 exactly on a threshold therefore takes the lower code.
@@ -35,7 +36,13 @@ NF4 = np.array(
 _FP4_MAGNITUDES = np.array([0, 1 / 192, 8 / 12, 1, 4 / 12, 6 / 12, 2 / 12, 3 / 12], dtype=np.float32)
 FP4 = np.concatenate([_FP4_MAGNITUDES, 0 - _FP4_MAGNITUDES])  # code 8 is a second +0
 
-CODEBOOKS = {"nf4": NF4, "fp4": FP4}
+_E2M1_MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
+E2M1 = np.concatenate([_E2M1_MAGNITUDES, -_E2M1_MAGNITUDES])  # code 8 is -0
+
+# What kernels multiply, with magnitudes of at most 1. `int4` names the integers from -8 on, by code + 8. The last two are in
+# eighths, and their absmax stands for 8: multiplying by a power of two rounds nothing.
+CODEBOOKS = {"nf4": NF4, "fp4": FP4, "e2m1": E2M1 / np.float32(8), "int4": np.arange(-8, 8, dtype=np.float32) / np.float32(8)}
+UNITS = {"nf4": 1.0, "fp4": 1.0, "e2m1": 8.0, "int4": 8.0}
 ZERO_CODE = {"nf4": 7, "fp4": 0}
 
 NF4_THRESHOLDS = (NF4[:-1] + NF4[1:]) / np.float32(2)
@@ -87,3 +94,23 @@ def _dynamic_thresholds() -> np.ndarray:
 
 DYNAMIC_MAP = _dynamic_map()
 DYNAMIC_THRESHOLDS = _dynamic_thresholds()
+
+
+def _e8m0() -> np.ndarray:
+    """Powers of two from 2^-127 to 2^127; the last code is NaN."""
+    values = np.exp2(np.arange(256, dtype=np.float64) - 127)
+    values[255] = np.nan
+    return values.astype(np.float32)
+
+
+def _e4m3() -> np.ndarray:
+    """The values of E4M3 by their bits: sign, four exponent bits with bias 7, three bits of mantissa; 0x7f and 0xff are NaN."""
+    bits = np.arange(128)
+    exponent, mantissa = bits >> 3, bits & 7
+    magnitudes = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent.astype(np.float64) - 10))
+    magnitudes[127] = np.nan
+    return np.concatenate([magnitudes, -magnitudes]).astype(np.float32)
+
+
+# The values of 8-bit scales, by their bits.
+E8M0, E4M3 = _e8m0(), _e4m3()

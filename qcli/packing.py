@@ -1,6 +1,10 @@
-"""The only copy of each bit layout: two 4-bit codes per byte (bitsandbytes), words of signed codes (compressed-tensors)."""
+"""The only copy of each bit layout: two 4-bit codes per byte, the first in the high nibble (bitsandbytes) or in the low one (OCP
+floats), and words of codes, the first in the low bits (compressed-tensors, GPTQ, AWQ)."""
 
 import torch
+
+# AWQ's order of eight columns in a word: slot i holds column AWQ_ORDER[i].
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def pack_4bit(codes: torch.Tensor, filler: int) -> torch.Tensor:
@@ -17,19 +21,67 @@ def unpack_4bit(packed: torch.Tensor, count: int) -> torch.Tensor:
     return torch.stack((flat >> 4, flat & 15), 1).view(-1)[:count]
 
 
+def pack_pairs(codes: torch.Tensor) -> torch.Tensor:
+    """Codes uint8 [rows, n] in 0..15, n even, to bytes uint8 [rows, n/2], the first code in the low bits."""
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack_pairs(packed: torch.Tensor) -> torch.Tensor:
+    """Bytes uint8 [rows, n/2] to codes uint8 [rows, n]."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
+def words_of(count: int, bits: int) -> int:
+    """32-bit words for `count` codes."""
+    return -(-count * bits // 32)
+
+
 def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Signed codes int8 [rows, n] of 4 or 8 bits to words int32 [rows, ceil(n bits / 32)]. A word holds code + 2^(bits-1), with the
-    first code in the low bits. A partial last word is padded with zeros."""
-    raw = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
-    raw = torch.nn.functional.pad(raw, (0, -raw.shape[1] % (32 // bits)))
-    if bits == 4:
-        raw = raw[:, 0::2] | (raw[:, 1::2] << 4)
-    return raw.flatten().view(torch.int32).view(len(codes), -1)
+    """Unsigned codes uint8 [rows, n] of 2 to 8 bits to words int32 [rows, ceil(n bits / 32)]. Codes follow each other in a stream
+    of bits that begins in the low bits of the first word; of 3, 5, 6 and 7 bits some lie in two words. The last word is padded with
+    zeros."""
+    rows, count = codes.shape
+    if bits in (2, 4, 8):
+        codes = torch.nn.functional.pad(codes, (0, -count % (32 // bits)))
+        while bits < 8:
+            codes, bits = codes[:, 0::2] | (codes[:, 1::2] << bits), 2 * bits
+        return codes.contiguous().flatten().view(torch.int32).view(rows, -1)
+    whole = torch.nn.functional.pad(codes, (0, -count % 32)).view(-1, 32).to(torch.int64)
+    words = torch.zeros(len(whole), bits, dtype=torch.int64, device=codes.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        words[:, word] |= whole[:, i] << shift & 0xFFFFFFFF
+        if shift + bits > 32:
+            words[:, word + 1] |= whole[:, i] >> (32 - shift)
+    signed = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    return signed.view(rows, -1)[:, : words_of(count, bits)].contiguous()
 
 
 def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Words int32 [rows, ceil(count bits / 32)] to signed codes int8 [rows, count]."""
-    raw = words.flatten().view(torch.uint8).view(len(words), -1)
-    if bits == 4:
-        raw = torch.stack((raw & 15, raw >> 4), -1).flatten(-2)
-    return (raw[:, :count].to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    """Words int32 [rows, ceil(count bits / 32)] to unsigned codes uint8 [rows, count]."""
+    rows = len(words)
+    if bits in (2, 4, 8):
+        found, width = words.contiguous().flatten().view(torch.uint8).view(rows, -1), 8
+        while width > bits:
+            width //= 2
+            found = torch.stack((found & ((1 << width) - 1), found >> width), -1).flatten(-2)
+        return found[:, :count].contiguous()
+    padded = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).view(-1, bits).to(torch.int64) & 0xFFFFFFFF
+    codes = torch.empty(len(padded), 32, dtype=torch.uint8, device=words.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        found = padded[:, word] >> shift
+        if shift + bits > 32:
+            found |= padded[:, word + 1] << (32 - shift)
+        codes[:, i] = found & ((1 << bits) - 1)
+    return codes.view(rows, -1)[:, :count].contiguous()
+
+
+def to_unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Signed codes int8 in [-2^(bits-1), 2^(bits-1) - 1] to code + 2^(bits-1), uint8."""
+    return (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+
+
+def to_signed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned codes uint8 to code - 2^(bits-1), int8."""
+    return (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)

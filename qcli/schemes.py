@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 from qcli.checkpoint.dtypes import TensorSpec
@@ -16,12 +17,15 @@ from qcli.errors import UsageError
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of blocks of the flattened weight that kernels decode
 NESTED_BLOCK_SIZE = 256  # absmax values that share a scale under double quantization (bitsandbytes)
+WHOLE_ROW = -1  # the group size that stands for a row
+FP8_BLOCK = 128  # rows and columns of a block of FP8 (DeepSeek-V3)
+SEARCHES = ("none", "mse")  # how a scale is found: from the absmax alone, or by the least squared error
 PAPER_THRESHOLD = 6.0  # LLM.int8() (arXiv:2208.07339, section 3.2)
 
 CHUNK_BYTES = 1 << 20  # of source data at a time: what bounds the memory of quantizing a checkpoint
 CHUNKS_IN_WORK = 128  # measured: float32 copies of a chunk, and what the allocator keeps of those that were freed
 
-Share = Literal["flat", "group", "row", "tensor"]
+Share = Literal["flat", "group", "row", "block", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,16 @@ class Scheme:
     name: what users type. method: the file in methods/ that makes it.
     bits: of a code; 0 where nothing is quantized.
     share: which elements have one scale. "flat": runs of `size` elements of the flattened weight. "group": runs of `size`
-    elements within a row. "row": an output row. "tensor": all.
-    codebook: "nf4" or "fp4", whose entry a code names; None where a code is itself an integer.
+    elements within a row. "row": an output row. "block": squares of `size` rows and columns. "tensor": all.
+    codebook: whose entry a code names: "nf4" or "fp4" (QLoRA), or the small floats "e4m3" and "e2m1" (OCP); None where a code is
+    itself an integer.
     zero_point: whether an integer zero point stands beside each scale, and beside the activations' scales.
+    scale: the dtype of a scale: "float32", "model" (that of the weight), "e8m0" (a power of two), or "e4m3" over a float32 scale of
+    the whole weight.
     double_quant: whether the scales are 8-bit codes themselves, with a float32 scale for every 256.
-    activations: what shares a scale of the int8 activations, "token" or "tensor"; None where activations are not rounded.
+    activations: what shares a scale of the activations: "token", "tensor" or "group"; "static" where the one scale is stored; None
+    where activations are not rounded.
+    activation_codebook: what they are rounded to: "e4m3" or "e2m1"; None for int8.
     threshold: columns with an activation of this magnitude or more are not rounded; 0 rounds all.
     keeps_original: whether those columns multiply with the unquantized weight, kept beside the codes (the paper's form).
     """
@@ -47,8 +56,10 @@ class Scheme:
     size: int = 0
     codebook: str | None = None
     zero_point: bool = False
+    scale: Literal["float32", "model", "e8m0", "e4m3"] = "float32"
     double_quant: bool = False
-    activations: Literal["token", "tensor"] | None = None
+    activations: Literal["token", "tensor", "group", "static"] | None = None
+    activation_codebook: str | None = None
     threshold: float = 0.0
     keeps_original: bool = False
 
@@ -57,9 +68,15 @@ class Scheme:
         count = out_features * in_features
         if self.share == "flat":
             return -(-count // self.size)
+        return prod(self.scale_shape(out_features, in_features))
+
+    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Rows and columns of the scales of a weight of this shape, unless its blocks are flat."""
         if self.share == "group":
-            return out_features * -(-in_features // self.size)
-        return out_features if self.share == "row" else 1
+            return out_features, -(-in_features // self.size)
+        if self.share == "block":
+            return -(-out_features // self.size), -(-in_features // self.size)
+        return (out_features if self.share == "row" else 1), 1
 
     def parts(self, out_features: int, in_features: int, dtype: str = "BF16") -> dict[str, TensorSpec]:
         """What represents a weight before any format lays it out: role to tensor. `dtype` is the safetensors code of the
@@ -69,14 +86,21 @@ class Scheme:
         count, scales = out_features * in_features, self.scales(out_features, in_features)
         packed = TensorSpec("codes", "U8", (-(-count * self.bits // 8),))
         found = {"codes": TensorSpec("codes", "I8", (out_features, in_features)) if self.bits == 8 else packed}
-        of_scale = "U8" if self.double_quant else dtype if self.share == "group" else "F32"
+        of_scale = "U8" if self.double_quant else {"float32": "F32", "model": dtype, "e8m0": "U8", "e4m3": "F8_E4M3"}[self.scale]
         found["scale"] = TensorSpec("scale", of_scale, (scales,))
+        if self.scale == "e4m3":
+            found["global_scale"] = TensorSpec("global_scale", "F32", (1,))
         if self.double_quant:
             found["nested_scale"] = TensorSpec("nested_scale", "F32", (-(-scales // NESTED_BLOCK_SIZE),))
             found["nested_offset"] = TensorSpec("nested_offset", "F32", (1,))
         if self.zero_point:
-            found["zero_point"] = TensorSpec("zero_point", "I8" if self.share == "group" else "I32", (scales,))
+            found["zero_point"] = TensorSpec("zero_point", "I8" if self.scale == "model" else "I32", (scales,))
         return found
+
+    @property
+    def held_bits(self) -> int:
+        """Bits of a code in memory: kernels read integers of 2 and 3 bits from 4."""
+        return 4 if self.codebook is None and self.bits in (2, 3) else self.bits
 
     def stored_bytes(self, out_features: int, in_features: int, dtype: str = "BF16", outlier_columns: int = 0) -> int:
         """Bytes of the parts. `outlier_columns` stand beside the codes in `dtype` where the scheme keeps the original."""
@@ -94,7 +118,7 @@ class Scheme:
 
 UNQUANTIZED = Scheme("unquantized", "unquantized", 0)
 _PER_TENSOR = Scheme("int8-per-tensor", "int8", 8, "tensor", activations="tensor")
-_INT8 = Scheme("int8", "int8", 8, "row", activations="token")
+_INT8 = Scheme("int8", "int8", 8, "row", scale="model", activations="token")
 _LLM_INT8 = Scheme("llm-int8", "llm-int8", 8, "row", activations="token", threshold=PAPER_THRESHOLD)
 _NF4 = Scheme("nf4", "nf4", 4, "flat", 64, codebook="nf4", double_quant=True)
 _FP4 = replace(_NF4, name="fp4", method="fp4", codebook="fp4")
@@ -109,18 +133,23 @@ NAMED: Mapping[str, Scheme] = {
         replace(_PER_TENSOR, name="int8-row-wise", activations="token"),
         _INT8,
         replace(_PER_TENSOR, name="zeropoint-per-tensor", method="zeropoint", zero_point=True),
-        replace(_INT8, name="zeropoint", method="zeropoint", zero_point=True),
+        replace(_INT8, name="zeropoint", method="zeropoint", zero_point=True, scale="float32"),
         replace(_LLM_INT8, name="llm-int8-paper", keeps_original=True),
         _LLM_INT8,
         replace(_NF4, name="nf4-plain", double_quant=False),
         _NF4,
         replace(_FP4, name="fp4-plain", double_quant=False),
         _FP4,
-        Scheme("rtn", "rtn", 4, "group", 128),
+        Scheme("rtn", "rtn", 4, "group", 128, scale="model"),
+        Scheme("hqq", "hqq", 4, "group", 64, zero_point=True, scale="model"),
+        Scheme("fp8", "fp8", 8, "row", codebook="e4m3", scale="model", activations="token", activation_codebook="e4m3"),
+        Scheme("mxfp4", "mxfp4", 4, "group", 32, codebook="e2m1", scale="e8m0"),
+        Scheme("nvfp4", "nvfp4", 4, "group", 16, codebook="e2m1", scale="e4m3"),
     )
 }
 QUANTIZED = tuple(name for name, scheme in NAMED.items() if scheme.bits)
 BY_BITS: Mapping[int, str] = {4: "nf4", 8: "llm-int8"}
+_INTEGER_BITS = (3, 2)  # for which integers in groups are the one method
 
 
 def named(name: str) -> Scheme:
@@ -145,10 +174,12 @@ def chosen(names: str | Iterable[str]) -> list[Scheme]:
 
 def by_bits(bits: int | None, method: str | None) -> Scheme:
     """What `--bits` and `--method` ask for together: NF4 where neither was given. Raises UsageError where they disagree."""
-    if bits is not None and bits not in BY_BITS and method is None:
-        raise UsageError(f"bits is {bits}, expected 4 or 8", "Use --bits 4 for NF4, --bits 8 for LLM.int8().")
+    if bits is not None and bits not in (*BY_BITS, *_INTEGER_BITS) and method is None:
+        raise UsageError(
+            f"bits is {bits}, expected 4, 8, 3 or 2", "Use --bits 4 for NF4, --bits 8 for LLM.int8(), 3 or 2 for integers (rtn)."
+        )
     if method is None:
-        return NAMED[BY_BITS[bits or 4]]
+        return NAMED["rtn" if bits in _INTEGER_BITS else BY_BITS[bits or 4]]
     return named(method)
 
 

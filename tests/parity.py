@@ -3,7 +3,7 @@
 import torch
 
 from qcli.ops.dequantize_4bit import dequantize_4bit
-from qcli.ops.dequantize_absmax import dequantize_absmax
+from qcli.ops.linear_4bit import decoded_absmax
 
 # Of a result, of what is summed, and of a weight rounded to 16 bits, each half a unit in the last place.
 ROUNDING = {torch.float32: 2.0**-19, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -94,11 +94,12 @@ def _magnitude(name: str, arguments: dict) -> torch.Tensor:
     given = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
     x = given["x"].float()
     if name == "linear_4bit":
-        absmax = given["absmax"]
-        if given["nested_absmax"] is not None:
-            absmax = dequantize_absmax(absmax, given["nested_absmax"], given["offset"])
+        absmax = decoded_absmax(given["absmax"], given["nested_absmax"], given["offset"], given["quant_type"])
         of_block = given["block_size"], given["quant_type"], [given["out_features"], x.shape[-1]]
-        weight = dequantize_4bit(given["packed"], absmax, *of_block, torch.float32)
+        weight = dequantize_4bit(given["packed"], absmax, *of_block, torch.float32).abs()
+        if given.get("zero_point") is not None:  # it takes its share of sums apart from that of the codes
+            of_zero = (absmax * given["zero_point"].abs() / 8).repeat_interleave(given["block_size"])
+            weight = weight + 2 * of_zero.view(weight.shape)
     else:
         weight = given["weight"].float() * (given["scale"].float() / 127).unsqueeze(1)
     return x.abs() @ weight.abs().t()

@@ -62,6 +62,12 @@ PRIVATE = (
         _LOADING,
         "the hook in which our modules take the place of linear ones",
     ),
+    Private(
+        "transformers.quantizers.HfQuantizer._process_model_after_weight_loading",
+        ("loading/transformers_quantizer.py",),
+        "tests/formats/test_foreign.py::test_decodes_as_its_writer",
+        "and that in which they lay their tensors out",
+    ),
     Private("transformers.quantizers.register_quantizer", ("loading/transformers_quantizer.py",), _LOADING, "makes it known"),
     Private(
         "transformers.quantizers.register_quantization_config", ("loading/transformers_quantizer.py",), _LOADING, "and its config"

@@ -80,7 +80,7 @@ def costs(held_out, base):
         for path, module in model.named_modules():
             if isinstance(module, Linear8bit):
                 module.threshold = 0.0 if name == "plain int8" else THRESHOLD
-                module.activations_in_int8 = name != "w8a16"
+                module.rounds_activations = name != "w8a16"
                 if name == "paper":
                     module.forward = paper_form(module, original.get_submodule(path).weight)
         added = losses(model, held_out[0]) - reference

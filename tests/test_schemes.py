@@ -20,12 +20,16 @@ DEMO = ROOT / "examples" / "demo-model"
     [
         ("unquantized", 16),
         ("int8-per-tensor", 8 + 32 / 2**24),
-        ("int8", 8 + 32 / 4096),
+        ("int8", 8 + 16 / 4096),
         ("zeropoint", 8 + 64 / 4096),
         ("llm-int8", 8 + 32 / 4096),
         ("nf4-plain", 4 + 32 / 64),
         ("nf4", 4 + 8 / 64 + 32 / 64 / 256 + 32 / 2**24),
         ("rtn", 4 + 16 / 128),
+        ("hqq", 4 + 16 / 64 + 8 / 64),  # a zero point is a byte in memory
+        ("fp8", 8 + 16 / 4096),
+        ("mxfp4", 4 + 8 / 32),
+        ("nvfp4", 4 + 8 / 16 + 32 / 2**24),
     ],
 )
 def test_bits_of_the_parts(name, bits):
@@ -45,7 +49,8 @@ def test_scales_of_a_weight_whose_size_nothing_divides(share, scales):
 
 def test_names_mean_one_thing_everywhere():
     """What quantize writes, what generate takes and what estimate-memory counts are rows of the same table."""
-    assert set(formats.written()) == {"llm-int8", "nf4", "nf4-plain", "fp4", "fp4-plain", "rtn"}
+    of_bitsandbytes = {"llm-int8", "nf4", "nf4-plain", "fp4", "fp4-plain"}
+    assert set(formats.written()) == of_bitsandbytes | {"int8", "rtn", "hqq", "fp8", "mxfp4", "nvfp4"}
     assert set(METHODS) - {"bfloat16", "float16", "float32", "stored"} == set(NAMED) - {"unquantized"}
     for name, scheme in NAMED.items():
         method = methods.make(scheme)
@@ -53,7 +58,7 @@ def test_names_mean_one_thing_everywhere():
         assert type(method)(**vars(method)) == method
 
 
-@pytest.mark.parametrize("name", ["int8", "zeropoint-per-tensor", "llm-int8-paper", "unquantized"])
+@pytest.mark.parametrize("name", ["int8-row-wise", "zeropoint-per-tensor", "llm-int8-paper", "unquantized"])
 def test_what_no_format_holds_is_refused_with_the_reason(name, quick_cli, tmp_path):
     for command in (("quantize", DEMO, "--output", tmp_path / "out"), ("generate", DEMO, "Once")):
         done = quick_cli(*command, "--method", name)

@@ -35,27 +35,35 @@ struct NaturalOrder {
   static constexpr int element_at(int place) { return place; }
 };
 
-// x [rows, k] in float32, with zeros up to whole chunks.
+// x [rows, k] in float32, with zeros up to whole chunks; and if they are asked for, the sums of each lane of a chunk.
 template <class Order>
 class Float32 {
  public:
   template <class T>
-  Float32(const T* x, int64_t rows, int64_t k) : padded_(padded_to_chunks(k)), values_(4 * rows * padded_) {
+  Float32(const T* x, int64_t rows, int64_t k, bool with_sums = false)
+      : padded_(padded_to_chunks(k)), values_(4 * rows * padded_), sums_(with_sums ? rows * padded_ / 2 : 0) {
     float* to = values_.as<float>();
+    float* sum = sums_.as<float>();
     float chunk[kChunk];
     for (int64_t t = 0; t < rows; t++, x += k) {
       for (int64_t i = 0; i < k; i += kChunk, to += kChunk) {
         widen<kChunk>(x + i, k - i, chunk);
         for (int place = 0; place < kChunk; place++) to[place] = chunk[Order::element_at(place)];
+        if (!with_sums) continue;
+        F32x16 lanes = load(to);
+        for (int j = 16; j < kChunk; j += 16) lanes = lanes + load(to + j);
+        store(sum, lanes);
+        sum += 16;
       }
     }
   }
   const float* at(int64_t t, int64_t i) const { return values_.as<float>() + t * padded_ + i; }
+  const float* sums(int64_t t, int64_t i) const { return sums_.as<float>() + (t * padded_ + i) / 8; }
   int64_t padded() const { return padded_; }
 
  private:
   int64_t padded_;
-  Scratch values_;
+  Scratch values_, sums_;
 };
 
 #if defined(QCLI_INT16_PRODUCTS)
@@ -70,19 +78,21 @@ struct Outlier {
 };
 
 // x [rows, k] in 16-bit integers, in the order of a 4-bit weight's codes after look-up, with one step size per kWide elements and
-// zeros up to whole registers; and the table of codes.
+// zeros up to whole registers; the table of codes; and if they are asked for, the sums of x in each lane of a register.
 class Int16 {
  public:
   template <class T>
-  Int16(const T* x, int64_t rows, int64_t k, const float* code)
+  Int16(const T* x, int64_t rows, int64_t k, const float* code, bool with_sums)
       : codes_(table_of(code)),
         padded_(divide_up(k, kWide) * kWide),
         most_(8 + k / 64),
         values_(2 * rows * padded_),
         steps_(4 * rows * (padded_ / kWide)),
+        sums_(with_sums ? rows * padded_ / 2 : 0),
         outliers_(rows * (8 + most_ * int64_t(sizeof(Outlier)))) {
     int16_t* to = values_.as<int16_t>();
     float* step = steps_.as<float>();
+    float* sum = sums_.as<float>();
     float some[kWide];
     int32_t rounded_x[kWide];
     for (int64_t t = 0; t < rows; t++, x += k) {
@@ -97,6 +107,12 @@ class Int16 {
           to[place] = int16_t(rounded_x[element_of(place / (kWide / 4), place % (kWide / 4))]);
         }
         *step++ = largest / (kSteps * kCodeSteps);
+        if (!with_sums) continue;
+        for (int lane = 0; lane < kWide / 8; lane++) {
+          int32_t total = 0;
+          for (int j = 0; j < 4; j++) total += to[j * (kWide / 4) + 2 * lane] + to[j * (kWide / 4) + 2 * lane + 1];
+          *sum++ = float(total) * (largest / kSteps);
+        }
       }
     }
   }
@@ -105,6 +121,7 @@ class Int16 {
   const int16_t* at(int64_t t, int64_t i) const { return values_.as<int16_t>() + t * padded_ + i; }
   // What the sums of the integer products are multiplied by, one for each kWide elements.
   const float* steps(int64_t t) const { return steps_.as<float>() + t * padded_ / kWide; }
+  const float* sums(int64_t t) const { return sums_.as<float>() + t * padded_ / 8; }
   int64_t padded() const { return padded_; }
   int64_t outliers(int64_t t) const { return of_token(t)[0]; }
   Outlier outlier(int64_t t, int64_t o) const { return reinterpret_cast<const Outlier*>(of_token(t) + 1)[o]; }
@@ -139,7 +156,7 @@ class Int16 {
 
   Codes16 codes_;
   int64_t padded_, most_;
-  Scratch values_, steps_, outliers_;
+  Scratch values_, steps_, sums_, outliers_;
   bool usable_ = true;
 };
 #endif

@@ -54,6 +54,12 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+// A float of a sign, four exponent and three mantissa bits. Its values are those of float16 with the same bits moved up, times 256.
+// NaN is not told from numbers: no quantizer stores one.
+struct e4m3 {
+  uint8_t bits;
+};
+constexpr float kE4M3Unit = 256;  // loaded values are multiplied by it later
 
 template <class T>
 QCLI_INLINE T smaller(T a, T b) {
@@ -84,6 +90,9 @@ QCLI_INLINE float to_float(f16 value) {
   // After the shift the exponent is 112 too small. The product corrects it, also for subnormal values.
   return from_bits(sign | to_bits(from_bits(magnitude << 13) * 0x1p112f));
 }
+
+// Without kE4M3Unit.
+QCLI_INLINE float to_float(e4m3 value) { return to_float(f16{uint16_t((value.bits & 0x80) << 8 | (value.bits & 0x7f) << 7)}); }
 
 // Rounded to nearest, ties to even, as torch does.
 QCLI_INLINE void from_float(float value, float* out) { *out = value; }

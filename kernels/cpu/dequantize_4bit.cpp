@@ -1,4 +1,4 @@
-// Blockwise 4-bit dequantization: code[c] * absmax in float32, rounded once to the wanted dtype.
+// Blockwise 4-bit dequantization: (code[c] - zero / 8) * absmax in float32, rounded once to the wanted dtype.
 //
 // It decodes the elements `start` to `start + count` of the flat weight, so a part of it can be expanded. Per element it reads half
 // a byte and 4 / block_size bytes, and writes 2 or 4.
@@ -29,27 +29,28 @@ QCLI_INLINE void store_pairs(bf16* out, F32x16 earlier, F32x16 later) {
 #endif
 
 template <class T>
-void one_by_one(const uint8_t* packed, const float* absmax, int64_t block_size, const float* code, int64_t begin,
-                int64_t end, T* out) {
+void one_by_one(const uint8_t* packed, float scale, float zero, const float* code, int64_t begin, int64_t end, T* out) {
   for (int64_t i = begin; i < end; i++) {
     const uint8_t byte = packed[i / 2];
-    from_float(code[i % 2 ? byte & 15 : byte >> 4] * absmax[i / block_size], out++);
+    from_float((code[i % 2 ? byte & 15 : byte >> 4] - zero) * scale, out++);
   }
 }
 
 template <class T>
-void dequantize(const uint8_t* packed, const float* absmax, int64_t block_size, const float* code, int64_t start,
-                int64_t count, void* output, int threads) {
+void dequantize(const uint8_t* packed, const float* absmax, const int8_t* zero_point, int64_t block_size, const float* code,
+                int64_t start, int64_t count, void* output, int threads) {
   T* out = static_cast<T*>(output);
   const int64_t first_block = start / block_size, blocks = divide_up(start + count, block_size) - first_block;
   parallel(blocks, divide_up(1 << 15, block_size), threads, [=](int64_t first, int64_t last) {
-    const Table16 table = table16(code);
     for (int64_t b = first_block + first; b < first_block + last; b++) {
       int64_t begin = larger(start, b * block_size);
       const int64_t end = smaller(start + count, (b + 1) * block_size);
-      const float scale = absmax[b];
+      const float scale = absmax[b], zero = zero_point ? float(zero_point[b]) * 0.125f : 0.0f;
+      float values[16];  // of the codes, less the zero point
+      for (int i = 0; i < 16; i++) values[i] = code[i] - zero;
+      const Table16 table = table16(values);
       if (begin % 2 || !__builtin_isfinite(scale)) {  // one_by_one also rounds a NaN to a NaN
-        one_by_one(packed, absmax, block_size, code, begin, end, out + (begin - start));
+        one_by_one(packed, scale, zero, code, begin, end, out + (begin - start));
         continue;
       }
       const F32x16 scales = all(scale);
@@ -57,16 +58,17 @@ void dequantize(const uint8_t* packed, const float* absmax, int64_t block_size, 
         const I32x16 bytes = load_bytes(packed + begin / 2);
         store_pairs(out + (begin - start), look_up<4>(table, bytes) * scales, look_up<0>(table, bytes) * scales);
       }
-      one_by_one(packed, absmax, block_size, code, begin, end, out + (begin - start));
+      one_by_one(packed, scale, zero, code, begin, end, out + (begin - start));
     }
   });
 }
 
 }  // namespace
 
-// packed uint8 [ceil(n / 2)]; absmax float32 [ceil(n / block_size)]; code float32 [16]; out [count] of `dtype`.
+// packed uint8 [ceil(n / 2)]; absmax float32 [ceil(n / block_size)]; zero_point int8 likewise, or null; code float32 [16]; out [count]
+// of `dtype`.
 QCLI_KERNEL(dequantize_4bit)
-(const uint8_t* packed, const float* absmax, int64_t block_size, const float* code, int64_t start, int64_t count, int dtype,
- void* out, int threads) {
-  QCLI_DISPATCH(dtype, dequantize, packed, absmax, block_size, code, start, count, out, threads)
+(const uint8_t* packed, const float* absmax, const int8_t* zero_point, int64_t block_size, const float* code, int64_t start,
+ int64_t count, int dtype, void* out, int threads) {
+  QCLI_DISPATCH(dtype, dequantize, packed, absmax, zero_point, block_size, code, start, count, out, threads)
 }

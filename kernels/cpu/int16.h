@@ -62,6 +62,8 @@ QCLI_INLINE Lanes times(Lanes a, float b) { return {_mm512_mul_ps(a.v, _mm512_se
 QCLI_INLINE Lanes add_scaled(Lanes total, Sums sums, Lanes scale) {
   return {_mm512_fmadd_ps(_mm512_cvtepi32_ps(sums.v), scale.v, total.v)};
 }
+QCLI_INLINE Lanes load_lanes(const float* p) { return {_mm512_loadu_ps(p)}; }
+QCLI_INLINE Lanes add_product(Lanes total, Lanes a, Lanes b) { return {_mm512_fmadd_ps(a.v, b.v, total.v)}; }
 QCLI_INLINE float sum_lanes(Lanes x) { return sum_lanes(F32x16{x.v}); }
 
 #else
@@ -115,6 +117,8 @@ QCLI_INLINE Lanes times(Lanes a, float b) { return {_mm256_mul_ps(a.v, _mm256_se
 QCLI_INLINE Lanes add_scaled(Lanes total, Sums sums, Lanes scale) {
   return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(sums.v), scale.v, total.v)};
 }
+QCLI_INLINE Lanes load_lanes(const float* p) { return {_mm256_loadu_ps(p)}; }
+QCLI_INLINE Lanes add_product(Lanes total, Lanes a, Lanes b) { return {_mm256_fmadd_ps(a.v, b.v, total.v)}; }
 QCLI_INLINE float sum_lanes(Lanes x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

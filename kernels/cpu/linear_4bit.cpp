@@ -1,10 +1,11 @@
 // The product with a 4-bit weight for few tokens. The weight is never expanded in memory.
 //
-//   y[t, n] = sum_k x[t, k] * code[c[n, k]] * absmax[(n K + k) / block_size]  +  bias[n]
+//   y[t, n] = sum_k x[t, k] * (code[c[n, k]] - zero[b] / 8) * absmax[b]  +  bias[n],   b = (n K + k) / block_size
 //
-// Reads half a byte per weight, and 4 / block_size bytes of absmax (or 1 / block_size nested). A chunk of 128 weights is decoded by
-// table look-up and multiplied in 16 lanes. absmax scales its sums once, and rows are summed in float32. x is reordered once, to
-// the order in which look-ups decode the weights. A row's last chunk may be partial: x is padded with zeros.
+// Reads half a byte per weight, and 1 to 4 bytes of absmax per block. A chunk of 128 weights is decoded by table look-up and
+// multiplied in 16 lanes. absmax scales its sums once, and rows are summed in float32. x is reordered once, to the order in which
+// look-ups decode the weights. A row's last chunk may be partial: x is padded with zeros. A zero point takes its share of the sum of
+// x in each lane, which is made once for all rows.
 //
 // Products are float32, or of 16-bit integers: see chunks.h.
 //
@@ -24,37 +25,62 @@ constexpr int kTokens = 4, kRows = 4;
 
 // The layout is that of the Record in qcli/ops/linear_4bit.py.
 struct Weight {
-  const uint8_t* packed;        // [ceil(out_features k / 2)]
-  const float* absmax;          // [blocks]; null if it is nested:
-  const uint8_t* nested_codes;  // [blocks]
-  const float* nested_absmax;   // [ceil(blocks / 256)]
-  const float* map;             // [256]
-  const float* code;            // [16]
-  Bias bias;                    // [out_features]
+  const uint8_t* packed;  // [ceil(out_features k / 2)]
+  const void* absmax;     // [blocks], of absmax_dtype; or codes, uint8, of the entries of a map:
+  const float* map;       // [256], or null
+  const float* nested;    // [ceil(blocks / 256)], by which the entries are multiplied, or null
+  const int8_t* zero;     // [blocks], or null
+  const float* code;      // [16]
+  Bias bias;              // [out_features]
   int64_t block_size, out_features, k;
-  float offset;
-  int32_t coarse;  // the compute dtype is bfloat16
+  int32_t absmax_dtype;
+  float unit, offset;  // absmax is what is stored, times unit, plus offset
+  int32_t coarse;      // the compute dtype is bfloat16
+
+  // Whether absmax is read where it lies.
+  QCLI_INLINE bool plain() const { return !map && unit == 1.0f && absmax_dtype == kFloat32; }
 };
 
-// absmax of the blocks first .. first + count, decoded to `out` if it is nested.
+template <class T>
+QCLI_INLINE void widen_absmax(const T* from, int64_t count, float unit, float* out) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) store(out + i, load(from + i) * all(unit));
+  for (; i < count; i++) out[i] = to_float(from[i]) * unit;
+}
+
+// absmax of the blocks first .. first + count, decoded to `out` unless it is plain.
 QCLI_INLINE const float* absmax_of_blocks(const Weight& w, int64_t first, int64_t count, float* out) {
-  if (w.absmax) return w.absmax + first;
-  const uint8_t* codes = w.nested_codes + first;
+  if (w.plain()) return static_cast<const float*>(w.absmax) + first;
+  if (!w.map) {
+    switch (w.absmax_dtype) {
+      case kFloat32: widen_absmax(static_cast<const float*>(w.absmax) + first, count, w.unit, out); break;
+      case kBFloat16: widen_absmax(static_cast<const bf16*>(w.absmax) + first, count, w.unit, out); break;
+      default: widen_absmax(static_cast<const f16*>(w.absmax) + first, count, w.unit, out); break;
+    }
+    return out;
+  }
+  const uint8_t* codes = static_cast<const uint8_t*>(w.absmax) + first;
   const F32x16 offset = all(w.offset);
   const Table256 map = table256(w.map);
   for (int64_t i = 0; i < count;) {
     const int64_t group = (first + i) / 256, end = smaller(count, (group + 1) * 256 - first);
-    const float scale = w.nested_absmax[group];
+    const float scale = w.nested ? w.nested[group] : w.unit;
     for (; i + 16 <= end; i += 16) store(out + i, look_up(map, load_bytes(codes + i)) * all(scale) + offset);
     for (; i < end; i++) out[i] = w.map[codes[i]] * scale + w.offset;
   }
   return out;
 }
 
+// What a zero point adds to each weight of the blocks first .. first + count.
+void offsets_of_blocks(const Weight& w, int64_t first, int64_t count, const float* absmax, float* out) {
+  for (int64_t i = 0; i < count; i++) out[i] = float(w.zero[first + i]) * -0.125f * absmax[i];
+}
+
 // How a chunk's 128 products find their absmax.
 enum class Scaling {
   kHalves,    // blocks of 64, rows of whole blocks
   kQuarters,  // one value per 32 weights: blocks of 32, or any other multiple of 32, repeated
+  kEighths,   // blocks of 16
   kOne,       // blocks of a multiple of 128, rows of whole chunks
 };
 
@@ -65,16 +91,24 @@ class Scales {
       : w_(w), scaling_(scaling), scratch_(scratch),
         per_row_(scaling == Scaling::kQuarters ? w.k / 32 : (w.k % w.block_size ? 0 : w.k / w.block_size)) {}
 
-  // Floats of scratch.
-  static int64_t room(const Weight& w) { return larger(kScales, w.k / 32 + 2) + larger(kScales, 2 * (w.k / 32) + 4); }
+  // Floats of scratch: absmax and offsets, and both repeated.
+  static int64_t room(const Weight& w) { return 2 * part(w) + (w.zero ? 2 * part(w) : 0); }
 
   // The scales of row n, the first of which is that of its start. `last` ends the stream.
   QCLI_INLINE const float* of_row(int64_t n, int64_t last) {
     if (n >= end_) decode(n, last);
-    return scales_ + (per_row_ ? (n - first_) * per_row_ : n * w_.k / w_.block_size - first_block_);
+    return scales_ + place(n);
   }
+  // What zero points add to its weights, likewise; null without zero points. After of_row.
+  QCLI_INLINE const float* offsets_of_row(int64_t n) const { return w_.zero ? offsets_ + place(n) : nullptr; }
 
  private:
+  static int64_t part(const Weight& w) { return larger(kScales, 2 * (w.k / 16) + 4); }
+
+  QCLI_INLINE int64_t place(int64_t n) const {
+    return per_row_ ? (n - first_) * per_row_ : n * w_.k / w_.block_size - first_block_;
+  }
+
   void decode(int64_t n, int64_t last) {
     const int64_t k = w_.k, bs = w_.block_size;
     const bool repeat = scaling_ == Scaling::kQuarters && (bs != 32);
@@ -83,24 +117,30 @@ class Scales {
     end_ = smaller(last, n + larger<int64_t>(1, kScales / per_row));
     first_block_ = n * k / bs;
     const int64_t count = divide_up(end_ * k, bs) - first_block_;
-    if (w_.absmax) {
-      for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(w_.absmax + first_block_ + count + i);
-    } else {
-      for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(w_.nested_codes + first_block_ + count + i);
-    }
+    const int64_t width = w_.map ? 1 : w_.absmax_dtype == kFloat32 ? 4 : 2;
+    const char* ahead = static_cast<const char*>(w_.absmax) + (first_block_ + count) * width;
+    for (int64_t i = 0; i < count * width; i += 64) __builtin_prefetch(ahead + i);
     scales_ = absmax_of_blocks(w_, first_block_, count, scratch_);
-    if (!repeat) return;
-    float* repeated = scratch_ + larger(kScales, k / 32 + 2);
-    const int64_t each = bs / 32;
-    int64_t block = 0, into = first_ * k / 32 - first_block_ * each;
-    for (int64_t i = 0; i < (end_ - first_) * (k / 32); i++) {
-      repeated[i] = scales_[block];
+    if (w_.zero) {
+      float* offsets = scratch_ + 2 * part(w_);
+      offsets_of_blocks(w_, first_block_, count, scales_, offsets);
+      offsets_ = repeat ? repeated(offsets, offsets + part(w_)) : offsets;
+    }
+    if (repeat) scales_ = repeated(scales_, scratch_ + part(w_));
+  }
+
+  // A value per 32 weights of one per block.
+  const float* repeated(const float* values, float* to) const {
+    const int64_t each = w_.block_size / 32;
+    int64_t block = 0, into = first_ * w_.k / 32 - first_block_ * each;
+    for (int64_t i = 0; i < (end_ - first_) * (w_.k / 32); i++) {
+      to[i] = values[block];
       if (++into == each) {
         into = 0;
         block++;
       }
     }
-    scales_ = repeated;
+    return to;
   }
 
   const Weight& w_;
@@ -108,30 +148,39 @@ class Scales {
   float* scratch_;
   int64_t per_row_;  // 0 if a row may end within a block
   const float* scales_ = nullptr;
+  const float* offsets_ = nullptr;
   int64_t first_ = 0, end_ = 0, first_block_ = 0;
 };
 
 struct Row {
   const uint8_t* packed;
   const float* scales;
-  int64_t into_block;  // the position of its start in its first block
+  const float* offsets;  // null without zero points
+  int64_t into_block;    // the position of its start in its first block
 
   template <Scaling kScaling>
-  QCLI_INLINE float scale_of(const Weight& w, int64_t i) const {
-    if (kScaling == Scaling::kHalves) return scales[i / 64];
-    return kScaling == Scaling::kQuarters ? scales[i / 32] : scales[(into_block + i) / w.block_size];
+  QCLI_INLINE int64_t block_of(const Weight& w, int64_t i) const {
+    if (kScaling == Scaling::kHalves) return i / 64;
+    if (kScaling == Scaling::kEighths) return i / 16;
+    return kScaling == Scaling::kQuarters ? i / 32 : (into_block + i) / w.block_size;
   }
-  // The scales of the chunk at i, in lanes. Those beyond the row's end are zero: what is read there is another row's.
   template <Scaling kScaling>
-  QCLI_INLINE F32x16 scales_of_chunk(const Weight& w, int64_t i) const {
+  QCLI_INLINE float scale_of(const Weight& w, int64_t i) const {
+    return scales[block_of<kScaling>(w, i)];
+  }
+  // The scales, or the offsets, of the chunk at i, in lanes. Those beyond the row's end are zero: what is read there is another row's.
+  template <Scaling kScaling>
+  QCLI_INLINE F32x16 of_chunk(const Weight& w, const float* values, int64_t i) const {
+    const float* at = values + block_of<kScaling>(w, i);
     if (i + kChunk <= w.k) {
-      if (kScaling == Scaling::kHalves) return halves(scales[i / 64], scales[i / 64 + 1]);
-      if (kScaling == Scaling::kQuarters) return quarters(scales + i / 32);
-      return all(scales[(into_block + i) / w.block_size]);
+      if (kScaling == Scaling::kHalves) return halves(at[0], at[1]);
+      if (kScaling == Scaling::kQuarters) return quarters(at);
+      return kScaling == Scaling::kEighths ? eighths(at) : all(at[0]);
     }
-    float some[4] = {};
-    for (int q = 0; i + 32 * q < w.k; q++) some[q] = scale_of<kScaling>(w, i + 32 * q);
-    return quarters(some);
+    constexpr int kEach = kScaling == Scaling::kEighths ? 16 : 32;
+    float some[kChunk / kEach] = {};
+    for (int q = 0; i + kEach * q < w.k; q++) some[q] = values[block_of<kScaling>(w, i + kEach * q)];
+    return kEach == 16 ? eighths(some) : quarters(some);
   }
 };
 
@@ -187,9 +236,14 @@ void products(const Weight& w, const Row* rows, const Floats& x, int64_t t, floa
     F32x16 scales[kR];
     for (int r = 0; r < kR; r++) {
       chunk[r] = load_chunk(rows[r].packed + i / 2);
-      scales[r] = rows[r].scales_of_chunk<kScaling>(w, i);
+      scales[r] = rows[r].of_chunk<kScaling>(w, rows[r].scales, i);
     }
     add<kT, kR>(table, chunk, x, t, i, scales, totals);
+    if (!w.zero) return;
+    for (int r = 0; r < kR; r++) {
+      const F32x16 offsets = rows[r].of_chunk<kScaling>(w, rows[r].offsets, i);
+      for (int s = 0; s < kT; s++) totals[r][s] = fused(load(x.sums(t + s, i)), offsets, totals[r][s]);
+    }
   };
   const int64_t whole = w.k / kChunk * kChunk;
   for (int64_t i = 0; i < whole; i += kChunk) step(i);
@@ -208,15 +262,18 @@ float outliers_of(const Weight& w, const Row& row, const Int16& x, int64_t t) {
     const Outlier each = x.outlier(t, o);
     const int code = row.packed[each.i / 2] >> (each.i % 2 ? 0 : 4) & 15;
     sum += each.value * w.code[code] * row.template scale_of<kScaling>(w, each.i);
+    if (w.zero) sum += each.value * row.offsets[row.template block_of<kScaling>(w, each.i)];
   }
   return sum;
 }
 
-// The scales of kWide elements at i. Those beyond the row's end are zero: what is read there is another row's.
+// The scales, or the offsets, of kWide elements at i. Those beyond the row's end are zero: what is read there is another row's.
 template <Scaling kScaling, bool kWhole>
-QCLI_INLINE Lanes scales_of_lanes(const Weight& w, const Row& row, int64_t i) {
+QCLI_INLINE Lanes of_lanes(const Weight& w, const Row& row, const float* values, int64_t i) {
   float q[kWide / 32];
-  for (int j = 0; j < kWide / 32; j++) q[j] = kWhole || i + 32 * j < w.k ? row.scale_of<kScaling>(w, i + 32 * j) : 0.0f;
+  for (int j = 0; j < kWide / 32; j++) {
+    q[j] = kWhole || i + 32 * j < w.k ? values[row.block_of<kScaling>(w, i + 32 * j)] : 0.0f;
+  }
 #if defined(__AVX512F__)
   return kWhole && kScaling == Scaling::kOne ? lanes_of(q[0]) : lanes_of(q[0], q[1], q[2], q[3]);
 #else
@@ -228,6 +285,7 @@ QCLI_INLINE Lanes scales_of_lanes(const Weight& w, const Row& row, int64_t i) {
 struct Token {
   const int16_t* values;
   const float* steps;
+  const float* sums;  // of eight elements each, if there are zero points
 };
 
 // One register of codes of kR rows at i.
@@ -246,12 +304,15 @@ QCLI_INLINE void add_wide(const Weight& w, const Row (&rows)[kR], const Token (&
       sums[s] = add_dot(dot(weights[0], load_words(values)), weights[1], load_words(values + kWide / 2));
     }
     look_up_half<1>(codes, packed, weights);
-    const Lanes scales = scales_of_lanes<kScaling, kWhole>(w, rows[r], i);
+    const Lanes scales = of_lanes<kScaling, kWhole>(w, rows[r], rows[r].scales, i);
     for (int s = 0; s < kT; s++) {
       const int16_t* values = tokens[s].values + i + kWide / 4;
       sums[s] = add_dot(add_dot(sums[s], weights[0], load_words(values)), weights[1], load_words(values + kWide / 2));
       totals[r][s] = add_scaled(totals[r][s], sums[s], times(scales, tokens[s].steps[i / kWide]));
     }
+    if (!w.zero) continue;
+    const Lanes offsets = of_lanes<kScaling, kWhole>(w, rows[r], rows[r].offsets, i);
+    for (int s = 0; s < kT; s++) totals[r][s] = add_product(totals[r][s], load_lanes(tokens[s].sums + i / 8), offsets);
   }
 }
 
@@ -262,7 +323,7 @@ void products(const Weight& w, const Row* all_rows, const Int16& x, int64_t t, f
   Token tokens[kT];
   Lanes totals[kR][kT];
   for (int r = 0; r < kR; r++) rows[r] = all_rows[r];
-  for (int s = 0; s < kT; s++) tokens[s] = {x.at(t + s, 0), x.steps(t + s)};
+  for (int s = 0; s < kT; s++) tokens[s] = {x.at(t + s, 0), x.steps(t + s), x.sums(t + s)};
   for (int r = 0; r < kR; r++) {
     for (int s = 0; s < kT; s++) totals[r][s] = no_lanes();
   }
@@ -310,15 +371,16 @@ void expand_row(const Weight& w, int64_t n, const float* scales, int64_t first_b
   int64_t i = n * w.k;
   const int64_t end = i + w.k;
   while (i < end) {
-    const float scale = scales[i / w.block_size - first_block];
-    const int64_t stop = smaller(end, (i / w.block_size + 1) * w.block_size);
-    if (i % 2) *out++ = pairs[w.packed[i++ / 2]][1] * scale;
+    const int64_t block = i / w.block_size;
+    const float scale = scales[block - first_block], zero = w.zero ? float(w.zero[block]) * 0.125f : 0.0f;
+    const int64_t stop = smaller(end, (block + 1) * w.block_size);
+    if (i % 2) *out++ = (pairs[w.packed[i++ / 2]][1] - zero) * scale;
     for (; i + 2 <= stop; i += 2, out += 2) {
       const float* pair = pairs[w.packed[i / 2]];
-      out[0] = pair[0] * scale;
-      out[1] = pair[1] * scale;
+      out[0] = (pair[0] - zero) * scale;
+      out[1] = (pair[1] - zero) * scale;
     }
-    if (i < stop) *out++ = pairs[w.packed[i++ / 2]][0] * scale;
+    if (i < stop) *out++ = (pairs[w.packed[i++ / 2]][0] - zero) * scale;
   }
 }
 
@@ -356,7 +418,7 @@ void linear_in_chunks(const X& x, int64_t tokens, const Weight& w, T* y, int thr
       for (int64_t n = i; n < last; n += apart, count++) {
         const int64_t start = n * k;
         const float* own = scales[count].of_row(n, smaller(last, first + (count + 1) * apart));
-        rows[count] = {w.packed + start / 2, own, kScaling == Scaling::kOne ? start % w.block_size : 0};
+        rows[count] = {w.packed + start / 2, own, scales[count].offsets_of_row(n), kScaling == Scaling::kOne ? start % w.block_size : 0};
         // The load of the last chunk must stay within the weight.
         if ((start + x.padded()) / 2 > bytes) rows[count].packed = static_cast<uint8_t*>(memcpy(copy, rows[count].packed, k / 2));
       }
@@ -381,6 +443,16 @@ void linear_in_chunks(const X& x, int64_t tokens, const Weight& w, T* y, int thr
   }
 }
 
+template <class T>
+void linear_in_floats(const T* x, int64_t tokens, const Weight& w, T* y, int threads) {
+  const Floats laid_out(x, tokens, w.k, w.zero != nullptr);
+  if (w.block_size == 16) {
+    linear_in_chunks<Scaling::kEighths>(laid_out, tokens, w, y, threads);
+  } else {
+    linear_in_chunks(laid_out, tokens, w, y, threads);
+  }
+}
+
 #if defined(QCLI_INT16_PRODUCTS)
 // For many tokens: rows are decoded to 16-bit integers once, and multiplied with kManyTokens tokens at a time. Tokens go by blocks
 // that L2 holds.
@@ -402,7 +474,7 @@ void decode_row(const Weight& w, const Row& row, const Codes16& codes, int16_t* 
     look_up_half<1>(codes, packed, weights);
     store_words(to + kWide / 4, weights[0]);
     store_words(to + kWide * 3 / 4, weights[1]);
-    *scales++ = i + kWide <= w.k ? scales_of_lanes<kScaling, true>(w, row, i) : scales_of_lanes<kScaling, false>(w, row, i);
+    *scales++ = i + kWide <= w.k ? of_lanes<kScaling, true>(w, row, row.scales, i) : of_lanes<kScaling, false>(w, row, row.scales, i);
   }
 }
 
@@ -424,7 +496,7 @@ void products_of_decoded(const int16_t* decoded, const Lanes* scales, int64_t pa
                          float (*sums)[kManyTokens]) {
   Token tokens[kT];
   Lanes totals[kManyRows][kT];
-  for (int s = 0; s < kT; s++) tokens[s] = {x.at(t + s, 0), x.steps(t + s)};
+  for (int s = 0; s < kT; s++) tokens[s] = {x.at(t + s, 0), x.steps(t + s), nullptr};
   for (int r = 0; r < kManyRows; r++) {
     for (int s = 0; s < kT; s++) totals[r][s] = no_lanes();
   }
@@ -467,7 +539,7 @@ void linear_of_many(const Int16& x, int64_t tokens, const Weight& w, T* y, int t
       Row rows[kManyRows];
       for (int r = 0; r < kManyRows; r++) {
         const int64_t row = n + smaller(r, count - 1), start = row * k;  // a row that is not there is another one
-        rows[r] = {w.packed + start / 2, nullptr, kScaling == Scaling::kOne ? start % w.block_size : 0};
+        rows[r] = {w.packed + start / 2, nullptr, nullptr, kScaling == Scaling::kOne ? start % w.block_size : 0};
         // The load of the last codes must stay within the weight.
         if ((start + padded) / 2 > bytes) {
           rows[r].packed = static_cast<uint8_t*>(memcpy(copies + r * (padded / 2), rows[r].packed, k / 2));
@@ -543,19 +615,19 @@ template <class T>
 void linear(const void* input, int64_t tokens, const Weight& w, void* output, int threads) {
   const T* x = static_cast<const T*>(input);
   T* y = static_cast<T*>(output);
-  if (w.k % 32 || w.block_size % 32 || w.k < kChunk) {
+  if (w.k % 32 || (w.block_size % 32 && w.block_size != 16) || w.k < kChunk) {
     linear_by_rows(x, tokens, w, y, threads);
     return;
   }
 #if defined(QCLI_INT16_PRODUCTS)
-  if (w.coarse) {
+  if (w.coarse && w.block_size != 16) {
     const int64_t together = tokens > kFewTokens ? larger(kFewTokens, kTokenBytes / (2 * w.k)) : tokens;
     for (; tokens > 0; tokens -= together, x += together * w.k, y += together * w.out_features) {
       const int64_t some = smaller(together, tokens);
-      const Int16 laid_out(x, some, w.k, w.code);
+      const Int16 laid_out(x, some, w.k, w.code, w.zero != nullptr);
       if (!laid_out.usable()) {
-        linear_in_chunks(Floats(x, some, w.k), some, w, y, threads);
-      } else if (some > kFewTokens) {
+        linear_in_floats(x, some, w, y, threads);
+      } else if (some > kFewTokens && !w.zero) {
         linear_of_many(laid_out, some, w, y, threads);
       } else {
         linear_in_chunks(laid_out, some, w, y, threads);
@@ -564,7 +636,7 @@ void linear(const void* input, int64_t tokens, const Weight& w, void* output, in
     return;
   }
 #endif
-  linear_in_chunks(Floats(x, tokens, w.k), tokens, w, y, threads);
+  linear_in_floats(x, tokens, w, y, threads);
 }
 
 }  // namespace

@@ -12,6 +12,11 @@ namespace {
 
 #if defined(__AVX2__)
 QCLI_INLINE __m128i load_sixteen_bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+// Sixteen values of E4M3 as float16, without kE4M3Unit: sign extension and a shift by 7 move the bits, and leave the sign twice.
+QCLI_INLINE __m256i e4m3_as_halves(const e4m3* p) {
+  const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_sixteen_bytes(p)), 7);
+  return _mm256_and_si256(wide, _mm256_set1_epi16(int16_t(0xbfff)));
+}
 #endif
 
 #if defined(__AVX512F__)
@@ -34,6 +39,11 @@ QCLI_INLINE F32x16 quarters(const float* x) {
   v = _mm512_mask_broadcastss_ps(v, 0x0f00, _mm_set_ss(x[2]));
   return {_mm512_mask_broadcastss_ps(v, 0xf000, _mm_set_ss(x[3]))};
 }
+// Two lanes of each of eight.
+QCLI_INLINE F32x16 eighths(const float* x) {
+  const __m512i pairs = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  return {_mm512_permutexvar_ps(pairs, _mm512_castps256_ps512(_mm256_loadu_ps(x)))};
+}
 QCLI_INLINE F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 QCLI_INLINE F32x16 load(const bf16* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -42,6 +52,7 @@ QCLI_INLINE F32x16 load(const bf16* p) {
 QCLI_INLINE F32x16 load(const f16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+QCLI_INLINE F32x16 load(const e4m3* p) { return {_mm512_cvtph_ps(e4m3_as_halves(p))}; }
 QCLI_INLINE F32x16 load(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_sixteen_bytes(p)))};
 }
@@ -151,12 +162,21 @@ QCLI_INLINE F32x16 halves(float a, float b) { return {_mm256_set1_ps(a), _mm256_
 QCLI_INLINE F32x16 quarters(const float* x) {
   return {_mm256_set_m128(_mm_set1_ps(x[1]), _mm_set1_ps(x[0])), _mm256_set_m128(_mm_set1_ps(x[3]), _mm_set1_ps(x[2]))};
 }
+QCLI_INLINE F32x16 eighths(const float* x) {
+  const __m256 v = _mm256_loadu_ps(x);
+  return {_mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3)),
+          _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7))};
+}
 QCLI_INLINE F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 QCLI_INLINE __m256 widen(const bf16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_sixteen_bytes(p)), 16));
 }
 QCLI_INLINE F32x16 load(const bf16* p) { return {widen(p), widen(p + 8)}; }
 QCLI_INLINE F32x16 load(const f16* p) { return {_mm256_cvtph_ps(load_sixteen_bytes(p)), _mm256_cvtph_ps(load_sixteen_bytes(p + 8))}; }
+QCLI_INLINE F32x16 load(const e4m3* p) {
+  const __m256i halves = e4m3_as_halves(p);
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+}
 QCLI_INLINE F32x16 load(const int8_t* p) {
   const __m128i bytes = load_sixteen_bytes(p);
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
@@ -300,6 +320,11 @@ QCLI_INLINE I32x16 all(int32_t x) {
 QCLI_INLINE F32x16 halves(float a, float b) {
   F32x16 r;
   QCLI_LANES(i) r.v[i] = i < 8 ? a : b;
+  return r;
+}
+QCLI_INLINE F32x16 eighths(const float* x) {
+  F32x16 r;
+  QCLI_LANES(i) r.v[i] = x[i / 2];
   return r;
 }
 QCLI_INLINE F32x16 quarters(const float* x) {

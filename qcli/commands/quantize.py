@@ -16,7 +16,11 @@ from qcli.errors import Interrupted
 def quantize(
     model: Annotated[str | None, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)] = None,
     bits: Annotated[int | None, typer.Option(help="4 for NF4, 8 for LLM.int8(). Default 4.", show_default=False)] = None,
-    method: Annotated[str | None, typer.Option(help="nf4, fp4, llm-int8 or rtn, instead of --bits.", show_default=False)] = None,
+    method: Annotated[str | None, typer.Option(help="Instead of --bits; `qcli methods` lists them.", show_default=False)] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="The format to write. Default: the widest-read one that holds the method.", show_default=False),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The folder to make. Default ./NAME-METHOD.", show_default=False)
     ] = None,
@@ -30,7 +34,13 @@ def quantize(
     threshold: Annotated[
         float | None, typer.Option(help="8-bit: magnitude of an outlier activation. Default 6.0.", show_default=False)
     ] = None,
-    group_size: Annotated[int | None, typer.Option(help="rtn: weights per scale. Default 128.", show_default=False)] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="rtn, hqq: weights of a row per scale; -1 for a row.", show_default=False)
+    ] = None,
+    search: Annotated[
+        str | None,
+        typer.Option(help="nf4, fp4, rtn: mse looks for the best scales, none takes the absmax. Default none.", show_default=False),
+    ] = None,
     skip: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Modules to leave as they are, by full name. Repeatable.", show_default=False),
@@ -93,6 +103,8 @@ def quantize(
         block_size=block_size,
         threshold=threshold,
         group_size=group_size,
+        search=search,
+        format=format,
         skip=skipped,
         recipe=read_recipe(recipe) if recipe else None,
         head=head,

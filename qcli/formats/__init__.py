@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Layout, Linear
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from qcli.checkpoint.source import Source
 
 # The widest-read first: what holds a recipe where nothing else was asked for.
-NAMES = ("bitsandbytes", "compressed-tensors", "qcli")
+NAMES = ("bitsandbytes", "compressed-tensors", "gptq", "awq", "qcli")
+READ_ONLY = ("fp8", "auto-round")  # which only others write
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,23 @@ class Weight:
     dtype: str
 
 
+class Piece(NamedTuple):
+    """Data for the stored tensor `tensor`, from byte `offset` on. With a `stride`, each row of the data begins that many bytes
+    after the one before."""
+
+    tensor: str
+    offset: int
+    data: "torch.Tensor"
+    stride: int = 0
+
+
 @dataclass(frozen=True)
 class Stored:
     """A quantized weight as a checkpoint holds it, or is about to.
 
     `tensors` maps attributes of a module (qcli/nn), of which `weight` has the codes, to dtype code and shape. `nested_offset` is
     the one part that is no tensor of its own in bitsandbytes' format. `compute_dtype` is the torch name of the dtype in which the
-    checkpoint asks to compute; None leaves it to the model.
+    checkpoint asks to compute; None leaves it to the model. `zero_offset` is what GPTQ's format has taken from each zero point.
     """
 
     format: str
@@ -51,6 +62,7 @@ class Stored:
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     nested_offset: float | None = None
     compute_dtype: str | None = None
+    zero_offset: int = 0
 
 
 @dataclass
@@ -70,6 +82,8 @@ class Format(Protocol):
     """What `format` of a recipe takes and the model card says; `quant_method` of config.json."""
     layout: str
     """The name of the format whose modules (qcli/nn) run its weights: its own, or that of one with the same tensors."""
+    rows_together: int
+    """Rows of a weight that share a stored element, so that chunks must not part them."""
 
     def refuses(self, scheme: Scheme) -> str | None:
         """Why it cannot hold `scheme`, as a sentence; None where it can."""
@@ -88,10 +102,14 @@ class Format(Protocol):
         """Every tensor that is stored for `weight`, before there is any data."""
         ...
 
-    def pack(
-        self, weight: Weight, scheme: Scheme, parts: "Mapping[str, torch.Tensor]", start: int
-    ) -> "Iterator[tuple[str, int, torch.Tensor]]":
-        """(tensor, byte offset in it, data) of the parts of a chunk that begins at element `start`, or of the last parts."""
+    def pack(self, weight: Weight, scheme: Scheme, parts: "Mapping[str, torch.Tensor]", start: int) -> Iterator[Piece]:
+        """What is stored of the parts of a chunk that begins at element `start`, or of the last parts."""
+        ...
+
+    def unpack(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        """The parts of a weight, by role as a method's encoder gives them, from its stored tensors by attribute: `codes`
+        [out_features, in_features], `scale` and `zero_point` of the scheme's `scale_shape`, `global_scale` [1]; and where columns
+        do not lie in the order of their groups, `group_of_column` [in_features]."""
         ...
 
     def config(self, choice: Choice, compute_dtype: str) -> dict[str, Any]:
@@ -152,15 +170,20 @@ class Format(Protocol):
 @cache
 def get(name: str) -> Format:
     """The format of that name. Raises UsageError."""
-    if name not in NAMES:
+    if name not in (*NAMES, *READ_ONLY):
         raise UsageError(f"there is no format {name!r}", f"Formats: {', '.join(NAMES)}.")
     found: Format = import_module(f"qcli.formats.{name.replace('-', '_')}").FORMAT
     return found
 
 
 def all_formats() -> list[Format]:
-    """Every format, the widest-read first."""
+    """Every format that is written, the widest-read first."""
     return [get(name) for name in NAMES]
+
+
+def read_formats() -> list[Format]:
+    """Every format."""
+    return [get(name) for name in (*NAMES, *READ_ONLY)]
 
 
 def holding(schemes: Sequence[Scheme], wanted: str | None = None, head: Scheme | None = None, tied: bool = False) -> Format:
@@ -199,7 +222,7 @@ def written() -> list[str]:
 
 def of_config(config: Mapping[str, object]) -> Format | None:
     """The format that a `quantization_config` is of; None for one that qcli does not read."""
-    return next((each for each in all_formats() if each.owns(config)), None)
+    return next((each for each in read_formats() if each.owns(config)), None)
 
 
 def stored_bytes(scheme: Scheme, weight: Weight, outlier_columns: int = 0) -> int:
@@ -214,18 +237,27 @@ def quantized_weights(source: "Source") -> dict[str, Scheme]:
     """The tensors of codes in `source`, with their schemes, by its config and headers alone."""
     config, tensors, found = source.quantization, source.tensors, {}
     stated = of_config(config) if config else None
-    for each in [stated] if stated else all_formats():
+    for each in [stated] if stated else read_formats():
         for weight in dict.fromkeys(each.companions(tensors).values()):
             if scheme := each.scheme_of(weight, tensors, config):
                 found[weight] = scheme
     return found
 
 
+def _held(spec: TensorSpec, weight: Weight, scheme: Scheme) -> TensorSpec:
+    """A stored tensor as modules hold it: integers of 2 and 3 bits in 4, zero points one a byte."""
+    if scheme.scale == "model" and spec.name.endswith(("zero_point", "qzeros")):
+        return TensorSpec(spec.name, "I8", (scheme.scales(weight.out_features, weight.in_features),))
+    if scheme.held_bits != scheme.bits and spec.name.endswith(("weight_packed", "qweight")):
+        return TensorSpec(spec.name, "U8", (-(-weight.out_features * weight.in_features // 2),))
+    return spec
+
+
 def stored_tensors(scheme: Scheme, weight: Weight) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """What is stored for `weight` under `scheme`, and what of it a loaded model holds. Without a format these are the parts."""
+    """What is stored for `weight` under `scheme`, and what a loaded model holds of it. Without a format these are the parts."""
     for each in all_formats():
         if scheme.bits and each.refuses(scheme) is None:
             specs = each.tensors(weight, scheme)
-            return specs, [spec for spec in specs if each.in_memory(spec)]
+            return specs, [_held(spec, weight, scheme) for spec in specs if each.in_memory(spec)]
     specs = list(scheme.parts(weight.out_features, weight.in_features, weight.dtype).values())
     return specs, specs

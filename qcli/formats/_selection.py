@@ -9,6 +9,12 @@ from qcli.schemes import BLOCK_SIZES
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
+def fused_parts(module: str) -> list[str]:
+    """The modules that vLLM makes one with `module`, itself among them; itself alone where it fuses none."""
+    parent, _, last = module.rpartition(".")
+    return next(([f"{parent}.{part}" for part in parts] for parts in _FUSED.values() if last in parts), [module])
+
+
 def skip_list(choice: Choice) -> list[str] | None:
     """`llm_int8_skip_modules`: None where transformers' own default says the same, else full dotted names.
 

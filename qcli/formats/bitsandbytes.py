@@ -23,7 +23,7 @@ from qcli.checkpoint import dtypes
 from qcli.checkpoint.dtypes import TORCH_NAMES, TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.files.foreign_json import FLAG, NUMBER, TEXT, Kind, Required, at_least, check, list_of, one_of, parse_object, whole
-from qcli.formats import Choice, Format, Stored, Weight
+from qcli.formats import Choice, Format, Piece, Stored, Weight
 from qcli.formats._selection import fused_notes, skip_list, straddling_notes
 from qcli.schemes import NAMED, NESTED_BLOCK_SIZE, PAPER_THRESHOLD, Scheme
 
@@ -67,6 +67,7 @@ class Bitsandbytes:
     """See the module and qcli.formats.Format."""
 
     name = layout = "bitsandbytes"
+    rows_together = 1
 
     def refuses(self, scheme: Scheme) -> str | None:
         is_4bit = scheme.share == "flat" and scheme.codebook in _CODEBOOKS
@@ -110,30 +111,39 @@ class Bitsandbytes:
             specs.append(TensorSpec(f"{name}.nested_quant_map", "F32", (256,)))
         return specs
 
-    def pack(
-        self, weight: Weight, scheme: Scheme, parts: "Mapping[str, torch.Tensor]", start: int
-    ) -> "Iterator[tuple[str, int, torch.Tensor]]":
+    def pack(self, weight: Weight, scheme: Scheme, parts: "Mapping[str, torch.Tensor]", start: int) -> Iterator[Piece]:
         import torch
 
         from qcli.codebooks import CODEBOOKS, DYNAMIC_MAP
 
         name, module = weight.name, weight.name.removesuffix("weight")
         if "codes" in parts:
-            yield name, start * scheme.bits // 8, parts["codes"]
+            yield Piece(name, start * scheme.bits // 8, parts["codes"])
         if "scale" not in parts:
             return
         if scheme.bits == 8:
-            yield f"{module}SCB", 0, parts["scale"]
-            yield f"{module}weight_format", 0, torch.tensor(_ROW_FORMAT, dtype=torch.uint8)
+            yield Piece(f"{module}SCB", 0, parts["scale"])
+            yield Piece(f"{module}weight_format", 0, torch.tensor(_ROW_FORMAT, dtype=torch.uint8))
             return
         offset = float(parts["nested_offset"]) if scheme.double_quant else None
         state = bytearray(_quant_state(weight, scheme, offset))
-        yield f"{name}.absmax", 0, parts["scale"]
-        yield f"{name}.quant_map", 0, torch.from_numpy(CODEBOOKS[scheme.codebook or ""].copy())
-        yield f"{name}{_STATE}{scheme.codebook}", 0, torch.frombuffer(state, dtype=torch.uint8)
+        yield Piece(f"{name}.absmax", 0, parts["scale"])
+        yield Piece(f"{name}.quant_map", 0, torch.from_numpy(CODEBOOKS[scheme.codebook or ""].copy()))
+        yield Piece(f"{name}{_STATE}{scheme.codebook}", 0, torch.frombuffer(state, dtype=torch.uint8))
         if scheme.double_quant:
-            yield f"{name}.nested_absmax", 0, parts["nested_scale"]
-            yield f"{name}.nested_quant_map", 0, torch.from_numpy(DYNAMIC_MAP.copy())
+            yield Piece(f"{name}.nested_absmax", 0, parts["nested_scale"])
+            yield Piece(f"{name}.nested_quant_map", 0, torch.from_numpy(DYNAMIC_MAP.copy()))
+
+    def unpack(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        import torch
+
+        if stored.scheme.bits == 8:
+            return {"codes": tensors["weight"].view(stored.out_features, stored.in_features), "scale": tensors["SCB"].view(-1)}
+        parts = {"codes": tensors["weight"].view(torch.uint8), "scale": tensors["weight_absmax"].view(-1)}
+        if stored.nested_offset is not None:
+            parts["nested_scale"] = tensors["weight_nested_absmax"].view(-1)
+            parts["nested_offset"] = torch.tensor(stored.nested_offset, dtype=torch.float64)
+        return parts
 
     def config(self, choice: Choice, compute_dtype: str) -> dict[str, Any]:
         """With the fields that transformers writes. For 8 bits the 4-bit fields hold transformers' defaults."""

@@ -1,25 +1,34 @@
-"""The format `pack-quantized` of compressed-tensors, which vLLM and transformers read.
+"""The format of compressed-tensors, which vLLM and transformers read: a layout for each kind of scheme.
 
-For a weight [out_features, in_features] of b bits in groups of g, beside the module's other tensors:
-  weight_packed      I32 [out_features, ceil(in_features b / 32)]   code + 2^(b-1), 32 / b codes a word, the first in the low bits
-  weight_scale       the model's dtype [out_features, in_features / g]
-  weight_zero_point  I32 [ceil(out_features b / 32), in_features / g]   likewise, packed along the rows; not where symmetric
-  weight_shape       I64 [2]
-config.json names the schemes in groups of modules, and what is left alone. Several groups may differ in bits, size and zero points.
+For a weight [out_features, in_features] of b bits, beside the module's other tensors, by layout:
+  pack-quantized        weight_packed I32 [out_features, ceil(in_features b / 32)]: code + 2^(b-1) in a stream of bits, low ones
+  first
+                        weight_scale of the model's dtype, rows and columns as the scheme shares it; weight_shape I64 [2]
+                        weight_zero_point I32 [ceil(out_features b / 32), columns], packed likewise along the rows; not if symmetric
+  int-quantized         weight I8 [out_features, in_features], weight_scale; activations are rounded
+  float-quantized       weight F8_E4M3 likewise
+  nvfp4-pack-quantized  weight_packed U8 [out_features, in_features / 2], two codes of E2M1 a byte, the first in the low bits
+                        weight_scale F8_E4M3 [out_features, in_features / 16], weight_global_scale F32 [1]
+  mxfp4-pack-quantized  the same codes; weight_scale U8 [out_features, in_features / 32]: exponent + 127
+config.json names the schemes in groups of modules, and what is left alone. Groups may differ in all of it.
+
+What others write is read besides: columns in the order of weight_g_idx, mxfp8-quantized, naive-quantized (codes of any bits as
+int8), stored scales of activations.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qcli.checkpoint.dtypes import CODES, MODEL_DTYPES, TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.errors import CheckpointError
-from qcli.files.foreign_json import FLAG, OBJECT, TEXT, Kind, Required, check, either, list_of, map_of, one_of, whole
-from qcli.formats import Choice, Format, Stored, Weight
-from qcli.schemes import NAMED, Scheme
+from qcli.files.foreign_json import OBJECT, TEXT, Kind, Required, check, list_of, map_of, one_of
+from qcli.formats import Choice, Format, Piece, Stored, Weight
+from qcli.formats import _ct_config as groups
+from qcli.formats._selection import fused_notes
+from qcli.schemes import Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -27,44 +36,43 @@ if TYPE_CHECKING:
     from qcli.checkpoint.safetensors_file import TensorInfo
     from qcli.checkpoint.source import Source
 
-_LAYOUT = "pack-quantized"
 _HINT = "Load it with transformers."
-_COMPANIONS = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+_COMPANIONS = (
+    *("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale"),
+    *("input_scale", "input_global_scale"),
+)
+_UNUSED = ("weight_shape", "input_zero_point")
 _CONFIG: Mapping[str, Kind | Required] = {
     "quant_method": TEXT,
-    "format": Required(one_of(_LAYOUT)),
+    "format": Required(one_of(*groups.LAYOUTS, groups.MIXED)),
     "config_groups": Required(map_of(OBJECT)),
     "ignore": list_of(TEXT),
     "quantization_status": one_of("compressed"),
 }
-_GROUP: Mapping[str, Kind | Required] = {"targets": Required(list_of(TEXT)), "weights": Required(OBJECT), "format": one_of(_LAYOUT)}
-_WEIGHTS: Mapping[str, Kind | Required] = {
-    "num_bits": Required(one_of(4, 8)),
-    "type": one_of("int"),
-    "symmetric": FLAG,
-    "strategy": one_of("group"),
-    "group_size": Required(whole(1)),
-    "actorder": one_of("weight", "static"),  # an order that was used while rounding, and is not stored
-    "dynamic": either(FLAG),
-}
 _FLOATS = tuple(CODES[name] for name in MODEL_DTYPES)
+_WRITTEN_BITS = (2, 3, 4, 8)  # of integers
+_IN_VLLM = (4, 8)
 
 
 class CompressedTensors:
     """See the module and qcli.formats.Format."""
 
     name = layout = "compressed-tensors"
+    rows_together = 1
 
     def refuses(self, scheme: Scheme) -> str | None:
-        if scheme.share != "group" or scheme.bits not in (4, 8) or scheme.codebook or scheme.activations:
-            return f"compressed-tensors' {_LAYOUT} holds integer codes of 4 or 8 bits in groups of a row, not {scheme.name}"
-        return None
+        in_rows = scheme.share in ("group", "row") and scheme.scale == "model"
+        integers = scheme.codebook is None and in_rows and scheme.bits in _WRITTEN_BITS and not scheme.keeps_original
+        plain = integers and not scheme.threshold and (scheme.activations is None or not scheme.zero_point)
+        if plain or scheme.codebook in ("e2m1", "e4m3"):
+            return None
+        return f"{self.name} holds integers in groups or rows, int8 with rounded activations, and small floats, not {scheme.name}"
 
     def refuses_shape(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
-        if in_features % scheme.size == 0:
+        if scheme.share != "group" or in_features % scheme.size == 0:
             return None
         fitting = [size for size in (128, 64, 32) if in_features % size == 0]
-        advice = f"; a group size of {fitting[0]} does" if fitting else ""
+        advice = f"; a group size of {fitting[0]} does" if fitting and scheme.codebook is None else ""
         return f"groups of {scheme.size} do not divide rows of {in_features}{advice}"
 
     def refuses_head(self, head: Scheme, others: Sequence[Scheme], tied: bool) -> str | None:
@@ -73,66 +81,73 @@ class CompressedTensors:
         return f"{self.name} has no quantized embedding, and the head is tied to it" if tied else None
 
     def tensors(self, weight: Weight, scheme: Scheme) -> list[TensorSpec]:
-        module, groups = weight.name.removesuffix("weight"), weight.in_features // scheme.size
-        specs = [
-            TensorSpec(f"{module}weight_packed", "I32", (weight.out_features, _words(weight.in_features, scheme))),
-            TensorSpec(f"{module}weight_scale", weight.dtype, (weight.out_features, groups)),
-            TensorSpec(f"{module}weight_shape", "I64", (2,)),
-        ]
-        if scheme.zero_point:
-            specs.append(TensorSpec(f"{module}weight_zero_point", "I32", (_words(weight.out_features, scheme), groups)))
-        return specs
+        return _tensors(weight, scheme, groups.layout_of(scheme))
 
-    def pack(
-        self, weight: Weight, scheme: Scheme, parts: "Mapping[str, torch.Tensor]", start: int
-    ) -> "Iterator[tuple[str, int, torch.Tensor]]":
+    def pack(self, weight: Weight, scheme: Scheme, parts: "Mapping[str, torch.Tensor]", start: int) -> Iterator[Piece]:
         import torch
 
-        from qcli.packing import pack_words
+        from qcli.packing import pack_pairs, pack_words, to_unsigned
 
-        module = weight.name.removesuffix("weight")
+        module, layout = weight.name.removesuffix("weight"), groups.layout_of(scheme)
+        packed = {spec.name: spec for spec in _tensors(weight, scheme, layout)}
+        codes = f"{module}weight" if f"{module}weight" in packed else f"{module}weight_packed"
         if "codes" in parts:
-            row = start // weight.in_features
-            yield f"{module}weight_packed", row * 4 * _words(weight.in_features, scheme), pack_words(parts["codes"], scheme.bits)
+            found, row_bytes = parts["codes"], packed[codes].nbytes // weight.out_features
+            if layout == groups.PACKED:
+                found = pack_words(to_unsigned(found, scheme.bits), scheme.bits)
+            elif codes.endswith("packed"):
+                found = pack_pairs(found)
+            yield Piece(codes, start // weight.in_features * row_bytes, found)
         if "scale" not in parts:
             return
-        yield f"{module}weight_scale", 0, parts["scale"]
-        yield f"{module}weight_shape", 0, torch.tensor([weight.out_features, weight.in_features])
+        yield Piece(f"{module}weight_scale", 0, parts["scale"])
+        if layout == groups.PACKED:
+            yield Piece(f"{module}weight_shape", 0, torch.tensor([weight.out_features, weight.in_features]))
+        if "global_scale" in parts:
+            yield Piece(f"{module}weight_global_scale", 0, parts["global_scale"])
+        if f"{module}input_global_scale" in packed:
+            yield Piece(f"{module}input_global_scale", 0, torch.ones(1))
         if scheme.zero_point:
-            packed = pack_words(parts["zero_point"].t().contiguous(), scheme.bits).t().contiguous()
-            yield f"{module}weight_zero_point", 0, packed
+            along_rows = to_unsigned(parts["zero_point"], scheme.bits).t().contiguous()
+            yield Piece(f"{module}weight_zero_point", 0, pack_words(along_rows, scheme.bits).t().contiguous())
+
+    def unpack(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        from qcli.packing import to_signed, unpack_pairs, unpack_words
+
+        scheme, rows, columns = stored.scheme, stored.out_features, stored.in_features
+        codes, scale = tensors["weight"], tensors["weight_scale"].reshape(scheme.scale_shape(rows, columns))
+        found = {"codes": codes, "scale": scale}
+        if codes.element_size() == 4:
+            found["codes"] = to_signed(unpack_words(codes, scheme.bits, columns), scheme.bits)
+        elif scheme.codebook == "e2m1":
+            found["codes"] = unpack_pairs(codes)
+        zero_point = tensors.get("weight_zero_point")
+        if zero_point is not None and zero_point.element_size() == 4:
+            zero_point = to_signed(unpack_words(zero_point.t().contiguous(), scheme.bits, rows).t(), scheme.bits)
+        if zero_point is not None:
+            found["zero_point"] = zero_point.reshape(scale.shape).contiguous()
+        names = {"weight_global_scale": "global_scale", "weight_g_idx": "group_of_column"}
+        found |= {role: tensors[name] for name, role in names.items() if tensors.get(name) is not None}
+        return found
 
     def config(self, choice: Choice, compute_dtype: str) -> dict[str, Any]:
-        groups: dict[Scheme, list[str]] = {}
+        modules: dict[Scheme, list[str]] = {}
         for module, scheme in choice.schemes.items():
-            groups.setdefault(scheme, []).append(module)
+            modules.setdefault(scheme, []).append(module)
         for linear in choice.layout.linears.values():
             if linear.transposed and linear.module in choice.schemes:
-                choice.problems.append(f"{linear.module} is a Conv1D, and readers of compressed-tensors take nn.Linear alone")
+                choice.problems.append(f"{linear.module} is a Conv1D, and readers of {self.name} take nn.Linear alone")
                 break
-        if any(scheme.zero_point for scheme in groups):
-            choice.notes.append(
-                "transformers with compressed-tensors 0.20 does not load packed zero points; vLLM and compressed-tensors itself do"
-            )
+        choice.notes += fused_notes(choice)
+        choice.notes += _reader_notes(list(modules))
         left = {*choice.layout.default_skip, *choice.layout.candidates} - set(choice.schemes)
+        layouts = {groups.layout_of(scheme) for scheme in modules}
         return {
             "config_groups": {
-                f"group_{number}": {
-                    "targets": ["Linear"] if len(groups) == 1 else sorted(modules),
-                    "weights": {
-                        "num_bits": scheme.bits,
-                        "type": "int",
-                        "symmetric": not scheme.zero_point,
-                        "strategy": "group",
-                        "group_size": scheme.size,
-                        "dynamic": False,
-                    },
-                    "input_activations": None,
-                    "output_activations": None,
-                }
-                for number, (scheme, modules) in enumerate(groups.items())
+                f"group_{number}": groups.group_config(scheme, ["Linear"] if len(modules) == 1 else sorted(names))
+                for number, (scheme, names) in enumerate(modules.items())
             },
-            "format": _LAYOUT,
+            "format": next(iter(layouts)) if len(layouts) == 1 else groups.MIXED,
             "global_compression_ratio": None,
             "ignore": sorted(left),
             "kv_cache_scheme": None,
@@ -150,41 +165,46 @@ class CompressedTensors:
         owners = {}
         for name in tensors:
             module, _, last = name.rpartition(".")
-            if last in _COMPANIONS and f"{module}.weight_packed" in tensors:
-                owners[name] = f"{module}.weight_packed"
+            if last in _COMPANIONS and f"{module}.weight_scale" in tensors:
+                packed, plain = f"{module}.weight_packed", f"{module}.weight"
+                if packed in tensors or plain in tensors:
+                    owners[name] = packed if packed in tensors else plain
         return owners
 
     def scheme_of(self, codes: str, tensors: "Mapping[str, TensorInfo]", config: Mapping[str, Any] | None) -> Scheme | None:
-        module = codes.removesuffix("weight_packed")
-        scale = tensors.get(f"{module}weight_scale")
-        if not codes.endswith(".weight_packed") or scale is None or len(scale.shape) != 2 or not scale.shape[1]:
+        module = codes.rpartition(".")[0]
+        scale = tensors.get(f"{module}.weight_scale")
+        if not codes.endswith((".weight_packed", ".weight")) or scale is None or len(tensors[codes].shape) != 2:
             return None
-        bits = _bits_for(module.removesuffix("."), config)
-        size = tensors[codes].shape[-1] * 32 // bits // scale.shape[1]
-        return replace(NAMED["rtn"], bits=bits, size=size, zero_point=f"{module}weight_zero_point" in tensors)
+        try:
+            group = groups.group_for(module, config or {})
+        except (AttributeError, KeyError, TypeError, IndexError, ValueError, re.error):
+            group = None
+        if group is not None and (group.scheme.share != "group" or group.scheme.size > 0):
+            return group.scheme
+        return _by_headers(tensors[codes], scale, f"{module}.weight_zero_point" in tensors)
 
     def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
-        return info.nbytes * 8 // scheme.bits
+        return info.nbytes * 8 // scheme.bits if info.name.endswith("_packed") else info.numel
 
     def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:
-        return not spec.name.endswith("weight_shape")
+        return not spec.name.endswith(_UNUSED)
 
     def in_module(self, spec: "TensorSpec | TensorInfo") -> bool:
-        return True
+        return not spec.name.endswith(_UNUSED)
 
     def check(self, config: Mapping[str, Any], label: str) -> None:
         check(config, _CONFIG, label, _HINT)
         for name, group in config["config_groups"].items():
-            where = f"{label}.config_groups.{name}"
-            check(group, _GROUP, where, _HINT)
-            check(group["weights"], _WEIGHTS, f"{where}.weights", _HINT)
-            if group.get("input_activations") is not None:
-                raise CheckpointError(f"{where} rounds activations too, which qcli does not run", _HINT)
+            groups.check_group(group, f"{label}.config_groups.{name}")
+            if group.get("format") is None and config["format"] == groups.MIXED:
+                raise CheckpointError(f"{label}.config_groups.{name} has no format, and the model's is {groups.MIXED}", _HINT)
 
     def read(self, source: "Source", linears: Sequence[Linear], config: Mapping[str, Any]) -> dict[str, Stored]:
         from qcli.formats._reading import read_each
 
-        return read_each(source, linears, partial(self._read, config))
+        stated = groups.groups_of(config)
+        return read_each(source, linears, lambda source, linear: self._read(stated, source, linear))
 
     def attribute(self, name: str) -> str:
         return "weight" if name == "weight_packed" else name
@@ -196,52 +216,97 @@ class CompressedTensors:
     def renamings(self) -> list[tuple[str, str]]:
         return [("weight_packed$", "weight")]
 
-    def _read(self, config: Mapping[str, Any], source: "Source", linear: Linear) -> Stored | None:
+    def _read(self, stated: list[groups.Group], source: "Source", linear: Linear) -> Stored | None:
         from qcli.formats._reading import Problem, expect, present
 
-        if not linear.tensor.endswith(".weight_packed"):
+        module, _, last = linear.tensor.rpartition(".")
+        if f"{module}.weight_scale" not in source.tensors:
+            if last != "weight_packed":
+                return None
+            raise Problem(f"{linear.tensor} lacks {module}.weight_scale")
+        if last == "weight" and source.tensors[linear.tensor].dtype in _FLOATS:  # left alone, though a target names it
             return None
-        module = linear.tensor.removesuffix("weight_packed")
-        scheme = _scheme_for(linear.module, config)
-        if scheme is None:
+        group = next((each for each in stated if each.holds(linear.module)), None)
+        if group is None:
             raise Problem(f"{linear.tensor} is stored, and no group of the config targets {linear.module}")
-        weight = Weight(f"{module}weight", linear.out_features, linear.in_features, "BF16")
-        if reason := self.refuses_shape(scheme, linear.out_features, linear.in_features):
-            raise Problem(f"{linear.tensor}: {reason}")
-        for spec in self.tensors(weight, scheme):
+        scheme = group.scheme
+        if scheme.share == "group" and linear.in_features % scheme.size:
+            raise Problem(f"{linear.tensor}: groups of {scheme.size} do not divide rows of {linear.in_features}")
+        weight = Weight(f"{module}.weight", linear.out_features, linear.in_features, "BF16")
+        for spec in _tensors(weight, scheme, group.layout):
+            if spec.name.endswith("weight_shape") and spec.name not in source.tensors:
+                continue
             if spec.name not in source.tensors:
                 raise Problem(f"{linear.tensor} lacks {spec.name}")
-            expect(source, spec.name, _FLOATS if spec.name.endswith("scale") else (spec.dtype,), spec.shape)
-        stray = f"{module}weight_zero_point"
+            of_model = scheme.scale == "model" and spec.name.endswith("scale")
+            if of_model and spec.shape[1:] == (1,):  # some write one dimension
+                spec = TensorSpec(spec.name, spec.dtype, spec.shape[:1])
+            expect(source, spec.name, _FLOATS if of_model else (spec.dtype,), spec.shape)
+        stray = f"{module}.weight_zero_point"
         if not scheme.zero_point and stray in source.tensors:
             raise Problem(f"{stray} is stored, and the config says symmetric")
-        names = {self.attribute(name): f"{module}{name}" for name in ("weight_packed", *_COMPANIONS)}
+        if (order := f"{module}.weight_g_idx") in source.tensors:
+            expect(source, order, ("I32", "I64"), (linear.in_features,))
+        names = {self.attribute(name): f"{module}.{name}" for name in (last, *_COMPANIONS) if name not in _UNUSED}
         return Stored(self.name, scheme, linear.out_features, linear.in_features, present(source, names))
 
 
-def _words(count: int, scheme: Scheme) -> int:
-    """32-bit words for `count` codes."""
-    return -(-count * scheme.bits // 32)
+def _tensors(weight: Weight, scheme: Scheme, layout: str) -> list[TensorSpec]:
+    """What a layout stores for a weight."""
+    from qcli.packing import words_of
+
+    module, rows, columns = weight.name.removesuffix("weight"), weight.out_features, weight.in_features
+    scales = scheme.scale_shape(rows, columns)
+    of_scale = {"e8m0": "U8", "e4m3": "F8_E4M3"}.get(scheme.scale, weight.dtype)
+    specs = [TensorSpec(f"{module}weight_scale", of_scale, (1,) if scheme.share == "tensor" else scales)]
+    if layout == groups.PACKED:
+        specs.insert(0, TensorSpec(f"{module}weight_packed", "I32", (rows, words_of(columns, scheme.bits))))
+        specs.append(TensorSpec(f"{module}weight_shape", "I64", (2,)))
+        if scheme.zero_point:
+            specs.append(TensorSpec(f"{module}weight_zero_point", "I32", (words_of(rows, scheme.bits), scales[1])))
+        return specs
+    if layout in (groups.NVFP4, groups.MXFP4):
+        specs.insert(0, TensorSpec(f"{module}weight_packed", "U8", (rows, -(-columns // 2))))
+    else:
+        specs.insert(0, TensorSpec(f"{module}weight", "F8_E4M3" if scheme.codebook else "I8", (rows, columns)))
+    if scheme.scale == "e4m3":
+        specs.append(TensorSpec(f"{module}weight_global_scale", "F32", (1,)))
+        if scheme.activations:
+            specs.append(TensorSpec(f"{module}input_global_scale", "F32", (1,)))
+    if scheme.activations == "static" and scheme.scale == "model":
+        specs.append(TensorSpec(f"{module}input_scale", weight.dtype, (1,)))
+    if scheme.zero_point:
+        specs.append(TensorSpec(f"{module}weight_zero_point", "I8", scales))
+    return specs
 
 
-def _scheme_for(module: str, config: Mapping[str, Any]) -> Scheme | None:
-    """The scheme of the group that targets a module by its name, by a pattern, or as any Linear."""
-    for group in config["config_groups"].values():
-        for target in group["targets"]:
-            if target in ("Linear", module) or (target.startswith("re:") and re.match(target[3:], module)):
-                weights = group["weights"]
-                symmetric = weights.get("symmetric")
-                return replace(NAMED["rtn"], bits=weights["num_bits"], size=weights["group_size"], zero_point=symmetric is False)
-    return None
+def _by_headers(codes: "TensorInfo", scale: "TensorInfo", zero_point: bool) -> Scheme | None:
+    """The scheme of a weight whose config says nothing: 4 bits where codes are packed, which nearly all such files have."""
+    if len(scale.shape) != 2 or not scale.shape[1] or codes.dtype not in ("I32", "U8", "I8", "F8_E4M3"):
+        return None
+    bits = 4 if codes.dtype in ("I32", "U8") else 8
+    size = codes.nbytes * 8 // bits // max(codes.shape[0] * scale.shape[1], 1)
+    found = Scheme(f"w{bits}a16", "rtn", bits, "group", max(size, 1), zero_point=zero_point, scale="model")
+    if codes.dtype == "U8":
+        return replace(found, codebook="e2m1", scale="e8m0" if scale.dtype == "U8" else "e4m3")
+    return replace(found, codebook="e4m3" if codes.dtype == "F8_E4M3" else None)
 
 
-def _bits_for(module: str, config: Mapping[str, Any] | None) -> int:
-    """Bits of a code, which headers do not show, by an unchecked config; 4, which nearly all files have, where it does not say."""
-    try:
-        scheme = _scheme_for(module, config or {})
-    except (AttributeError, KeyError, TypeError, re.error):
-        return 4
-    return scheme.bits if scheme and scheme.bits in (4, 8) else 4
+def _reader_notes(schemes: Sequence[Scheme]) -> Iterator[str]:
+    """What some reader will not like, by reader and version."""
+    if any(scheme.codebook is None and scheme.bits not in _IN_VLLM for scheme in schemes):
+        yield "vLLM reads integers of 4 and of 8 bits alone; compressed-tensors reads the others from version 0.15 on"
+    if any(scheme.zero_point for scheme in schemes):
+        yield "transformers 5.24 loads packed zero points only with CompressedTensorsConfig(dequantize=True)"
+    weight_only = [s for s in schemes if s.codebook is None and s.activations is None]
+    if any(scheme.share == "row" and scheme.bits == 4 for scheme in weight_only):
+        yield "vLLM on a CPU (0.32) does not load 4-bit rows without groups"
+    if any(scheme.bits == 8 for scheme in weight_only):
+        yield "vLLM on a CPU (0.32) does not load 8-bit weights without rounded activations"
+    if any(scheme.codebook == "e2m1" for scheme in schemes):
+        yield "4-bit floats are fast on NVIDIA's Blackwell GPUs; on others vLLM widens them"
+    if any(scheme.scale == "e4m3" and scheme.activations for scheme in schemes):
+        yield "the scale of activations as a whole is 1, since nothing was calibrated"
 
 
 FORMAT: Format = CompressedTensors()

@@ -50,7 +50,7 @@ class Description:
 def describe(source: Source) -> Description:
     """The description of an opened source."""
     parts: dict[tuple[str, str], Part] = {}
-    companions = {name: weight for each in formats.all_formats() for name, weight in each.companions(source.tensors).items()}
+    companions = {name: weight for each in formats.read_formats() for name, weight in each.companions(source.tensors).items()}
     for name, info in source.tensors.items():
         owner = companions.get(name, name)
         format, scheme = _scheme(owner, source.tensors, source.quantization)
@@ -78,7 +78,7 @@ def describe(source: Source) -> Description:
 
 
 def _scheme(codes: str, infos: Mapping[str, TensorInfo], config: dict[str, object] | None) -> tuple[Format | None, Scheme | None]:
-    for each in formats.all_formats():
+    for each in formats.read_formats():
         if scheme := each.scheme_of(codes, infos, config):
             return each, scheme
     return None, None

@@ -46,7 +46,7 @@ class Lean(Recognized):
         super().__init__(model, linear_of)
         self.kv_dtype = torch.int8 if kv_int8 else self.dtype
         # Whether tokens of a step share a choice, so that guesses would change their logits.
-        self.mixes = any(module.few_in_int8 for module in self.rounding)
+        self.mixes = any(module.rounds_few for module in self.rounding)
         self.step: LeanStep | None = None
         self.refused = False  # whether the step was compared and differs
         self.text: list[int] = []  # whose keys and values the cache holds

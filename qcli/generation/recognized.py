@@ -50,7 +50,7 @@ class Recognized:
         if (positions.ends(model)[1] or _RANDOM) < _RANDOM:
             raise Unsupported
         self.head = linear(model.get_output_embeddings())
-        self.rounding = [module for module in model.modules() if getattr(module, "activations_in_int8", False)]
+        self.rounding = [module for module in model.modules() if getattr(module, "rounds_activations", False)]
         self.tolerance = Tolerance(self.dtype, bool(self.rounding))
         self.embed: Callable[[torch.Tensor, object], torch.Tensor] | None = None
         self.rope: list[Rope | None] = []

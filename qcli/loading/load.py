@@ -198,16 +198,16 @@ def _check_room(source: Source, wanted: str | None, head: int | None, dtype: str
 
 
 def _keep_activations(label: str, loaded: torch.nn.Module, head: torch.nn.Module | None, always: bool) -> None:
-    modules = [m for m in loaded.modules() if isinstance(m, QuantizedLinear) and m.activations_in_int8]
+    modules = [m for m in loaded.modules() if isinstance(m, QuantizedLinear) and m.rounds_activations]
     if always and not modules:
         raise UsageError(
-            f"--no-int8-activations: {label} is not in LLM.int8()", "Leave it out, or add --bits 8 to an unquantized model."
+            f"--no-int8-activations: {label} rounds no activations", "Leave it out, or add --bits 8 to an unquantized model."
         )
     for module in modules:
         if always or module is head:
-            module.activations_in_int8 = False
+            module.rounds_activations = False
         else:
-            module.few_in_int8 = False
+            module.rounds_few = False
 
 
 def check_fits(source: Source, layout: Layout) -> None:

@@ -28,7 +28,7 @@ def open_checkpoint(model: str, revision: str | None, trust_remote_code: bool) -
         if format is None:
             raise CheckpointError(
                 f"{model} is quantized by {source.quantization['quant_method']}, which qcli does not run; it runs "
-                f"{' and '.join(formats.NAMES)}",
+                f"{', '.join((*formats.NAMES, *formats.READ_ONLY))}",
                 "Load it with transformers.",
             )
         format.check(source.quantization, label)

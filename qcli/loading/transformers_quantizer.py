@@ -4,6 +4,7 @@ Control comes here from inside `from_pretrained`: to `_process_model_before_weig
 stands on the meta device, and to `_Quantize.convert` for each weight that is quantized as it is read.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -21,6 +22,7 @@ from qcli.checkpoint.modules import lookup_scale
 from qcli.formats import Stored, Weight
 from qcli.loading import out_of_memory
 from qcli.methods.choosing import made, methods_of
+from qcli.methods.simulate import absmax_of
 from qcli.nn import module_for
 from qcli.nn.quantized_embedding import QuantizedEmbedding
 from qcli.nn.quantized_linear import QuantizedLinear
@@ -89,15 +91,23 @@ class QcliQuantizer(HfQuantizer):
         self._keep_activations_of_head(model)
         return model
 
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for module in model.modules():
+            linear = _linear(module)
+            # accelerate brings weights that it keeps elsewhere for each call alone: those stay as they are stored.
+            if isinstance(linear, QuantizedLinear) and not linear.weight.is_meta:
+                linear.arrange()
+        return model
+
     def _keep_activations_of_head(self, model) -> None:
         """A head reads one token a step, so that rounding its activations saves nothing. One that is bitsandbytes' own, among other
         modules that round theirs, does as they do."""
         known = self.quantization_config.head
         head = None if known is None else model.get_submodule(known.module)
-        if isinstance(head, QuantizedLinear) and head.activations_in_int8:
-            others = (m.activations_in_int8 for m in model.modules() if isinstance(m, QuantizedLinear) and m is not head)
+        if isinstance(head, QuantizedLinear) and head.rounds_activations:
+            others = (m.rounds_activations for m in model.modules() if isinstance(m, QuantizedLinear) and m is not head)
             if known.tied or not any(others):
-                head.activations_in_int8 = False
+                head.rounds_activations = False
 
     def _put_unfilled(self, model) -> None:
         recipe, head = self.quantization_config.recipe, self.quantization_config.head
@@ -243,15 +253,21 @@ def _quantized(input_dict: dict, model) -> dict[str, torch.Tensor]:
     specs = {spec.name: spec for spec in format.tensors(weight, method.scheme) if format.in_module(spec)}
     # Filled in place at once: never twice in memory.
     made = {name: torch.empty(spec.nbytes, dtype=torch.uint8, device=value.device) for name, spec in specs.items()}
-    encoder = method.encoder(module.out_features, module.in_features, value.device)
-    step = max((1 << 21) // encoder.grain, 1) * encoder.grain
+    absmax = absmax_of(value) if method.needs_absmax else 0.0
+    encoder = method.encoder(module.out_features, module.in_features, value.device, absmax)
+    grain = math.lcm(encoder.grain, format.rows_together * module.in_features) if format.rows_together > 1 else encoder.grain
+    step = max((1 << 21) // grain, 1) * grain
 
     def pack(parts: dict[str, torch.Tensor], start: int) -> None:
-        for target, offset, piece in format.pack(weight, method.scheme, parts, start):
-            if target not in made:  # a table, or the description of the others
+        for piece in format.pack(weight, method.scheme, parts, start):
+            if piece.tensor not in made:  # a table, or the description of the others
                 continue
-            raw = piece.contiguous().reshape(-1).view(torch.uint8)
-            made[target][offset : offset + raw.numel()] = raw.to(value.device)
+            raw, to = piece.data.contiguous().reshape(-1).view(torch.uint8).to(value.device), made[piece.tensor][piece.offset :]
+            if piece.stride:
+                rows = raw.view(len(piece.data), -1)
+                to.as_strided(rows.shape, (piece.stride, 1)).copy_(rows)
+            else:
+                to[: raw.numel()] = raw
 
     for i, chunk in enumerate(value.reshape(-1).split(step)):
         pack(encoder.feed(chunk, i * step), i * step)

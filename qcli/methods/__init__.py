@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qcli.checkpoint.dtypes import FLOAT8
 from qcli.errors import UsageError
-from qcli.schemes import Scheme
+from qcli.schemes import SEARCHES, Scheme
 
 if TYPE_CHECKING:
     from qcli.methods._method import Method
@@ -51,8 +51,8 @@ def make(scheme: Scheme, options: Mapping[str, object] | None = None) -> "Method
 
 
 def options_of(method: "Method") -> dict[str, object]:
-    """A method's options by name, as they stand in reports."""
-    return {name: value for name, value in vars(method).items() if name != "form"}
+    """A method's options by name, as they stand in reports. A search that is not made is not named."""
+    return {name: value for name, value in vars(method).items() if name != "form" and (name, value) != ("search", SEARCHES[0])}
 
 
 def entering_dtype(method: "Method", stored: str, dtype: str) -> str:

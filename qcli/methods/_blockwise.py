@@ -12,7 +12,8 @@ from qcli.methods.errors import ErrorSums, add_up
 from qcli.ops.dequantize_4bit import dequantize_4bit
 from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.error_4bit import error_4bit
-from qcli.ops.quantize_4bit import quantize_4bit
+from qcli.ops.fit_scale import fit_scale
+from qcli.ops.quantize_4bit import quantize_4bit, quantize_with
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
 from qcli.schemes import NESTED_BLOCK_SIZE, Scheme
 
@@ -22,9 +23,9 @@ _NESTED_PIECE = 64 * NESTED_BLOCK_SIZE  # absmax values at a time, few enough fo
 class BlockEncoder:
     """See qcli.methods._method.Encoder. `absmax` float32 [blocks] is whole once every chunk was fed."""
 
-    def __init__(self, scheme: Scheme, count: int, device: torch.device):
+    def __init__(self, scheme: Scheme, count: int, device: torch.device, search: str = "none"):
         self.codebook, self.grain = scheme.codebook or "", scheme.size
-        self.double_quant = scheme.double_quant
+        self.double_quant, self.searches = scheme.double_quant, search == "mse"
         # Filled in place: small tensors kept one by one would pin the heap between the large ones that come and go.
         blocks = -(-count // scheme.size)
         self.absmax = torch.empty(blocks, device=device)
@@ -36,7 +37,11 @@ class BlockEncoder:
         self.sums: dict[int, list[float]] = {}
 
     def feed(self, chunk: torch.Tensor, start: int) -> Parts:
-        packed, absmax = quantize_4bit(chunk, self.grain, self.codebook)
+        if self.searches:
+            absmax, _ = fit_scale(chunk, self.grain, self.codebook, 4, False, torch.float32)
+            packed = quantize_with(chunk, absmax, self.grain, self.codebook)
+        else:
+            packed, absmax = quantize_4bit(chunk, self.grain, self.codebook)
         sums, slope, curve = error_4bit(chunk, packed, absmax, self.grain, self.codebook)
         self.sums[start] = sums.tolist()
         place = slice(start // self.grain, start // self.grain + absmax.numel())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from qcli.errors import UsageError
-from qcli.methods._method import Encoder, Parts
+from qcli.methods._method import Encoder, Parts, check_search
 from qcli.schemes import BLOCK_SIZES, NAMED, Scheme
 
 if TYPE_CHECKING:
@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Blockwise4bit:
-    """Options of the 4-bit methods: elements per absmax, and whether the absmax values are quantized too."""
+    """Options of the 4-bit methods: elements per absmax, whether the absmax values are quantized too, and how they are found. With
+    search "mse" each is the scale that makes the squared error of its block least, and no longer the absmax: readers see no
+    difference, but the bytes are not those of bitsandbytes' own quantizer."""
 
     block_size: int = 64
     double_quant: bool = True
+    search: str = "none"
 
     codebook: ClassVar[str]
     casts_to_model_dtype: ClassVar[bool] = True
+    needs_absmax: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
@@ -29,6 +33,7 @@ class Blockwise4bit:
                 f"block size is {self.block_size}, expected one of {', '.join(map(str, BLOCK_SIZES))}",
                 "64 is what transformers and bitsandbytes use.",
             )
+        check_search(self.search)
 
     @property
     def scheme(self) -> Scheme:
@@ -41,11 +46,11 @@ class Blockwise4bit:
         """The method with the options that make `scheme`."""
         return cls(scheme.size, scheme.double_quant)
 
-    def encoder(self, out_features: int, in_features: int, device: torch.device) -> Encoder:
+    def encoder(self, out_features: int, in_features: int, device: torch.device, absmax: float = 0.0) -> Encoder:
         """Takes one weight of this shape."""
         from qcli.methods._blockwise import BlockEncoder
 
-        return BlockEncoder(self.scheme, out_features * in_features, device)
+        return BlockEncoder(self.scheme, out_features * in_features, device, self.search)
 
     def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
         """The weight float32 [out_features, in_features] that all parts together stand for."""

@@ -1,10 +1,11 @@
 """Absmax int8 (arXiv:2208.07339, section 2): q = round(x * 127 / absmax), which stands for q * absmax / 127.
 
-Shared by `int8` and `llm-int8`, which store the same weight. Rounding is that of qcli.ops.quantize_int8.
+Shared by `int8` and `llm-int8`. Rounding is that of qcli.ops.quantize_int8.
 """
 
 import torch
 
+from qcli.methods._groups import Rounded
 from qcli.methods._method import Parts
 from qcli.methods.errors import ErrorSums, add_up
 from qcli.ops.dequantize_int8 import dequantize_int8
@@ -30,6 +31,15 @@ class RowEncoder:
 
     def finish(self) -> tuple[Parts, ErrorSums]:
         return {"scale": self.absmax}, add_up(self.sums)
+
+
+def round_to_rows(rows: torch.Tensor, absmax: float) -> Rounded:
+    """Rows with a scale each, absmax / 127 in their own dtype. A row of zeros has the scale eps."""
+    wide = rows.float()
+    scale = (wide.abs().amax(-1, keepdim=True) / 127).to(rows.dtype)
+    scale = torch.where(scale == 0, torch.finfo(rows.dtype).eps, scale)
+    codes = (wide / scale.float()).round_().clamp_(-127, 127).nan_to_num_(0.0).to(torch.int8)
+    return Rounded(codes, scale)
 
 
 def decode_rows(parts: Parts, out_features: int, in_features: int) -> torch.Tensor:

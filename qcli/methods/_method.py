@@ -10,16 +10,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from qcli.errors import UsageError
 from qcli.methods.errors import ErrorSums
-from qcli.schemes import Scheme
+from qcli.schemes import SEARCHES, Scheme
 
 if TYPE_CHECKING:
     import torch
 
 Parts = dict[str, "torch.Tensor"]
-"""Role to tensor. `codes` of 4 bits in flat blocks are uint8, two a byte, the first in the high nibble; other codes are int8, one
-an element, [rows, in_features]. `scale` is float32, in groups the dtype of the weight, and 8-bit codes under double
-quantization; `nested_scale` is float32, `zero_point` an integer, `nested_offset` float64 []."""
+"""Role to tensor. `codes` of 4 bits in flat blocks are uint8, two a byte, the first in the high nibble. Other codes stand alone,
+[rows, in_features]: int8, float8_e4m3fn, or uint8 for the codes of E2M1. `scale` is of the dtype that the scheme says, and 8-bit
+codes under double quantization; `nested_scale` and `global_scale` are float32, `zero_point` is an integer, `nested_offset` float64
+[]."""
+
+
+def check_search(search: str) -> None:
+    """Raises UsageError for an option `search` that there is not."""
+    if search not in SEARCHES:
+        raise UsageError(f"search is {search!r}, expected {' or '.join(SEARCHES)}")
 
 
 class Encoder(Protocol):
@@ -41,8 +49,10 @@ class Encoder(Protocol):
 class Method(Protocol):
     """A way to quantize a weight. A frozen dataclass; its fields are its options, checked when it is made."""
 
-    casts_to_model_dtype: ClassVar[bool]
-    """Whether weights enter in the model's dtype, as transformers would hold them; else as they are stored."""
+    @property
+    def casts_to_model_dtype(self) -> bool:
+        """Whether weights enter in the model's dtype, as transformers would hold them; else as they are stored."""
+        ...
 
     @property
     def scheme(self) -> Scheme:
@@ -54,8 +64,14 @@ class Method(Protocol):
         """The method with the options that make `scheme`."""
         ...
 
-    def encoder(self, out_features: int, in_features: int, device: torch.device) -> Encoder:
-        """Takes one weight of this shape."""
+    @property
+    def needs_absmax(self) -> bool:
+        """Whether a scale is made of the absmax of a whole weight, which is known only once the weight was read."""
+        ...
+
+    def encoder(self, out_features: int, in_features: int, device: torch.device, absmax: float = 0.0) -> Encoder:
+        """Takes one weight of this shape. `absmax` is that of the whole weight, or of all weights that readers fuse with it, for a
+        method that needs it."""
         ...
 
     def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Absmax int8 of weights and activations (arXiv:2208.07339, section 2), in the three forms of the paper's Table 1.
 
 They differ in what shares a scale: all of X and all of W (`int8-per-tensor`), each token of X and all of W (`int8-row-wise`), each
-token of X and each output row of W (`int8`, the paper's vector-wise form).
+token of X and each output row of W (`int8`, the paper's vector-wise form). The last one is W8A8, which compressed-tensors holds.
+Its scale of a row is absmax / 127 rounded to the model's dtype, as it is stored there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ class Int8:
 
     form: str = "int8"
 
-    casts_to_model_dtype: ClassVar[bool] = False
+    needs_absmax: ClassVar[bool] = False
+
+    @property
+    def casts_to_model_dtype(self) -> bool:
+        """A scale in the model's dtype is of weights in it."""
+        return self.scheme.scale == "model"
 
     @property
     def scheme(self) -> Scheme:
@@ -34,18 +40,22 @@ class Int8:
         """The method in the form of that name."""
         return cls(scheme.name)
 
-    def encoder(self, out_features: int, in_features: int, device: torch.device) -> Encoder:
+    def encoder(self, out_features: int, in_features: int, device: torch.device, absmax: float = 0.0) -> Encoder:
         """Takes one weight of this shape."""
-        from qcli.methods._int8 import RowEncoder
+        from qcli.methods._groups import GroupEncoder
+        from qcli.methods._int8 import RowEncoder, round_to_rows
 
         if self.scheme.share == "row":
-            return RowEncoder(out_features, in_features, device)
+            return GroupEncoder(self.scheme, out_features, in_features, device, round_to_rows)
         return RowEncoder(1, out_features * in_features, device)
 
     def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
         """The weight float32 [out_features, in_features] that all parts together stand for."""
+        from qcli.methods._groups import decode_groups
         from qcli.methods._int8 import decode_rows
 
+        if self.scheme.share == "row":
+            return decode_groups(self.scheme, parts, out_features, in_features)
         return decode_rows(parts, out_features, in_features)
 
 

@@ -29,6 +29,7 @@ class LLMInt8:
     form: str = "llm-int8"
 
     casts_to_model_dtype: ClassVar[bool] = False
+    needs_absmax: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.threshold) and self.threshold >= 0):
@@ -44,7 +45,7 @@ class LLMInt8:
         """The method with the options that make `scheme`."""
         return cls(scheme.threshold, scheme.name)
 
-    def encoder(self, out_features: int, in_features: int, device: torch.device) -> Encoder:
+    def encoder(self, out_features: int, in_features: int, device: torch.device, absmax: float = 0.0) -> Encoder:
         """Takes one weight of this shape."""
         from qcli.methods._int8 import RowEncoder
 

@@ -5,110 +5,116 @@ The arithmetic is that of compressed-tensors. With b bits, codes lie in [-2^(b-1
   zero point   scale = (max - min) / (2^b - 1),  zero_point = round(-2^(b-1) - min / scale)
 A code is round(w / scale) + zero_point, halves to even, clamped. It stands for (code - zero_point) * scale, a product in the dtype
 of the scale. The scale is rounded to the model's dtype first, since that is what is stored. A group of zeros has the scale eps.
+
+With search "mse" the scale is the one that makes the squared error of a group least (qcli/ops/fit_scale.py). Readers see no
+difference.
 """
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from qcli.errors import UsageError
-from qcli.methods._method import Method, Parts
-from qcli.methods.errors import ErrorSums, add_up
-from qcli.schemes import NAMED, Scheme
+from qcli.methods._method import Encoder, Method, Parts, check_search
+from qcli.schemes import NAMED, WHOLE_ROW, Scheme
 
-_BITS = (4, 8)
-_GROUP_SIZES = (32, 64, 128, 256)
+if TYPE_CHECKING:
+    import torch
+
+    from qcli.methods._groups import Rounded
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (WHOLE_ROW, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
 class RoundToNearest:
-    """`bits` of a code, `group_size` elements of a row that share a scale, and whether a group has a zero point too."""
+    """`bits` of a code, `group_size` elements of a row that share a scale (-1: the row), and whether a group has a zero point
+    too."""
 
     bits: int = 4
     group_size: int = 128
     zero_point: bool = False
+    search: str = "none"
 
     casts_to_model_dtype: ClassVar[bool] = True
+    needs_absmax: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (("bits", self.bits, _BITS), ("group_size", self.group_size, _GROUP_SIZES)):
-            if value not in allowed:
-                raise UsageError(f"{name} is {value}, expected one of {', '.join(map(str, allowed))}")
+        check_integers(self.bits, self.group_size)
+        check_search(self.search)
 
     @property
     def scheme(self) -> Scheme:
         """What a weight is stored as with these options."""
-        return replace(NAMED["rtn"], bits=self.bits, size=self.group_size, zero_point=self.zero_point)
+        return integers(NAMED["rtn"], self.bits, self.group_size, self.zero_point)
 
     @classmethod
     def of(cls, scheme: Scheme) -> Self:
         """The method with the options that make `scheme`."""
-        return cls(scheme.bits, scheme.size, scheme.zero_point)
+        return cls(scheme.bits, scheme.size or WHOLE_ROW, scheme.zero_point)
 
-    def encoder(self, out_features: int, in_features: int, device: torch.device) -> "_Encoder":
+    def encoder(self, out_features: int, in_features: int, device: torch.device, absmax: float = 0.0) -> Encoder:
         """Takes one weight of this shape."""
-        return _Encoder(self, out_features, in_features, device)
+        from qcli.methods._groups import GroupEncoder
+
+        return GroupEncoder(self.scheme, out_features, in_features, device, self._rounds)
 
     def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
         """The weight float32 [out_features, in_features] that all parts together stand for."""
-        codes = parts["codes"].view(out_features, in_features)
-        return values_of(codes, parts["scale"], parts.get("zero_point"), self.group_size).float()
+        from qcli.methods._groups import decode_groups
 
+        return decode_groups(self.scheme, parts, out_features, in_features)
 
-def values_of(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, group_size: int) -> torch.Tensor:
-    """(code - zero_point) * scale for codes int8 [rows, in_features], in the dtype of scale [rows, groups]."""
-    grouped = codes.unflatten(-1, (-1, group_size))
-    if zero_point is not None:
-        grouped = grouped.to(torch.int16) - zero_point.unsqueeze(-1)
-    values: torch.Tensor = grouped.to(scale.dtype) * scale.unsqueeze(-1)
-    return values.flatten(-2)
+    def _rounds(self, rows: torch.Tensor, absmax: float) -> Rounded:
+        import torch
 
+        from qcli.methods._groups import Rounded
 
-class _Encoder:
-    """See qcli.methods._method.Encoder. Takes whole rows."""
-
-    def __init__(self, method: RoundToNearest, out_features: int, in_features: int, device: torch.device):
-        self.method, self.grain = method, in_features
-        shape = out_features, -(-in_features // method.group_size)
-        self.scale = torch.empty(shape, device=device)
-        self.zero_point = torch.empty(shape, dtype=torch.int8, device=device) if method.zero_point else None
-        self.dtype = torch.float32
-        self.sums: dict[int, list[float]] = {}
-
-    def feed(self, chunk: torch.Tensor, start: int) -> Parts:
-        method, self.dtype = self.method, chunk.dtype
-        rows = chunk.view(-1, self.grain)
-        groups = rows.float().unflatten(-1, (-1, method.group_size))
-        least, most = -(2 ** (method.bits - 1)), 2 ** (method.bits - 1) - 1
-        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        scale = (high - low) / (most - least) if method.zero_point else torch.maximum(-low, high) / ((most - least) / 2)
-        scale = scale.to(chunk.dtype)
-        scale = torch.where(scale == 0, torch.finfo(chunk.dtype).eps, scale)
+        size = rows.shape[1] if self.group_size == WHOLE_ROW else self.group_size
+        groups = rows.float().unflatten(-1, (-1, size))
+        least, most = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         zero_point = None
-        if method.zero_point:
-            zero_point = (least - low / scale.float()).round_().clamp_(least, most).nan_to_num_(0.0).to(torch.int8)
-        shift = 0 if zero_point is None else zero_point.unsqueeze(-1)
-        codes = (groups / scale.float().unsqueeze(-1)).round_().add_(shift).clamp_(least, most).nan_to_num_(0.0)
-        codes = codes.to(torch.int8).flatten(-2)
-        self._note(rows.float(), values_of(codes, scale, zero_point, method.group_size).float(), start)
-        place = slice(start // self.grain, start // self.grain + len(rows))
-        self.scale[place] = scale.float()
-        if self.zero_point is not None and zero_point is not None:
-            self.zero_point[place] = zero_point
-        return {"codes": codes}
+        if self.search == "mse":
+            from qcli.ops.fit_scale import fit_scale
 
-    def finish(self) -> tuple[Parts, ErrorSums]:
-        parts = {"scale": self.scale.to(self.dtype)}  # exact: it was rounded to this dtype before it came here
-        if self.zero_point is not None:
-            parts["zero_point"] = self.zero_point
-        return parts, add_up(self.sums)
+            scale, zero_point = fit_scale(rows, size, "", self.bits, self.zero_point, rows.dtype)
+            scale = scale.view(groups.shape[:-1]).to(rows.dtype)
+            zero_point = zero_point.view(groups.shape[:-1]) if self.zero_point else None
+        else:
+            low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+            scale = (high - low) / (most - least) if self.zero_point else torch.maximum(-low, high) / ((most - least) / 2)
+            scale = scale.to(rows.dtype)
+            scale = torch.where(scale == 0, torch.finfo(rows.dtype).eps, scale)
+            if self.zero_point:
+                zero_point = (least - low / scale.float()).round_().clamp_(least, most).nan_to_num_(0.0).to(torch.int8)
+        return Rounded(codes_of(groups, scale, zero_point, least, most), scale, zero_point)
 
-    def _note(self, rows: torch.Tensor, values: torch.Tensor, start: int) -> None:
-        finite = rows.isfinite() & values.isfinite()
-        error = (rows - values).masked_fill_(~finite, 0.0).square_().sum(dtype=torch.float64)
-        norm = rows.masked_fill(~finite, 0.0).square_().sum(dtype=torch.float64)
-        self.sums[start] = [float(error), float(norm), int((~rows.isfinite()).sum())]
+
+def codes_of(groups: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, least: int, most: int) -> torch.Tensor:
+    """The nearest codes int8 [rows, in_features] of groups float32 [rows, groups, size], under scales of [rows, groups]."""
+    import torch
+
+    codes = (groups / scale.float().unsqueeze(-1)).round_()
+    if zero_point is not None:
+        codes += zero_point.unsqueeze(-1)
+    return codes.clamp_(least, most).nan_to_num_(0.0).to(torch.int8).flatten(-2)
+
+
+def integers(named: Scheme, bits: int, group_size: int, zero_point: bool) -> Scheme:
+    """The scheme `named` with other options."""
+    whole = group_size == WHOLE_ROW
+    return replace(
+        named, bits=bits, share="row" if whole else "group", size=0 if whole else group_size, zero_point=zero_point, scale="model"
+    )
+
+
+def check_integers(bits: int, group_size: int) -> None:
+    """Raises UsageError for options that no scheme of integers in groups has."""
+    for name, value, allowed in (("bits", bits, BITS), ("group_size", group_size, GROUP_SIZES)):
+        if value not in allowed:
+            raise UsageError(f"{name} is {value}, expected one of {', '.join(map(str, allowed))}")
 
 
 METHOD: type[Method] = RoundToNearest

@@ -7,14 +7,19 @@ how sequences are batched. Sequences of one length are rounded in the same few o
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from qcli.methods import zeropoint
+from qcli.methods._fp4 import mx_rounds, nv_rounds
+from qcli.methods._groups import E4M3_MAX, Rounded, to_e4m3, values_of
 from qcli.methods._method import Method
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.quantize_int8 import quantize_int8
-from qcli.schemes import Scheme
+from qcli.schemes import NAMED, Scheme
+
+_ROWS = 1024  # rows of a weight in float32 at a time
 
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 
@@ -120,7 +125,8 @@ def simulate(method: Method, weight: torch.Tensor) -> Simulated:
     if not scheme.bits:
         return Simulated(weight.float())
     out_features, in_features = weight.shape
-    encoder = method.encoder(out_features, in_features, weight.device)
+    absmax = absmax_of(weight) if method.needs_absmax else 0.0
+    encoder = method.encoder(out_features, in_features, weight.device, absmax)
     parts = encoder.feed(weight.contiguous(), 0)
     parts |= encoder.finish()[0]
     values = method.decode(parts, out_features, in_features)
@@ -131,12 +137,60 @@ def simulate(method: Method, weight: torch.Tensor) -> Simulated:
     return Simulated(values, rounding(scheme))
 
 
-def rounding(scheme: Scheme) -> Rounding:
-    """What makes X^ of activations float32 [..., tokens, in_features] in int8: a scale for each token, or for each sequence."""
+def absmax_of(weight: torch.Tensor) -> float:
+    """The largest finite magnitude of a weight, on which a scale of the whole weight is made."""
+    return max(
+        (float(chunk.float().nan_to_num(0.0, 0.0, 0.0).abs().max()) for chunk in weight.split(_ROWS) if chunk.numel()), default=0.0
+    )
+
+
+def rounding(scheme: Scheme, global_scale: torch.Tensor | None = None) -> Rounding:
+    """What makes X^ of activations float32 [..., tokens, in_features]: a scale for each token, each group of one, or each sequence.
+    `global_scale` float32 [1] is that of NVFP4's activations, 1 without it."""
+    if scheme.activation_codebook == "e2m1":
+        return _round_mxfp4 if scheme.scale == "e8m0" else partial(_round_nvfp4, global_scale=global_scale)
+    if scheme.activation_codebook == "e4m3":
+        return partial(_round_e4m3, size=scheme.size) if scheme.activations == "group" else _round_e4m3
     rows = zeropoint.round_rows if scheme.zero_point else round_rows
     if scheme.activations == "token":
         return rows
     return lambda x: rows(x.flatten(-2)).view(x.shape)
+
+
+def _round_e4m3(x: torch.Tensor, size: int = 0) -> torch.Tensor:
+    """x float32 [..., columns] in E4M3, with a scale for each row, or for each `size` columns of one."""
+    whole = -x.shape[-1] % size if size else 0
+    groups = torch.nn.functional.pad(x, (0, whole)).unflatten(-1, (-1, size or x.shape[-1]))
+    scale = groups.abs().amax(-1, keepdim=True) / E4M3_MAX
+    codes = to_e4m3(groups / torch.where(scale == 0, 1.0, scale))
+    values: torch.Tensor = (codes.float() * scale).flatten(-2)
+    return values[..., : x.shape[-1]]
+
+
+def _round_nvfp4(x: torch.Tensor, global_scale: torch.Tensor | None) -> torch.Tensor:
+    """x float32 [..., columns] in NVFP4."""
+    whole = torch.ones(1, device=x.device) if global_scale is None else global_scale
+    return _round_e2m1(x, NAMED["nvfp4"], partial(nv_rounds, global_scale=whole), whole)
+
+
+def _round_mxfp4(x: torch.Tensor) -> torch.Tensor:
+    """x float32 [..., columns] in MXFP4."""
+    return _round_e2m1(x, NAMED["mxfp4"], mx_rounds, None)
+
+
+def _round_e2m1(x: torch.Tensor, scheme: Scheme, rounds: Callable[..., Rounded], global_scale: torch.Tensor | None) -> torch.Tensor:
+    rows = torch.nn.functional.pad(x.reshape(-1, x.shape[-1]), (0, -x.shape[-1] % scheme.size))
+    rounded = rounds(rows, scheme.size)
+    values = values_of(scheme, rounded.codes, rounded.scale, None, global_scale)
+    found: torch.Tensor = values[:, : x.shape[-1]].reshape(x.shape)
+    return found
+
+
+def round_statically(x: torch.Tensor, scale: torch.Tensor, codebook: str | None) -> torch.Tensor:
+    """x float32 in int8, or in E4M3, with the one scale of a checkpoint."""
+    if codebook == "e4m3":
+        return to_e4m3(x / scale).float() * scale
+    return (x / scale).round_().clamp_(-128, 127) * scale
 
 
 def round_rows(x: torch.Tensor) -> torch.Tensor:

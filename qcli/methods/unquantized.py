@@ -15,6 +15,7 @@ class Unquantized:
     """Rounds nothing."""
 
     casts_to_model_dtype: ClassVar[bool] = False
+    needs_absmax: ClassVar[bool] = False
 
     @property
     def scheme(self) -> Scheme:
@@ -26,7 +27,7 @@ class Unquantized:
         """The method, which has no options."""
         return cls()
 
-    def encoder(self, out_features: int, in_features: int, device: torch.device) -> "_Encoder":
+    def encoder(self, out_features: int, in_features: int, device: torch.device, absmax: float = 0.0) -> "_Encoder":
         """Takes one weight of this shape."""
         return _Encoder()
 

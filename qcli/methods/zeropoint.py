@@ -46,6 +46,7 @@ class Zeropoint:
     form: str = "zeropoint"
 
     casts_to_model_dtype: ClassVar[bool] = False
+    needs_absmax: ClassVar[bool] = False
 
     @property
     def scheme(self) -> Scheme:
@@ -57,7 +58,7 @@ class Zeropoint:
         """The method in the form of that name."""
         return cls(scheme.name)
 
-    def encoder(self, out_features: int, in_features: int, device: torch.device) -> "_Encoder":
+    def encoder(self, out_features: int, in_features: int, device: torch.device, absmax: float = 0.0) -> "_Encoder":
         """Takes one weight of this shape."""
         scales = self.scheme.scales(out_features, in_features)
         return _Encoder(scales, out_features * in_features // scales, device)

@@ -30,7 +30,7 @@ class FastPath(nn.Module):
         addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
         kept = self._prepared
         if kept is None or kept[0] != addresses:  # a tensor may have been replaced
-            kept = addresses, self.for_few_tokens()
+            kept = addresses, self.kernel_view()
             # A view that holds copies is not kept: changes in place would not reach it. Nor is one of a module whose weight
             # accelerate brings and takes away again: the view would keep it alive.
             if kept[1].addresses <= set(addresses) and "_hf_hook" not in self.__dict__:
@@ -38,7 +38,12 @@ class FastPath(nn.Module):
         return kept[1](x)
 
     def for_few_tokens(self):
-        """The CPU kernel's view of the weight. Raises ValueError or TypeError for tensors that the kernel refuses."""
+        """What computes the module's output for few tokens on a CPU. Raises ValueError or TypeError for tensors that the kernel
+        refuses, and where it would compute something else."""
+        return self.kernel_view()
+
+    def kernel_view(self):
+        """The CPU kernel's view of the weight."""
         return self._prepare(self.in_features, *self._few_arguments())
 
     def _few_arguments(self) -> tuple:

@@ -43,7 +43,7 @@ class Linear4bit(FastPath, QuantizedLinear):
 
     @classmethod
     def serves(cls, stored: Stored) -> bool:
-        return stored.format == "bitsandbytes" and stored.scheme.share == "flat" and stored.scheme.bits == 4
+        return stored.scheme.share == "flat" and stored.scheme.bits == 4
 
     @classmethod
     def of(

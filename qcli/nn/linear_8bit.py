@@ -1,4 +1,5 @@
-"""Linear layers with int8 weights, a scale for each output row: LLM.int8(), in bitsandbytes' layout."""
+"""Linear layers with int8 weights, a scale for each output row, and rounded activations: LLM.int8() in bitsandbytes' layout, and
+W8A8 in compressed-tensors'."""
 
 from typing import Self
 
@@ -16,13 +17,13 @@ class Linear8bit(FastPath, QuantizedLinear):
     """An LLM.int8() weight: int8 [out_features, in_features], or those codes in one column, and SCB float32 [out_features], its
     rows' absmax.
 
-    With `activations_in_int8` false the input is not rounded to int8 either (W8A16): nearer to the unquantized model. With
-    `few_in_int8` false that holds on a CPU for the few tokens of a decoding step alone. There the product is bound by memory, and
+    With `rounds_activations` false the input is not rounded to int8 either (W8A16): nearer to the unquantized model. With
+    `rounds_few` false that holds on a CPU for the few tokens of a decoding step alone. There the product is bound by memory, and
     rounding saves nothing.
     """
 
-    activations_in_int8 = True
-    few_in_int8 = True
+    rounds_activations = True
+    rounds_few = True
 
     def __init__(
         self,
@@ -40,8 +41,8 @@ class Linear8bit(FastPath, QuantizedLinear):
     @classmethod
     def serves(cls, stored: Stored) -> bool:
         scheme = stored.scheme
-        of_rows = scheme.share == "row" and scheme.bits == 8 and scheme.activations == "token"
-        return stored.format == "bitsandbytes" and of_rows
+        in_int8 = scheme.activations == "token" and scheme.activation_codebook is None
+        return scheme.share == "row" and scheme.bits == 8 and in_int8 and not scheme.zero_point and scheme.codebook is None
 
     @classmethod
     def of(
@@ -51,21 +52,37 @@ class Linear8bit(FastPath, QuantizedLinear):
         return cls(stored.in_features, stored.out_features, bias, tensors=tensors, threshold=threshold, dtype=dtype)
 
     def extra_repr(self) -> str:
-        kind = f"threshold={self.threshold}" if self.activations_in_int8 else "activations_in_int8=False"
+        kind = f"threshold={self.threshold}" if self.rounds_activations else "rounds_activations=False"
         return f"{super().extra_repr()}, {kind}"
+
+    def arrange(self) -> None:
+        """Makes the absmax of rows of their scales, where those are stored. Called once the tensors are loaded."""
+        scale = getattr(self, "weight_scale", None)
+        if scale is not None:
+            del self.weight_scale
+            self.register_buffer("SCB", scale.float().view(-1) * 127)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] to [..., out_features], in x's dtype."""
+        self.arrange()
+        return super().forward(x)
+
+    def for_few_tokens(self):
+        self.arrange()
+        return super().for_few_tokens()
 
     @property
     def one_text_a_call(self) -> bool:
         """Outlier columns are those of all tokens of a call."""
-        return self.activations_in_int8
+        return self.rounds_activations and self.threshold > 0
 
     @property
     def _op(self):
-        return linear_int8 if self.activations_in_int8 else linear_w8a16
+        return linear_int8 if self.rounds_activations else linear_w8a16
 
     @property
     def _prepare(self):
-        return PreparedInt8 if self.activations_in_int8 and self.few_in_int8 else PreparedW8A16
+        return PreparedInt8 if self.rounds_activations and self.rounds_few else PreparedW8A16
 
     @property
     def _codes(self) -> torch.Tensor:
@@ -73,7 +90,7 @@ class Linear8bit(FastPath, QuantizedLinear):
 
     def _arguments(self) -> tuple:
         weight = self._codes, self.SCB.view(-1), self.bias
-        return (*weight, self.threshold) if self.activations_in_int8 else weight
+        return (*weight, self.threshold) if self.rounds_activations else weight
 
     def _few_arguments(self) -> tuple:
         weight = self._codes, self.SCB.view(-1), self.bias
@@ -81,6 +98,7 @@ class Linear8bit(FastPath, QuantizedLinear):
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out_features, in_features]."""
+        self.arrange()
         return dequantize_int8(self._codes, self.SCB.view(-1), dtype)
 
     def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -20,9 +20,9 @@ class QuantizedLinear(nn.Module):
     """What the weight is stored as; None for a module that was built by hand."""
     one_text_a_call = False
     """Whether the tokens of a call share a choice, such as outlier columns, so that texts must not be mixed in a call."""
-    activations_in_int8 = False
-    """Whether inputs are rounded to int8. Setting it to False on a module that does keeps them in 16 bits."""
-    few_in_int8 = False
+    rounds_activations = False
+    """Whether inputs are rounded, to int8 or to small floats. Setting it to False on a module that does keeps them in 16 bits."""
+    rounds_few = False
     """Whether that holds for the few tokens of a decoding step on a CPU, too. It may be set to False likewise."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, tensors: dict[str, torch.Tensor], dtype: torch.dtype):
@@ -46,6 +46,9 @@ class QuantizedLinear(nn.Module):
     ) -> Self:
         """The module for `stored`. See qcli.nn.module_for."""
         raise NotImplementedError
+
+    def arrange(self) -> None:
+        """Lays the tensors out as the kernels read them, once they are loaded, where they are stored otherwise."""
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

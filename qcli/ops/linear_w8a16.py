@@ -1,32 +1,70 @@
-"""Linear layer with int8 weights and unquantized activations (W8A16). x is not rounded, so no column is an outlier.
+"""Linear layer with 8-bit weights and unquantized activations (W8A16). x is not rounded, so no column is an outlier.
 
-  y = (x q_w^T) * absmax_w / 127  +  bias
+  y = x ((q_w - zero_point) * scale)^T  +  bias
 
-The weight is that of LLM.int8(), read as it is stored. The bytes per token are the same; there is the error of the weight, but
-none of x. Sums are float32, absmax_w / 127 multiplies the sum, and y is rounded once to x's dtype.
+The weight is that of LLM.int8(), int8 with a row's absmax / 127 as its scale; or int8 or E4M3 with scales of rows or of groups. It
+is read as it is stored. There is the error of the weight, but none of x. Sums are float32, a scale multiplies the sum of its
+elements, and y is rounded once to x's dtype.
 """
 
 import torch
 
+from qcli import codebooks
 from qcli.ops._library import blocks, define, persistent_grid
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.linear_int8 import kernel_arguments
 from qcli.ops.quantize_int8 import quantize_int8
 from qcli.runtime import cpu, cuda
+from qcli.runtime.arguments import table
 
 _ROWS = 512  # rows of the weight in float32 at a time
+_PANEL_BYTES = 4 << 20  # of widened weight at a time, for many tokens on a CPU
+_E4M3_UNIT = 256.0  # as in kernels/cpu/common.h
 
 
-def _reference(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _multiplier(scale: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """What multiplies codes, [rows] or [rows, groups], and a number besides."""
+    return (scale, 1 / 127) if scale.dim() == 1 else (scale, 1.0)
+
+
+def _reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    group_size: int = 0,
+    zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1]).float()
-    y = torch.cat([rows @ part.float().t() for part in weight.split(_ROWS)], 1)
-    y.mul_(scale.float() * (1 / 127))
+    if group_size:
+        parts = zip(weight.split(_ROWS), scale.split(_ROWS), (zero_point if zero_point is not None else scale).split(_ROWS))
+        wide = (widened(w, s, group_size, None if zero_point is None else z) for w, s, z in parts)
+        y = torch.cat([rows @ part.t() for part in wide], 1)
+    else:
+        y = torch.cat([rows @ part.float().t() for part in weight.split(_ROWS)], 1)
+        multiplier, unit = _multiplier(scale)
+        y.mul_(multiplier.view(-1).float() * unit)
     if bias is not None:
         y += bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
-def _fake(x, weight, scale, bias):
+def widened(
+    weight: torch.Tensor, scale: torch.Tensor, group_size: int, zero_point: torch.Tensor | None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The values of codes [rows, K] in groups, with float32 scales [rows, groups], rounded once to `dtype`."""
+    columns = weight.shape[1]
+    wide = (
+        table(codebooks.E4M3, weight.device)[weight.view(torch.uint8).int()] if weight.dtype.is_floating_point else weight.float()
+    )
+    if zero_point is not None:
+        wide = wide - zero_point.float().repeat_interleave(group_size, 1)[:, :columns]
+    if columns % group_size == 0:
+        return (wide.unflatten(1, (-1, group_size)) * scale.unsqueeze(-1)).flatten(1).to(dtype)
+    return (wide * scale.repeat_interleave(group_size, 1)[:, :columns]).to(dtype)
+
+
+def _fake(x, weight, scale, bias, group_size, zero_point):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -40,14 +78,29 @@ class PreparedW8A16:
     MOST_TOKENS = 16  # for more tokens, torch's product of a widened weight is faster
     STEP = "linear_w8a16_step"
 
-    def __init__(self, in_features: int, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None):
+    def __init__(
+        self,
+        in_features: int,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        group_size: int = 0,
+        zero_point: torch.Tensor | None = None,
+    ):
         op, self.in_features, self.out_features = "linear_w8a16", in_features, weight.shape[0]
-        weight = cpu.require(op, "weight", weight, torch.int8, self.out_features * in_features)
-        scale = cpu.require(op, "scale", scale.float(), torch.float32, self.out_features)
+        _check(op, weight, scale, group_size, zero_point)
+        is_float = weight.dtype == torch.float8_e4m3fn
+        count = self.out_features * (blocks(in_features, group_size) if group_size else 1)
+        weight = cpu.require(op, "weight", weight, weight.dtype, self.out_features * in_features)
+        scale = cpu.require(op, "scale", scale.float(), torch.float32, count)
+        if zero_point is not None:
+            zero_point = cpu.require(op, "zero_point", zero_point, torch.int8, count)
         if bias is not None:
             bias = cpu.require(op, "bias", bias, bias.dtype, self.out_features)
         dtype = 0 if bias is None else cpu.dtype_code(op, bias, "bias")
-        self.weight = cpu.Record("pppqqq", weight, scale, bias, dtype, self.out_features, in_features)
+        unit = _multiplier(scale)[1] * (_E4M3_UNIT if is_float else 1)
+        sizes = self.out_features, in_features, group_size
+        self.weight = cpu.Record("ppppqqqqif", weight, scale, zero_point, bias, dtype, *sizes, is_float, unit)
         self.addresses = self.weight.addresses
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -58,22 +111,53 @@ class PreparedW8A16:
         return y
 
 
-def _cpu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _check(op: str, weight: torch.Tensor, scale: torch.Tensor, group_size: int, zero_point: torch.Tensor | None) -> None:
+    if weight.dtype not in (torch.int8, torch.float8_e4m3fn):
+        raise ValueError(f"{op}: weight is {weight.dtype}, expected int8 or float8_e4m3fn")
+    if group_size < 0 or group_size % 16 or (group_size and scale.dim() != 2):
+        raise ValueError(f"{op}: groups of {group_size} with scales of {scale.dim()} dimensions, expected multiples of 16 with 2")
+    if zero_point is not None and not group_size:
+        raise ValueError(f"{op}: zero points without groups")
+
+
+def _cpu(x, weight, scale, bias, group_size, zero_point):
     in_features = x.shape[-1]
-    if not in_features or x.numel() > PreparedW8A16.MOST_TOKENS * in_features:
-        return _reference(x, weight, scale, bias)
-    return PreparedW8A16(in_features, weight, scale, bias)(x)
+    if not in_features:
+        return _reference(x, weight, scale, bias, group_size, zero_point)
+    prepared = PreparedW8A16(in_features, weight, scale, bias, group_size, zero_point)
+    if x.numel() <= PreparedW8A16.MOST_TOKENS * in_features:
+        return prepared(x)
+    rows = x.reshape(-1, in_features)
+    return _by_panels(rows, weight, scale, bias, group_size, zero_point).view(*x.shape[:-1], len(weight))
+
+
+def _by_panels(x, weight, scale, bias, group_size, zero_point):
+    """Widens a few rows of the weight at a time. torch multiplies them while the cache still holds them."""
+    coarse = x.is_cuda or (x.dtype == torch.bfloat16 and cpu.native_bfloat16())
+    wide = x if coarse else x.float()
+    scale = scale.float() if scale.dim() == 2 else scale.unsqueeze(1) * (1 / 127)
+    y = x.new_empty(len(x), len(weight))
+    step = max(1, _PANEL_BYTES // (x.shape[1] * wide.element_size()))
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        zeros = None if zero_point is None else zero_point[part]
+        panel = widened(weight[part], scale[part], group_size or x.shape[1], zeros, wide.dtype)
+        some = None if bias is None else bias[part].to(wide.dtype)
+        y[:, part] = torch.nn.functional.linear(wide, panel, some)
+    return y
 
 
 _FEW = 8  # the most tokens of the CUDA kernel
 _kernel_cuda = cuda.kernel("linear_w8a16", "pipppqip")
 
 
-def _cuda(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _cuda(x, weight, scale, bias, group_size=0, zero_point=None):
     op, (out_features, in_features) = "linear_w8a16", weight.shape
     tokens = x.numel() // in_features if in_features else 0
+    if scale.dim() == 2:
+        return _by_panels(x.reshape(-1, in_features), weight, scale, bias, group_size, zero_point).view(*x.shape[:-1], out_features)
     if x.dtype == torch.float32 or not tokens or not out_features:
-        return _reference(x, weight, scale, bias)
+        return _reference(x, weight, scale, bias, group_size, zero_point)
     on_tensor_cores = x.dtype == torch.float16 or cuda.capability(x) >= (8, 0)
     if tokens > _FEW or in_features % 16 or not on_tensor_cores:
         wide = dequantize_int8(weight, scale, x.dtype)
@@ -98,13 +182,27 @@ def _cuda(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torc
     return y
 
 
-_op = define("linear_w8a16(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor", _reference, _fake, _cpu, _cuda)
+_op = define(
+    "linear_w8a16(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int group_size, Tensor? zero_point) -> Tensor",
+    _reference,
+    _fake,
+    _cpu,
+    _cuda,
+)
 
 
-def linear_w8a16(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., K] float; weight int8 [N, K]; scale float32 [N], the absmax of its rows; bias [N] or None. Returns [..., N] in x's
-    dtype."""
-    return _op(x, weight, scale, bias)
+def linear_w8a16(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    group_size: int = 0,
+    zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [..., K] float; weight [N, K], int8 or float8_e4m3fn; bias [N] or None. scale is float32: [N], the absmax of int8 rows;
+    [N, 1], what multiplies the codes of a row; or [N, ceil(K / group_size)], of groups that are multiples of 16, beside which
+    zero_point is int8 or None. Returns [..., N] in x's dtype. Raises ValueError for other forms."""
+    return _op(x, weight, scale, bias, group_size, zero_point)
 
 
 def cases():
@@ -117,8 +215,33 @@ def cases():
             x[..., 5] *= 30
             bias = torch.randn(out_features, generator=generator).to(dtype) if len(shape) > 2 else None
             name = f"{str(dtype)[6:]}-{'x'.join(map(str, shape))}x{out_features}"
-            yield name, {"x": x.to(dtype), "weight": weight, "scale": scale, "bias": bias}
+            yield name, {"x": x.to(dtype), "weight": weight, "scale": scale, "bias": bias, "group_size": 0, "zero_point": None}
     large = torch.randn(3, 1040, generator=generator)
     large[:, 7] = 2e5
     large[1] = 0
-    yield "beyond-float16", {"x": large.bfloat16(), "weight": weight, "scale": scale, "bias": None}
+    rest = {"bias": None, "group_size": 0, "zero_point": None}
+    yield "beyond-float16", {"x": large.bfloat16(), "weight": weight, "scale": scale} | rest
+    yield from _cases_of_groups(generator)
+
+
+def _cases_of_groups(generator: torch.Generator):
+    """int8 and E4M3 with scales of rows and of groups, with and without zero points, few tokens and many."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for of_codes, size, with_zero in ((torch.int8, 32, True), (torch.int8, 128, False), (torch.float8_e4m3fn, 128, False)):
+            for shape, out_features in (((1, 256), 48), ((5, 200), 33), ((2, 17, 384), 40)):
+                for group_size in (size, 0) if size == 128 else (size,):
+                    count = blocks(shape[-1], group_size) if group_size else 1
+                    weight = torch.randint(-127, 128, (out_features, shape[-1]), generator=generator)
+                    zero_point = torch.randint(-128, 128, (out_features, count), generator=generator).to(torch.int8)
+                    name = f"{str(dtype)[6:]}-{str(of_codes)[6:10]}-{group_size}-{'x'.join(map(str, shape))}x{out_features}"
+                    yield (
+                        name,
+                        {
+                            "x": torch.randn(shape, generator=generator).to(dtype),
+                            "weight": weight.to(of_codes),
+                            "scale": torch.rand(out_features, count, generator=generator) / 64,
+                            "bias": torch.randn(out_features, generator=generator).to(dtype) if len(shape) > 2 else None,
+                            "group_size": group_size,
+                            "zero_point": zero_point if with_zero and group_size else None,
+                        },
+                    )

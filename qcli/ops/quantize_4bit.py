@@ -72,6 +72,16 @@ def _quantize(x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.
     return pack_4bit(_codes(v, quant_type), codebooks.ZERO_CODE[quant_type]), absmax
 
 
+def quantize_with(x: torch.Tensor, absmax: torch.Tensor, block_size: int, quant_type: str) -> torch.Tensor:
+    """Packed codes uint8 [ceil(n/2), 1] of x, flat, under given scales float32 [ceil(n/block_size)], which need not be the absmax
+    of the blocks: a value beyond a scale takes the outermost code."""
+    flat = x.reshape(-1).float()
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+    v = padded / torch.where(absmax == 0, 1.0, absmax).unsqueeze(1)
+    codes = _codes(v.clamp_(-1, 1).view(-1)[: flat.numel()], quant_type)
+    return pack_4bit(codes, codebooks.ZERO_CODE[quant_type])
+
+
 def _reference(x: torch.Tensor, block_size: int, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
     flat = x.reshape(-1)
     # Pieces of whole blocks. On a CPU they are so small that the intermediate values stay in its cache.
@@ -171,7 +181,7 @@ def quantize_4bit(x: torch.Tensor, block_size: int, quant_type: str) -> tuple[to
 def cases():
     """(id, arguments) for parity tests and benchmarks."""
     generator = torch.Generator().manual_seed(0)
-    for quant_type in codebooks.CODEBOOKS:
+    for quant_type in codebooks.THRESHOLDS:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for block_size, shape in ((64, (32, 96)), (32, (7, 5)), (128, (3, 1000)), (4096, (2, 4096)), (64, (0,))):
                 x = torch.randn(shape, generator=generator).to(dtype)

@@ -16,6 +16,7 @@ from qcli.errors import NonFiniteError
 from qcli.files.foreign_json import read_object
 from qcli.methods._method import Encoder, Parts
 from qcli.methods.errors import ErrorSums
+from qcli.quantization.absmax import AbsmaxReader
 from qcli.quantization.outputs import weight_of
 from qcli.quantization.pipeline import Pipeline
 from qcli.quantization.plan import Plan, Work
@@ -32,7 +33,7 @@ def execute(plan: Plan, staging: Staging, device: torch.device, advance: Callabl
     Raises NonFiniteError at the first tensor with NaN or infinity, CheckpointError for what goes wrong on disk.
     """
     staging.open_shards()
-    telling = threading.Lock()
+    telling, absmax = threading.Lock(), AbsmaxReader(plan)
 
     def tell(count: int, name: str) -> None:
         with telling:
@@ -47,7 +48,7 @@ def execute(plan: Plan, staging: Staging, device: torch.device, advance: Callabl
                 # The file is closed once no thread reads from it, whatever ends this.
                 with plan.source.open(file) as fd, Pipeline(threads + 1) as pipeline:
                     for each in work:
-                        for task in WorkTasks(plan, staging, device, tell, fd, each).tasks():
+                        for task in WorkTasks(plan, staging, device, tell, fd, each, absmax.of(each)).tasks():
                             pipeline.submit(task)
                 staging.sync()
             plan.source.release(file)
@@ -62,7 +63,14 @@ class WorkTasks:
     _buffers = threading.local()
 
     def __init__(
-        self, plan: Plan, staging: Staging, device: torch.device, advance: Callable[[int, str], None], fd: int, work: Work
+        self,
+        plan: Plan,
+        staging: Staging,
+        device: torch.device,
+        advance: Callable[[int, str], None],
+        fd: int,
+        work: Work,
+        absmax: float,
     ):
         self.plan, self.staging, self.device = plan, staging, device
         self.advance, self.fd, self.work = advance, fd, work
@@ -73,7 +81,7 @@ class WorkTasks:
         if work.linear and work.method:
             self.linear, self.scheme = work.linear, work.method.scheme
             self.weight = weight_of(work.info, work.linear, work.method, plan.dtype)
-            self.encoder = work.method.encoder(work.linear.out_features, work.linear.in_features, device)
+            self.encoder = work.method.encoder(work.linear.out_features, work.linear.in_features, device, absmax)
 
     def tasks(self) -> Iterator[Callable[[], None]]:
         """Every chunk once, in any order; one task with nothing in it for an empty tensor."""
@@ -99,8 +107,8 @@ class WorkTasks:
     def _grain(self, encoder: Encoder) -> int:
         """Elements of the weight in its logical order that are a chunk that the method can take."""
         linear, grain = self.linear, encoder.grain
-        if linear.transposed:
-            grain = math.lcm(grain, linear.in_features)
+        if linear.transposed or self.plan.format.rows_together > 1:
+            grain = math.lcm(grain, self.plan.format.rows_together * linear.in_features)
         return max(CHUNK_BYTES // dtypes.ITEMSIZE[self.work.info.dtype] // grain, 1) * grain
 
     def _elements(self, encoder: Encoder, first: int, count: int) -> None:
@@ -148,11 +156,15 @@ class WorkTasks:
                 self.overflowed += overflowed
 
     def _pack(self, parts: Parts, first: int) -> None:
-        for output, offset, tensor in self.plan.format.pack(self.weight, self.scheme, parts, first):
-            self._write(output, offset, tensor)
+        for piece in self.plan.format.pack(self.weight, self.scheme, parts, first):
+            self._write(piece.tensor, piece.offset, piece.data, piece.stride)
 
-    def _write(self, output: str, offset: int, tensor: torch.Tensor) -> None:
-        self.staging.write(self.work.outputs[0].file, self.places[output] + offset, _bytes(tensor))
+    def _write(self, output: str, offset: int, tensor: torch.Tensor, stride: int = 0) -> None:
+        file, start, data = self.work.outputs[0].file, self.places[output] + offset, _bytes(tensor)
+        if stride and len(data):
+            self.staging.write_rows(file, start, data, len(data) // len(tensor), stride)
+        else:
+            self.staging.write(file, start, data)
 
     def _advance(self, count: int) -> None:
         self.advance(count, self.work.info.name)
@@ -182,7 +194,8 @@ class WorkTasks:
             return "It is not quantized, and would be carried over with them."
         scheme = self.scheme
         nested = "; with double quantization, the 256 blocks around it" if scheme.double_quant else ""
-        shares = {"row": f"int{scheme.bits} row", "flat": f"{scheme.bits}-bit block", "group": f"{scheme.bits}-bit group"}
+        what = {"row": "row", "flat": "block", "group": "group", "block": "block"}
+        shares = {share: f"{scheme.bits}-bit {name}" for share, name in what.items()}
         return f"The {shares.get(scheme.share, 'tensor')} that holds one is lost whole{nested}."
 
 

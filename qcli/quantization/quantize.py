@@ -27,8 +27,8 @@ DISK_RESERVE = 50_000_000  # for the index, tokenizer files and the file system'
 def quantize(model: str, output: str | Path | None = None, **options: Any) -> Report:
     """Quantizes `model` (a folder or a hub id) into a new folder and returns the report.
 
-    Options are those of `make_plan` and `run_plan`: bits, method, double_quant, block_size, threshold, skip, recipe, head,
-    format, dtype, revision, trust_remote_code, stream, settings; device, overwrite, push_to_hub.
+    Options are those of `make_plan` and `run_plan`: bits, method, double_quant, block_size, threshold, group_size, search, skip,
+    recipe, head, format, dtype, revision, trust_remote_code, stream, settings; device, overwrite, push_to_hub.
 
     Raises QcliError kinds: UsageError for options, PlanError for every problem that headers show, CheckpointError, HubError,
     NonFiniteError. After any of them no folder stands under the final name, and the same call goes on where it stopped.
@@ -48,6 +48,7 @@ def make_plan(
     block_size: int | None = None,
     threshold: float | None = None,
     group_size: int | None = None,
+    search: str | None = None,
     skip: Iterable[str] = (),
     recipe: Recipe | None = None,
     head: int | None = None,
@@ -63,7 +64,13 @@ def make_plan(
 
     `head` is the bits of the output head, and of the embedding that is tied to it: 16 by default, 8 or 4.
     """
-    options = {"double_quant": double_quant, "block_size": block_size, "threshold": threshold, "group_size": group_size}
+    options = {
+        "double_quant": double_quant,
+        "block_size": block_size,
+        "threshold": threshold,
+        "group_size": group_size,
+        "search": search,
+    }
     recipe, rest = recipe_in_force(recipe, bits, method, options, skip, format, settings or {}, SETTINGS, head)
     run = run_settings(rest)
     one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))

@@ -163,11 +163,25 @@ class Staging:
             self._pwrite(self._files[file], data, offset)
         except OSError as e:
             raise self._full(e, file) from e
+        self._note_written(file, len(data))
+
+    def _note_written(self, file: str, count: int) -> None:
         with self._noting:
             self._dirty.add(file)
-            self._unsynced += len(data)
+            self._unsynced += count
         if self._unsynced >= SYNC_BYTES:
             self.sync(lambda: self._unsynced >= SYNC_BYTES)
+
+    def write_rows(self, file: str, offset: int, data: memoryview, row: int, stride: int) -> None:
+        """Writes `data` in rows of `row` bytes, the first at `offset` of `file`, each `stride` bytes after the one before."""
+        fd, flat = self._files[file], data.cast("B")
+        try:
+            for i, start in enumerate(range(0, len(flat), row)):
+                if os.pwrite(fd, flat[start : start + row], offset + i * stride) < row:
+                    self._pwrite(fd, flat[start : start + row], offset + i * stride)
+        except OSError as e:
+            raise self._full(e, file) from e
+        self._note_written(file, len(flat))
 
     def finish_work(self, index: int, errors: ErrorSums) -> None:
         """Notes that every output of the work `index` is written."""

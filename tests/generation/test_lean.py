@@ -219,7 +219,7 @@ def test_the_demo_model(bits):
     if bits == 8:
         for module in model.modules():
             if isinstance(module, Linear8bit):
-                module.activations_in_int8 = False
+                module.rounds_activations = False
     ids = torch.tensor([tokenizer("One rainy day")["input_ids"]])
     options = {"max_new_tokens": 40, "do_sample": False}
     assert ours(model, ids, **options) == theirs(model, ids, **options)
@@ -231,7 +231,7 @@ def test_a_quantized_head_that_is_tied_to_the_embedding(bits, head):
     model, tokenizer = qcli.load(str(DEMO), bits=bits, head=head, device="cpu", dtype="float32")
     for module in model.modules():
         if isinstance(module, Linear8bit):
-            module.activations_in_int8 = False
+            module.rounds_activations = False
     ids = torch.tensor([tokenizer("One rainy day")["input_ids"]])
     options = {"max_new_tokens": 40, "do_sample": False}
     stepped = lean.Lean(model)
@@ -246,12 +246,12 @@ def test_a_quantized_head_that_is_tied_to_the_embedding(bits, head):
 def test_new_tokens_of_llm_int8_keep_their_activations():
     model, _ = qcli.load(str(DEMO), bits=8, device="cpu", int8_activations=None)
     modules = [module for module in model.modules() if isinstance(module, Linear8bit)]
-    assert len(modules) == 42 and all(module.activations_in_int8 and not module.few_in_int8 for module in modules)
+    assert len(modules) == 42 and all(module.rounds_activations and not module.rounds_few for module in modules)
     assert isinstance(modules[0].for_few_tokens(), PreparedW8A16)
     x = torch.randn(40, modules[0].in_features)
     with torch.inference_mode():
         few, many = modules[0](x[:4]), modules[0](x)[:4]
-        modules[0].activations_in_int8 = False
+        modules[0].rounds_activations = False
         whole = modules[0](x)[:4]
     torch.testing.assert_close(few, whole, rtol=1e-5, atol=1e-5)
     assert (many - whole).norm() > 1e-3 * whole.norm()

@@ -94,7 +94,7 @@ def _spoiled(x: torch.Tensor) -> torch.Tensor:
 
 
 def _quantize_4bit(dtype):
-    for quant_type in codebooks.CODEBOOKS:
+    for quant_type in codebooks.THRESHOLDS:
         for block_size, count in ((2, 77), (6, 1000), (16, 4097), (64, 64 * 999 + 1), (256, 5000), (512, 5001), (64, 3)):
             x = torch.randn(count).to(dtype)
             yield f"{quant_type}-{block_size}-{count}", _of_4bit(x, block_size, quant_type)

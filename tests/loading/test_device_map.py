@@ -168,16 +168,16 @@ def test_whole_activations(quick_cli):
     """For an LLM.int8() model, and for no other."""
     model, tokenizer = qcli.load(str(DEMO), bits=8, int8_activations=False, device="cpu")
     modules = [m for m in model.modules() if isinstance(m, Linear8bit)]
-    assert len(modules) == 42 and not any(m.activations_in_int8 for m in modules)
+    assert len(modules) == 42 and not any(m.rounds_activations for m in modules)
     ids = torch.tensor([tokenizer("One rainy day Tom found a")["input_ids"]])
     original, _ = qcli.load(str(DEMO), device="cpu")
     with torch.no_grad():
         exact = original(ids).logits.double()
         whole = (model(ids).logits.double() - exact).square().mean()
         for module in modules:
-            module.activations_in_int8 = True
+            module.rounds_activations = True
         rounded = (model(ids).logits.double() - exact).square().mean()
     assert whole < rounded
     assert quick_cli("generate", DEMO, "Once", "--bits", "8", "--no-int8-activations").returncode == 0
     done = quick_cli("generate", DEMO, "Once", "--bits", "4", "--no-int8-activations")
-    assert done.returncode == 2 and "is not in LLM.int8()" in done.stderr
+    assert done.returncode == 2 and "rounds no activations" in done.stderr

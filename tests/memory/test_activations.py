@@ -11,15 +11,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from qcli.checkpoint.dtypes import torch_dtype
 from qcli.errors import UsageError
-from qcli.formats import Stored, Weight, stored_tensors
 from qcli.generation.step import cache_argument
 from qcli.memory.costs.activations import activations
 from qcli.memory.costs.cache import cache
 from qcli.memory.model.config import ModelConfig
-from qcli.nn.linear_int import LinearInt
-from qcli.schemes import NAMED
 from tests.memory.live import Live, fused_attention
 
 H, F, D = 512, 1536, 64
@@ -226,7 +222,9 @@ def test_logits_of_all_tokens():
         ("nf4-plain", 4096 * 14336 * 2),  # "the whole weight dequantized": 117 MB for Llama-3.1-8B
         ("fp4", 4096 * 14336 * 2 + 4096 * 14336 // 64 * 4),
         ("fp4-plain", 4096 * 14336 * 2),
-        ("rtn", 4096 * 14336 * (1 + 2 * 2)),
+        ("rtn", 4096 * 14336 * 2),
+        ("mxfp4", 4096 * 14336 * 2),
+        ("fp8", 4096 * 14336 * 2 + 64 * 4096 * 12),
         ("llm-int8", 64 * (4096 + 4 + 4 * 14336)),
     ],
 )
@@ -246,21 +244,8 @@ def test_transients_of_quantized_products(method, extra):
     assert found.moments["up projection"] == 64 * (4 * 4096 + 2 * 14336) * 2 + extra
     assert found.prefill >= found.moments["up projection"]
     assert activations(llama, 8, method="nf4").moments["up projection"] == 8 * (4 * 4096 + 2 * 14336) * 2
-    few = activations(llama, 8, method="rtn").moments["up projection"]  # for which there is no kernel
-    assert few == 8 * (4 * 4096 + 2 * 14336) * 2 + 4096 * 14336 * 5
-
-
-def test_an_integer_weight_expands_as_the_module_expands_it():
-    scheme = NAMED["rtn"]
-    rows, columns = LLAMA["hidden_size"], LLAMA["intermediate_size"]
-    _, specs = stored_tensors(scheme, Weight("weight", rows, columns, "BF16"))
-    tensors = {s.name.removesuffix("_packed"): torch.empty(s.shape, dtype=torch_dtype(s.dtype), device="meta") for s in specs}
-    module = LinearInt(Stored("compressed-tensors", scheme, rows, columns, {}), tensors, False, torch.bfloat16)
-    with Live(tensors.values()) as live:
-        expanded = module.dequantize(torch.bfloat16)
-    assert live.now == expanded.nbytes
-    found = activations(config("llama", LLAMA), 64, method="rtn").moments["down projection"]
-    assert found == 64 * (4 * H + F + H) * 2 + live.peak
+    for name in ("rtn", "mxfp4"):
+        assert activations(llama, 8, method=name).moments["up projection"] == 8 * (4 * 4096 + 2 * 14336) * 2
 
 
 def test_vllm_takes_a_chunk_at_a_time():

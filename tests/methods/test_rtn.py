@@ -15,7 +15,7 @@ import qcli
 from qcli.errors import CheckpointError, PlanError, UsageError
 from qcli.methods import make
 from qcli.nn.quantized_linear import QuantizedLinear
-from qcli.packing import pack_words, unpack_words
+from qcli.packing import pack_words, to_signed, to_unsigned, unpack_words
 from qcli.quantization.quantize import make_plan
 from qcli.schemes import NAMED
 from tests.conftest import ROOT
@@ -68,8 +68,8 @@ def test_scales_codes_and_values_are_those_of_compressed_tensors(options, dtype)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     theirs = PackedQuantizationCompressor.compress(state, scheme)
     if dtype == torch.float32:  # in 16 bits they divide in 16 bits, and so miss the nearest code now and then
-        assert torch.equal(pack_words(parts["codes"], args.num_bits), theirs["weight_packed"])
-    theirs["weight_packed"] = pack_words(parts["codes"], args.num_bits)
+        assert torch.equal(pack_words(to_unsigned(parts["codes"], args.num_bits), args.num_bits), theirs["weight_packed"])
+    theirs["weight_packed"] = pack_words(to_unsigned(parts["codes"], args.num_bits), args.num_bits)
     ours = make(NAMED["rtn"], options).decode(parts, *weight.shape)
     values = PackedQuantizationCompressor.decompress(theirs, scheme)["weight"]
     assert values.dtype == dtype and torch.equal(ours, values.float())
@@ -80,22 +80,23 @@ def test_scales_codes_and_values_are_those_of_compressed_tensors(options, dtype)
     assert ((ours - weight.float()).abs() <= step * 1.02 + weight.float().abs() * 2 * torch.finfo(dtype).eps).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("count", [1, 7, 8, 31, 64])
 def test_words_are_those_of_compressed_tensors(bits, count):
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, count), generator=torch.Generator().manual_seed(count)).to(
         torch.int8
     )
-    words = pack_words(codes, bits)
+    words = pack_words(to_unsigned(codes, bits), bits)
     theirs = pack_to_int32(codes, bits)
-    assert torch.equal(unpack_words(theirs, bits, count), codes)
+    assert torch.equal(words, theirs)
+    assert torch.equal(to_signed(unpack_words(theirs, bits, count), bits), codes)
     assert torch.equal(unpack_from_int32(words, bits, torch.Size(codes.shape)), codes)
-    if count % (32 // bits) == 0:  # else theirs pads with code 0, ours with zero bits
-        assert torch.equal(words, theirs)
 
 
 def test_a_word_by_hand():
-    assert pack_words(torch.arange(-8, 0, dtype=torch.int8)[None], 4).tolist() == [[0x76543210]]
+    assert pack_words(to_unsigned(torch.arange(-8, 0, dtype=torch.int8)[None], 4), 4).tolist() == [[0x76543210]]
+    three = pack_words(torch.arange(32, dtype=torch.uint8)[None] % 8, 3)
+    assert [word & 0xFFFFFFFF for word in three[0].tolist()] == [0x88FAC688, 0xC688FAC6, 0xFAC688FA]
 
 
 def test_not_finite_values_are_counted_and_stay_in_their_group():
@@ -160,7 +161,7 @@ def test_every_verb_reads_it(folders, quick_cli):
         done = quick_cli(*command)
         assert done.returncode == 0, (command, done.stderr)
     said = quick_cli("info", folders / "plain").stdout
-    assert "rtn" in said and "1,369,728 parameters" in said
+    assert "w4a16" in said and "1,369,728 parameters" in said
 
 
 def test_groups_that_do_not_divide_a_row_are_a_problem_of_the_plan(tmp_path):
@@ -197,11 +198,20 @@ FIRST = "model.layers.0.mlp.up_proj"
         (lambda s, c: s.update({f"{FIRST}.weight_zero_point": torch.zeros(48, 1, dtype=torch.int32)}), "the config says symmetric"),
         (lambda s, c: s.update({f"{FIRST}.weight_packed": torch.zeros(384, 8, dtype=torch.int32)}), "expected I32 of"),
         (lambda s, c: c["config_groups"]["group_0"].update(targets=["re:.*down_proj"]), "no group of the config targets"),
-        (lambda s, c: c["config_groups"]["group_0"]["weights"].update(num_bits=3), "num_bits is 3"),
+        (lambda s, c: c["config_groups"]["group_0"]["weights"].update(num_bits=9), "num_bits is 9"),
+        (lambda s, c: c["config_groups"]["group_0"]["weights"].update(num_bits=3), "expected I32 of"),
         (lambda s, c: c["config_groups"]["group_0"]["weights"].update(group_size=64), "expected"),
-        (lambda s, c: c.update(format="float-quantized"), "format is"),
+        (lambda s, c: c.update(format="gguf"), "format is"),
+        (lambda s, c: c["config_groups"]["group_0"].update(format="int-quantized"), "lacks model.layers.0."),
+        (lambda s, c: c["config_groups"]["group_0"].update(targets=["re:("]), "is no regular expression"),
         (lambda s, c: c.update(config_groups=[1]), "config_groups is"),
-        (lambda s, c: c["config_groups"]["group_0"].update(input_activations={"num_bits": 8}), "rounds activations too"),
+        (lambda s, c: c["config_groups"]["group_0"].update(input_activations={"num_bits": 8}), "has no strategy"),
+        (
+            lambda s, c: c["config_groups"]["group_0"].update(
+                input_activations={"num_bits": 8, "strategy": "token", "dynamic": False}
+            ),
+            "rounds activations in a way",
+        ),
     ],
 )
 def test_what_cannot_be_decoded_is_refused_in_words(change, words, folders, tmp_path):
@@ -218,7 +228,7 @@ def test_mixed_groups_in_one_folder(tmp_path):
     qcli.quantize(DEMO, tmp_path / "out", recipe=recipe, device="cpu")
     ours, _ = qcli.load(str(tmp_path / "out"), device="cpu")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert (ours.model.layers[0].mlp.down_proj.bits, ours.model.layers[0].mlp.up_proj.bits) == (8, 4)
+    assert [getattr(ours.model.layers[0].mlp, name).scheme.bits for name in ("down_proj", "up_proj")] == [8, 4]
     ids = torch.arange(5, 45)[None]
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, theirs(ids).logits)

@@ -201,8 +201,8 @@ def test_whole_activations_go_to_the_op_for_them():
     module, x = eight_bit(), inputs()
     with torch.no_grad():
         before = module(x)
-        module.activations_in_int8 = False
+        module.rounds_activations = False
         assert torch.equal(module(x), linear_w8a16(x, module.weight, module.SCB, module.bias))
-        assert not torch.equal(module(x), before) and "activations_in_int8=False" in repr(module)
-        module.activations_in_int8 = True
+        assert not torch.equal(module(x), before) and "rounds_activations=False" in repr(module)
+        module.rounds_activations = True
         assert torch.equal(module(x), before)

@@ -1,4 +1,5 @@
 import bitsandbytes.functional as bnb
+import numpy as np
 import pytest
 import torch
 
@@ -28,21 +29,31 @@ def theirs(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_typ
     return torch.nn.functional.linear(x.to(compute_dtype), weight, bias).to(x.dtype)
 
 
-def check(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype):
+VALUES = {"nf4": codebooks.NF4, "fp4": codebooks.FP4, "e2m1": codebooks.E2M1, "int4": np.arange(-8, 8, dtype=np.float32)}
+
+
+def check(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype, zero_point=None):
     """The reference is bit-equal to bitsandbytes. A kernel is within rounding of the product in float64: of x and the
     weight to the compute dtype, of float32 sums, and of the result to its dtype."""
     arguments = (x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype)
-    y = linear_4bit(*arguments)
+    y = linear_4bit(*arguments, zero_point)
     assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], out_features)
-    if cpu.variant() is None and block_size & (block_size - 1) == 0:  # it knows powers of two
+    if cpu.variant() is None and quant_type in ("nf4", "fp4") and block_size & (block_size - 1) == 0:  # it knows powers of two
         assert torch.equal(y, theirs(*arguments))
         return
-    if nested_absmax is not None:
+    if absmax.dtype == torch.float8_e4m3fn:
+        absmax = absmax.double() / nested_absmax
+    elif nested_absmax is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, offset)
     count = out_features * x.shape[-1]
-    code = torch.from_numpy(codebooks.CODEBOOKS[quant_type]).double()[unpack_4bit(packed, count).int()]
-    weight = (code * absmax.double().repeat_interleave(block_size)[:count]).view(out_features, -1)
-    expected, magnitude = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
+    code = torch.from_numpy(VALUES[quant_type]).double()[unpack_4bit(packed, count).int()]
+    zero = torch.zeros(len(absmax)) if zero_point is None else zero_point
+    scales = absmax.double().repeat_interleave(block_size)[:count].view(out_features, -1)
+    zero = zero.double().repeat_interleave(block_size)[:count].view(out_features, -1)
+    weight = (code.view(out_features, -1) - zero) * scales
+    # A zero point takes its share of sums apart from that of the codes.
+    terms = (code.view(out_features, -1).abs() + zero.abs()) * scales.abs()
+    expected, magnitude = x.double() @ weight.t(), x.double().abs() @ terms.t()
     if bias is not None:
         expected, magnitude = expected + bias.double(), magnitude + bias.double().abs()
     rounding = 2.0**-20 + (2 * HALF_ULP[compute_dtype] if compute_dtype != torch.float32 else 0)
@@ -234,7 +245,7 @@ def test_tensors_of_the_wrong_size_are_refused():
 @pytest.mark.parametrize("columns, block_size", [(2048, 64), (1536, 128), (480, 32), (2080, 64), (1088, 256)])
 def test_blocks_of_many_tokens(columns, block_size, monkeypatch):
     """More tokens than a block of them, rows that are no multiple of four, outliers; within bfloat16's rounding of each product."""
-    monkeypatch.setattr(module, "_most_tokens", lambda compute_dtype: 256)
+    monkeypatch.setattr(module, "_most_tokens", lambda compute_dtype, plain: 256)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(70, columns, generator=generator)
     x = torch.randn(197, columns, generator=generator).bfloat16()

@@ -72,7 +72,12 @@ def test_fake_has_the_shapes_of_the_reference(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name):
     for _, arguments in islice(cases(name), 1, None, 9):
-        torch.library.opcheck(overload(name), (), arguments)
+        if not any(isinstance(a, torch.Tensor) and a.dtype in NO_ARITHMETIC for a in arguments.values()):
+            torch.library.opcheck(overload(name), (), arguments)
+
+
+# opcheck multiplies what it is given, to see whether it changes; torch does not multiply these.
+NO_ARITHMETIC = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -65,7 +65,7 @@ def activations(
     for name, value, known in (("method", method, METHODS), ("runtime", runtime, RUNTIMES), ("logits", logits, LOGITS)):
         if value not in known:
             raise UsageError(f"{name} is {value!r}, expected one of {', '.join(known)}.")
-    itemsize = int(KV_BYTES.get(dtype or (method if method in KV_BYTES else config.dtype), 2))
+    itemsize = int(KV_BYTES.get(dtype or (method if method in KV_BYTES and method not in QUANTIZED else config.dtype), 2))
     context = tokens if context is None else context
     if runtime == "vllm":
         prompt = Pass(min(batch * tokens, chunk), min(tokens, chunk), 0, itemsize)
@@ -112,14 +112,12 @@ def _quantized(product: _Linear, through: Pass, scheme: Scheme) -> tuple[int, st
     rows, columns, total = product.rows, product.columns, through.total
     shape = f"{product.name} [{rows}, {columns}]"
     alive = total * (product.alive + rows) * through.itemsize
-    if scheme.activations:
+    if scheme.activations and not scheme.codebook:
         # The input in int8, the absmax of its rows, and the product in int32 before it is scaled.
         each = columns + 4 + 4 * rows
         return (alive + total * each, f"{shape} in int8: {total} tokens x ({columns} + 4 + 4 x {rows} = {each}) bytes more")
-    if not scheme.codebook:
-        # The int8 codes, less an int16 zero point where there is one, cast to the dtype, and times their scales.
-        extra = rows * columns * (1 + 2 * scheme.zero_point + 2 * through.itemsize)
-        return alive + extra, f"{shape}: its codes and its weight expanded, {extra} bytes"
+    if scheme.activations:  # in float32, as quotients and as what they were rounded to
+        alive += total * columns * 12
     if total <= _FEW_TOKENS:
         return alive, f"{shape}: its {scheme.bits}-bit weight is multiplied as it is stored"
     extra = rows * columns * through.itemsize + (4 * scheme.scales(rows, columns) if scheme.double_quant else 0)

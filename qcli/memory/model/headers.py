@@ -58,8 +58,9 @@ def parameters_of(source: Source, config: ModelConfig) -> list[Parameter]:
         if layer_of(name) in predicting or _PREDICTION.search(name):
             ignored += stored
             continue
-        scheme = _scheme(main, infos, quantization)
+        scheme, held_bits = _scheme(main, infos, quantization)
         shape = _logical_shape(main, infos, scheme, quantization, shapes.get(name, ()))
+        stored += prod(shape) * held_bits // 8
         found.append(parameter(name, shape, config, scheme, stored))
     if ignored:
         config.assume(
@@ -94,17 +95,18 @@ def _prediction_layers(config: ModelConfig) -> range:
     return range(config.layers, config.layers + extra) if extra else range(0)
 
 
-def _scheme(main: TensorInfo, infos: list[TensorInfo], quantization: Mapping) -> str | None:
+def _scheme(main: TensorInfo, infos: list[TensorInfo], quantization: Mapping) -> tuple[str | None, int]:
+    """The name of the scheme in which a weight is stored, and the bits by which its codes are wider in memory."""
     by_name = {info.name: info for info in infos}
-    for each in formats.all_formats():
+    for each in formats.read_formats():
         if found := each.scheme_of(main.name, by_name, quantization):
-            return found.name
+            return found.name, found.held_bits - found.bits
     if main.dtype in _PLAIN:
-        return None
+        return None, 0
     leaf = main.name.rpartition(".")[2]
     if leaf in _PACKED or leaf.endswith("_blocks"):
-        return str(quantization.get("quant_method", main.dtype))
-    return main.dtype
+        return str(quantization.get("quant_method", main.dtype)), 0
+    return main.dtype, 0
 
 
 def _logical_shape(
@@ -125,7 +127,8 @@ def _logical_shape(
     rows, columns = shape
     if leaf == "qweight":  # GPTQ packs along the rows of its transposed weight, AWQ along the columns
         bits = _bits(quantization)
-        return (columns * 32 // bits, rows) if scheme == "awq" else (columns, rows * 32 // bits)
+        of_awq = quantization.get("quant_method") == "awq" or str(quantization.get("packing_format")).endswith("awq")
+        return (columns * 32 // bits, rows) if of_awq else (columns, rows * 32 // bits)
     if leaf == "weight_packed" and main.dtype == "I32":
         return (rows, columns * 32 // _bits(quantization))
     # NVFP4, of compressed-tensors or ModelOpt: two codes a byte

@@ -1,0 +1,143 @@
+"""What the encoders of groups, rows, blocks and whole weights share: they take whole rows, and note what rounding cost.
+
+A method gives a function that rounds rows. The stored value of an element is
+  integers   (code - zero_point) * scale, a product in the dtype of the scale (compressed-tensors)
+  E4M3       code * scale, likewise
+  E2M1       code * 2^(scale - 127) under E8M0 scales; code * (scale / global_scale) under E4M3 scales, in float32
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from qcli.codebooks import E2M1
+from qcli.methods._method import Parts
+from qcli.methods.errors import ErrorSums, add_up
+from qcli.runtime.arguments import table
+from qcli.schemes import Scheme
+
+E2M1_MAX, E4M3_MAX = 6.0, 448.0
+_MAKING = threading.Lock()
+
+
+@dataclass
+class Rounded:
+    """Rows of a weight [rows, in_features]: codes of that shape, scales [rows, groups] as they are stored, and zero points int8
+    [rows, groups] or None."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None = None
+
+
+class GroupEncoder:
+    """See qcli.methods._method.Encoder. `rounds(rows, absmax=absmax)` takes rows in the dtype of the weight. A chunk must be a
+    multiple of `rows` rows."""
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        out_features: int,
+        in_features: int,
+        device: torch.device,
+        rounds: Callable[..., Rounded],
+        rows: int = 1,
+        absmax: float = 0.0,
+    ):
+        self.scheme, self.in_features, self._rounds = scheme, in_features, rounds
+        self.grain = rows * in_features
+        self.absmax = absmax
+        self.shape = scheme.scale_shape(out_features, in_features)
+        self._scale: torch.Tensor | None = None  # made once its dtype is known
+        self.zero_point = torch.empty(self.shape, dtype=torch.int8, device=device) if scheme.zero_point else None
+        self.sums: dict[int, list[float]] = {}
+
+    def feed(self, chunk: torch.Tensor, start: int) -> Parts:
+        rows = chunk.view(-1, self.in_features)
+        rounded = self._rounds(rows, absmax=self.absmax)
+        if self.shape[0] > 1:
+            first = start // self.in_features // (self.scheme.size if self.scheme.share == "block" else 1)
+            place = slice(first, first + len(rounded.scale))
+            self._scales(rounded.scale)[place] = rounded.scale
+            if self.zero_point is not None and rounded.zero_point is not None:
+                self.zero_point[place] = rounded.zero_point
+        else:
+            self._scales(rounded.scale)[:] = rounded.scale  # of the whole weight, the same in every chunk
+        values = values_of(self.scheme, rounded.codes, rounded.scale, rounded.zero_point, self._global_scale(chunk.device))
+        wide, values = rows.float(), values.float()
+        finite = wide.isfinite() & values.isfinite()
+        if finite.all():
+            error, norm = (wide - values).square_(), wide.square()
+        else:
+            error = (wide - values).masked_fill_(~finite, 0.0).square_()
+            norm = wide.masked_fill(~finite, 0.0).square_()
+        lost = int((~wide.isfinite()).sum())
+        self.sums[start] = [float(error.sum(dtype=torch.float64)), float(norm.sum(dtype=torch.float64)), lost]
+        return {"codes": rounded.codes}
+
+    def finish(self) -> tuple[Parts, ErrorSums]:
+        parts: Parts = {"scale": self._scale} if self._scale is not None else {}
+        if (global_scale := self._global_scale(torch.device("cpu"))) is not None:
+            parts["global_scale"] = global_scale
+        if self.zero_point is not None:
+            parts["zero_point"] = self.zero_point
+        return parts, add_up(self.sums)
+
+    def _scales(self, like: torch.Tensor) -> torch.Tensor:
+        if self._scale is None:  # two threads that make it at a time would each keep their own
+            with _MAKING:
+                if self._scale is None:
+                    self._scale = torch.empty(self.shape, dtype=like.dtype, device=like.device)
+        return self._scale
+
+    def _global_scale(self, device: torch.device) -> torch.Tensor | None:
+        return whole_scale(self.absmax).to(device) if self.scheme.scale == "e4m3" else None
+
+
+def to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """float32 values in E4M3, to nearest, clamped to its range. A NaN becomes 0."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).nan_to_num_(0.0).to(torch.float8_e4m3fn)
+
+
+def whole_scale(absmax: float) -> torch.Tensor:
+    """What NVFP4's E4M3 scales of a weight are multiplied by, float32 [1]: 448 * 6 / absmax, and 1 for a weight of zeros."""
+    wide = torch.tensor([absmax])
+    return torch.where((wide > 0) & wide.isfinite(), E4M3_MAX * E2M1_MAX / wide, 1.0)
+
+
+def values_of(
+    scheme: Scheme,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    global_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The values [rows, in_features] that codes of this shape stand for. scale and zero_point have the rows and columns of
+    `Scheme.scale_shape`."""
+    if scheme.scale == "e8m0":
+        scale = torch.exp2(scale.float() - 127)
+    elif global_scale is not None:
+        scale = scale.float() / global_scale
+    if scheme.codebook == "e2m1":
+        return table(E2M1, codes.device)[codes.int()] * spread(scale, scheme, codes)
+    if zero_point is not None:
+        codes = codes.to(torch.int16) - spread(zero_point, scheme, codes)
+    return codes.to(scale.dtype) * spread(scale, scheme, codes)
+
+
+def spread(scale: torch.Tensor, scheme: Scheme, codes: torch.Tensor) -> torch.Tensor:
+    """Scales as they meet the codes [rows, in_features]: repeated over groups and blocks, else of a shape that broadcasts."""
+    if scheme.share not in ("group", "block"):
+        return scale.view(-1, 1)
+    wide = scale.repeat_interleave(scheme.size, 1)[:, : codes.shape[1]]
+    return wide.repeat_interleave(scheme.size, 0)[: len(codes)] if scheme.share == "block" else wide
+
+
+def decode_groups(scheme: Scheme, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
+    """The weight float32 [out_features, in_features] that all parts together stand for."""
+    shape = scheme.scale_shape(out_features, in_features)
+    zero_point = parts["zero_point"].view(shape) if "zero_point" in parts else None
+    codes = parts["codes"].view(out_features, in_features)
+    return values_of(scheme, codes, parts["scale"].view(shape), zero_point, parts.get("global_scale")).float()

@@ -1,0 +1,47 @@
+"""MXFP4: E2M1 codes in groups of 32, each with a power of two as its scale (OCP Microscaling Formats 1.0)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from qcli.methods._method import Encoder, Method, Parts
+from qcli.schemes import NAMED, Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """It has no options: the format fixes all of them."""
+
+    casts_to_model_dtype: ClassVar[bool] = True
+    needs_absmax: ClassVar[bool] = False
+
+    @property
+    def scheme(self) -> Scheme:
+        """What a weight is stored as."""
+        return NAMED["mxfp4"]
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> Self:
+        """The method."""
+        return cls()
+
+    def encoder(self, out_features: int, in_features: int, device: torch.device, absmax: float = 0.0) -> Encoder:
+        """Takes one weight of this shape."""
+        from qcli.methods._fp4 import mx_rounds
+        from qcli.methods._groups import GroupEncoder
+
+        scheme = self.scheme
+        return GroupEncoder(scheme, out_features, in_features, device, lambda rows, absmax: mx_rounds(rows, scheme.size))
+
+    def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
+        """The weight float32 [out_features, in_features] that all parts together stand for."""
+        from qcli.methods._groups import decode_groups
+
+        return decode_groups(self.scheme, parts, out_features, in_features)
+
+
+METHOD: type[Method] = Mxfp4

@@ -1,0 +1,56 @@
+"""NVFP4: E2M1 codes in groups of 16, each with a scale in E4M3, over one float32 scale of the weight.
+
+With `activations` readers round activations likewise, in groups of 16 of a token. Their own float32 scale would come from
+calibration. Without any it is 1, which leaves E4M3 its whole range: groups with an absmax of 0.09 to 2,688 lose nothing by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from qcli.methods._method import Encoder, Method, Parts
+from qcli.schemes import NAMED, Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Nvfp4:
+    """Whether activations are rounded too (W4A4)."""
+
+    activations: bool = False
+
+    casts_to_model_dtype: ClassVar[bool] = True
+    needs_absmax: ClassVar[bool] = True
+
+    @property
+    def scheme(self) -> Scheme:
+        """What a weight is stored as with these options."""
+        weights = NAMED["nvfp4"]
+        return replace(weights, activations="group", activation_codebook="e2m1") if self.activations else weights
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> Self:
+        """The method with the options that make `scheme`."""
+        return cls(scheme.activations is not None)
+
+    def encoder(self, out_features: int, in_features: int, device: torch.device, absmax: float = 0.0) -> Encoder:
+        """Takes one weight of this shape."""
+        from qcli.methods._fp4 import nv_rounds
+        from qcli.methods._groups import GroupEncoder
+
+        scheme = self.scheme
+        rounds = partial(nv_rounds, size=scheme.size)
+        return GroupEncoder(scheme, out_features, in_features, device, rounds, absmax=absmax)
+
+    def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
+        """The weight float32 [out_features, in_features] that all parts together stand for."""
+        from qcli.methods._groups import decode_groups
+
+        return decode_groups(self.scheme, parts, out_features, in_features)
+
+
+METHOD: type[Method] = Nvfp4
