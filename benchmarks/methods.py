@@ -2,8 +2,8 @@
 
     python benchmarks/methods.py [MODEL ...] [--tokens N]
 
-Writes qcli/methods/measured.json, which `qcli methods` shows, and benchmarks/results/methods.json. A MODEL is a folder; texts are the
-bundled ones. With two cores and SmolLM2-135M it takes some ten minutes.
+Writes qcli/methods/measured.json, which `qcli methods` shows, and benchmarks/results/methods.json. A MODEL is a folder; texts are
+the bundled ones. With two cores and SmolLM2-135M it takes some ten minutes.
 """
 
 import argparse

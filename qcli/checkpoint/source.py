@@ -6,7 +6,7 @@ import os
 import re
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,9 +51,9 @@ def open_place(model: str, revision: str | None = None, *, stream: bool = False)
 class Source:
     """A checkpoint's headers, config and files. Every verb reads the model through it.
 
-    `tensors` maps each name to its TensorInfo. `files` lists the weight files in reading order. `fingerprint` identifies the
-    checkpoint by its headers, its config and the hub's own hashes. `problems` are faults that make the model load wrongly or
-    not at all; `notes` are harmless oddities. Each is a sentence.
+    `tensors` maps each name to its TensorInfo; `scales` those that `set_aside` took out of it, by what they belong to. `files`
+    lists the weight files in reading order. `fingerprint` identifies the checkpoint by its headers, its config and the hub's own
+    hashes. `problems` are faults that make the model load wrongly or not at all; `notes` are harmless oddities. Each is a sentence.
     """
 
     def __init__(self, place, label: str, trust_remote_code: bool):
@@ -64,6 +64,7 @@ class Source:
         self.config = self._config()
         self.config_folder = place.local("config.json").parent
         self.tensors: dict[str, TensorInfo] = {}
+        self.scales: dict[str, TensorInfo] = {}
         self.headers: dict[str, Header] = {}
         self.files, self.index, notes = weight_files.find(place.names, self.json, self.label)
         self.notes += notes
@@ -105,6 +106,11 @@ class Source:
     def quantization(self) -> dict | None:
         """The `quantization_config` of a quantized checkpoint, else None."""
         return self.config.get("quantization_config") or None
+
+    def set_aside(self, owners: Mapping[str, str]) -> None:
+        """Takes tensors out of `tensors` that are no parameters of the model: scales, by their names, of the weights named."""
+        for name, weight in owners.items():
+            self.scales[weight] = self.tensors.pop(name)
 
     def _read_headers(self) -> None:
         with ThreadPoolExecutor(_CONNECTIONS if self.is_hub else 1) as pool:

@@ -5,6 +5,7 @@ import torch
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.safetensors_file import read_into
 from qcli.formats._selection import fused_parts
+from qcli.quantization.decoding import block_scales
 from qcli.quantization.plan import Plan, Work
 from qcli.schemes import CHUNK_BYTES
 
@@ -31,11 +32,17 @@ class AbsmaxReader:
             itemsize, largest = dtypes.ITEMSIZE[info.dtype], 0.0
             step = CHUNK_BYTES // itemsize * itemsize
             entering = dtypes.torch_dtype(self._plan.dtype)
+            scales = block_scales(self._plan.source, info)
+            if scales:
+                step = max(step // info.shape[1], 1) * info.shape[1]
             with self._plan.source.open(info.file) as fd:
                 for start in range(0, info.nbytes, step):
                     data = bytearray(min(step, info.nbytes - start))
                     read_into(fd, info.start + start, memoryview(data))
-                    chunk = torch.frombuffer(data, dtype=dtypes.torch_dtype(info.dtype)).to(entering).float()
+                    chunk = torch.frombuffer(data, dtype=dtypes.torch_dtype(info.dtype))
+                    if scales:
+                        chunk = scales.rows(chunk.view(-1, info.shape[1]), start // info.shape[1])
+                    chunk = chunk.to(entering).float()
                     largest = max(largest, float(chunk.nan_to_num_(0.0, 0.0, 0.0).abs_().max()))
             self._found[info.name] = largest
         return self._found[info.name]

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from qcli.files.foreign_json import read_object
 from qcli.methods._method import Encoder, Parts
 from qcli.methods.errors import ErrorSums
 from qcli.quantization.absmax import AbsmaxReader
+from qcli.quantization.decoding import block_scales
 from qcli.quantization.outputs import weight_of
 from qcli.quantization.pipeline import Pipeline
 from qcli.quantization.plan import Plan, Work
@@ -24,8 +26,15 @@ from qcli.quantization.staging import Staging
 from qcli.schemes import CHUNK_BYTES
 
 
-def execute(plan: Plan, staging: Staging, device: torch.device, advance: Callable[[int, str], None]) -> None:
-    """Runs every unit that the journal does not name. `advance` hears of source bytes as they are finished.
+def execute(
+    plan: Plan,
+    staging: Staging,
+    device: torch.device,
+    advance: Callable[[int, str], None],
+    tasks_of: Callable[..., Iterator[Callable[[], None]]] | None = None,
+) -> None:
+    """Runs every unit that the journal does not name. `advance` hears of source bytes as they are finished. `tasks_of` makes the
+    tasks of a piece of work from the arguments of WorkTasks, whose own they are without it.
 
     Chunks go through as many threads as torch has and one more, each reading, quantizing and writing its own: one computes
     while another waits for the disk. Kernels run on one thread meanwhile.
@@ -48,13 +57,18 @@ def execute(plan: Plan, staging: Staging, device: torch.device, advance: Callabl
                 # The file is closed once no thread reads from it, whatever ends this.
                 with plan.source.open(file) as fd, Pipeline(threads + 1) as pipeline:
                     for each in work:
-                        for task in WorkTasks(plan, staging, device, tell, fd, each, absmax.of(each)).tasks():
+                        for task in (tasks_of or quantizing)(plan, staging, device, tell, fd, each, absmax.of(each)):
                             pipeline.submit(task)
                 staging.sync()
             plan.source.release(file)
     finally:
         torch.set_num_threads(threads)
     staging.sync()
+
+
+def quantizing(*arguments: Any) -> Iterator[Callable[[], None]]:
+    """The tasks of WorkTasks."""
+    return WorkTasks(*arguments).tasks()
 
 
 class WorkTasks:
@@ -78,6 +92,7 @@ class WorkTasks:
         self.nonfinite = self.overflowed = 0
         self.places = {o.name: o.start for o in work.outputs}
         self.encoder: Encoder | None = None
+        self.scales = block_scales(plan.source, work.info)
         if work.linear and work.method:
             self.linear, self.scheme = work.linear, work.method.scheme
             self.weight = weight_of(work.info, work.linear, work.method, plan.dtype)
@@ -86,10 +101,12 @@ class WorkTasks:
     def tasks(self) -> Iterator[Callable[[], None]]:
         """Every chunk once, in any order; one task with nothing in it for an empty tensor."""
         count: Callable[[int, int], None] = self._bytes
-        step = CHUNK_BYTES
+        step, size = CHUNK_BYTES, self.work.info.nbytes
         if self.encoder:
-            count, step = partial(self._elements, self.encoder), self._grain(self.encoder)
-        size = self.work.info.numel if self.encoder else self.work.info.nbytes
+            count, step, size = partial(self._elements, self.encoder), self._grain(self.encoder), self.work.info.numel
+        elif self.scales:
+            count, size = self._decoded, self.work.info.numel
+            step = max(CHUNK_BYTES // self.work.info.shape[1], 1) * self.work.info.shape[1]
         starts = range(0, size, step) or [0]
         self.left = len(starts)
         for start in starts:
@@ -107,7 +124,7 @@ class WorkTasks:
     def _grain(self, encoder: Encoder) -> int:
         """Elements of the weight in its logical order that are a chunk that the method can take."""
         linear, grain = self.linear, encoder.grain
-        if linear.transposed or self.plan.format.rows_together > 1:
+        if linear.transposed or self.scales or self.plan.format.rows_together > 1:
             grain = math.lcm(grain, self.plan.format.rows_together * linear.in_features)
         return max(CHUNK_BYTES // dtypes.ITEMSIZE[self.work.info.dtype] // grain, 1) * grain
 
@@ -124,10 +141,24 @@ class WorkTasks:
             read_into(self.fd, info.start + first * itemsize, view)
             chunk = torch.frombuffer(view, dtype=dtype)
         stored = chunk.to(self.device)
+        if self.scales:
+            stored = self.scales.rows(stored.view(-1, linear.in_features), first // linear.in_features).view(-1)
         entering = stored.to(dtypes.torch_dtype(self.weight.dtype))
         self._count(overflowed=_newly_nonfinite(stored, entering))
         self._pack(encoder.feed(entering, first), first)
         self._advance(len(view))
+
+    def _decoded(self, first: int, count: int) -> None:
+        """Carries over elements of a weight in FP8, with their scales, in the dtype that the plan says."""
+        (output,), columns = self.work.outputs, self.work.info.shape[1]
+        view = self._buffer(count)
+        read_into(self.fd, self.work.info.start + first, view)
+        codes = torch.frombuffer(view, dtype=torch.float8_e4m3fn).view(-1, columns)
+        values = self.scales.rows(codes, first // columns) if self.scales else codes.float()
+        cast = values.to(dtypes.torch_dtype(output.dtype))
+        self._count(nonfinite=_nonfinite(values), overflowed=_newly_nonfinite(values, cast))
+        self._write(output.name, first * cast.itemsize, cast)
+        self._advance(count)
 
     def _bytes(self, first: int, count: int) -> None:
         """Carries over bytes of the tensor as stored, in another dtype where the plan says so."""

@@ -38,7 +38,7 @@ def _without_dangling_code(plan: Plan, name: str, data: bytes) -> bytes:
     if kept == value.get("auto_map"):
         return data
     value = {key: kept if key == "auto_map" else field for key, field in value.items() if key != "auto_map" or kept}
-    return _json(value)
+    return as_json(value)
 
 
 def write_rest(plan: Plan, staging: Staging, kinds: list[ModuleError], nonfinite: dict[str, int]) -> list[str]:
@@ -49,13 +49,14 @@ def write_rest(plan: Plan, staging: Staging, kinds: list[ModuleError], nonfinite
     if not has_tokenizer(plan.source.carried.files):
         warnings.append(f"{plan.source.label} has no tokenizer: the output has none either")
     made = provenance(plan, kinds, nonfinite)
-    staging.add_file("qcli.json", _json(made))
+    staging.add_file("qcli.json", as_json(made))
     staging.add_file("README.md", model_card(plan, kinds).encode())
-    staging.add_file("config.json", _json(plan.config))
+    staging.add_file("config.json", as_json(plan.config))
     return warnings
 
 
-def _json(value: object) -> bytes:
+def as_json(value: object) -> bytes:
+    """A JSON file for people."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -260,6 +260,8 @@ def from_json(value: dict[str, Any], source: Source | None = None) -> Plan:
     )
     if source.fingerprint != stated["fingerprint"]:
         raise CheckpointError(f"{source.label} has changed since it was planned for", "Plan again.")
+    if source.quantization and not source.scales:
+        source.set_aside(formats.get("fp8").companions(source.tensors))
     work = []
     for index, w in enumerate(value["work"]):
         choice = w["choice"]

@@ -8,7 +8,9 @@ from typing import Any
 
 from qcli import formats
 from qcli.checkpoint import dtypes
+from qcli.checkpoint.layout import Linear
 from qcli.checkpoint.model_dtype import model_dtype
+from qcli.checkpoint.source import Source, open_source
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, PlanError, one_of, together
 from qcli.methods.choosing import made, methods_of, recipe_in_force
@@ -77,17 +79,12 @@ def make_plan(
     bodies = [each.scheme for each in methods_of(recipe)]
     format_ = formats.holding(bodies, recipe.format)
 
-    from qcli.checkpoint.source import open_source
     from qcli.memory.model.plain_layout import layout_of
 
     source = open_source(model, revision, stream=stream, trust_remote_code=trust_remote_code)
-    if source.quantization:
-        kind = source.quantization.get("quant_method", "an unnamed method")
-        raise CheckpointError(
-            f"{source.label} is quantized already ({kind})", "Quantize the original 16- or 32-bit checkpoint instead."
-        )
     if source.problems:
         raise PlanError(source.label, source.problems, source.again())
+    _take_scales(source)
     layout = layout_of(source, trust_remote_code=trust_remote_code, rules=run.modules == "rules")
     problems: list[str] = []
     notes = [*source.notes, *layout.notes, *source.carried.notes(source.place.size)]
@@ -133,11 +130,32 @@ def make_plan(
         problems=problems,
         allow_nonfinite=run.allow_nonfinite,
     )
-    _check_output(plan, overwrite)
+    check_output(plan, overwrite)
     available = available_memory()
     if available is not None and plan.working_memory > available:
         problems.append(f"the run needs {format_bytes(plan.working_memory)} of memory, and {format_bytes(available)} are free")
     return plan
+
+
+def _take_scales(source: Source) -> None:
+    """Sets aside the scales of a model that is published in FP8, which is quantized from what it decodes to. Raises CheckpointError
+    for one that is quantized otherwise."""
+    if not source.quantization:
+        return
+    format = formats.of_config(source.quantization)
+    if format is None or format.name != "fp8":
+        kind = source.quantization.get("quant_method", "an unnamed method")
+        raise CheckpointError(
+            f"{source.label} is quantized already ({kind})",
+            "Quantize the original 16- or 32-bit checkpoint instead, or make one with qcli dequantize.",
+        )
+    format.check(source.quantization, f"{source.label}/config.json: quantization_config")
+    owners = format.companions(source.tensors)
+    weights = {w: source.tensors[w] for w in owners.values() if source.tensors[w].dtype == "F8_E4M3"}
+    linears = [Linear(name, name.removesuffix(".weight"), *info.shape) for name, info in weights.items() if len(info.shape) == 2]
+    format.read(source, linears, source.quantization)  # raises for scales that do not fit
+    source.set_aside(owners)
+    source.notes.append(f"{source.label} is in FP8: its weights are decoded first")
 
 
 def _default_output(name: str, recipe: Recipe) -> Path:
@@ -145,7 +163,8 @@ def _default_output(name: str, recipe: Recipe) -> Path:
     return Path(f"{name}-{methods_of(recipe)[0].scheme.name}{head}")
 
 
-def _check_output(plan: Plan, overwrite: bool) -> None:
+def check_output(plan: Plan, overwrite: bool) -> None:
+    """Adds to the plan's problems what stands against its output folder, and the disk that it needs."""
     final = plan.output
     if final.exists() and not overwrite:
         plan.problems.append(f"{final} exists already; pass --overwrite to replace it, or choose another --output")

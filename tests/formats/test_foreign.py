@@ -1,8 +1,8 @@
 """Modules that other people's tools have written decode to what those tools decode them to, bit by bit.
 
 foreign.safetensors holds the tensors of one module of each checkpoint, as llm-compressor, auto-round, GPTQModel, AutoAWQ and
-transformers stored them; foreign.json the config, the tool with its version, and the sha256 of the weight that its own code makes of
-them. The weights were random numbers.
+transformers stored them; foreign.json the config, the tool with its version, and the sha256 of the weight that its own code makes
+of them. The weights were random numbers.
 """
 
 import hashlib
