@@ -6,6 +6,7 @@ Names are imported on first use, so `import qcli` loads neither torch nor transf
 from importlib import import_module
 
 _EXPORTS = {
+    "dequantize": "qcli.quantization.dequantize",
     "quantize": "qcli.quantization.quantize",
     "load": "qcli.loading.load",
     "evaluate": "qcli.evaluation.evaluate",
@@ -14,7 +15,7 @@ _EXPORTS = {
     "QcliError": "qcli.errors",
 }
 
-__all__ = ["QcliError", "__version__", "estimate_memory", "evaluate", "inspect_outliers", "load", "quantize"]
+__all__ = ["QcliError", "__version__", "dequantize", "estimate_memory", "evaluate", "inspect_outliers", "load", "quantize"]
 
 
 def _version() -> str:

@@ -57,6 +57,9 @@ def quantize(
         int | None,
         typer.Option(help="Bits of the output head, and of an embedding tied to it: 16, 8 or 4. Default 16.", show_default=False),
     ] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(metavar="N", help="Plan for a server that divides the model over N GPUs.", show_default=False)
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of all that is not quantized: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
@@ -105,6 +108,7 @@ def quantize(
         group_size=group_size,
         search=search,
         format=format,
+        tensor_parallel=tensor_parallel,
         skip=skipped,
         recipe=read_recipe(recipe) if recipe else None,
         head=head,

@@ -108,8 +108,7 @@ def dequantize(
             execute(plan, staging, torch.device("cpu"), advance, _tasks)
         if plan.index is not None:
             staging.add_file("model.safetensors.index.json", plan.index)
-        made = {"dequantized_by": f"qcli {__version__}", "source": source.label if source.is_hub else source.name}
-        staging.add_file("qcli.json", other_files.as_json(made | {"fingerprint": source.fingerprint, "revision": source.revision}))
+        staging.add_file("qcli.json", other_files.as_json(_provenance(plan)))
         staging.add_file("config.json", other_files.as_json(plan.config))
         verify(plan, staging.folder)
         staging.publish()
@@ -122,6 +121,18 @@ def dequantize(
         time.monotonic() - started,
         peak_memory(),
     )
+
+
+def _provenance(plan: Decoding) -> dict[str, object]:
+    """What qcli.json says: where the weights come from."""
+    source = plan.source
+    label = source.label if source.is_hub else source.name
+    return {
+        "qcli": __version__,
+        "source": {"name": label, "revision": source.revision, "fingerprint": source.fingerprint},
+        "dequantized_from": plan.format.name,
+        "dtype": dtypes.TORCH_NAMES[plan.dtype],
+    }
 
 
 def _plan(source: Source, output: Path, dtype: str) -> Decoding:

@@ -12,7 +12,7 @@ from qcli.checkpoint.layout import Linear
 from qcli.checkpoint.model_dtype import model_dtype
 from qcli.checkpoint.source import Source, open_source
 from qcli.devices import pick_device
-from qcli.errors import CheckpointError, PlanError, one_of, together
+from qcli.errors import CheckpointError, PlanError, UsageError, one_of, together
 from qcli.methods.choosing import made, methods_of, recipe_in_force
 from qcli.process import available_memory, peak_memory
 from qcli.progress import Progress, shown
@@ -20,6 +20,7 @@ from qcli.quantization import outputs
 from qcli.quantization.plan import Plan
 from qcli.quantization.report import Report, sum_up
 from qcli.quantization.settings import SETTINGS, run_settings
+from qcli.quantization.tensor_parallel import problems as tensor_parallel_problems
 from qcli.recipe import Recipe
 from qcli.sizes import format_bytes, parse_size
 
@@ -30,7 +31,7 @@ def quantize(model: str, output: str | Path | None = None, **options: Any) -> Re
     """Quantizes `model` (a folder or a hub id) into a new folder and returns the report.
 
     Options are those of `make_plan` and `run_plan`: bits, method, double_quant, block_size, threshold, group_size, search, skip,
-    recipe, head, format, dtype, revision, trust_remote_code, stream, settings; device, overwrite, push_to_hub.
+    recipe, head, format, tensor_parallel, dtype, revision, trust_remote_code, stream, settings; device, overwrite, push_to_hub.
 
     Raises QcliError kinds: UsageError for options, PlanError for every problem that headers show, CheckpointError, HubError,
     NonFiniteError. After any of them no folder stands under the final name, and the same call goes on where it stopped.
@@ -55,6 +56,7 @@ def make_plan(
     recipe: Recipe | None = None,
     head: int | None = None,
     format: str | None = None,
+    tensor_parallel: int | None = None,
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -64,7 +66,8 @@ def make_plan(
 ) -> Plan:
     """Decides from headers and config alone what a run would do. Its `problems` hold all that stands against it.
 
-    `head` is the bits of the output head, and of the embedding that is tied to it: 16 by default, 8 or 4.
+    `head` is the bits of the output head, and of the embedding that is tied to it: 16 by default, 8 or 4. `tensor_parallel` is the
+    number of GPUs over which a server will divide the model; what they cannot share becomes a problem.
     """
     options = {
         "double_quant": double_quant,
@@ -113,6 +116,11 @@ def make_plan(
     schemes = {linear.module: each.scheme for tensor, each in chosen.items() if (linear := layout.linear(tensor))}
     choice = formats.Choice(schemes, layout, problems, notes)
     config = format_.config(choice, compute)
+    if tensor_parallel is not None:
+        if tensor_parallel < 1:
+            raise UsageError(f"tensor_parallel is {tensor_parallel}, expected 1 or more", "Give the number of GPUs.")
+        quantized = [(linear, each.scheme) for tensor, each in chosen.items() if (linear := layout.linear(tensor))]
+        problems += tensor_parallel_problems(tensor_parallel, quantized, format_.rows_together)
     planned = outputs.plan_tensors(source, layout, chosen, format_, code, problems)
     work, shards = outputs.place_outputs(planned, parse_size(run.max_shard_size))
     plan = Plan(

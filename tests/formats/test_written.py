@@ -264,6 +264,24 @@ def test_options_are_checked(method, options, words):
         make(NAMED[method], options)
 
 
+@pytest.mark.parametrize(
+    "degree, options, expected",
+    [
+        (1, {"group_size": 64}, []),
+        (2, {"group_size": 64}, ["o_proj: parts of 32 columns, which groups of 64 do not divide"]),
+        (2, {"group_size": 32}, []),
+        (4, {"group_size": 32}, ["o_proj: parts of 16 columns, which groups of 32 do not divide"]),
+        (3, {"group_size": 32}, ["q_proj: 64 rows", "o_proj: 64 columns", "gate_proj: 128 rows", "down_proj: 128 columns"]),
+    ],
+)
+def test_what_several_gpus_cannot_share(degree, options, expected, sources, tmp_path):
+    plan = make_plan(str(sources / "llama"), tmp_path / "out", method="rtn", tensor_parallel=degree, **options)
+    assert len(plan.problems) == len(set(text.partition(": ")[2] for text in expected))
+    for text in expected:
+        module, _, reason = text.partition(": ")
+        assert any(f"{degree} GPUs cannot share: {reason}" in p and module in p for p in plan.problems), (text, plan.problems)
+
+
 @pytest.mark.parametrize("method", ["nf4", "fp4", "rtn"])
 def test_a_search_never_costs_more(method):
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * 0.05
