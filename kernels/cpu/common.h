@@ -46,7 +46,7 @@ extern "C" __attribute__((visibility("hidden"))) void qcli_parallel(
 
 namespace {
 
-enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kE4M3 = 3, kE8M0 = 4 };
 
 struct bf16 {
   uint16_t bits;
@@ -60,6 +60,10 @@ struct e4m3 {
   uint8_t bits;
 };
 constexpr float kE4M3Unit = 256;  // loaded values are multiplied by it later
+// A power of two: the exponent of a float, with its bias. The least and the greatest code become 0 and infinity.
+struct e8m0 {
+  uint8_t bits;
+};
 
 template <class T>
 QCLI_INLINE T smaller(T a, T b) {
@@ -91,6 +95,7 @@ QCLI_INLINE float to_float(f16 value) {
   return from_bits(sign | to_bits(from_bits(magnitude << 13) * 0x1p112f));
 }
 
+QCLI_INLINE float to_float(e8m0 value) { return from_bits(uint32_t(value.bits) << 23); }
 // Without kE4M3Unit.
 QCLI_INLINE float to_float(e4m3 value) { return to_float(f16{uint16_t((value.bits & 0x80) << 8 | (value.bits & 0x7f) << 7)}); }
 

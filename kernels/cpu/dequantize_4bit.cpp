@@ -36,6 +36,20 @@ void one_by_one(const uint8_t* packed, float scale, float zero, const float* cod
   }
 }
 
+// Blocks of 16, two at a time, for as long as whole pairs of them follow each other.
+template <class T>
+int64_t pairs_of_blocks(const uint8_t* packed, const float* absmax, const float* code, int64_t begin, int64_t end, T* out) {
+  const Table16 table = table16(code);
+  for (; begin + 32 <= end; begin += 32, out += 32) {
+    const float* scale = absmax + begin / 16;
+    if (!__builtin_isfinite(scale[0]) || !__builtin_isfinite(scale[1])) break;
+    const F32x16 scales = halves(scale[0], scale[1]);
+    const I32x16 bytes = load_bytes(packed + begin / 2);
+    store_pairs(out, look_up<4>(table, bytes) * scales, look_up<0>(table, bytes) * scales);
+  }
+  return begin;
+}
+
 template <class T>
 void dequantize(const uint8_t* packed, const float* absmax, const int8_t* zero_point, int64_t block_size, const float* code,
                 int64_t start, int64_t count, void* output, int threads) {
@@ -43,6 +57,11 @@ void dequantize(const uint8_t* packed, const float* absmax, const int8_t* zero_p
   const int64_t first_block = start / block_size, blocks = divide_up(start + count, block_size) - first_block;
   parallel(blocks, divide_up(1 << 15, block_size), threads, [=](int64_t first, int64_t last) {
     for (int64_t b = first_block + first; b < first_block + last; b++) {
+      if (block_size == 16 && !zero_point && b * 16 >= start) {
+        const int64_t stop = smaller(start + count, (first_block + last) * 16);
+        b = pairs_of_blocks(packed, absmax, code, b * 16, stop, out + (b * 16 - start)) / 16;
+        if (b >= first_block + last) break;
+      }
       int64_t begin = larger(start, b * block_size);
       const int64_t end = smaller(start + count, (b + 1) * block_size);
       const float scale = absmax[b], zero = zero_point ? float(zero_point[b]) * 0.125f : 0.0f;

@@ -26,8 +26,8 @@ constexpr int kTokens = 4, kRows = 4;
 // The layout is that of the Record in qcli/ops/linear_4bit.py.
 struct Weight {
   const uint8_t* packed;  // [ceil(out_features k / 2)]
-  const void* absmax;     // [blocks], of absmax_dtype; or codes, uint8, of the entries of a map:
-  const float* map;       // [256], or null
+  const void* absmax;     // [blocks], of absmax_dtype
+  const float* map;       // [256], whose entries absmax names; or null
   const float* nested;    // [ceil(blocks / 256)], by which the entries are multiplied, or null
   const int8_t* zero;     // [blocks], or null
   const float* code;      // [16]
@@ -54,6 +54,8 @@ QCLI_INLINE const float* absmax_of_blocks(const Weight& w, int64_t first, int64_
   if (!w.map) {
     switch (w.absmax_dtype) {
       case kFloat32: widen_absmax(static_cast<const float*>(w.absmax) + first, count, w.unit, out); break;
+      case kE4M3: widen_absmax(static_cast<const e4m3*>(w.absmax) + first, count, w.unit * kE4M3Unit, out); break;
+      case kE8M0: widen_absmax(static_cast<const e8m0*>(w.absmax) + first, count, w.unit, out); break;
       case kBFloat16: widen_absmax(static_cast<const bf16*>(w.absmax) + first, count, w.unit, out); break;
       default: widen_absmax(static_cast<const f16*>(w.absmax) + first, count, w.unit, out); break;
     }
@@ -117,7 +119,7 @@ class Scales {
     end_ = smaller(last, n + larger<int64_t>(1, kScales / per_row));
     first_block_ = n * k / bs;
     const int64_t count = divide_up(end_ * k, bs) - first_block_;
-    const int64_t width = w_.map ? 1 : w_.absmax_dtype == kFloat32 ? 4 : 2;
+    const int64_t width = w_.absmax_dtype == kFloat32 && !w_.map ? 4 : w_.absmax_dtype <= kFloat16 && !w_.map ? 2 : 1;
     const char* ahead = static_cast<const char*>(w_.absmax) + (first_block_ + count) * width;
     for (int64_t i = 0; i < count * width; i += 64) __builtin_prefetch(ahead + i);
     scales_ = absmax_of_blocks(w_, first_block_, count, scratch_);

@@ -53,6 +53,9 @@ QCLI_INLINE F32x16 load(const f16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 QCLI_INLINE F32x16 load(const e4m3* p) { return {_mm512_cvtph_ps(e4m3_as_halves(p))}; }
+QCLI_INLINE F32x16 load(const e8m0* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(load_sixteen_bytes(p)), 23))};
+}
 QCLI_INLINE F32x16 load(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_sixteen_bytes(p)))};
 }
@@ -173,6 +176,11 @@ QCLI_INLINE __m256 widen(const bf16* p) {
 }
 QCLI_INLINE F32x16 load(const bf16* p) { return {widen(p), widen(p + 8)}; }
 QCLI_INLINE F32x16 load(const f16* p) { return {_mm256_cvtph_ps(load_sixteen_bytes(p)), _mm256_cvtph_ps(load_sixteen_bytes(p + 8))}; }
+QCLI_INLINE F32x16 load(const e8m0* p) {
+  const __m128i bytes = load_sixteen_bytes(p);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)), 23))};
+}
 QCLI_INLINE F32x16 load(const e4m3* p) {
   const __m256i halves = e4m3_as_halves(p);
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};

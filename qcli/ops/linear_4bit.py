@@ -14,7 +14,6 @@ from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import GROUP_SIZE, mean_absmax, quantize_absmax
 from qcli.runtime import cpu
-from qcli.runtime.arguments import table
 
 
 def _reference(
@@ -31,9 +30,7 @@ def decoded_absmax(absmax: torch.Tensor, nested_absmax: torch.Tensor | None, off
     """absmax float32 [blocks] as `dequantize_4bit` takes it, of one in any form that `linear_4bit` takes."""
     if absmax.dtype == torch.uint8:
         return dequantize_absmax(absmax, nested_absmax, offset)
-    if absmax.dtype in _MAPS:
-        absmax = table(_MAPS[absmax.dtype], absmax.device)[absmax.view(torch.uint8).int()]
-    wide = absmax.float() if nested_absmax is None else absmax / nested_absmax
+    wide = absmax.float() if nested_absmax is None else absmax.float() / nested_absmax
     unit = codebooks.UNITS[quant_type]
     return wide if unit == 1 else wide * unit
 
@@ -59,7 +56,8 @@ def _most_tokens(compute_dtype: torch.dtype, plain: bool) -> int:
 
 
 _CODES = {quant_type: cpu.address(code) for quant_type, code in codebooks.CODEBOOKS.items()}
-_MAPS = {torch.float8_e8m0fnu: codebooks.E8M0, torch.float8_e4m3fn: codebooks.E4M3, torch.uint8: codebooks.DYNAMIC_MAP}
+_MAP = cpu.address(codebooks.DYNAMIC_MAP)
+_SMALL = {torch.float8_e4m3fn: 3, torch.float8_e8m0fnu: 4, torch.uint8: 0}  # dtypes of absmax, by their numbers in kernels
 
 
 class Prepared4bit:
@@ -88,13 +86,12 @@ class Prepared4bit:
             raise ValueError(f"{op}: block_size is {block_size}, expected an even number")
         count, unit = blocks(out_features * in_features, block_size), codebooks.UNITS[quant_type]
         packed = cpu.require(op, "packed", packed, torch.uint8, (out_features * in_features + 1) // 2)
-        scales = _MAPS.get(absmax.dtype)
-        if scales is None:
-            cpu.dtype_code(op, absmax, "absmax")
-        if (absmax.dtype == torch.uint8 and nested_absmax is None) or (scales is None and nested_absmax is not None):
+        small, nested = _SMALL.get(absmax.dtype), absmax.dtype == torch.uint8
+        if (nested and nested_absmax is None) or (small is None and nested_absmax is not None):
             raise ValueError(f"{op}: absmax is {absmax.dtype} {'without' if nested_absmax is None else 'with'} nested_absmax")
         absmax = cpu.require(op, "absmax", absmax, absmax.dtype, count)
-        if absmax.dtype == torch.uint8:
+        dtype = cpu.dtype_code(op, absmax, "absmax") if small is None else small
+        if nested:
             nested_absmax = cpu.require(op, "nested_absmax", nested_absmax, torch.float32, blocks(count, GROUP_SIZE))
         elif nested_absmax is not None:
             unit /= float(cpu.require(op, "nested_absmax", nested_absmax, torch.float32, 1))
@@ -107,8 +104,8 @@ class Prepared4bit:
             "ppppppp" + "qqqq" + "iffi",
             packed,
             absmax,
-            None if scales is None else cpu.address(scales),
-            nested_absmax if absmax.dtype == torch.uint8 else None,
+            _MAP if nested else None,
+            nested_absmax if nested else None,
             zero_point,
             _CODES[quant_type],
             bias,
@@ -116,7 +113,7 @@ class Prepared4bit:
             block_size,
             out_features,
             in_features,
-            0 if scales is not None else cpu.dtype_code(op, absmax),
+            dtype,
             unit,
             offset,
             compute_dtype == torch.bfloat16,

@@ -9,13 +9,11 @@ elements, and y is rounded once to x's dtype.
 
 import torch
 
-from qcli import codebooks
 from qcli.ops._library import blocks, define, persistent_grid
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.linear_int8 import kernel_arguments
 from qcli.ops.quantize_int8 import quantize_int8
 from qcli.runtime import cpu, cuda
-from qcli.runtime.arguments import table
 
 _ROWS = 512  # rows of the weight in float32 at a time
 _PANEL_BYTES = 4 << 20  # of widened weight at a time, for many tokens on a CPU
@@ -54,14 +52,19 @@ def widened(
 ) -> torch.Tensor:
     """The values of codes [rows, K] in groups, with float32 scales [rows, groups], rounded once to `dtype`."""
     columns = weight.shape[1]
-    wide = (
-        table(codebooks.E4M3, weight.device)[weight.view(torch.uint8).int()] if weight.dtype.is_floating_point else weight.float()
-    )
+    wide = _e4m3_values(weight) if weight.dtype.is_floating_point else weight.float()
     if zero_point is not None:
         wide = wide - zero_point.float().repeat_interleave(group_size, 1)[:, :columns]
     if columns % group_size == 0:
         return (wide.unflatten(1, (-1, group_size)) * scale.unsqueeze(-1)).flatten(1).to(dtype)
     return (wide * scale.repeat_interleave(group_size, 1)[:, :columns]).to(dtype)
+
+
+def _e4m3_values(codes: torch.Tensor) -> torch.Tensor:
+    """E4M3 in float32, by way of float16, whose bits are the same moved up by 7, but for the exponent's bias: torch's own conversion
+    takes one after the other. Sign extension leaves the sign twice."""
+    moved = (codes.view(torch.int8).to(torch.int16) << 7).bitwise_and_(-0x4001)
+    return moved.view(torch.float16).float().mul_(_E4M3_UNIT)
 
 
 def _fake(x, weight, scale, bias, group_size, zero_point):
