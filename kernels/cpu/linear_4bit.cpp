@@ -272,6 +272,9 @@ float outliers_of(const Weight& w, const Row& row, const Int16& x, int64_t t) {
 // The scales, or the offsets, of kWide elements at i. Those beyond the row's end are zero: what is read there is another row's.
 template <Scaling kScaling, bool kWhole>
 QCLI_INLINE Lanes of_lanes(const Weight& w, const Row& row, const float* values, int64_t i) {
+#if defined(__AVX512F__)
+  if (kScaling == Scaling::kEighths) return {row.of_chunk<kScaling>(w, values, i).v};
+#endif
   float q[kWide / 32];
   for (int j = 0; j < kWide / 32; j++) {
     q[j] = kWhole || i + 32 * j < w.k ? values[row.block_of<kScaling>(w, i + 32 * j)] : 0.0f;
@@ -436,7 +439,9 @@ void linear_in_chunks(const X& x, int64_t tokens, const Weight& w, T* y, int thr
 
 template <class T, class X>
 void linear_in_chunks(const X& x, int64_t tokens, const Weight& w, T* y, int threads) {
-  if (w.block_size == 64 && w.k % 64 == 0) {
+  if (w.block_size == 16) {
+    linear_in_chunks<Scaling::kEighths>(x, tokens, w, y, threads);
+  } else if (w.block_size == 64 && w.k % 64 == 0) {
     linear_in_chunks<Scaling::kHalves>(x, tokens, w, y, threads);
   } else if (w.block_size % kChunk == 0 && w.k % kChunk == 0) {
     linear_in_chunks<Scaling::kOne>(x, tokens, w, y, threads);
@@ -447,12 +452,7 @@ void linear_in_chunks(const X& x, int64_t tokens, const Weight& w, T* y, int thr
 
 template <class T>
 void linear_in_floats(const T* x, int64_t tokens, const Weight& w, T* y, int threads) {
-  const Floats laid_out(x, tokens, w.k, w.zero != nullptr);
-  if (w.block_size == 16) {
-    linear_in_chunks<Scaling::kEighths>(laid_out, tokens, w, y, threads);
-  } else {
-    linear_in_chunks(laid_out, tokens, w, y, threads);
-  }
+  linear_in_chunks(Floats(x, tokens, w.k, w.zero != nullptr), tokens, w, y, threads);
 }
 
 #if defined(QCLI_INT16_PRODUCTS)
@@ -622,14 +622,15 @@ void linear(const void* input, int64_t tokens, const Weight& w, void* output, in
     return;
   }
 #if defined(QCLI_INT16_PRODUCTS)
-  if (w.coarse && w.block_size != 16) {
+  // The lanes of a register of 64 codes are not of one block of 16 each.
+  if (w.coarse && (w.block_size != 16 || kWide == kChunk)) {
     const int64_t together = tokens > kFewTokens ? larger(kFewTokens, kTokenBytes / (2 * w.k)) : tokens;
     for (; tokens > 0; tokens -= together, x += together * w.k, y += together * w.out_features) {
       const int64_t some = smaller(together, tokens);
       const Int16 laid_out(x, some, w.k, w.code, w.zero != nullptr);
       if (!laid_out.usable()) {
         linear_in_floats(x, some, w, y, threads);
-      } else if (some > kFewTokens && !w.zero) {
+      } else if (some > kFewTokens && !w.zero && w.block_size != 16) {
         linear_of_many(laid_out, some, w, y, threads);
       } else {
         linear_in_chunks(laid_out, some, w, y, threads);
