@@ -82,6 +82,8 @@ class Format(Protocol):
     """What `format` of a recipe takes and the model card says; `quant_method` of config.json."""
     layout: str
     """The name of the format whose modules (qcli/nn) run its weights: its own, or that of one with the same tensors."""
+    library: str
+    """The package by which transformers reads it."""
     rows_together: int
     """Rows of a weight that share a stored element, so that chunks must not part them."""
 

@@ -65,6 +65,16 @@ def group_for(module: str, config: Mapping[str, Any]) -> Group | None:
     return next((group for group in groups_of(config) if group.holds(module)), None)
 
 
+def one_number_of_bits(config: Mapping[str, Any] | None) -> int | None:
+    """The bits that all groups of an unchecked config state, if they state the same."""
+    try:
+        found = {group["weights"]["num_bits"] for group in (config or {})["config_groups"].values()}
+    except (AttributeError, KeyError, TypeError):
+        return None
+    bits = found.pop() if len(found) == 1 else None
+    return bits if isinstance(bits, int) and 2 <= bits <= 8 else None
+
+
 def check_group(group: Mapping[str, Any], label: str) -> None:
     """Raises CheckpointError for fields that are wrong, and for what qcli does not run."""
     check(group, _GROUP, label, _HINT)

@@ -47,6 +47,7 @@ class AutoRound:
     """See the module and qcli.formats.Format."""
 
     name = layout = "auto-round"
+    library = "auto-round"
     rows_together = 1
 
     def refuses(self, scheme: Scheme) -> str | None:

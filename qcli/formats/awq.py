@@ -37,6 +37,7 @@ class Awq:
     """See the module and qcli.formats.Format."""
 
     name = layout = "awq"
+    library = "gptqmodel"
     rows_together = _TOGETHER
 
     def refuses(self, scheme: Scheme) -> str | None:

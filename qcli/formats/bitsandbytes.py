@@ -67,13 +67,13 @@ class Bitsandbytes:
     """See the module and qcli.formats.Format."""
 
     name = layout = "bitsandbytes"
+    library = "bitsandbytes"
     rows_together = 1
 
     def refuses(self, scheme: Scheme) -> str | None:
         is_4bit = scheme.share == "flat" and scheme.codebook in _CODEBOOKS
-        is_8bit = scheme.share == "row" and scheme.bits == 8 and scheme.threshold and not scheme.keeps_original
-        is_8bit_whole = scheme.method == "llm-int8" and not scheme.keeps_original
-        return None if is_4bit or is_8bit or is_8bit_whole else f"{self.name} holds nf4, fp4 and llm-int8, not {scheme.name}"
+        is_8bit = scheme.method == "llm-int8" and not scheme.keeps_original
+        return None if is_4bit or is_8bit else f"{self.name} holds nf4, fp4 and llm-int8, not {scheme.name}"
 
     def refuses_shape(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
         return None

@@ -58,6 +58,7 @@ class CompressedTensors:
     """See the module and qcli.formats.Format."""
 
     name = layout = "compressed-tensors"
+    library = "compressed-tensors"
     rows_together = 1
 
     def refuses(self, scheme: Scheme) -> str | None:
@@ -182,7 +183,7 @@ class CompressedTensors:
             group = None
         if group is not None and (group.scheme.share != "group" or group.scheme.size > 0):
             return group.scheme
-        return _by_headers(tensors[codes], scale, f"{module}.weight_zero_point" in tensors)
+        return _by_headers(tensors[codes], scale, f"{module}.weight_zero_point" in tensors, groups.one_number_of_bits(config))
 
     def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
         return info.nbytes * 8 // scheme.bits if info.name.endswith("_packed") else info.numel
@@ -280,11 +281,12 @@ def _tensors(weight: Weight, scheme: Scheme, layout: str) -> list[TensorSpec]:
     return specs
 
 
-def _by_headers(codes: "TensorInfo", scale: "TensorInfo", zero_point: bool) -> Scheme | None:
-    """The scheme of a weight whose config says nothing: 4 bits where codes are packed, which nearly all such files have."""
+def _by_headers(codes: "TensorInfo", scale: "TensorInfo", zero_point: bool, stated: int | None) -> Scheme | None:
+    """The scheme of a weight whose group the config does not tell. Packed codes have the bits that are `stated`, or 4, which nearly
+    all such files have."""
     if len(scale.shape) != 2 or not scale.shape[1] or codes.dtype not in ("I32", "U8", "I8", "F8_E4M3"):
         return None
-    bits = 4 if codes.dtype in ("I32", "U8") else 8
+    bits = (stated or 4) if codes.dtype == "I32" else 4 if codes.dtype == "U8" else 8
     size = codes.nbytes * 8 // bits // max(codes.shape[0] * scale.shape[1], 1)
     found = Scheme(f"w{bits}a16", "rtn", bits, "group", max(size, 1), zero_point=zero_point, scale="model")
     if codes.dtype == "U8":

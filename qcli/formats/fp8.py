@@ -34,6 +34,7 @@ class BlockFp8:
     """See the module and qcli.formats.Format."""
 
     name = layout = "fp8"
+    library = "transformers"
     rows_together = 1
 
     def refuses(self, scheme: Scheme) -> str | None:

@@ -47,6 +47,7 @@ class Gptq:
     """See the module and qcli.formats.Format."""
 
     name = layout = "gptq"
+    library = "gptqmodel"
     rows_together = 1
 
     def refuses(self, scheme: Scheme) -> str | None:

@@ -61,8 +61,8 @@ def widened(
 
 
 def _e4m3_values(codes: torch.Tensor) -> torch.Tensor:
-    """E4M3 in float32, by way of float16, whose bits are the same moved up by 7, but for the exponent's bias: torch's own conversion
-    takes one after the other. Sign extension leaves the sign twice."""
+    """E4M3 in float32, by way of float16, whose bits are the same moved up by 7, but for the exponent's bias: torch's own
+    conversion takes one after the other. Sign extension leaves the sign twice."""
     moved = (codes.view(torch.int8).to(torch.int16) << 7).bitwise_and_(-0x4001)
     return moved.view(torch.float16).float().mul_(_E4M3_UNIT)
 

@@ -73,7 +73,7 @@ def model_card(plan: Plan, kinds: list[ModuleError]) -> str:
     if source.is_hub:
         front += [f"base_model: {source.label}", "base_model_relation: quantized"]
     options = ", ".join(f"{k} {json.dumps(v)}" for k, v in methods.options_of(plan.method).items())
-    readers = f"transformers loads it with {plan.format.name} installed; `qcli generate` runs it without."
+    readers = f"transformers loads it with {plan.format.library} installed; `qcli generate` runs it without."
     if own:
         readers = "`qcli generate` runs it. Its format is qcli's own."
     revision = f" at revision `{source.revision}`" if source.revision else ""

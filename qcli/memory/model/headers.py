@@ -16,7 +16,7 @@ from qcli.errors import UsageError
 from qcli.memory.model.config import ModelConfig
 from qcli.memory.model.families import shapes_of
 from qcli.memory.model.tensor_rules import Parameter, layer_of, parameter
-from qcli.schemes import NAMED
+from qcli.schemes import NAMED, Scheme
 from qcli.sizes import format_bytes
 
 _PLAIN = ("F64", "F32", "F16", "BF16")
@@ -58,9 +58,12 @@ def parameters_of(source: Source, config: ModelConfig) -> list[Parameter]:
         if layer_of(name) in predicting or _PREDICTION.search(name):
             ignored += stored
             continue
-        scheme, held_bits = _scheme(main, infos, quantization)
-        shape = _logical_shape(main, infos, scheme, quantization, shapes.get(name, ()))
-        stored += prod(shape) * held_bits // 8
+        known_scheme = _known_scheme(main, infos, quantization)
+        scheme = known_scheme.name if known_scheme else _other_scheme(main, quantization)
+        bits = known_scheme.bits if known_scheme else 0
+        shape = _logical_shape(main, infos, scheme, bits, quantization, shapes.get(name, ()))
+        if known_scheme:
+            stored += prod(shape) * (known_scheme.held_bits - known_scheme.bits) // 8
         found.append(parameter(name, shape, config, scheme, stored))
     if ignored:
         config.assume(
@@ -95,22 +98,27 @@ def _prediction_layers(config: ModelConfig) -> range:
     return range(config.layers, config.layers + extra) if extra else range(0)
 
 
-def _scheme(main: TensorInfo, infos: list[TensorInfo], quantization: Mapping) -> tuple[str | None, int]:
-    """The name of the scheme in which a weight is stored, and the bits by which its codes are wider in memory."""
+def _known_scheme(main: TensorInfo, infos: list[TensorInfo], quantization: Mapping) -> Scheme | None:
+    """The scheme in which a weight is stored, in a format that qcli reads."""
     by_name = {info.name: info for info in infos}
     for each in formats.read_formats():
         if found := each.scheme_of(main.name, by_name, quantization):
-            return found.name, found.held_bits - found.bits
+            return found
+    return None
+
+
+def _other_scheme(main: TensorInfo, quantization: Mapping) -> str | None:
+    """What else a stored tensor says of itself; None for a plain weight."""
     if main.dtype in _PLAIN:
-        return None, 0
+        return None
     leaf = main.name.rpartition(".")[2]
     if leaf in _PACKED or leaf.endswith("_blocks"):
-        return str(quantization.get("quant_method", main.dtype)), 0
-    return main.dtype, 0
+        return str(quantization.get("quant_method", main.dtype))
+    return main.dtype
 
 
 def _logical_shape(
-    main: TensorInfo, infos: list[TensorInfo], scheme: str | None, quantization: Mapping, known: tuple[int, ...]
+    main: TensorInfo, infos: list[TensorInfo], scheme: str | None, bits: int, quantization: Mapping, known: tuple[int, ...]
 ) -> tuple[int, ...]:
     """The shape of the weight that the stored tensor stands for. `known` is its shape by the family's rules, if there are any."""
     leaf, shape = main.name.rpartition(".")[2], main.shape
@@ -126,11 +134,11 @@ def _logical_shape(
         return shape
     rows, columns = shape
     if leaf == "qweight":  # GPTQ packs along the rows of its transposed weight, AWQ along the columns
-        bits = _bits(quantization)
         of_awq = quantization.get("quant_method") == "awq" or str(quantization.get("packing_format")).endswith("awq")
+        bits = bits or _bits(quantization)
         return (columns * 32 // bits, rows) if of_awq else (columns, rows * 32 // bits)
     if leaf == "weight_packed" and main.dtype == "I32":
-        return (rows, columns * 32 // _bits(quantization))
+        return (rows, columns * 32 // (bits or _bits(quantization)))
     # NVFP4, of compressed-tensors or ModelOpt: two codes a byte
     pairs = main.dtype == "U8" and any(info.name.endswith(".weight_scale") for info in infos)
     return (rows, columns * 2) if pairs else shape
