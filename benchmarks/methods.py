@@ -42,7 +42,7 @@ def measure(model: str, tokens: int) -> dict[str, dict[str, float]]:
     for name, (method, settings) in FORMS.items():
         with tempfile.TemporaryDirectory() as folder:
             try:
-                qcli.quantize(model, f"{folder}/out", method=method, settings=settings, dtype="float32")
+                qcli.quantize(model, f"{folder}/out", method=method, settings=settings)
             except PlanError as e:
                 print(f"{model}: {name} is left out: {e.problems[0]}", file=sys.stderr)
                 continue

@@ -2,8 +2,7 @@
 
 import torch
 
-from qcli.ops.dequantize_4bit import dequantize_4bit
-from qcli.ops.linear_4bit import decoded_absmax
+from qcli.ops.dequantize_4bit import decoded_absmax, dequantize_4bit
 
 # Of a result, of what is summed, and of a weight rounded to 16 bits, each half a unit in the last place.
 ROUNDING = {torch.float32: 2.0**-19, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -101,5 +100,11 @@ def _magnitude(name: str, arguments: dict) -> torch.Tensor:
             of_zero = (absmax * given["zero_point"].abs() / 8).repeat_interleave(given["block_size"])
             weight = weight + 2 * of_zero.view(weight.shape)
     else:
-        weight = given["weight"].float() * (given["scale"].float() / 127).unsqueeze(1)
+        scale, group_size = given["scale"].float(), given.get("group_size") or x.shape[-1]
+        scale = scale.unsqueeze(1) / 127 if scale.dim() == 1 else scale
+        zero_point = given.get("zero_point")
+        codes = given["weight"].float().abs()
+        if zero_point is not None:
+            codes = codes + zero_point.float().abs().repeat_interleave(group_size, 1)[:, : codes.shape[1]]
+        weight = codes * scale.repeat_interleave(group_size, 1)[:, : codes.shape[1]]
     return x.abs() @ weight.abs().t()

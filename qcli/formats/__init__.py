@@ -205,6 +205,8 @@ def holding(schemes: Sequence[Scheme], wanted: str | None = None, head: Scheme |
             f"the head cannot be {head.name} beside the rest: {'; '.join(of_head)}", "Leave out --head, or the recipe's head."
         )
     hint = "qcli evaluate --methods measures what no format holds."
+    if wanted and all(any(each.refuses(scheme) is None for each in all_formats()) for scheme in schemes):
+        hint = "Leave out the format, or name a method that it holds: qcli methods lists them."
     if not wanted and all(any(each.refuses(scheme) is None for each in all_formats()) for scheme in schemes):
         hint = "No format holds all of these methods together: give every module a method of the same format, see docs/methods.md."
     raise UsageError("; ".join(dict.fromkeys(reasons)), hint)

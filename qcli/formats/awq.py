@@ -44,7 +44,9 @@ class Awq:
         of_groups = scheme.share in ("group", "row") and scheme.scale == "model" and scheme.zero_point
         if of_groups and scheme.codebook is None and scheme.activations is None and scheme.bits == _BITS:
             return None
-        return f"{self.name}'s format holds integers of 4 bits with zero points, in groups or rows, not {scheme.name}"
+        return (
+            f"{self.name}'s format holds integers of 4 bits with zero points, in groups or rows, not {scheme.name} of {scheme.bits}"
+        )
 
     def refuses_shape(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
         return _columns.divisibility(scheme, in_features, out_features, _TOGETHER)

@@ -8,7 +8,10 @@ from qcli import methods
 from qcli.errors import UsageError
 from qcli.methods._method import Method
 from qcli.recipe import KEEP, Choice, Recipe
-from qcli.schemes import BY_BITS, by_bits, head_bits, named
+from qcli.schemes import BY_BITS, NAMED, by_bits, head_bits, named
+
+# What --bits alone means in formats that hold integers and no NF4: round to nearest, with these settings.
+_OF_INTEGERS: Mapping[str, dict[str, object]] = {"compressed-tensors": {}, "gptq": {}, "awq": {"zero_point": True}}
 
 
 def made(choice: Choice) -> Method:
@@ -50,7 +53,8 @@ def recipe_in_force(
     """What the options of a command ask for together, and those of `settings` that are no method's.
 
     `options` are the method's by name, None where not given; `settings` are name=value pairs, whose text is converted; `others` are
-    names, with types, that may stand among them beside the method's. `head` is the bits of the output head. Raises UsageError.
+    names, with types, that may stand among them beside the method's. `head` is the bits of the output head. Without a method,
+    `bits` mean `rtn` in a format of integers. Raises UsageError.
     """
     given = {name: value for name, value in options.items() if value is not None}
     kept = tuple((glob, Choice(KEEP)) for glob in skip)
@@ -62,6 +66,9 @@ def recipe_in_force(
         of_head = recipe.head if head is None else head_choice(head, recipe.default)
         return replace(recipe, rules=(*kept, *recipe.rules), head=of_head, format=format or recipe.format), rest
     scheme = by_bits(bits, method)
+    if method is None and format in _OF_INTEGERS:
+        scheme, bits = NAMED["rtn"], bits or 4
+        settings = _OF_INTEGERS[format or ""] | dict(settings or {})
     own, rest = _split(scheme.name, methods.option_types(scheme), settings or {}, others or {})
     own |= given
     if bits is not None and bits != scheme.bits:

@@ -16,8 +16,8 @@ from qcli.methods._groups import values_of
 from qcli.methods.simulate import round_statically, rounding
 from qcli.nn._fast_path import FastPath
 from qcli.nn.quantized_linear import QuantizedLinear
-from qcli.ops.dequantize_4bit import dequantize_4bit
-from qcli.ops.linear_4bit import Prepared4bit, decoded_absmax, linear_4bit
+from qcli.ops.dequantize_4bit import decoded_absmax, dequantize_4bit
+from qcli.ops.linear_4bit import Prepared4bit, linear_4bit
 from qcli.ops.linear_w8a16 import PreparedW8A16, linear_w8a16, widened
 from qcli.packing import pack_4bit
 

@@ -4,6 +4,7 @@ import torch
 
 from qcli import codebooks
 from qcli.ops._library import blocks, persistent_grid
+from qcli.ops.dequantize_4bit import decoded_absmax
 from qcli.ops.quantize_absmax import GROUP_SIZE
 from qcli.runtime import cuda
 
@@ -19,15 +20,20 @@ _TABLE = 256 * 32 * 4 + 256 * 4  # bytes of shared memory: the pair of values of
 def run(
     x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype, zero_point
 ) -> torch.Tensor | None:
-    """The product, of the arguments of `linear_4bit`; None for a form that no kernel has."""
+    """The product, of the arguments of `linear_4bit`; None for a form that no kernel has.
+
+    Scales that are not float32 are widened before: some percent of what the kernel reads. Zero points take their share apart, as a
+    product of the sums of x over the blocks.
+    """
     op, device, in_features = "linear_4bit", x.device, x.shape[-1]
     tokens = x.numel() // in_features if in_features else 0
     on_tensor_cores = compute_dtype == torch.float16 or (compute_dtype == torch.bfloat16 and cuda.capability(x) >= (8, 0))
     fits = block_size % 32 == 0 and in_features % block_size == 0
-    plain = absmax.dtype in (torch.float32, torch.uint8) and zero_point is None and codebooks.UNITS[quant_type] == 1
     batch = tokens > _FEW and block_size % 64 == 0 and cuda.capability(x) >= (8, 0) and _most(x, tokens)
-    if not plain or not on_tensor_cores or not fits or not (0 < tokens <= _FEW or batch) or not out_features:
+    if not on_tensor_cores or not fits or not (0 < tokens <= _FEW or batch) or not out_features:
         return None
+    if absmax.dtype != torch.uint8:
+        absmax, nested_absmax = decoded_absmax(absmax, nested_absmax, offset, quant_type), None
     count, nested = out_features * in_features // block_size, nested_absmax is not None
     packed = cuda.require(op, "packed", packed, torch.uint8, (out_features * in_features + 1) // 2, device)
     absmax = cuda.require(op, "absmax", absmax, torch.uint8 if nested else torch.float32, count, device)
@@ -62,6 +68,9 @@ def run(
         _few_cuda((*constants, f"FULL={int(full)}"), grid, 256, shared, *arguments)
     else:
         _batch(x, y, constants, arguments, tokens)
+    if zero_point is not None:
+        offsets = (zero_point.float() * absmax).mul_(-1 / 8).view(out_features, -1)
+        y = torch.addmm(y.float(), rows.float().unflatten(1, (-1, block_size)).sum(-1), offsets.t())
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
 
 

@@ -11,6 +11,7 @@ import torch
 from qcli import codebooks
 from qcli.ops import quantize_4bit as _quantize
 from qcli.ops._library import blocks, define
+from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.packing import unpack_4bit
 from qcli.runtime import cpu, cuda
 
@@ -132,6 +133,15 @@ def dequantize_4bit(
     """packed uint8 [ceil(n/2), 1], absmax float32 [ceil(n/block_size)], where n is the product of `shape`; zero_point int8 of as
     many elements, or None. quant_type is a name in codebooks.CODEBOOKS. Returns a tensor of that shape and `dtype`."""
     return _op(packed, absmax, block_size, quant_type, shape, dtype, zero_point)
+
+
+def decoded_absmax(absmax: torch.Tensor, nested_absmax: torch.Tensor | None, offset: float, quant_type: str) -> torch.Tensor:
+    """absmax float32 [blocks] as `dequantize_4bit` takes it, of one in any form that `linear_4bit` takes."""
+    if absmax.dtype == torch.uint8:
+        return dequantize_absmax(absmax, nested_absmax, offset)
+    wide = absmax.float() if nested_absmax is None else absmax.float() / nested_absmax
+    unit = codebooks.UNITS[quant_type]
+    return wide if unit == 1 else wide * unit
 
 
 def cases():

@@ -9,8 +9,7 @@ import torch
 from qcli import codebooks
 from qcli.ops import _linear_4bit_cuda
 from qcli.ops._library import blocks, define
-from qcli.ops.dequantize_4bit import dequantize_4bit, expand
-from qcli.ops.dequantize_absmax import dequantize_absmax
+from qcli.ops.dequantize_4bit import decoded_absmax, dequantize_4bit, expand
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import GROUP_SIZE, mean_absmax, quantize_absmax
 from qcli.runtime import cpu
@@ -24,15 +23,6 @@ def _reference(
     weight = dequantize_4bit(packed, absmax, block_size, quant_type, shape, compute_dtype, zero_point)
     bias = None if bias is None else bias.to(compute_dtype)
     return torch.nn.functional.linear(x.to(compute_dtype), weight, bias).to(x.dtype)
-
-
-def decoded_absmax(absmax: torch.Tensor, nested_absmax: torch.Tensor | None, offset: float, quant_type: str) -> torch.Tensor:
-    """absmax float32 [blocks] as `dequantize_4bit` takes it, of one in any form that `linear_4bit` takes."""
-    if absmax.dtype == torch.uint8:
-        return dequantize_absmax(absmax, nested_absmax, offset)
-    wide = absmax.float() if nested_absmax is None else absmax.float() / nested_absmax
-    unit = codebooks.UNITS[quant_type]
-    return wide if unit == 1 else wide * unit
 
 
 def _fake(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype, zero_point):

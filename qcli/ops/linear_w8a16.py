@@ -157,7 +157,9 @@ _kernel_cuda = cuda.kernel("linear_w8a16", "pipppqip")
 def _cuda(x, weight, scale, bias, group_size=0, zero_point=None):
     op, (out_features, in_features) = "linear_w8a16", weight.shape
     tokens = x.numel() // in_features if in_features else 0
-    if scale.dim() == 2:
+    if scale.dim() == 2 and not group_size and weight.dtype == torch.int8:
+        scale = scale.view(-1) * 127
+    elif scale.dim() == 2:
         return _by_panels(x.reshape(-1, in_features), weight, scale, bias, group_size, zero_point).view(*x.shape[:-1], out_features)
     if x.dtype == torch.float32 or not tokens or not out_features:
         return _reference(x, weight, scale, bias, group_size, zero_point)

@@ -235,6 +235,7 @@ def test_what_a_format_does_not_hold(sources, tmp_path):
         ("rtn", {"zero_point": "true"}, "gptq", "symmetric integers"),
         ("rtn", {}, "awq", "with zero points"),
         ("nf4", {}, "compressed-tensors", "not nf4"),
+        ("hqq", {"bits": 3}, "awq", "not hqq of 3"),
         ("fp8", {}, "gptq", "not fp8"),
         ("rtn", {}, "bitsandbytes", "not rtn"),
         ("rtn", {}, "fp8", "read, not written"),
@@ -242,6 +243,10 @@ def test_what_a_format_does_not_hold(sources, tmp_path):
     ):
         with pytest.raises(UsageError, match=words):
             make_plan(str(sources / "llama"), tmp_path / "out", method=method, settings=settings, format=format)
+    for format, name in (("gptq", "gptq"), ("awq", "awq"), ("compressed-tensors", "compressed-tensors")):
+        plan = make_plan(str(sources / "llama"), tmp_path / "out", bits=4, group_size=32, format=format)
+        assert plan.method.scheme.name == "rtn" and plan.method.scheme.zero_point == (format == "awq")
+        assert not plan.problems and plan.quantization_config["quant_method"] == name
     make_model("gpt2", tmp_path / "gpt2")
     plan = make_plan(str(tmp_path / "gpt2"), tmp_path / "out", method="rtn", group_size=32, format="gptq")
     assert any("is a Conv1D" in problem for problem in plan.problems)
