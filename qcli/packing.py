@@ -31,6 +31,11 @@ def unpack_pairs(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
+def swap_pairs(packed: torch.Tensor) -> torch.Tensor:
+    """Bytes uint8 with the two codes of each in the other order."""
+    return (packed >> 4) | (packed << 4)
+
+
 def words_of(count: int, bits: int) -> int:
     """32-bit words for `count` codes."""
     return -(-count * bits // 32)
@@ -79,9 +84,9 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 
 def to_unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Signed codes int8 in [-2^(bits-1), 2^(bits-1) - 1] to code + 2^(bits-1), uint8."""
-    return (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    return codes.view(torch.uint8) ^ 0x80 if bits == 8 else (codes + (1 << (bits - 1))).view(torch.uint8)
 
 
 def to_signed(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Unsigned codes uint8 to code - 2^(bits-1), int8."""
-    return (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    return (codes ^ 0x80).view(torch.int8) if bits == 8 else codes.view(torch.int8) - (1 << (bits - 1))

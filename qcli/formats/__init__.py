@@ -108,10 +108,19 @@ class Format(Protocol):
         """What is stored of the parts of a chunk that begins at element `start`, or of the last parts."""
         ...
 
-    def unpack(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-        """The parts of a weight, by role as a method's encoder gives them, from its stored tensors by attribute: `codes`
-        [out_features, in_features], `scale` and `zero_point` of the scheme's `scale_shape`, `global_scale` [1]; and where columns
-        do not lie in the order of their groups, `group_of_column` [in_features]."""
+    def codes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
+        """The codes of a weight as a method's encoder gives them, [out_features, in_features] unless blocks are flat, from its
+        stored tensors by attribute."""
+        ...
+
+    def pairs(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
+        """The same in 4 bits, unsigned, two a byte, the first in the low bits, uint8 [out_features, in_features / 2], where they
+        are stored nearly so; else None."""
+        ...
+
+    def scales(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        """The other parts of a weight, by role: `scale` and `zero_point` of the scheme's `scale_shape`, `global_scale` [1]; and
+        where columns do not lie in the order of their groups, `group_of_column` [in_features]."""
         ...
 
     def config(self, choice: Choice, compute_dtype: str) -> dict[str, Any]:
@@ -167,6 +176,14 @@ class Format(Protocol):
     def renamings(self) -> list[tuple[str, str]]:
         """(pattern, replacement) that make `attribute` of the ends of full names, for transformers to read by."""
         ...
+
+
+class Unpaired:
+    """For formats that do not store codes of 4 bits two a byte along a row."""
+
+    def pairs(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
+        """See Format."""
+        return None
 
 
 @cache
@@ -255,6 +272,12 @@ def _held(spec: TensorSpec, weight: Weight, scheme: Scheme) -> TensorSpec:
     if scheme.held_bits != scheme.bits and spec.name.endswith(("weight_packed", "qweight")):
         return TensorSpec(spec.name, "U8", (-(-weight.out_features * weight.in_features // 2),))
     return spec
+
+
+def unpack(stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    """All parts of a weight, by role, from its stored tensors by attribute."""
+    format = get(stored.format)
+    return {"codes": format.codes(stored, tensors)} | format.scales(stored, tensors)
 
 
 def stored_tensors(scheme: Scheme, weight: Weight) -> tuple[list[TensorSpec], list[TensorSpec]]:

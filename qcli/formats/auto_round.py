@@ -14,7 +14,7 @@ from qcli import formats
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.files.foreign_json import FLAG, TEXT, Kind, Required, check, either, list_of, one_of, whole
-from qcli.formats import Choice, Format, Piece, Stored, Weight, _columns
+from qcli.formats import Choice, Format, Piece, Stored, Unpaired, Weight, _columns
 from qcli.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _CONFIG: Mapping[str, Kind | Required] = {
 }
 
 
-class AutoRound:
+class AutoRound(Unpaired):
     """See the module and qcli.formats.Format."""
 
     name = layout = "auto-round"
@@ -65,8 +65,11 @@ class AutoRound:
     def pack(self, weight: Weight, scheme: Scheme, parts: "Mapping[str, torch.Tensor]", start: int) -> Iterator[Piece]:
         raise NotImplementedError
 
-    def unpack(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    def codes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
         raise NotImplementedError  # what it stores is said to be of the other format
+
+    def scales(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        raise NotImplementedError
 
     def config(self, choice: Choice, compute_dtype: str) -> dict[str, Any]:
         raise NotImplementedError

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.files.foreign_json import FLAG, TEXT, Kind, Required, check, list_of, one_of, whole
-from qcli.formats import Choice, Format, Piece, Stored, Weight, _columns
+from qcli.formats import Choice, Format, Piece, Stored, Unpaired, Weight, _columns
 from qcli.formats._selection import fused_notes
 from qcli.schemes import WHOLE_ROW, Scheme
 
@@ -33,7 +33,7 @@ _CONFIG: Mapping[str, Kind | Required] = {
 }
 
 
-class Awq:
+class Awq(Unpaired):
     """See the module and qcli.formats.Format."""
 
     name = layout = "awq"
@@ -75,14 +75,16 @@ class Awq:
         yield Piece(f"{module}qzeros", 0, _pack(to_unsigned(parts["zero_point"].view(rows, -1), _BITS).t()))
         yield Piece(f"{module}scales", 0, parts["scale"].view(rows, -1).t().contiguous())
 
-    def unpack(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    def codes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
         from qcli.packing import to_signed
 
-        return {
-            "codes": to_signed(_unpack(tensors["weight"]).t().contiguous(), _BITS),
-            "scale": tensors["scales"].t().contiguous(),
-            "zero_point": to_signed(_unpack(tensors["qzeros"]).t().contiguous(), _BITS),
-        }
+        return to_signed(_unpack(tensors["weight"]).t().contiguous(), _BITS)
+
+    def scales(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        from qcli.packing import to_signed
+
+        zero_point = to_signed(_unpack(tensors["qzeros"]).t().contiguous(), _BITS)
+        return {"scale": tensors["scales"].t().contiguous(), "zero_point": zero_point}
 
     def config(self, choice: Choice, compute_dtype: str) -> dict[str, Any]:
         scheme = _columns.one_scheme(choice, f"{self.name}'s format")

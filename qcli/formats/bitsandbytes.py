@@ -23,7 +23,7 @@ from qcli.checkpoint import dtypes
 from qcli.checkpoint.dtypes import TORCH_NAMES, TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.files.foreign_json import FLAG, NUMBER, TEXT, Kind, Required, at_least, check, list_of, one_of, parse_object, whole
-from qcli.formats import Choice, Format, Piece, Stored, Weight
+from qcli.formats import Choice, Format, Piece, Stored, Unpaired, Weight
 from qcli.formats._selection import fused_notes, skip_list, straddling_notes
 from qcli.schemes import NAMED, NESTED_BLOCK_SIZE, PAPER_THRESHOLD, Scheme
 
@@ -63,7 +63,7 @@ _QUANT_STATE: Mapping[str, Kind | Required] = {
 }
 
 
-class Bitsandbytes:
+class Bitsandbytes(Unpaired):
     """See the module and qcli.formats.Format."""
 
     name = layout = "bitsandbytes"
@@ -134,12 +134,16 @@ class Bitsandbytes:
             yield Piece(f"{name}.nested_absmax", 0, parts["nested_scale"])
             yield Piece(f"{name}.nested_quant_map", 0, torch.from_numpy(DYNAMIC_MAP.copy()))
 
-    def unpack(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    def codes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
         import torch
 
-        if stored.scheme.bits == 8:
-            return {"codes": tensors["weight"].view(stored.out_features, stored.in_features), "scale": tensors["SCB"].view(-1)}
-        parts = {"codes": tensors["weight"].view(torch.uint8), "scale": tensors["weight_absmax"].view(-1)}
+        codes = tensors["weight"]
+        return codes.view(stored.out_features, stored.in_features) if stored.scheme.bits == 8 else codes.view(torch.uint8)
+
+    def scales(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        import torch
+
+        parts = {"scale": tensors["SCB" if stored.scheme.bits == 8 else "weight_absmax"].view(-1)}
         if stored.nested_offset is not None:
             parts["nested_scale"] = tensors["weight_nested_absmax"].view(-1)
             parts["nested_offset"] = torch.tensor(stored.nested_offset, dtype=torch.float64)

@@ -51,7 +51,6 @@ _CONFIG: Mapping[str, Kind | Required] = {
 }
 _FLOATS = tuple(CODES[name] for name in MODEL_DTYPES)
 _WRITTEN_BITS = (2, 3, 4, 8)  # of integers
-_IN_VLLM = (4, 8)
 
 
 class CompressedTensors:
@@ -112,24 +111,35 @@ class CompressedTensors:
             along_rows = to_unsigned(parts["zero_point"], scheme.bits).t().contiguous()
             yield Piece(f"{module}weight_zero_point", 0, pack_words(along_rows, scheme.bits).t().contiguous())
 
-    def unpack(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    def codes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
         from qcli.packing import to_signed, unpack_pairs, unpack_words
 
-        scheme, rows, columns = stored.scheme, stored.out_features, stored.in_features
-        codes, scale = tensors["weight"], tensors["weight_scale"].reshape(scheme.scale_shape(rows, columns))
-        found = {"codes": codes, "scale": scale}
+        codes, scheme = tensors["weight"], stored.scheme
         if codes.element_size() == 4:
-            found["codes"] = to_signed(unpack_words(codes, scheme.bits, columns), scheme.bits)
-        elif scheme.codebook == "e2m1":
-            found["codes"] = unpack_pairs(codes)
-        zero_point = tensors.get("weight_zero_point")
+            return to_signed(unpack_words(codes, scheme.bits, stored.in_features), scheme.bits)
+        return unpack_pairs(codes) if scheme.codebook == "e2m1" else codes
+
+    def pairs(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
+        import torch
+
+        codes, scheme = tensors["weight"], stored.scheme
+        if scheme.codebook == "e2m1":
+            return codes
+        packed = scheme.bits == 4 and codes.element_size() == 4 and stored.in_features % 8 == 0
+        return codes.contiguous().view(torch.uint8) if packed else None
+
+    def scales(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        from qcli.packing import to_signed, unpack_words
+
+        scheme, rows, columns = stored.scheme, stored.out_features, stored.in_features
+        scale, zero_point = tensors["weight_scale"].reshape(scheme.scale_shape(rows, columns)), tensors.get("weight_zero_point")
+        found = {"scale": scale}
         if zero_point is not None and zero_point.element_size() == 4:
             zero_point = to_signed(unpack_words(zero_point.t().contiguous(), scheme.bits, rows).t(), scheme.bits)
         if zero_point is not None:
             found["zero_point"] = zero_point.reshape(scale.shape).contiguous()
         names = {"weight_global_scale": "global_scale", "weight_g_idx": "group_of_column"}
-        found |= {role: tensors[name] for name, role in names.items() if tensors.get(name) is not None}
-        return found
+        return found | {role: tensors[name] for name, role in names.items() if tensors.get(name) is not None}
 
     def config(self, choice: Choice, compute_dtype: str) -> dict[str, Any]:
         modules: dict[Scheme, list[str]] = {}
@@ -140,7 +150,7 @@ class CompressedTensors:
                 choice.problems.append(f"{linear.module} is a Conv1D, and readers of {self.name} take nn.Linear alone")
                 break
         choice.notes += fused_notes(choice)
-        choice.notes += _reader_notes(list(modules))
+        choice.notes += groups.reader_notes(list(modules))
         left = {*choice.layout.default_skip, *choice.layout.candidates} - set(choice.schemes)
         layouts = {groups.layout_of(scheme) for scheme in modules}
         return {
@@ -292,23 +302,6 @@ def _by_headers(codes: "TensorInfo", scale: "TensorInfo", zero_point: bool, stat
     if codes.dtype == "U8":
         return replace(found, codebook="e2m1", scale="e8m0" if scale.dtype == "U8" else "e4m3")
     return replace(found, codebook="e4m3" if codes.dtype == "F8_E4M3" else None)
-
-
-def _reader_notes(schemes: Sequence[Scheme]) -> Iterator[str]:
-    """What some reader will not like, by reader and version."""
-    if any(scheme.codebook is None and scheme.bits not in _IN_VLLM for scheme in schemes):
-        yield "vLLM reads integers of 4 and of 8 bits alone; compressed-tensors reads the others from version 0.15 on"
-    if any(scheme.zero_point for scheme in schemes):
-        yield "transformers 5.24 loads packed zero points only with CompressedTensorsConfig(dequantize=True)"
-    weight_only = [s for s in schemes if s.codebook is None and s.activations is None]
-    if any(scheme.share == "row" and scheme.bits == 4 for scheme in weight_only):
-        yield "vLLM on a CPU (0.32) does not load 4-bit rows without groups"
-    if any(scheme.bits == 8 for scheme in weight_only):
-        yield "vLLM on a CPU (0.32) does not load 8-bit weights without rounded activations"
-    if any(scheme.codebook == "e2m1" for scheme in schemes):
-        yield "4-bit floats are fast on NVIDIA's Blackwell GPUs; on others vLLM widens them"
-    if any(scheme.scale == "e4m3" and scheme.activations for scheme in schemes):
-        yield "the scale of activations as a whole is 1, since nothing was calibrated"
 
 
 FORMAT: Format = CompressedTensors()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.files.foreign_json import TEXT, Kind, Required, check, list_of, one_of, whole
-from qcli.formats import Choice, Format, Piece, Stored, Weight, _columns
+from qcli.formats import Choice, Format, Piece, Stored, Unpaired, Weight, _columns
 from qcli.schemes import FP8_BLOCK, NAMED, Scheme
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _CONFIG: Mapping[str, Kind | Required] = {
 }
 
 
-class BlockFp8:
+class BlockFp8(Unpaired):
     """See the module and qcli.formats.Format."""
 
     name = layout = "fp8"
@@ -54,8 +54,11 @@ class BlockFp8:
     def pack(self, weight: Weight, scheme: Scheme, parts: "Mapping[str, torch.Tensor]", start: int) -> Iterator[Piece]:
         raise NotImplementedError
 
-    def unpack(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-        return {"codes": tensors["weight"], "scale": tensors[_SCALE].float()}
+    def codes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
+        return tensors["weight"]
+
+    def scales(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+        return {"scale": tensors[_SCALE].float()}
 
     def config(self, choice: Choice, compute_dtype: str) -> dict[str, Any]:
         raise NotImplementedError

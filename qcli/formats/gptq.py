@@ -96,20 +96,30 @@ class Gptq:
         yield Piece(f"{module}scales", 0, scale.t().contiguous())
         yield Piece(f"{module}g_idx", 0, torch.arange(columns, dtype=torch.int32) // size)
 
-    def unpack(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    def codes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
+        from qcli.packing import to_signed, unpack_words
+
+        bits = stored.scheme.bits
+        return to_signed(unpack_words(tensors["weight"].t().contiguous(), bits, stored.in_features), bits)
+
+    def pairs(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
+        import torch
+
+        packed = stored.scheme.bits == 4 and stored.in_features % 8 == 0
+        return tensors["weight"].t().contiguous().view(torch.uint8) if packed else None
+
+    def scales(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
         import torch
 
         from qcli.packing import to_signed, unpack_words
 
-        bits, rows = stored.scheme.bits, stored.out_features
-        codes = unpack_words(tensors["weight"].t().contiguous(), bits, stored.in_features)
-        parts = {"codes": to_signed(codes, bits), "scale": tensors["scales"].t().contiguous()}
+        bits, parts = stored.scheme.bits, {"scale": tensors["scales"].t().contiguous()}
         if stored.scheme.zero_point:
             words = tensors["qzeros"]
             if stored.zero_offset and 32 % bits == 0:  # with carries from field to field, as GPTQModel has borrowed
                 ones = sum(1 << shift for shift in range(0, 32, bits))
                 words = (words.long() + stored.zero_offset * ones).to(torch.int32)
-            zero_point = unpack_words(words, bits, rows)
+            zero_point = unpack_words(words, bits, stored.out_features)
             if stored.zero_offset and 32 % bits:
                 zero_point = (zero_point + stored.zero_offset) & ((1 << bits) - 1)
             parts["zero_point"] = to_signed(zero_point, bits).t().contiguous()

@@ -19,7 +19,7 @@ from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.ops.dequantize_4bit import decoded_absmax, dequantize_4bit
 from qcli.ops.linear_4bit import Prepared4bit, linear_4bit
 from qcli.ops.linear_w8a16 import PreparedW8A16, linear_w8a16, widened
-from qcli.packing import pack_4bit
+from qcli.packing import pack_4bit, swap_pairs, to_unsigned
 
 _KERNEL_GROUP = 16  # of which groups of 8-bit codes are multiples
 
@@ -62,15 +62,14 @@ class LinearGroups(FastPath, QuantizedLinear):
         if self.arranged:
             return
         stored = {"weight": self.weight.data} | dict(self.named_buffers(recurse=False))
-        parts = formats.get(self.stored.format).unpack(self.stored, stored)
+        format = formats.get(self.stored.format)
+        parts = format.scales(self.stored, stored)
         for name in stored:
             if name != "weight" and not name.startswith("input_"):
                 delattr(self, name)
-        scheme, codes, scale, zero_point = self.stored.scheme, parts["codes"], parts["scale"], parts.get("zero_point")
-        columns = None
+        scheme, scale, zero_point, columns = self.stored.scheme, parts["scale"], parts.get("zero_point"), None
         if "group_of_column" in parts:
             columns = parts["group_of_column"].long().argsort(stable=True)
-            codes = codes[:, columns]
         self._small = scheme.bits <= 4
         self.group_size = scheme.size if scheme.share in ("group", "block") else 0
         if scheme.share == "block":
@@ -79,17 +78,25 @@ class LinearGroups(FastPath, QuantizedLinear):
             scale = scale.expand(self.out_features, 1)
         whole_groups = self.group_size == 0 or self.in_features % self.group_size == 0
         if self._small and whole_groups and (self.group_size or self.in_features) % 2 == 0:
-            nibbles = codes if scheme.codebook else (codes + 8).to(torch.uint8)
-            codes, scale = pack_4bit(nibbles.reshape(-1), 0), scale.reshape(-1)
+            pairs = format.pairs(self.stored, stored) if columns is None else None
+            if pairs is None:
+                codes = format.codes(self.stored, stored)
+                codes = codes if columns is None else codes[:, columns]
+                codes = pack_4bit((codes if scheme.codebook else to_unsigned(codes, 4)).reshape(-1), 0)
+            else:
+                codes = swap_pairs(pairs).view(-1, 1)
+            scale = scale.reshape(-1)
             zero_point = None if zero_point is None else zero_point.reshape(-1)
             if scheme.scale == "e8m0":
                 scale = scale.view(torch.float8_e8m0fnu)
         else:
             self._small = False
+            codes = format.codes(self.stored, stored)
+            codes = codes if columns is None else codes[:, columns].contiguous()
             scale = values_of_scale(scale, scheme.scale)
             if scheme.codebook == "e2m1" or (self.group_size or _KERNEL_GROUP) % _KERNEL_GROUP:  # no kernel has this form
                 global_scale = parts.get("global_scale")
-                wide = values_of(scheme, parts["codes"], parts["scale"], zero_point, global_scale).float()
+                wide = values_of(scheme, codes, parts["scale"], zero_point, global_scale).float()
                 codes, scale = wide.to(self.compute_dtype), torch.ones(0)
             if zero_point is not None and not self.group_size:  # the kernel's zero points are of groups
                 codes, scale, zero_point = (codes.float() - zero_point).mul_(scale).to(self.compute_dtype), torch.ones(0), None

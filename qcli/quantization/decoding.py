@@ -30,7 +30,7 @@ def read_tensor(source: Source, info: TensorInfo) -> torch.Tensor:
 def decode(stored: Stored, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The weight float32 [out_features, in_features] of the tensors of a module, by attribute. In 16 bits it is what the format's
     own library makes of them: a product in float32, rounded once."""
-    parts, scheme = formats.get(stored.format).unpack(stored, tensors), stored.scheme
+    parts, scheme = formats.unpack(stored, tensors), stored.scheme
     shape = stored.out_features, stored.in_features
     if scheme.share == "flat":
         return decode_blocks(parts, scheme.size, scheme.codebook or "", *shape)
