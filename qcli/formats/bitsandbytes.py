@@ -12,7 +12,6 @@ When a checkpoint is read, the headers decide which module is quantized and how.
 field that changes what bytes mean is compared with what qcli's kernels do with them.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,10 +19,11 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from qcli.checkpoint import dtypes
-from qcli.checkpoint.dtypes import TORCH_NAMES, TensorSpec
+from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.files.foreign_json import FLAG, NUMBER, TEXT, Kind, Required, at_least, check, list_of, one_of, parse_object, whole
 from qcli.formats import Choice, Format, Piece, Stored, Unpaired, Weight
+from qcli.formats._quant_state import quant_state
 from qcli.formats._selection import fused_notes, skip_list, straddling_notes
 from qcli.schemes import NAMED, NESTED_BLOCK_SIZE, PAPER_THRESHOLD, Scheme
 
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from qcli.checkpoint.safetensors_file import TensorInfo
     from qcli.checkpoint.source import Source
 
-# JSON ends at its closing brace, so blanks after it are free. They hold a place for the longest float there is, so that the length
-# of the blob is known before the offset is.
-_LONGEST_FLOAT = len("-2.2250738585072014e-308")
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")  # companions of a weight, after the dot
 _HELD_4BIT = ("absmax", "nested_absmax")  # those that a module holds: the tables are the kernels' own
@@ -99,7 +96,7 @@ class Bitsandbytes(Unpaired):
                 TensorSpec(f"{module}weight_format", "U8", ()),
             ]
         blocks = scheme.scales(weight.out_features, weight.in_features)
-        state = _quant_state(weight, scheme, 0.0)
+        state = quant_state(weight, scheme, 0.0)
         specs = [
             TensorSpec(name, "U8", (-(-weight.out_features * weight.in_features // 2), 1)),
             TensorSpec(f"{name}.absmax", "U8" if scheme.double_quant else "F32", (blocks,)),
@@ -126,7 +123,7 @@ class Bitsandbytes(Unpaired):
             yield Piece(f"{module}weight_format", 0, torch.tensor(_ROW_FORMAT, dtype=torch.uint8))
             return
         offset = float(parts["nested_offset"]) if scheme.double_quant else None
-        state = bytearray(_quant_state(weight, scheme, offset))
+        state = bytearray(quant_state(weight, scheme, offset))
         yield Piece(f"{name}.absmax", 0, parts["scale"])
         yield Piece(f"{name}.quant_map", 0, torch.from_numpy(CODEBOOKS[scheme.codebook or ""].copy()))
         yield Piece(f"{name}{_STATE}{scheme.codebook}", 0, torch.frombuffer(state, dtype=torch.uint8))
@@ -237,22 +234,6 @@ class Bitsandbytes(Unpaired):
             return _read_8bit(config, source, linear, self.codes_shape(linear.out_features, linear.in_features))
         codebook = next((each for each in _CODEBOOKS if f"{linear.tensor}{_STATE}{each}" in source.tensors), None)
         return None if codebook is None else _read_4bit(config, source, linear, codebook)
-
-
-def _quant_state(weight: Weight, scheme: Scheme, nested_offset: float | None) -> bytes:
-    """The quant_state JSON of one weight."""
-    shape = [weight.out_features, weight.in_features]
-    state: dict[str, object] = {
-        "quant_type": scheme.codebook,
-        "blocksize": scheme.size,
-        "dtype": TORCH_NAMES[weight.dtype],
-        "shape": shape,
-    }
-    if not scheme.double_quant:
-        return json.dumps(state).encode()
-    state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": nested_offset}
-    text = json.dumps(state)
-    return text.ljust(len(text) - len(json.dumps(nested_offset)) + _LONGEST_FLOAT).encode()
 
 
 def _read_8bit(config: Mapping[str, Any], source: "Source", linear: Linear, shape: tuple[int, int]) -> Stored:
