@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qcli import formats
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
+from qcli.errors import CheckpointError
 from qcli.files.foreign_json import FLAG, TEXT, Kind, Required, check, either, list_of, one_of, whole
 from qcli.formats import Choice, Format, Piece, Stored, Unpaired, Weight, _columns
 from qcli.schemes import Scheme
@@ -90,9 +91,10 @@ class AutoRound(Unpaired):
         if config is None or not self.owns(config):
             return None
         try:
-            other, theirs = _theirs(config)
-        except (KeyError, TypeError, ValueError, IndexError):
+            self.check(config, self.name)
+        except CheckpointError:
             return None
+        other, theirs = _theirs(config)
         return other.scheme_of(codes, tensors, theirs)
 
     def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:

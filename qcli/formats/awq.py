@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
+from qcli.errors import CheckpointError
 from qcli.files.foreign_json import FLAG, TEXT, Kind, Required, check, list_of, one_of, whole
 from qcli.formats import Choice, Format, Piece, Stored, Unpaired, Weight, _columns
 from qcli.formats._selection import fused_notes
@@ -114,9 +115,10 @@ class Awq(Unpaired):
         if not codes.endswith(".qweight") or not self.owns(config or {}):
             return None
         try:
-            return _scheme(config or {})
-        except (KeyError, TypeError, AttributeError, ValueError):
+            self.check(config or {}, self.name)
+        except CheckpointError:
             return None
+        return _scheme(config or {})
 
     def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
         return info.nbytes * 8 // scheme.bits

@@ -16,7 +16,6 @@ What others write is read besides: columns in the order of weight_g_idx, mxfp8-q
 int8), stored scales of activations.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -188,10 +187,12 @@ class CompressedTensors:
         if not codes.endswith((".weight_packed", ".weight")) or scale is None or len(tensors[codes].shape) != 2:
             return None
         try:
-            group = groups.group_for(module, config or {})
-        except (AttributeError, KeyError, TypeError, IndexError, ValueError, re.error):
+            self.check(config or {}, self.name)
+        except CheckpointError:
             group = None
-        if group is not None and (group.scheme.share != "group" or group.scheme.size > 0):
+        else:
+            group = groups.group_for(module, config or {})
+        if group is not None:
             return group.scheme
         return _by_headers(tensors[codes], scale, f"{module}.weight_zero_point" in tensors, groups.one_number_of_bits(config))
 

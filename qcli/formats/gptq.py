@@ -158,9 +158,10 @@ class Gptq:
         if not codes.endswith(".qweight") or not self.owns(config or {}):
             return None
         try:
-            return _scheme(config or {})
-        except (KeyError, TypeError, AttributeError, ValueError):
+            self.check(config or {}, self.name)
+        except CheckpointError:
             return None
+        return _scheme(config or {})
 
     def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
         return info.nbytes * 8 // scheme.bits

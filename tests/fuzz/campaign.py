@@ -48,6 +48,7 @@ def make_models(folder: Path) -> list[Path]:
     made = {
         "plain": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**_SMALL), {}),
         "sharded": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**_SMALL), {"max_shard_size": "20KB"}),
+        "wide": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**_SMALL | {"hidden_size": 64}), {}),
         "tied": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**_SMALL, tie_word_embeddings=True), {}),
         "gpt2": (
             transformers.GPT2LMHeadModel,
@@ -63,9 +64,20 @@ def make_models(folder: Path) -> list[Path]:
         add_tokenizer(folder / name)
         settings = folder / name / "tokenizer_config.json"
         settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": _TEMPLATE}))
-    quantized = {"nf4": ("plain", "4", "16"), "int8": ("plain", "8", "16"), "head": ("tied", "4", "8")}
-    for name, (source, bits, head) in quantized.items():
-        done = runs.run(["quantize", str(folder / source), "--bits", bits, "--head", head, "-o", str(folder / name)])
+    quantized = {
+        "nf4": ("plain", "--bits", "4"),
+        "int8": ("plain", "--bits", "8"),
+        "head": ("tied", "--bits", "4", "--head", "8"),
+        "w4": ("wide", "--method", "rtn", "--group-size", "32", "--set", "zero_point=true"),
+        "w3": ("wide", "--bits", "3", "--group-size", "32"),
+        "w8a8": ("wide", "--method", "int8"),
+        "fp8": ("wide", "--method", "fp8", "--set", "share=block"),
+        "nvfp4": ("wide", "--method", "nvfp4", "--set", "activations=true"),
+        "gptq": ("wide", "--bits", "4", "--group-size", "32", "--format", "gptq"),
+        "awq": ("wide", "--bits", "4", "--group-size", "32", "--format", "awq"),
+    }
+    for name, (source, *options) in quantized.items():
+        done = runs.run(["quantize", str(folder / source), *options, "-o", str(folder / name)])
         assert done.code == 0, done
     (folder / "text.txt").write_text(TEXT)
     return [folder / name for name in (*made, *quantized)]
@@ -82,6 +94,10 @@ def verbs(model: str, output: str, text: str) -> list[list[str]]:
         ["quantize", model, "--bits", "4", "-o", output, "--device", "cpu"],
         ["quantize", model, "--bits", "8", "-o", output, "--device", "cpu"],
         ["quantize", model, "--bits", "8", "--head", "8", "-o", output, "--device", "cpu"],
+        ["quantize", model, "--method", "fp8", "-o", output, "--device", "cpu"],
+        ["quantize", model, "--method", "nvfp4", "-o", output, "--device", "cpu"],
+        ["quantize", model, "--bits", "4", "--group-size", "32", "--format", "gptq", "-o", output, "--device", "cpu"],
+        ["dequantize", model, "-o", output],
         ["quantize", model, "--dry-run", "-o", output],
         ["quantize", model, "--set", "modules=rules", "-o", output, "--device", "cpu"],
         ["generate", model, "a b", *few],

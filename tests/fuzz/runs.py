@@ -97,6 +97,10 @@ def wrong_bytes(output: Path, intact: Path) -> str | None:
             fault = min((_wrong_4bit(written, name, way) for way in ways), key=bool)
         elif stored.dtype == torch.int8:
             fault = min((_wrong_int8(written, name, way) for way in ways), key=bool)
+        elif stored.dtype == torch.float8_e4m3fn:
+            values, wide = stored.float() * written[f"{name}_scale"].float(), weight.float()
+            near = (values - wide).abs() <= 0.07 * wide.abs() + wide.abs().amax(-1, keepdim=True) / 448 / 64
+            fault = None if near.all() or not torch.isfinite(wide).all() else "is not the original's in float8"
         elif weight.is_floating_point():
             same = torch.equal(stored, weight.to(stored.dtype)) or not torch.isfinite(weight.float()).all()
             fault = None if same else "is not the original's"
