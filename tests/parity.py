@@ -4,6 +4,7 @@ import torch
 
 from qcli.ops.dequantize_4bit import dequantize_4bit
 from qcli.ops.linear_4bit import decoded_absmax
+from qcli.ops.linear_w8a16 import widened
 
 # Of a result, of what is summed, and of a weight rounded to 16 bits, each half a unit in the last place.
 ROUNDING = {torch.float32: 2.0**-19, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -101,5 +102,7 @@ def _magnitude(name: str, arguments: dict) -> torch.Tensor:
             of_zero = (absmax * given["zero_point"].abs() / 8).repeat_interleave(given["block_size"])
             weight = weight + 2 * of_zero.view(weight.shape)
     else:
-        weight = given["weight"].float() * (given["scale"].float() / 127).unsqueeze(1)
+        scale = given["scale"].float()
+        scale = scale if scale.dim() == 2 else scale.unsqueeze(1) / 127
+        weight = widened(given["weight"], scale, given.get("group_size") or max(1, x.shape[-1]), given.get("zero_point"))
     return x.abs() @ weight.abs().t()
