@@ -23,14 +23,13 @@ _FLOAT, _NESTED, _SAME, _SMALL = range(4)  # SCALES in linear_4bit.cuh
 
 def _scales(absmax, nested_absmax, block_size, quant_type, compute_dtype, zero_point) -> int | None:
     """How kernels read absmax; None if none reads it. A 16-bit absmax of another dtype is widened first."""
-    integers = quant_type == "int4"
+    in_eighths = codebooks.UNITS[quant_type] != 1
     if absmax.dtype in (torch.float8_e8m0fnu, torch.float8_e4m3fn):
-        fits = block_size in (16, 32) and codebooks.UNITS[quant_type] != 1 and zero_point is None
-        return _SMALL if fits else None
-    if block_size % 32 or (zero_point is not None and not integers):
+        return _SMALL if block_size in (16, 32) and in_eighths and zero_point is None else None
+    if block_size % 32 or (zero_point is not None and quant_type != "int4"):
         return None
     if absmax.dtype == torch.uint8 or nested_absmax is not None:
-        return _NESTED if absmax.dtype == torch.uint8 and nested_absmax is not None and zero_point is None else None
+        return _NESTED if absmax.dtype == torch.uint8 and nested_absmax is not None and not in_eighths else None
     return _SAME if absmax.dtype == compute_dtype else _FLOAT
 
 
