@@ -94,3 +94,23 @@ def _dynamic_thresholds() -> np.ndarray:
 
 DYNAMIC_MAP = _dynamic_map()
 DYNAMIC_THRESHOLDS = _dynamic_thresholds()
+
+
+def _e8m0() -> np.ndarray:
+    """Powers of two from 2^-127 to 2^127; the last code is NaN."""
+    values = np.exp2(np.arange(256, dtype=np.float64) - 127)
+    values[255] = np.nan
+    return values.astype(np.float32)
+
+
+def _e4m3() -> np.ndarray:
+    """The values of E4M3 by their bits: sign, four exponent bits with bias 7, three bits of mantissa; 0x7f and 0xff are NaN."""
+    bits = np.arange(128)
+    exponent, mantissa = bits >> 3, bits & 7
+    magnitudes = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent.astype(np.float64) - 10))
+    magnitudes[127] = np.nan
+    return np.concatenate([magnitudes, -magnitudes]).astype(np.float32)
+
+
+# The values of 8-bit scales, by their bits.
+E8M0, E4M3 = _e8m0(), _e4m3()

@@ -3,6 +3,7 @@
 import torch
 
 from qcli.ops.dequantize_4bit import decoded_absmax, dequantize_4bit
+from qcli.ops.linear_w8a16 import widened
 
 # Of a result, of what is summed, and of a weight rounded to 16 bits, each half a unit in the last place.
 ROUNDING = {torch.float32: 2.0**-19, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -100,11 +101,7 @@ def _magnitude(name: str, arguments: dict) -> torch.Tensor:
             of_zero = (absmax * given["zero_point"].abs() / 8).repeat_interleave(given["block_size"])
             weight = weight + 2 * of_zero.view(weight.shape)
     else:
-        scale, group_size = given["scale"].float(), given.get("group_size") or x.shape[-1]
-        scale = scale.unsqueeze(1) / 127 if scale.dim() == 1 else scale
-        zero_point = given.get("zero_point")
-        codes = given["weight"].float().abs()
-        if zero_point is not None:
-            codes = codes + zero_point.float().abs().repeat_interleave(group_size, 1)[:, : codes.shape[1]]
-        weight = codes * scale.repeat_interleave(group_size, 1)[:, : codes.shape[1]]
+        scale = given["scale"].float()
+        scale = scale if scale.dim() == 2 else scale.unsqueeze(1) / 127
+        weight = widened(given["weight"], scale, given.get("group_size") or max(1, x.shape[-1]), given.get("zero_point"))
     return x.abs() @ weight.abs().t()

@@ -14,7 +14,7 @@ from qcli.ops import dequantize_int8, quantize_int8
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.runtime import cpu, cuda
 from tests.emulator.emulator import Emulator, missing
-from tests.gpu import checks, conftest, every_kernel, inputs, test_sanitizer
+from tests.gpu import checks, conftest, every_kernel, groups, inputs, test_sanitizer
 
 CPU = torch.device("cpu")
 EMULATED = pytest.mark.skipif(missing() is not None, reason=missing() or "")
@@ -46,6 +46,10 @@ def test_some_rows_of_a_layer_on_the_emulator(emulator):
     with checks.noting() as launched:
         for name, arguments in every.items():
             assert checks.wrong_in_rows(name, arguments, rows) is None
+        for kind in ("int4-zeros", "mxfp4", "nvfp4"):
+            assert checks.wrong_in_rows("linear_4bit", groups.four_bits(kind, 3, 64, 256, torch.bfloat16), rows) is None
+        for kind in ("int8-zeros", "e4m3-rows"):
+            assert checks.wrong_in_rows("linear_w8a16", groups.eight_bits(kind, 3, 64, 256, torch.bfloat16), rows) is None
     assert launched == set(every)
     other = four | {"packed": four["packed"].roll(1)}
     some = checks.of_rows("linear_4bit", other, rows)

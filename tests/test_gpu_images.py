@@ -56,7 +56,7 @@ def asked_for(name: str, capability: tuple[int, int]) -> set[tuple[str, tuple[st
 
 def test_what_a_source_needs_is_seen():
     assert constants_of(text_of("linear_int8_gemm")) == {"DTYPE", "STAGES"}
-    assert constants_of(text_of("linear_4bit_batch")) == {"DTYPE", "CHUNK", "NESTED", "TOKENS", "STAGES"}
+    assert constants_of(text_of("linear_4bit_batch")) == {"DTYPE", "CHUNK", "SCALES", "TOKENS", "STAGES"}
     assert constants_of(text_of("quantize_absmax")) == set()
     text = '#if NESTED\nint a = OTHER; constexpr int HERE = 1, THERE = HERE;\n#endif\nasm("ld.THAT"); // BEHIND\n#define WITH(x)'
     assert constants_of(text) == {"NESTED", "OTHER"}

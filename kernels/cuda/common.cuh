@@ -2,6 +2,7 @@
 //
 // DTYPE        the C++ type of activations or of the unquantized weight: float, __half or __nv_bfloat16
 // BLOCK_SIZE   elements per absmax; if 0 or not given, the argument `block_size` decides
+// ZERO         1 if a weight has zero points; if 0 or not given, it has none
 //
 // A kernel is `KERNEL void name(...)`. Each file is one op and is compiled alone, so nothing here needs a namespace.
 #pragma once
@@ -23,6 +24,9 @@
 
 #ifndef BLOCK_SIZE
 #define BLOCK_SIZE 0
+#endif
+#ifndef ZERO
+#define ZERO 0
 #endif
 
 constexpr unsigned WHOLE_WARP = 0xffffffffu;
@@ -64,6 +68,26 @@ __device__ inline uint32_t pack2<__half>(float low, float high) {
 template <>
 __device__ inline uint32_t pack2<__nv_bfloat16>(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Differences and products of two values at once, each rounded to their type.
+__device__ inline uint32_t subtract2(uint32_t a, uint32_t b, __half) {
+  const __half2 pair = __hsub2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline uint32_t subtract2(uint32_t a, uint32_t b, __nv_bfloat16) {
+  const __nv_bfloat162 pair =
+      __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline uint32_t multiply2(uint32_t a, uint32_t b, __half) {
+  const __half2 pair = __hmul2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline uint32_t multiply2(uint32_t a, uint32_t b, __nv_bfloat16) {
+  const __nv_bfloat162 pair =
+      __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 

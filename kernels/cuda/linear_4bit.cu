@@ -3,18 +3,26 @@
 //   x     DTYPE (__half, __nv_bfloat16) [tokens, columns]
 //   bias  DTYPE [rows], or null
 //   y     DTYPE [tokens, rows];  the weight as in linear_4bit.cuh
-//   FULL  1 if block_size is CHUNK and columns are a multiple of 4 * CHUNK: no turn is partial, and one load gets its absmax
+//   FULL  chunks per block, 1 or 2, if columns are a multiple of 4 * CHUNK: no turn is partial, and one load gets absmax of a row;
+//         1 with SCALES=3 if they are such a multiple; else 0
 //
-// The limit is the bandwidth at which the weight is read: 0.5 bytes and 4 / block_size (NESTED: 1 / block_size) per element. One
-// token costs as much as eight. A block takes 16 rows at a time. Its warps divide the columns; a warp takes four chunks per turn,
-// while the next turn is loading. The warps' sums are added in shared memory. There are only as many blocks as run at once, and
-// they stay until no rows are left, because filling the table costs about as much as a tile. The first loads run meanwhile.
-// prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={32,64} NESTED={0,1} FULL={0,1}
+// The limit is the bandwidth at which the weight is read: 0.5 bytes and sizeof(absmax) / block_size per element, and with ZERO
+// 1 / block_size. One token costs as much as eight. A block takes 16 rows at a time. Its warps divide the columns; a warp takes
+// four chunks per turn, while the next turn is loading. The warps' sums are added in shared memory. There are only as many blocks
+// as run at once, and they stay until no rows are left, because filling the table costs about as much as a tile. The first loads
+// run meanwhile.
+// prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={32} SCALES={0,1,2} FULL={0,1}
+// prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={64} SCALES={0,1,2} FULL={0,1,2}
+// prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={32} SCALES={2} ZERO={1} FULL={0,1}
+// prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={64} SCALES={2} ZERO={1} FULL={0,1,2}
+// prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={64} SCALES={3} FULL={0,1}
 #include "linear_4bit.cuh"
 
 constexpr int WARPS = 8;
 constexpr int PITCH = TILE + 4;  // floats per token's sums; the padding spreads a warp's sums over all banks
 constexpr int SUMS = 8 * PITCH;
+constexpr bool ONE_LOAD = FULL && SCALES != 3;
+constexpr int LOADED = TURN / (FULL ? FULL : 1);  // blocks of such a load
 
 // The part of the weight that a lane reads: rows g and g + 8 of a tile.
 struct Rows {
@@ -49,20 +57,68 @@ __device__ inline void load_codes(const Rows& rows, int chunk, Codes& codes) {
   }
 }
 
+// Words of so many bytes.
+template <int BYTES>
+struct Word;
+template <>
+struct Word<2> {
+  using type = uint16_t;
+};
+template <>
+struct Word<4> {
+  using type = uint32_t;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+// Loads LOADED elements from an address that is a multiple of their total size.
+template <class T>
+__device__ inline void load_together(const T* from, T (&to)[LOADED]) {
+  using Bits = typename Word<LOADED * sizeof(T)>::type;
+  const Bits bits = __ldg(reinterpret_cast<const Bits*>(from));
+  memcpy(static_cast<void*>(to), &bits, sizeof to);
+}
+
+// Loads what belongs to the chunks of a turn: of LOADED blocks from `block` on, a multiple of LOADED, and in one group of 256.
+__device__ inline void load_scales(const Scales& scales, uint32_t block, RawScale (&raw)[TURN]) {
+  Stored values[LOADED];
+  load_together(scales.absmax + block, values);
+#pragma unroll
+  for (int i = 0; i < TURN; ++i) raw[i].value = values[i * LOADED / TURN];
+#if SCALES == 1
+  const float group = __ldg(scales.nested + block / 256);
+#pragma unroll
+  for (int i = 0; i < TURN; ++i) raw[i].group = group;
+#endif
+#if ZERO
+  int8_t zeros[LOADED];
+  load_together(scales.zero + block, zeros);
+#pragma unroll
+  for (int i = 0; i < TURN; ++i) raw[i].zero = zeros[i * LOADED / TURN];
+#endif
+}
+
 KERNEL void __launch_bounds__(WARPS * 32, 2)
-    linear_4bit(const Scalar* __restrict__ x, int tokens, const uint8_t* __restrict__ packed, const void* __restrict__ absmax,
+    linear_4bit(const Scalar* __restrict__ x, int tokens, const uint8_t* __restrict__ packed, const Stored* __restrict__ absmax,
                 const float* __restrict__ nested, float offset, const Scalar* __restrict__ bias, long long rows,
                 int columns, int block_size, const __grid_constant__ Codebook codebook,
-                const __grid_constant__ DynamicMap dynamic_map, Scalar* __restrict__ y) {
+                const __grid_constant__ ByteMap byte_map, const int8_t* __restrict__ zero, Scalar* __restrict__ y) {
   DYNAMIC_SHARED(uint32_t, table);
-  float* sums = reinterpret_cast<float*>(table + TABLE);  // [2][WARPS][8][PITCH]
-  float* map = sums + 2 * WARPS * SUMS;                   // [256]
+  float* sums = reinterpret_cast<float*>(table + TABLE);           // [2][WARPS][8][PITCH]
+  Entry* map = reinterpret_cast<Entry*>(sums + 2 * WARPS * SUMS);  // [256]
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int chunks = columns / CHUNK, turns = (chunks + TURN - 1) / TURN;
-  const int blocks = columns / block_size, chunks_per_block = block_size / CHUNK;
+  const int blocks = columns / block_size;
   const long long tiles = (rows + TILE - 1) / TILE;
   const uint32_t mine = shared_address(table + lane);
-  const Scales scales = {absmax, nested, offset};
+  const Scales scales = {absmax, nested, offset, zero};
+  const float shared = shared_scale(scales);
   const Scalar* token = x + (long long)g * columns + t * (CHUNK / 4);
 
   // This warp's work: one turn after the other, over all tiles of the block. Each turn is loaded one turn ahead. After the last
@@ -75,12 +131,13 @@ KERNEL void __launch_bounds__(WARPS * 32, 2)
     for (int c = 0; c < TURN; ++c) load_codes(from, FULL ? turn * TURN + c : min(turn * TURN + c, chunks - 1), next[c]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if constexpr (FULL) {
-        load_scales(scales, from.block[r] + turn * TURN, next_scale[r]);
+      if constexpr (ONE_LOAD) {
+        load_scales(scales, from.block[r] + turn * LOADED, next_scale[r]);
       } else {
 #pragma unroll
         for (int c = 0; c < TURN; ++c) {
-          next_scale[r][c] = load_scale(scales, from.block[r] + min(turn * TURN + c, chunks - 1) / chunks_per_block);
+          const int chunk = FULL ? turn * TURN + c : min(turn * TURN + c, chunks - 1);
+          next_scale[r][c] = load_scale(scales, from.block[r] + block_of(chunk, t, block_size));
         }
       }
     }
@@ -88,9 +145,9 @@ KERNEL void __launch_bounds__(WARPS * 32, 2)
   if (warp < turns) load(warp);
 
   fill_table(table, codebook);
-#if NESTED
-  for (int i = threadIdx.x; i < 256; i += blockDim.x) map[i] = dynamic_map.value[i];
-#endif
+  if constexpr (MAPPED) {
+    for (int i = threadIdx.x; i < 256; i += blockDim.x) map[i] = entry_of(byte_map.value[i]);
+  }
   __syncthreads();
 
   int parity = 0;
@@ -99,13 +156,15 @@ KERNEL void __launch_bounds__(WARPS * 32, 2)
     for (int turn = warp; turn < turns; turn += WARPS) {
       Codes codes[TURN];
       float scale[2][TURN];
+      uint32_t pair[TURN][2];
 #pragma unroll
       for (int c = 0; c < TURN; ++c) {
         codes[c] = next[c];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const float value = absmax_of(next_scale[r][c], map, offset);
+          const float value = absmax_of(next_scale[r][c], map, shared);
           scale[r][c] = FULL || turn * TURN + c < chunks ? value : 0.0f;
+          pair[c][r] = pair_of(next_scale[r][c], map);
         }
       }
       const bool last = turn + WARPS >= turns;
@@ -133,7 +192,7 @@ KERNEL void __launch_bounds__(WARPS * 32, 2)
 #pragma unroll
         for (int s = 0; s < STEPS; ++s) {
           uint32_t a[4];
-          decode(mine, codes[c], s, a);
+          decode(mine, codes[c], s, pair[c], a);
           mma_16x8x16(sum, a, b[c % 2][2 * s], b[c % 2][2 * s + 1], Scalar());
         }
 #pragma unroll

@@ -12,7 +12,8 @@
 // If the rows alone do not fill the GPU, gridDim.y blocks share a tile's columns, and leave float32 sums in
 //   parts  float32 [gridDim.y, tokens, rows], null for one part
 // merge_parts adds them up: they are small, and still in L2.
-// prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={64} NESTED={0,1} TOKENS={16,32,64} STAGES={2,3}
+// prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={64} SCALES={0,1,2,3} TOKENS={16,32,64} STAGES={2,3}
+// prebuilt: DTYPE={__half,__nv_bfloat16} CHUNK={64} SCALES={2} ZERO={1} TOKENS={16,32,64} STAGES={2,3}
 #include "linear_4bit.cuh"
 
 constexpr int ROWS = 64;
@@ -59,22 +60,23 @@ __device__ inline void begin_turn(unsigned char* stage, const Source& from, int 
 
 KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     linear_4bit_batch(const Scalar* __restrict__ x, int tokens, const uint8_t* __restrict__ packed,
-                      const void* __restrict__ absmax, const float* __restrict__ nested, float offset,
+                      const Stored* __restrict__ absmax, const float* __restrict__ nested, float offset,
                       const Scalar* __restrict__ bias, long long rows, int columns, int block_size,
                       const __grid_constant__ Codebook codebook,
-                      const __grid_constant__ DynamicMap dynamic_map, Scalar* __restrict__ y, float* __restrict__ parts) {
+                      const __grid_constant__ ByteMap byte_map, const int8_t* __restrict__ zero, Scalar* __restrict__ y,
+                      float* __restrict__ parts) {
   DYNAMIC_SHARED(uint32_t, table);
-  float* map = reinterpret_cast<float*>(table + TABLE);  // [256]
+  Entry* map = reinterpret_cast<Entry*>(table + TABLE);  // [256]
   unsigned char* stages = reinterpret_cast<unsigned char*>(map + 256);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int half = warp % 2, part = warp / 2;  // this warp's 32 rows, and its chunk of a turn
   const int chunks = columns / CHUNK, all_turns = (chunks + TURN - 1) / TURN;
   const int first_turn = int((long long)all_turns * blockIdx.y / gridDim.y);
   const int turns = int((long long)all_turns * (blockIdx.y + 1) / gridDim.y) - first_turn;  // in this part
-  const int chunks_per_block = block_size / CHUNK;
   const long long first_row = (long long)blockIdx.x * ROWS;
   const uint32_t mine = shared_address(table + lane);
-  const Scales scales = {absmax, nested, offset};
+  const Scales scales = {absmax, nested, offset, zero};
+  const float shared = shared_scale(scales);
 
   Source source = {packed + first_row * (columns / 2), x};
   source.code_row = threadIdx.x / CODES_PIECES;
@@ -89,9 +91,7 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     commit_copies();
   }
   fill_table(table, codebook);
-#if NESTED
-  map[threadIdx.x] = dynamic_map.value[threadIdx.x];
-#endif
+  if constexpr (MAPPED) map[threadIdx.x] = entry_of(byte_map.value[threadIdx.x]);
 
   uint32_t row_block[4];  // the first blocks of rows g, g + 8, g + 16 and g + 24
 #pragma unroll
@@ -102,7 +102,7 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
   auto load = [&](int turn) {
     const int chunk = min((first_turn + turn) * TURN + part, chunks - 1);
 #pragma unroll
-    for (int r = 0; r < 4; ++r) next_scale[r] = load_scale(scales, row_block[r] + chunk / chunks_per_block);
+    for (int r = 0; r < 4; ++r) next_scale[r] = load_scale(scales, row_block[r] + block_of(chunk, t, block_size));
   };
   load(0);
 
@@ -115,10 +115,12 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
     commit_copies();
     const unsigned char* stage = stages + turn % STAGES * STAGE_BYTES;
     float scale[4];
+    uint32_t pair[2][2];
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const float value = absmax_of(next_scale[r], map, offset);
+      const float value = absmax_of(next_scale[r], map, shared);
       scale[r] = (first_turn + turn) * TURN + part < chunks ? value : 0.0f;
+      pair[r / 2][r % 2] = pair_of(next_scale[r], map);
     }
     load(turn + 1);
 
@@ -134,7 +136,7 @@ KERNEL void __launch_bounds__(THREADS, TOKENS <= 32 ? 2 : 1)
         for (int i = 0; i < WORDS; ++i) codes.word[r][i] = reinterpret_cast<const uint32_t*>(from)[i];
       }
 #pragma unroll
-      for (int s = 0; s < STEPS; ++s) decode(mine, codes, s, a[m][s]);
+      for (int s = 0; s < STEPS; ++s) decode(mine, codes, s, pair[m], a[m][s]);
     }
 #pragma unroll
     for (int n = 0; n < GROUPS; ++n) {

@@ -1,77 +1,101 @@
 """The CUDA kernels of `linear_4bit`: which one runs, and with what sizes."""
 
+import numpy as np
 import torch
 
 from qcli import codebooks
 from qcli.ops._library import blocks, persistent_grid
-from qcli.ops.dequantize_4bit import decoded_absmax
 from qcli.ops.quantize_absmax import GROUP_SIZE
 from qcli.runtime import cuda
 
 _FEW = 8  # tokens of the first CUDA kernel
-_few_cuda = cuda.kernel("linear_4bit", "pipppfpqiittp")
-_batch_cuda = cuda.kernel("linear_4bit_batch", "pipppfpqiittpp")
+_few_cuda = cuda.kernel("linear_4bit", "pipppfpqiittpp")
+_batch_cuda = cuda.kernel("linear_4bit_batch", "pipppfpqiittppp")
 _merge_cuda = cuda.kernel("linear_4bit_batch", "pipqqp", "merge_parts")
-_CODE_BYTES = {quant_type: code.tobytes() for quant_type, code in codebooks.CODEBOOKS.items()}
-_MAP_BYTES = codebooks.DYNAMIC_MAP.tobytes()
-_TABLE = 256 * 32 * 4 + 256 * 4  # bytes of shared memory: the pair of values of every byte, and the map of double quantization
+# Values as absmax multiplies them: 16 bits hold those that are kept in eighths, and their differences, exactly.
+_CODE_BYTES = {name: (code * np.float32(codebooks.UNITS[name])).tobytes() for name, code in codebooks.CODEBOOKS.items()}
+_MAPS = {torch.uint8: codebooks.DYNAMIC_MAP, torch.float8_e8m0fnu: codebooks.E8M0, torch.float8_e4m3fn: codebooks.E4M3}
+_MAP_BYTES = {dtype: values.tobytes() for dtype, values in _MAPS.items()}
+_NO_MAP = bytes(256 * 4)
+_TABLE = 256 * 32 * 4 + 256 * 4  # bytes of shared memory: the pair of values of every byte, and the map of 8-bit scales
+_FLOAT, _NESTED, _SAME, _SMALL = range(4)  # SCALES in linear_4bit.cuh
+
+
+def _scales(absmax, nested_absmax, block_size, quant_type, compute_dtype, zero_point) -> int | None:
+    """How kernels read absmax; None if none reads it. A 16-bit absmax of another dtype is widened first."""
+    in_eighths = codebooks.UNITS[quant_type] != 1
+    if absmax.dtype in (torch.float8_e8m0fnu, torch.float8_e4m3fn):
+        return _SMALL if block_size in (16, 32) and in_eighths and zero_point is None else None
+    if block_size % 32 or (zero_point is not None and quant_type != "int4"):
+        return None
+    if absmax.dtype == torch.uint8 or nested_absmax is not None:
+        return _NESTED if absmax.dtype == torch.uint8 and nested_absmax is not None and not in_eighths else None
+    return _SAME if absmax.dtype == compute_dtype else _FLOAT
 
 
 def run(
     x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype, zero_point
 ) -> torch.Tensor | None:
-    """The product, of the arguments of `linear_4bit`; None for a form that no kernel has.
-
-    Scales that are not float32 are widened before: some percent of what the kernel reads. Zero points take their share apart, as a
-    product of the sums of x over the blocks.
-    """
+    """The product, of the arguments of `linear_4bit`; None for a form that no kernel has."""
     op, device, in_features = "linear_4bit", x.device, x.shape[-1]
     tokens = x.numel() // in_features if in_features else 0
     on_tensor_cores = compute_dtype == torch.float16 or (compute_dtype == torch.bfloat16 and cuda.capability(x) >= (8, 0))
-    fits = block_size % 32 == 0 and in_features % block_size == 0
-    batch = tokens > _FEW and block_size % 64 == 0 and cuda.capability(x) >= (8, 0) and _most(x, tokens)
-    if not on_tensor_cores or not fits or not (0 < tokens <= _FEW or batch) or not out_features:
+    scales = _scales(absmax, nested_absmax, block_size, quant_type, compute_dtype, zero_point)
+    chunk = 64 if scales == _SMALL or block_size % 64 == 0 else 32
+    fits = in_features % block_size == 0 and in_features % chunk == 0
+    batch = tokens > _FEW and chunk == 64 and cuda.capability(x) >= (8, 0) and _most(x, tokens)
+    if scales is None or not on_tensor_cores or not fits or not (0 < tokens <= _FEW or batch) or not out_features:
         return None
-    if absmax.dtype != torch.uint8:
-        absmax, nested_absmax = decoded_absmax(absmax, nested_absmax, offset, quant_type), None
-    count, nested = out_features * in_features // block_size, nested_absmax is not None
+    count = out_features * in_features // block_size
     packed = cuda.require(op, "packed", packed, torch.uint8, (out_features * in_features + 1) // 2, device)
-    absmax = cuda.require(op, "absmax", absmax, torch.uint8 if nested else torch.float32, count, device)
-    if nested:
-        groups = blocks(count, GROUP_SIZE)
+    of_map = _MAP_BYTES.get(absmax.dtype, _NO_MAP)
+    absmax = absmax.float() if scales == _FLOAT else absmax
+    absmax = cuda.require(op, "absmax", absmax, absmax.dtype, count, device)
+    if nested_absmax is not None:
+        groups = blocks(count, GROUP_SIZE) if scales == _NESTED else 1
         nested_absmax = cuda.require(op, "nested_absmax", nested_absmax, torch.float32, groups, device)
+    if zero_point is not None:
+        zero_point = cuda.require(op, "zero_point", zero_point, torch.int8, count, device)
     if bias is not None:
         bias = cuda.require(op, "bias", bias.to(compute_dtype), compute_dtype, out_features, device)
     rows = cuda.aligned(x.reshape(-1, in_features).to(compute_dtype))
     y = rows.new_empty((tokens, out_features))
-    chunk = 32 if block_size % 64 else 64
-    constants = (f"DTYPE={cuda.TYPES[compute_dtype]}", f"CHUNK={chunk}", f"NESTED={int(nested)}")
+    constants: tuple[str, ...] = (f"DTYPE={cuda.TYPES[compute_dtype]}", f"CHUNK={chunk}", f"SCALES={scales}")
+    if zero_point is not None:
+        constants += ("ZERO=1",)
     arguments = (
         rows,
         tokens,
         packed,
         absmax,
-        nested_absmax if nested else 0,
+        0 if nested_absmax is None else nested_absmax,
         offset,
         0 if bias is None else bias,
         out_features,
         in_features,
         block_size,
         _CODE_BYTES[quant_type],
-        _MAP_BYTES,
+        of_map,
+        0 if zero_point is None else zero_point,
         y,
     )
     if tokens <= _FEW:
-        full = block_size == chunk and in_features % (4 * chunk) == 0
         shared = _TABLE + 2 * 8 * 20 * 8 * 4
         grid = persistent_grid(x, blocks(out_features, 16), shared)
-        _few_cuda((*constants, f"FULL={int(full)}"), grid, 256, shared, *arguments)
+        full = _full(scales, block_size, in_features, chunk)
+        _few_cuda((*constants, f"FULL={full}"), grid, 256, shared, *arguments)
     else:
         _batch(x, y, constants, arguments, tokens)
-    if zero_point is not None:
-        offsets = (zero_point.float() * absmax).mul_(-1 / 8).view(out_features, -1)
-        y = torch.addmm(y.float(), rows.float().unflatten(1, (-1, block_size)).sum(-1), offsets.t())
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+def _full(scales: int, block_size: int, in_features: int, chunk: int) -> int:
+    """FULL of linear_4bit.cu."""
+    if in_features % (4 * chunk):
+        return 0
+    if scales == _SMALL:
+        return 1
+    return block_size // chunk if block_size <= 2 * chunk else 0
 
 
 def _batch(x: torch.Tensor, y: torch.Tensor, constants: tuple[str, ...], arguments: tuple, tokens: int) -> None:

@@ -82,7 +82,7 @@ def _cpu(packed, absmax, block_size, quant_type, shape, dtype, zero_point):
     return out
 
 
-_kernel_cuda = cuda.kernel("dequantize_4bit", "ppqitp")
+_kernel_cuda = cuda.kernel("dequantize_4bit", "ppqitpp")
 
 
 def _cuda(packed, absmax, block_size, quant_type, shape, dtype, zero_point=None):
@@ -93,11 +93,12 @@ def _cuda(packed, absmax, block_size, quant_type, shape, dtype, zero_point=None)
     packed = cuda.require(op, "packed", packed, torch.uint8, (count + 1) // 2, out.device)
     absmax = cuda.require(op, "absmax", absmax, torch.float32, blocks(count, block_size), out.device)
     if zero_point is not None:
-        return _reference(packed, absmax, block_size, quant_type, shape, dtype, zero_point)
+        zero_point = cuda.require(op, "zero_point", zero_point, torch.int8, blocks(count, block_size), out.device)
     if count:
+        constants = (f"DTYPE={cuda.type_name(op, out, 'dtype')}", f"BLOCK_SIZE={block_size}")
         grid = min(blocks(count, 8 * 256 * 4), 32 * cuda.multiprocessors(out))
         _kernel_cuda(
-            (f"DTYPE={cuda.type_name(op, out, 'dtype')}", f"BLOCK_SIZE={block_size}"),
+            constants if zero_point is None else (*constants, "ZERO=1"),
             (grid,),
             256,
             0,
@@ -106,6 +107,7 @@ def _cuda(packed, absmax, block_size, quant_type, shape, dtype, zero_point=None)
             count,
             block_size,
             codebooks.CODEBOOKS[quant_type].tobytes(),
+            0 if zero_point is None else zero_point,
             out,
         )
     return out

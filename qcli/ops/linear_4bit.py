@@ -249,7 +249,7 @@ def _cases_of_groups(generator: torch.Generator):
     )
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for quant_type, size, of_absmax, with_zero in kinds:
-            for shape, out_features in (((1, 384), 48), ((5, 192), 33), ((2, 9, 576), 40), ((70, 384), 20)):
+            for shape, out_features in (((1, 384), 48), ((5, 192), 33), ((3, 2304), 40), ((2, 9, 576), 40), ((70, 384), 20)):
                 if shape[-1] % size:
                     continue
                 count = out_features * shape[-1] // size

@@ -151,27 +151,35 @@ def _by_panels(x, weight, scale, bias, group_size, zero_point):
 
 
 _FEW = 8  # the most tokens of the CUDA kernel
-_kernel_cuda = cuda.kernel("linear_w8a16", "pipppqip")
+_CHUNK = 64  # columns: groups of the CUDA kernel are multiples
+_kernel_cuda = cuda.kernel("linear_w8a16", "pipppfpqip")
 
 
 def _cuda(x, weight, scale, bias, group_size=0, zero_point=None):
     op, (out_features, in_features) = "linear_w8a16", weight.shape
-    tokens = x.numel() // in_features if in_features else 0
-    if scale.dim() == 2 and not group_size and weight.dtype == torch.int8:
-        scale = scale.view(-1) * 127
-    elif scale.dim() == 2:
-        return _by_panels(x.reshape(-1, in_features), weight, scale, bias, group_size, zero_point).view(*x.shape[:-1], out_features)
-    if x.dtype == torch.float32 or not tokens or not out_features:
+    _check(op, weight, scale, group_size, zero_point)
+    is_float, tokens = weight.dtype == torch.float8_e4m3fn, x.numel() // in_features if in_features else 0
+    if not tokens or not out_features:
         return _reference(x, weight, scale, bias, group_size, zero_point)
-    on_tensor_cores = x.dtype == torch.float16 or cuda.capability(x) >= (8, 0)
-    if tokens > _FEW or in_features % 16 or not on_tensor_cores:
-        wide = dequantize_int8(weight, scale, x.dtype)
-        return torch.nn.functional.linear(x, wide, None if bias is None else bias.to(x.dtype))
-    constants, weight, scale, bias = kernel_arguments(op, x, weight, scale, bias)
+    on_tensor_cores = x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and cuda.capability(x) >= (8, 0))
+    fits = in_features % 16 == 0 and group_size % _CHUNK == 0 and not (is_float and zero_point is not None)
+    if tokens > _FEW or not on_tensor_cores or not fits:
+        return _widening(x, weight, scale, bias, group_size, zero_point)
+    groups = blocks(in_features, group_size) if group_size else 1
+    unit = _multiplier(scale)[1] * (_E4M3_UNIT if is_float else 1)
+    constants, weight, scale, bias = kernel_arguments(op, x, weight.view(torch.int8), scale, bias, groups)
+    constants += (f"FULL={int(in_features % 256 == 0)}",)
+    if is_float:
+        constants += ("E4M3=1",)
+    if group_size:
+        constants += (f"GROUP={group_size // _CHUNK}",)
+    if zero_point is not None:
+        constants += ("ZERO=1",)
+        zero_point = cuda.require(op, "zero_point", zero_point, torch.int8, out_features * groups, x.device)
     y = x.new_empty((*x.shape[:-1], out_features))
     grid = persistent_grid(x, blocks(out_features, 16), 2 * 8 * 8 * 20 * 4)
     _kernel_cuda(
-        (*constants, f"FULL={int(in_features % 256 == 0)}"),
+        constants,
         grid,
         256,
         0,
@@ -179,12 +187,25 @@ def _cuda(x, weight, scale, bias, group_size=0, zero_point=None):
         tokens,
         weight,
         scale,
+        0 if zero_point is None else zero_point,
+        unit,
         bias,
         out_features,
         in_features,
         y,
     )
     return y
+
+
+def _widening(x, weight, scale, bias, group_size, zero_point):
+    """The product on CUDA where the kernel does not make it: torch multiplies a widened weight."""
+    if scale.dim() == 2:
+        rows = x.reshape(-1, x.shape[-1])
+        return _by_panels(rows, weight, scale, bias, group_size, zero_point).view(*x.shape[:-1], len(weight))
+    if x.dtype == torch.float32:
+        return _reference(x, weight, scale, bias, group_size, zero_point)
+    wide = dequantize_int8(weight, scale, x.dtype)
+    return torch.nn.functional.linear(x, wide, None if bias is None else bias.to(x.dtype))
 
 
 _op = define(
@@ -231,9 +252,10 @@ def cases():
 
 def _cases_of_groups(generator: torch.Generator):
     """int8 and E4M3 with scales of rows and of groups, with and without zero points, few tokens and many."""
+    kinds = ((torch.int8, 32, True), (torch.int8, 64, True), (torch.int8, 128, False), (torch.float8_e4m3fn, 128, False))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for of_codes, size, with_zero in ((torch.int8, 32, True), (torch.int8, 128, False), (torch.float8_e4m3fn, 128, False)):
-            for shape, out_features in (((1, 256), 48), ((5, 200), 33), ((2, 17, 384), 40)):
+        for of_codes, size, with_zero in kinds:
+            for shape, out_features in (((1, 256), 48), ((5, 200), 33), ((3, 2320), 40), ((8, 2304), 40), ((2, 17, 384), 40)):
                 for group_size in (size, 0) if size == 128 else (size,):
                     count = blocks(shape[-1], group_size) if group_size else 1
                     weight = torch.randint(-127, 128, (out_features, shape[-1]), generator=generator)

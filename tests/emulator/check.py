@@ -3,7 +3,8 @@
     python -m tests.emulator.check FOLDER OP all      compiled kernels are kept in FOLDER
 
 With "all" every case runs, in every order. Without it the cases run for which few kernels need to be compiled: every constant is
-compiled into some kernel, but not with every other. Each case then runs in one order, the next case in the next one.
+compiled into some kernel, but not with every other, and every kernel is there. Each case then runs in one order, the next case in
+the next one.
 
 Prints a line for each disagreement, and at the end which kernels ran, as JSON. It runs in a separate process, because a sanitizer
 must be loaded first and ends the process at the first error.
@@ -26,14 +27,14 @@ MANY = 8
 
 
 class Recorder(Emulator):
-    """Notes which kernels an op asks for, as (file, constants). Compiles and runs nothing."""
+    """Notes which kernels an op asks for, as (file, name, constants). Compiles and runs nothing."""
 
     def __init__(self):
         super().__init__(Path())
-        self.asked: set[tuple[str, tuple[str, ...]]] = set()
+        self.asked: set[tuple[str, str, tuple[str, ...]]] = set()
 
     def function(self, source: str, entry: str, constants: tuple[str, ...], device: torch.device):
-        self.asked.add((source, constants))
+        self.asked.add((source, entry, constants))
         return entry, None
 
     def launch(self, *arguments) -> None:
@@ -58,7 +59,7 @@ def spared(op, name: str) -> list[tuple[str, dict]]:
     compiled: set = set()
 
     def constants(kernels):
-        return {(source, constant) for source, found in kernels for constant in found or ("",)}
+        return {(source, constant) for source, entry, found in kernels for constant in (entry, *found)}
 
     while more := max((asked for *_, asked in needs), key=lambda asked: len(constants(asked) - constants(compiled))) - compiled:
         if not constants(more) - constants(compiled):

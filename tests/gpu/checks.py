@@ -118,23 +118,25 @@ def wrong_in_rows(name: str, arguments: dict, rows: torch.Tensor) -> str | None:
 def of_rows(name: str, arguments: dict, rows: torch.Tensor) -> dict:
     """The arguments of the product for those rows of the weight, on the CPU."""
     on_cpu, on_device = torch.device("cpu"), rows.to(arguments["x"].device)
-    some = {key: value for key, value in arguments.items() if key not in ("packed", "absmax", "weight", "scale", "bias")}
+    some = dict(arguments)
     if name == "linear_4bit":
-        out_features, absmax = arguments["out_features"], arguments["absmax"]
-        if arguments["nested_absmax"] is not None:
-            nested_absmax = arguments["nested_absmax"].cpu()
-            absmax = dequantize_absmax(absmax.cpu(), nested_absmax, arguments["offset"]).to(absmax.device)
-        some |= {
-            "packed": arguments["packed"].view(out_features, -1)[on_device].view(-1, 1),
-            "absmax": absmax.view(out_features, -1)[on_device].view(-1),
-            "nested_absmax": None,
-            "offset": 0.0,
-            "out_features": len(rows),
-        }
+        absmax, out_features, some["out_features"] = arguments["absmax"], arguments["out_features"], len(rows)
+        if absmax.dtype == torch.uint8:
+            wide = dequantize_absmax(absmax.cpu(), arguments["nested_absmax"].cpu(), arguments["offset"])
+            some |= {"absmax": wide.to(absmax.device), "nested_absmax": None, "offset": 0.0}
     else:
-        some |= {"weight": arguments["weight"][on_device], "scale": arguments["scale"][on_device]}
-    some["bias"] = None if arguments["bias"] is None else arguments["bias"][on_device]
+        out_features = len(arguments["weight"])
+    for key in ("packed", "absmax", "weight", "scale", "zero_point", "bias"):
+        if some.get(key) is not None:
+            some[key] = _rows(some[key], out_features, on_device)
     return moved(some, on_cpu)
+
+
+def _rows(tensor: torch.Tensor, count: int, rows: torch.Tensor) -> torch.Tensor:
+    """Those rows of a tensor with the values of `count` rows, each row's one after the other. Its dimensions stay as they are."""
+    bits = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor  # not all dtypes of a byte can be indexed
+    chosen = bits.view(count, -1)[rows].view(tensor.dtype)
+    return chosen.view(-1, *tensor.shape[1:])
 
 
 def same_bits(ours, theirs) -> bool:

@@ -16,10 +16,22 @@ def _with_other_bias(dtypes: tuple[str, ...], **more: tuple[int, ...]) -> list[t
     return [(f"DTYPE={x}", *few, f"BIAS={b}") for x in dtypes for b in _ALL if x != b for few in rest]
 
 
+def _with_block_sizes(sizes: tuple[int, ...], *more: str) -> list[tuple[str, ...]]:
+    return [(f"DTYPE={x}", f"BLOCK_SIZE={n}", *more) for x in _ALL for n in sizes]
+
+
 # Images by source, in addition to those that a package would contain.
 MORE = {
     "attend": [(f"STORED={x}", f"QUERIES={n}", "ALIGNED=0") for x in (*_ALL, "int8_t") for n in (1, 4)],
-    **dict.fromkeys(("quantize_4bit", "dequantize_4bit"), [(f"DTYPE={x}", f"BLOCK_SIZE={n}") for x in _ALL for n in _BLOCK_SIZES]),
+    "quantize_4bit": _with_block_sizes(_BLOCK_SIZES),
+    "dequantize_4bit": _with_block_sizes(_BLOCK_SIZES) + _with_block_sizes((32, 64, 128), "ZERO=1"),
+    "linear_4bit": [(f"DTYPE={x}", "CHUNK=64", "SCALES=0", "ZERO=1", f"FULL={n}") for x in _HALF for n in (0, 1, 2)],
+    "linear_4bit_batch": [
+        (f"DTYPE={x}", "CHUNK=64", "SCALES=0", "ZERO=1", f"TOKENS={tokens}", f"STAGES={stages}")
+        for x in _HALF
+        for tokens in (16, 32, 64)
+        for stages in (2, 3)
+    ],
     "linear_int8": _with_other_bias(_ALL, FULL=(0, 1)),
     "linear_int8_epilogue": _with_other_bias(_ALL),
     "linear_int8_gemm": _with_other_bias(_HALF, STAGES=(3, 4)),

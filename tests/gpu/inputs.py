@@ -10,6 +10,7 @@ from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
 from qcli.ops.quantize_int8 import quantize_int8
 from qcli.ops.rope_append import quantized, tables
+from tests.gpu import groups
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
@@ -183,6 +184,7 @@ def _linear_4bit(dtype):
         if other != dtype:
             mixed = layer_4bit(6, 20, 256, dtype, bias=other)
             yield f"x-{str(other)[6:]}", mixed | {"x": mixed["x"].to(other)}
+    yield from groups.hostile_four(dtype)
 
 
 def _linear_int8(dtype):
@@ -226,6 +228,7 @@ def _linear_w8a16(dtype):
         yield f"{tokens}x{out_features}x{in_features}", w8a16(arguments)
     spoiled = layer_8bit(5, 24, 256, dtype)
     yield "spoiled", w8a16(spoiled | {"x": _spoiled(spoiled["x"])})
+    yield from groups.hostile_eight(dtype)
 
 
 def _activate(dtype):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qcli.ops.linear_int8 import int8_product
-from tests.gpu import inputs
+from tests.gpu import groups, inputs
 from tests.gpu.checks import FORMS, WAYS, noting, wrong, wrong_in_rows
 from tests.gpu.inputs import LAYERS, layer_4bit, layer_8bit, w8a16
 
@@ -57,6 +57,20 @@ def test_8_bit_layers(layer, dtype, device, product):
         assert wrong_in_rows("linear_int8", arguments, rows) is None, (tokens, outliers)
         if tokens < 100:
             assert wrong_in_rows("linear_w8a16", w8a16(arguments), rows) is None, (tokens, outliers)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layer", ["llama-7b-down", "llama-70b-up"])
+def test_layers_of_groups(layer, dtype, device):
+    for tokens in (1, 5, 8, 16, 33, 64):
+        bias = dtype if tokens % 2 else None
+        rows = some_rows(LAYERS[layer][0])
+        for kind in groups.FOUR:
+            arguments = groups.four_bits(kind, tokens, *LAYERS[layer], dtype, bias=bias, device=device)
+            assert wrong_in_rows("linear_4bit", arguments, rows) is None, (tokens, kind)
+        for kind in groups.EIGHT:
+            arguments = groups.eight_bits(kind, tokens, *LAYERS[layer], dtype, bias=bias, device=device)
+            assert wrong_in_rows("linear_w8a16", arguments, rows) is None, (tokens, kind)
 
 
 @pytest.mark.parametrize("m, n, k", [(1, 64, 64), (3, 33, 65), (17, 8, 1), (1, 1, 1), (40, 24, 11008), (0, 5, 8), (3, 0, 8)])

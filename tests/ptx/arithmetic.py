@@ -156,8 +156,15 @@ def _product(a, b, kind):
     return np.asarray(a).astype(wide) * np.asarray(b).astype(wide)
 
 
+def _rounded_once(a, b) -> np.ndarray:
+    """A product of two 16-bit values in float32, rounded to odd where that is too narrow for it."""
+    return _odd_f32(np.asarray(a).astype(np.float64) * np.asarray(b).astype(np.float64))
+
+
 def _mul(kinds, modes):
     kind = kinds[0]
+    if kind in ("f16x2", "bf16x2") and modes in ([], ["rn"]):
+        return [kind] * 2, kind, lambda a, b: packed(kind, *map(_rounded_once, halves(kind, a), halves(kind, b)))
     if is_float(kind):
         return ([kind] * 2, kind, operator.mul) if modes in ([], ["rn"]) else None
     if modes == ["lo"]:

@@ -24,12 +24,12 @@ WAYS = [(name, (9, 0)) for name in REACHED] + [(name, (8, 0)) for name in sorted
 EVERY = WAYS + [(name, (7, 5)) for name in REACHED if name.startswith("linear")] + [(name, (10, 0)) for name in REACHED]
 
 
-def launches(name: str, interpreter: Interpreter, arguments: dict) -> set[str]:
-    """The kernels that a call would launch, without those of the ops that it calls."""
+def launches(name: str, interpreter: Interpreter, arguments: dict) -> set[tuple[str, str]]:
+    """The kernels that a call would launch, each with every constant, or with none. Without those of the ops that it calls."""
     asking = Asking(interpreter.of, SHARED[interpreter.of], interpreter.multiprocessors(CPU))
     with cuda.using(asking):
         kernel(name, arguments)
-    return {entry for _, entry, _ in asking.asked}
+    return {(entry, constant) for _, entry, constants in asking.asked for constant in ("", *constants)}
 
 
 def of(capability: tuple[int, int], folder: Path) -> Interpreter:
@@ -46,7 +46,7 @@ def run(interpreter: Interpreter, name: str, cases) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name, capability", WAYS, ids=str)
-def test_a_case_for_each_kernel(name, capability, compiled):
+def test_a_case_for_each_constant_of_each_kernel(name, capability, compiled):
     interpreter, reached, chosen = Interpreter(compiled, capability=capability), set(), []
     for case, arguments in import_module(f"qcli.ops.{name}").cases():
         kernels = launches(name, interpreter, arguments)
@@ -55,9 +55,10 @@ def test_a_case_for_each_kernel(name, capability, compiled):
             chosen.append((case, arguments))
     assert run(interpreter, name, chosen) == {}
     # Each path has its own product for many tokens.
-    assert set(interpreter.launched) == reached and reached <= REACHED[name]
-    assert len(REACHED[name] - reached) <= 1
-    assert not REACHED[name] - reached or name in TWO_WAYS
+    entries = {entry for entry, _ in reached}
+    assert set(interpreter.launched) == entries and entries <= REACHED[name]
+    assert len(REACHED[name] - entries) <= 1
+    assert not REACHED[name] - entries or name in TWO_WAYS
 
 
 @pytest.mark.slow

@@ -173,6 +173,9 @@ def test_bfloat16_is_the_nearest():
         ("cvt.rn.f16x2.f32", (2.0, 1.0), 0x40003C00),
         ("sub.bf16x2", (0x43004380, 0x43004300), 0x00004300),
         ("fma.rn.bf16x2", (0x43004380, 0xBF80BF80, 0x43004300), 0x0000C300),
+        ("mul.bf16x2", (0x00010010, 0x77807780), 0x35003700),  # subnormals times 2^112
+        ("mul.rn.bf16x2", (0x3F81BF81, 0x3F81C000), 0x3F824001),
+        ("mul.f16x2", (0x3C010001, 0x3C013800), 0x3C020000),
     ],
 )
 def test_arithmetic(opcode, values, expected):
