@@ -19,7 +19,9 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of blocks of the flat
 NESTED_BLOCK_SIZE = 256  # absmax values that share a scale under double quantization (bitsandbytes)
 WHOLE_ROW = -1  # the group size that stands for a row
 FP8_BLOCK = 128  # rows and columns of a block of FP8 (DeepSeek-V3)
-SEARCHES = ("none", "mse")  # how a scale is found: from the absmax alone, or by the least squared error
+# How a scale is found: from the absmax alone, by the least squared error, or with each column's error weighted by E[x^2] of texts.
+SEARCHES = ("none", "mse", "imatrix")
+ROUNDINGS = ("nearest", "gptq")  # how codes are chosen under their scales
 PAPER_THRESHOLD = 6.0  # LLM.int8() (arXiv:2208.07339, section 3.2)
 
 CHUNK_BYTES = 1 << 20  # of source data at a time: what bounds the memory of quantizing a checkpoint

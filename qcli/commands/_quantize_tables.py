@@ -7,6 +7,7 @@ from importlib import import_module
 from qcli import console, methods
 from qcli.checkpoint import dtypes
 from qcli.process import resident_memory
+from qcli.quantization.calibration_report import CalibrationReport
 from qcli.quantization.plan import Plan, Work
 from qcli.quantization.report import Report
 from qcli.sizes import format_bytes, format_seconds
@@ -97,6 +98,8 @@ def plan_summary(plan: Plan) -> dict[str, object]:
 
 def show_report(report: Report) -> None:
     """Prints measured errors, sizes, time and what to do next."""
+    if report.calibration and report.calibration.checked and report.calibration.checked.is_worse:
+        console.out("calibration made it worse on held-out text: leave out --calibrate, or give it more and other text\n")
     columns = ("weights", "relative error", "SQNR")
     cells = [(k.name, f"{k.weights:,}", f"{k.errors.relative_error:.3%}", k.sqnr_text) for k in report.kinds]
     console.table("", ("module kind", *columns), cells)
@@ -104,6 +107,8 @@ def show_report(report: Report) -> None:
     console.table("", (f"worst {len(cells)} modules", *columns), cells)
     for name, count in report.nonfinite.items():
         console.out(f"carried {count:,} NaN or infinite values in {name}")
+    if report.calibration:
+        _show_calibration(report.calibration)
     saved = report.source_bytes / max(report.output_bytes, 1)
     console.out(
         f"{report.quantized_modules} modules in {report.method}: {format_bytes(report.source_bytes)} -> "
@@ -112,6 +117,27 @@ def show_report(report: Report) -> None:
     console.out(f"{format_seconds(report.seconds)}, peak memory {format_bytes(report.peak_memory)}")
     console.out(f"wrote {report.output}" + (f"\nuploaded to {report.url}" if report.url else ""))
     console.out(f'next: qcli generate {shlex.quote(report.output)} "Once upon a time"')
+
+
+def _show_calibration(found: CalibrationReport) -> None:
+    columns = (f"outputs on {found.tokens:,} tokens", "modules", "relative error", "without calibration")
+    cells = [(k.name, k.modules, f"{k.relative_error:.3%}", f"{k.plain_relative_error:.3%}") for k in found.kinds]
+    if cells:
+        console.table("", columns, cells)
+    for note in found.notes:
+        console.out(f"note: {note}")
+    seconds = ", ".join(f"{name} {format_seconds(value)}" for name, value in found.seconds.items() if value >= 0.05)
+    if seconds:
+        console.out(f"calibrated on {found.tokens:,} tokens of {found.text}: {seconds}")
+    checked = found.checked
+    if checked is None:
+        console.out("nothing was held out to measure the result on")
+        return
+    console.out(
+        f"{checked.tokens:,} held-out tokens: KL divergence {checked.kl:.5f} ± {checked.kl_error:.5f}, without calibration "
+        f"{checked.plain_kl:.5f} ± {checked.plain_kl_error:.5f}; "
+        f"perplexity {checked.source_perplexity:.3f} -> {checked.perplexity:.3f}"
+    )
 
 
 def _method_text(plan: Plan) -> str:

@@ -41,6 +41,15 @@ def quantize(
         str | None,
         typer.Option(help="nf4, fp4, rtn: mse looks for the best scales, none takes the absmax. Default none.", show_default=False),
     ] = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Let texts decide how weights are rounded.")] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="What to calibrate on: a text, or .jsonl. Default: a text that comes with qcli.", show_default=False),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Of the text. Default all of it, up to 262,144.", show_default=False)] = None,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Measure a calibrated model on a part of the text that it has not seen.")
+    ] = True,
     skip: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Modules to leave as they are, by full name. Repeatable.", show_default=False),
@@ -117,6 +126,10 @@ def quantize(
         trust_remote_code=trust_remote_code,
         stream=stream,
         overwrite=overwrite,
+        calibrate=calibrate,
+        text=text,
+        tokens=tokens,
+        check=check,
         settings=pairs(set_),
     )
     if dry_run:
@@ -136,3 +149,5 @@ def quantize(
     for warning in report.warnings:
         console.warn(warning)
     console.json(report.summary()) if json else tables.show_report(report)
+    if report.calibration and report.calibration.checked and report.calibration.checked.is_worse:
+        raise typer.Exit(4)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qcli.checkpoint.dtypes import FLOAT8
 from qcli.errors import UsageError
-from qcli.schemes import SEARCHES, Scheme
+from qcli.schemes import ROUNDINGS, SEARCHES, Scheme
 
 if TYPE_CHECKING:
     from qcli.methods._method import Method
@@ -51,8 +51,11 @@ def make(scheme: Scheme, options: Mapping[str, object] | None = None) -> "Method
 
 
 def options_of(method: "Method") -> dict[str, object]:
-    """A method's options by name, as they stand in reports. A search that is not made is not named."""
-    return {name: value for name, value in vars(method).items() if name != "form" and (name, value) != ("search", SEARCHES[0])}
+    """A method's options by name, as they stand in reports. A search that is not made is not named, nor is plain rounding."""
+    own = vars(method)
+    hidden = {"form"} | ({"search"} if own.get("search") == SEARCHES[0] else set())
+    hidden |= {"rounding", "damping"} if own.get("rounding") == ROUNDINGS[0] else set()
+    return {name: value for name, value in own.items() if name not in hidden}
 
 
 def entering_dtype(method: "Method", stored: str, dtype: str) -> str:

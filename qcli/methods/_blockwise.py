@@ -25,7 +25,7 @@ class BlockEncoder:
 
     def __init__(self, scheme: Scheme, count: int, device: torch.device, search: str = "none"):
         self.codebook, self.grain = scheme.codebook or "", scheme.size
-        self.double_quant, self.searches = scheme.double_quant, search == "mse"
+        self.double_quant, self.searches = scheme.double_quant, search != "none"
         # Filled in place: small tensors kept one by one would pin the heap between the large ones that come and go.
         blocks = -(-count // scheme.size)
         self.absmax = torch.empty(blocks, device=device)

@@ -6,18 +6,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from qcli.errors import UsageError
+from qcli.methods._calibrated import Calibrated
 from qcli.methods._method import Encoder, Parts, check_search
 from qcli.schemes import BLOCK_SIZES, NAMED, Scheme
 
 if TYPE_CHECKING:
     import torch
 
+    from qcli.methods._grid import Grid
+
 
 @dataclass(frozen=True)
-class Blockwise4bit:
+class Blockwise4bit(Calibrated):
     """Options of the 4-bit methods: elements per absmax, whether the absmax values are quantized too, and how they are found. With
-    search "mse" each is the scale that makes the squared error of its block least, and no longer the absmax: readers see no
-    difference, but the bytes are not those of bitsandbytes' own quantizer."""
+    search "mse" each is the scale that makes the squared error of its block least, and no longer the absmax. With "imatrix" texts
+    weight the error. Readers see no difference, but the bytes are not those of bitsandbytes' own quantizer."""
 
     block_size: int = 64
     double_quant: bool = True
@@ -34,6 +37,7 @@ class Blockwise4bit:
                 "64 is what transformers and bitsandbytes use.",
             )
         check_search(self.search)
+        self.check_rounding()
 
     @property
     def scheme(self) -> Scheme:
@@ -57,3 +61,18 @@ class Blockwise4bit:
         from qcli.methods._blockwise import decode_blocks
 
         return decode_blocks(parts, self.block_size, self.codebook, out_features, in_features)
+
+    def grid(self, weight: torch.Tensor, importance: torch.Tensor | None, absmax: float) -> Grid:
+        """See Calibratable."""
+        import torch
+
+        from qcli.methods._grid import block_grid
+        from qcli.ops.fit_scale import fit_scale
+        from qcli.ops.quantize_4bit import quantize_4bit
+
+        if self.search == "none":
+            _, scale = quantize_4bit(weight, self.block_size, self.codebook)
+        else:
+            weights = importance if self.search == "imatrix" else None
+            scale, _ = fit_scale(weight, self.block_size, self.codebook, 4, False, torch.float32, weights)
+        return block_grid(self.scheme, scale, *weight.shape)

@@ -1,4 +1,4 @@
-"""The protocols of quantization: what a method is, and what it needs of the texts that pass a model.
+"""The protocols of quantization: what a method is, and the encoder that it makes.
 
 A method is a frozen dataclass whose fields are its options. It names a scheme (qcli/schemes.py) and makes an encoder for each
 weight. The encoder turns chunks into parts by role: `codes`, `scale`, `zero_point`, `nested_scale`, `nested_offset`. A format
@@ -7,8 +7,7 @@ weight. The encoder turns chunks into parts by role: `codes`, `scale`, `zero_poi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from qcli.errors import UsageError
 from qcli.methods.errors import ErrorSums
@@ -27,7 +26,7 @@ codes under double quantization; `nested_scale` and `global_scale` are float32, 
 def check_search(search: str) -> None:
     """Raises UsageError for an option `search` that there is not."""
     if search not in SEARCHES:
-        raise UsageError(f"search is {search!r}, expected {' or '.join(SEARCHES)}")
+        raise UsageError(f"search is {search!r}, expected {', '.join(SEARCHES[:-1])} or {SEARCHES[-1]}")
 
 
 class Encoder(Protocol):
@@ -76,33 +75,4 @@ class Method(Protocol):
 
     def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
         """The weight float32 [out_features, in_features] that all parts together stand for."""
-        ...
-
-
-class Statistic(Protocol):
-    """What a pass of texts through the model leaves at the input of a linear layer. Sums, so that texts divide over workers.
-
-    Methods that calibrate will need one. Today's methods see weights alone.
-    """
-
-    def add(self, x: torch.Tensor) -> None:
-        """Counts activations x [tokens, in_features] in."""
-        ...
-
-    def merge(self, other: Statistic) -> None:
-        """Counts in what `other` has counted. Merged in a fixed order, the same sums come out to the bit."""
-        ...
-
-
-class Transform(Protocol):
-    """What is moved between weights before any of them is rounded (AWQ, arXiv:2306.00978; SmoothQuant, arXiv:2211.10438).
-
-    Diagonal by design: each factor multiplies a row or a column, so that a chunk is transformed as it is read, and a transformed
-    model streams like any other.
-    """
-
-    needs: ClassVar[type[Statistic]]
-
-    def factors(self, statistic: Statistic, weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, torch.Tensor]]:
-        """Tensor name to (dimension, factors float32 along it), for weights that share an input and for what makes that input."""
         ...

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from qcli import methods
 from qcli.errors import UsageError
+from qcli.methods._calibrated import Calibrated, Needs
 from qcli.methods._method import Method
 from qcli.recipe import KEEP, Choice, Recipe
 from qcli.schemes import BY_BITS, NAMED, by_bits, head_bits, named
@@ -30,6 +31,24 @@ def methods_of(recipe: Recipe) -> list[Method]:
     return found
 
 
+def calibrated(choice: Choice) -> Choice:
+    """The same choice with all that texts can give its method, unless its options say how it rounds. A method that texts do not
+    help stays as it is."""
+    if choice.keeps:
+        return choice
+    method = made(choice)
+    if not isinstance(method, Calibrated):
+        return choice
+    own, by_texts = dict(choice.options), vars(method.by_texts())
+    added = {name: by_texts[name] for name in ("search", "rounding") if name in by_texts and name not in own}
+    return Choice(choice.method, tuple((own | added).items()))
+
+
+def needs_of(method: Method) -> Needs:
+    """What a method must know of the inputs of a module."""
+    return method.needs if isinstance(method, Calibrated) else "nothing"
+
+
 def head_choice(bits: int | None, body: Choice) -> Choice | None:
     """What `--head` asks for beside `body`, the choice for the other modules: the same method, if it stores that many bits, else
     NF4 or LLM.int8(). None for 16 bits. Raises UsageError."""
@@ -49,12 +68,13 @@ def recipe_in_force(
     settings: Mapping[str, object] | None = None,
     others: Mapping[str, type] | None = None,
     head: int | None = None,
+    calibrate: bool = False,
 ) -> tuple[Recipe, dict[str, object]]:
     """What the options of a command ask for together, and those of `settings` that are no method's.
 
     `options` are the method's by name, None where not given; `settings` are name=value pairs, whose text is converted; `others` are
     names, with types, that may stand among them beside the method's. `head` is the bits of the output head. Without a method,
-    `bits` mean `rtn` in a format of integers. Raises UsageError.
+    `bits` mean `rtn` in a format of integers. With `calibrate`, texts decide where a method can use them. Raises UsageError.
     """
     given = {name: value for name, value in options.items() if value is not None}
     kept = tuple((glob, Choice(KEEP)) for glob in skip)
@@ -64,7 +84,11 @@ def recipe_in_force(
             raise UsageError(f"--recipe and --{twice.replace('_', '-')} were both given", "Leave out one, or put it in the recipe.")
         _, rest = _split("a recipe", {}, settings or {}, others or {})
         of_head = recipe.head if head is None else head_choice(head, recipe.default)
-        return replace(recipe, rules=(*kept, *recipe.rules), head=of_head, format=format or recipe.format), rest
+        recipe = replace(recipe, rules=(*kept, *recipe.rules), head=of_head, format=format or recipe.format)
+        if calibrate:
+            rules = tuple((glob, calibrated(choice)) for glob, choice in recipe.rules)
+            recipe = replace(recipe, default=calibrated(recipe.default), rules=rules)
+        return recipe, rest
     scheme = by_bits(bits, method)
     if method is None and format in _OF_INTEGERS:
         scheme, bits = NAMED["rtn"], bits or 4
@@ -79,7 +103,8 @@ def recipe_in_force(
         own["bits"] = bits
     methods.make(scheme, own)  # raises here what is wrong with an option
     body = Choice(scheme.name, tuple(own.items()))
-    return Recipe(body, kept, head_choice(head, body), format), rest
+    of_head = head_choice(head, body)
+    return Recipe(calibrated(body) if calibrate else body, kept, of_head, format), rest
 
 
 def _split(

@@ -10,19 +10,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from qcli.errors import UsageError
+from qcli.methods._calibrated import Calibrated
 from qcli.methods._method import Encoder, Method, Parts
 from qcli.schemes import FP8_BLOCK, NAMED, Scheme, Share
 
 if TYPE_CHECKING:
     import torch
 
+    from qcli.methods._grid import Grid
     from qcli.methods._groups import Rounded
 
 _SHARES: tuple[Share, ...] = ("row", "block", "tensor")
 
 
 @dataclass(frozen=True)
-class Fp8:
+class Fp8(Calibrated):
     """What shares a scale: "row", "block" (squares of 128, as DeepSeek-V3 has them) or "tensor"; whether activations are
     rounded."""
 
@@ -32,6 +34,7 @@ class Fp8:
     casts_to_model_dtype: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        self.check_rounding()
         if self.share not in _SHARES:
             raise UsageError(f"share is {self.share!r}, expected {', '.join(_SHARES[:-1])} or {_SHARES[-1]}")
 
@@ -66,6 +69,12 @@ class Fp8:
         from qcli.methods._groups import decode_groups
 
         return decode_groups(self.scheme, parts, out_features, in_features)
+
+    def grid(self, weight: torch.Tensor, importance: torch.Tensor | None, absmax: float) -> Grid:
+        """See Calibratable."""
+        from qcli.methods._grid import group_grid
+
+        return group_grid(self.scheme, self._rounds(weight, absmax), weight.shape[1], None, weight.dtype)
 
     def _rounds(self, rows: torch.Tensor, absmax: float) -> Rounded:
         import torch

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from qcli.errors import UsageError
+from qcli.methods._calibrated import Calibrated
 from qcli.methods._method import Encoder, Method, Parts
 from qcli.methods.rtn import check_integers, codes_of, integers
 from qcli.schemes import NAMED, WHOLE_ROW, Scheme
@@ -23,6 +24,7 @@ from qcli.schemes import NAMED, WHOLE_ROW, Scheme
 if TYPE_CHECKING:
     import torch
 
+    from qcli.methods._grid import Grid
     from qcli.methods._groups import Rounded
 
 _PIECE = 1 << 19
@@ -32,7 +34,7 @@ _SMALLEST_RANGE = 1e-4  # of a group that has a scale of its own
 
 
 @dataclass(frozen=True)
-class Hqq:
+class Hqq(Calibrated):
     """`bits` of a code, `group_size` elements of a row that share a scale (-1: the row), and how often zero points are improved."""
 
     bits: int = 4
@@ -44,6 +46,7 @@ class Hqq:
 
     def __post_init__(self) -> None:
         check_integers(self.bits, self.group_size)
+        self.check_rounding()
         if not 0 <= self.iterations <= 1000:
             raise UsageError(f"iterations is {self.iterations}, expected 0 to 1000", "20 is hqq's own number.")
 
@@ -69,6 +72,12 @@ class Hqq:
         from qcli.methods._groups import decode_groups
 
         return decode_groups(self.scheme, parts, out_features, in_features)
+
+    def grid(self, weight: torch.Tensor, importance: torch.Tensor | None, absmax: float) -> Grid:
+        """See Calibratable."""
+        from qcli.methods._grid import group_grid
+
+        return group_grid(self.scheme, self._rounds(weight, absmax), weight.shape[1], None, weight.dtype)
 
     def _rounds(self, rows: torch.Tensor, absmax: float) -> Rounded:
         import torch

@@ -5,19 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from qcli.methods._calibrated import Calibrated
 from qcli.methods._method import Encoder, Method, Parts
 from qcli.schemes import NAMED, Scheme
 
 if TYPE_CHECKING:
     import torch
 
+    from qcli.methods._grid import Grid
+    from qcli.methods._groups import Rounded
+
 
 @dataclass(frozen=True)
-class Mxfp4:
-    """It has no options: the format fixes all of them."""
+class Mxfp4(Calibrated):
+    """It has no options but the rounding: the format fixes all of them."""
 
     casts_to_model_dtype: ClassVar[bool] = True
     needs_absmax: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self.check_rounding()
 
     @property
     def scheme(self) -> Scheme:
@@ -31,17 +38,26 @@ class Mxfp4:
 
     def encoder(self, out_features: int, in_features: int, device: torch.device, absmax: float = 0.0) -> Encoder:
         """Takes one weight of this shape."""
-        from qcli.methods._fp4 import mx_rounds
         from qcli.methods._groups import GroupEncoder
 
-        scheme = self.scheme
-        return GroupEncoder(scheme, out_features, in_features, device, lambda rows, absmax: mx_rounds(rows, scheme.size))
+        return GroupEncoder(self.scheme, out_features, in_features, device, self._rounds)
 
     def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
         """The weight float32 [out_features, in_features] that all parts together stand for."""
         from qcli.methods._groups import decode_groups
 
         return decode_groups(self.scheme, parts, out_features, in_features)
+
+    def grid(self, weight: torch.Tensor, importance: torch.Tensor | None, absmax: float) -> Grid:
+        """See Calibratable."""
+        from qcli.methods._grid import group_grid
+
+        return group_grid(self.scheme, self._rounds(weight, absmax), weight.shape[1], None, weight.dtype)
+
+    def _rounds(self, rows: torch.Tensor, absmax: float) -> Rounded:
+        from qcli.methods._fp4 import mx_rounds
+
+        return mx_rounds(rows, self.scheme.size)
 
 
 METHOD: type[Method] = Mxfp4

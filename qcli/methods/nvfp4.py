@@ -7,24 +7,30 @@ calibration. Without any it is 1, which leaves E4M3 its whole range: groups with
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from qcli.methods._calibrated import Calibrated
 from qcli.methods._method import Encoder, Method, Parts
 from qcli.schemes import NAMED, Scheme
 
 if TYPE_CHECKING:
     import torch
 
+    from qcli.methods._grid import Grid
+    from qcli.methods._groups import Rounded
+
 
 @dataclass(frozen=True)
-class Nvfp4:
+class Nvfp4(Calibrated):
     """Whether activations are rounded too (W4A4)."""
 
     activations: bool = False
 
     casts_to_model_dtype: ClassVar[bool] = True
     needs_absmax: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.check_rounding()
 
     @property
     def scheme(self) -> Scheme:
@@ -39,18 +45,29 @@ class Nvfp4:
 
     def encoder(self, out_features: int, in_features: int, device: torch.device, absmax: float = 0.0) -> Encoder:
         """Takes one weight of this shape."""
-        from qcli.methods._fp4 import nv_rounds
         from qcli.methods._groups import GroupEncoder
 
-        scheme = self.scheme
-        rounds = partial(nv_rounds, size=scheme.size)
-        return GroupEncoder(scheme, out_features, in_features, device, rounds, absmax=absmax)
+        return GroupEncoder(self.scheme, out_features, in_features, device, self._rounds, absmax=absmax)
 
     def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
         """The weight float32 [out_features, in_features] that all parts together stand for."""
         from qcli.methods._groups import decode_groups
 
         return decode_groups(self.scheme, parts, out_features, in_features)
+
+    def grid(self, weight: torch.Tensor, importance: torch.Tensor | None, absmax: float) -> Grid:
+        """See Calibratable."""
+        from qcli.methods._grid import group_grid
+        from qcli.methods._groups import whole_scale
+
+        return group_grid(
+            self.scheme, self._rounds(weight, absmax), weight.shape[1], whole_scale(absmax).to(weight.device), weight.dtype
+        )
+
+    def _rounds(self, rows: torch.Tensor, absmax: float) -> Rounded:
+        from qcli.methods._fp4 import nv_rounds
+
+        return nv_rounds(rows, self.scheme.size, absmax)
 
 
 METHOD: type[Method] = Nvfp4

@@ -6,8 +6,8 @@ The arithmetic is that of compressed-tensors. With b bits, codes lie in [-2^(b-1
 A code is round(w / scale) + zero_point, halves to even, clamped. It stands for (code - zero_point) * scale, a product in the dtype
 of the scale. The scale is rounded to the model's dtype first, since that is what is stored. A group of zeros has the scale eps.
 
-With search "mse" the scale is the one that makes the squared error of a group least (qcli/ops/fit_scale.py). Readers see no
-difference.
+With search "mse" the scale is the one that makes the squared error of a group least (qcli/ops/fit_scale.py), with "imatrix" the
+error weighted by what texts say of each column. Readers see no difference.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from qcli.errors import UsageError
+from qcli.methods._calibrated import Calibrated
 from qcli.methods._method import Encoder, Method, Parts, check_search
 from qcli.schemes import NAMED, WHOLE_ROW, Scheme
 
 if TYPE_CHECKING:
     import torch
 
+    from qcli.methods._grid import Grid
     from qcli.methods._groups import Rounded
 
 BITS = (2, 3, 4, 8)
@@ -29,7 +31,7 @@ GROUP_SIZES = (WHOLE_ROW, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
-class RoundToNearest:
+class RoundToNearest(Calibrated):
     """`bits` of a code, `group_size` elements of a row that share a scale (-1: the row), and whether a group has a zero point
     too."""
 
@@ -44,6 +46,7 @@ class RoundToNearest:
     def __post_init__(self) -> None:
         check_integers(self.bits, self.group_size)
         check_search(self.search)
+        self.check_rounding()
 
     @property
     def scheme(self) -> Scheme:
@@ -67,7 +70,14 @@ class RoundToNearest:
 
         return decode_groups(self.scheme, parts, out_features, in_features)
 
-    def _rounds(self, rows: torch.Tensor, absmax: float) -> Rounded:
+    def grid(self, weight: torch.Tensor, importance: torch.Tensor | None, absmax: float) -> Grid:
+        """See Calibratable."""
+        from qcli.methods._grid import group_grid
+
+        rounded = self._rounds(weight, absmax, importance if self.search == "imatrix" else None)
+        return group_grid(self.scheme, rounded, weight.shape[1], None, weight.dtype)
+
+    def _rounds(self, rows: torch.Tensor, absmax: float, weights: torch.Tensor | None = None) -> Rounded:
         import torch
 
         from qcli.methods._groups import Rounded
@@ -76,10 +86,10 @@ class RoundToNearest:
         groups = rows.float().unflatten(-1, (-1, size))
         least, most = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         zero_point = None
-        if self.search == "mse":
+        if self.search != "none":
             from qcli.ops.fit_scale import fit_scale
 
-            scale, zero_point = fit_scale(rows, size, "", self.bits, self.zero_point, rows.dtype)
+            scale, zero_point = fit_scale(rows, size, "", self.bits, self.zero_point, rows.dtype, weights)
             scale = scale.view(groups.shape[:-1]).to(rows.dtype)
             zero_point = zero_point.view(groups.shape[:-1]) if self.zero_point else None
         else:

@@ -13,6 +13,9 @@ less, twice. A candidate must be better than all earlier ones, so no result is w
 With symmetric integers a scale may be negative. There is one more code below zero than above it, and such a scale gives it to the
 elements above zero.
 
+With `weights`, one of each column, every squared error is multiplied by its column's weight, and so are the products of the least
+squares scale. Weights are the mean squares of activations, or any other measure of what an error costs there.
+
 A block keeps the factor 1 where its max|w| is not in [2^-50, 2^50], where its scale is 0 or infinite in `dtype`, and where an
 element is NaN or infinite. An integer scale of 0 becomes the eps of `dtype`.
 
@@ -82,8 +85,11 @@ def _sum(x: torch.Tensor) -> torch.Tensor:
 class _Search:
     """The search in all blocks w [blocks, 16 n] at once. `best` holds (error, scale, zero_point, factor), each [blocks]."""
 
-    def __init__(self, w: torch.Tensor, codebook: str, bits: int, zero_point: bool, dtype: torch.dtype):
+    def __init__(
+        self, w: torch.Tensor, codebook: str, bits: int, zero_point: bool, dtype: torch.dtype, weights: torch.Tensor | None = None
+    ):
         self.w, self.codebook, self.bits, self.zero_point, self.dtype = w, codebook, bits, zero_point, dtype
+        self.weights = weights  # [blocks, 16 n]
         self.least, self.most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         self.low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
         largest = w.abs().amax(1)
@@ -111,7 +117,10 @@ class _Search:
         for _ in range(_REFITS):
             scale, zero = self.best[1], self.best[2]
             c = self._nearest(scale, zero)
-            self._consider(self._stored(_sum(self.w * c) / _sum(c * c)), zero, self.best[3])
+            self._consider(self._stored(self._sum(self.w * c) / self._sum(c * c)), zero, self.best[3])
+
+    def _sum(self, x: torch.Tensor) -> torch.Tensor:
+        return _sum(x if self.weights is None else x * self.weights)
 
     def _stored(self, scale: torch.Tensor) -> torch.Tensor:
         return scale.to(self.dtype).float()
@@ -136,12 +145,12 @@ class _Search:
         return values[torch.bucketize(v, thresholds)]
 
     def _consider(self, scale: torch.Tensor, zero: torch.Tensor, factor: torch.Tensor) -> None:
-        error = _sum((self.w - self._nearest(scale, zero) * scale.unsqueeze(1)).square_())
+        error = self._sum((self.w - self._nearest(scale, zero) * scale.unsqueeze(1)).square_())
         better = self.searched & (scale != 0) & scale.isfinite() & (error < self.best[0])
         self.best = [torch.where(better, new, old) for new, old in zip((error, scale, zero, factor), self.best)]
 
 
-def _check(size: int, codebook: str, bits: int, dtype: torch.dtype) -> None:
+def _check(size: int, codebook: str, bits: int, dtype: torch.dtype, weights: torch.Tensor | None) -> None:
     if size < 1:
         raise ValueError(f"fit_scale: size is {size}, expected at least 1")
     if codebook and codebook not in codebooks.CODEBOOKS:
@@ -150,21 +159,31 @@ def _check(size: int, codebook: str, bits: int, dtype: torch.dtype) -> None:
         raise ValueError(f"fit_scale: bits is {bits}, expected 2 to 8")
     if dtype not in cpu.DTYPES:
         raise TypeError(f"fit_scale: dtype is {dtype}, expected float32, bfloat16 or float16")
+    if weights is not None and (weights.dtype != torch.float32 or weights.dim() != 1 or not len(weights)):
+        raise ValueError(
+            f"fit_scale: weights are {weights.dtype} {list(weights.shape)}, expected float32 [columns], one column or more"
+        )
 
 
 def _reference(
-    x: torch.Tensor, size: int, codebook: str, bits: int, zero_point: bool, dtype: torch.dtype
+    x: torch.Tensor, size: int, codebook: str, bits: int, zero_point: bool, dtype: torch.dtype, weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(size, codebook, bits, dtype)
+    _check(size, codebook, bits, dtype, weights)
     cpu.dtype_code("fit_scale", x)
     flat = x.reshape(-1)
     scale, zero = _fake(x, size, codebook, bits, zero_point, dtype)
+    of_columns = None
     # Pieces of whole blocks. On a CPU they are so small that the intermediate values stay in its cache.
     together = max(1, (1 << (16 if x.is_cpu else 24)) // size)
     padded = blocks(size, _LANES) * _LANES
     for first, part in zip(range(0, scale.numel(), together), flat.split(together * size)):
         w = torch.nn.functional.pad(part.float(), (0, -part.numel() % size)).view(-1, size)
-        search = _Search(torch.nn.functional.pad(w, (0, padded - size)), codebook, bits, zero_point and not codebook, dtype)
+        if weights is not None:
+            place = torch.arange(first * size, first * size + part.numel(), device=x.device) % len(weights)
+            of_columns = torch.nn.functional.pad(weights[place], (0, -part.numel() % size)).view(-1, size)
+            of_columns = torch.nn.functional.pad(of_columns, (0, padded - size))
+        w = torch.nn.functional.pad(w, (0, padded - size))
+        search = _Search(w, codebook, bits, zero_point and not codebook, dtype, of_columns)
         search.run()
         scale[first : first + together] = search.best[1]
         if zero.numel():
@@ -172,19 +191,21 @@ def _reference(
     return scale, zero
 
 
-def _fake(x, size, codebook, bits, zero_point, dtype):
+def _fake(x, size, codebook, bits, zero_point, dtype, weights=None):
     count = blocks(x.numel(), size)
     scale = x.new_empty((count,), dtype=torch.float32)
     return scale, x.new_empty((count if zero_point and not codebook else 0,), dtype=torch.int8)
 
 
-_kernel = cpu.kernel("fit_scale", "piqqppiiifpipipp")
+_kernel = cpu.kernel("fit_scale", "piqqppiiifpipipqpp")
 
 
 def _cpu(
-    x: torch.Tensor, size: int, codebook: str, bits: int, zero_point: bool, dtype: torch.dtype
+    x: torch.Tensor, size: int, codebook: str, bits: int, zero_point: bool, dtype: torch.dtype, weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(size, codebook, bits, dtype)
+    _check(size, codebook, bits, dtype, weights)
+    if weights is not None:
+        weights = cpu.require("fit_scale", "weights", weights, torch.float32, len(weights))
     x, scale_dtype = x.contiguous(), cpu.DTYPES[dtype]
     scale, zero = _fake(x, size, codebook, bits, zero_point, dtype)
     coarse, fine = _factors(codebook, bits, zero_point)
@@ -203,6 +224,8 @@ def _cpu(
         len(coarse),
         cpu.address(fine),
         _REFITS,
+        weights,
+        0 if weights is None else len(weights),
         scale,
         zero,
     )
@@ -210,7 +233,8 @@ def _cpu(
 
 
 _op = define(
-    "fit_scale(Tensor x, int size, str codebook, int bits, bool zero_point, ScalarType dtype) -> (Tensor, Tensor)",
+    "fit_scale(Tensor x, int size, str codebook, int bits, bool zero_point, ScalarType dtype, "
+    "Tensor? weights=None) -> (Tensor, Tensor)",
     _reference,
     _fake,
     _cpu,
@@ -218,15 +242,15 @@ _op = define(
 
 
 def fit_scale(
-    x: torch.Tensor, size: int, codebook: str, bits: int, zero_point: bool, dtype: torch.dtype
+    x: torch.Tensor, size: int, codebook: str, bits: int, zero_point: bool, dtype: torch.dtype, weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x of any shape, float32, bfloat16 or float16, is taken in row-major order, in blocks of `size`. The last may be partial.
 
     codebook is "" for integers of `bits` bits, 2 to 8. With "nf4" or "fp4", bits and zero_point are not used. dtype is that of the
-    stored scales. Returns scale float32 [ceil(n/size)], rounded to dtype, and zero_point int8 [ceil(n/size)], or [0] without zero
-    points. Raises ValueError or TypeError for anything else.
+    stored scales. weights float32 [columns]: element i of x has weights[i % columns]. Returns scale float32 [ceil(n/size)], rounded
+    to dtype, and zero_point int8 [ceil(n/size)], or [0] without zero points. Raises ValueError or TypeError for anything else.
     """
-    return _op(x, size, codebook, bits, zero_point, dtype)
+    return _op(x, size, codebook, bits, zero_point, dtype, weights)
 
 
 def cases():
@@ -247,6 +271,15 @@ def cases():
                     f"{name}-{str(dtype)[6:]}-{size}-{'x'.join(map(str, shape))}",
                     {"x": x, "size": size, **options, "dtype": dtype},
                 )
+        weights = torch.randn(96, generator=generator).square()
+        weights[::11] *= 1000
+        weights[5] = 0
+        for dtype, size, columns in ((torch.bfloat16, 32, 96), (torch.float32, 64, 90), (torch.float32, 1024, 7)):
+            x = torch.randn(9, columns, generator=generator).to(dtype)
+            yield (
+                f"{name}-weighted-{size}-{columns}",
+                {"x": x, "size": size, **options, "dtype": dtype, "weights": weights[:columns]},
+            )
         hostile = torch.randn(14, 32, generator=generator)
         hostile[0] = 0
         hostile[1:5, 7] = torch.tensor([torch.inf, -torch.inf, -3e38, 3e38])

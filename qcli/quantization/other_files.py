@@ -8,6 +8,7 @@ from qcli.checkpoint.carried import has_tokenizer
 from qcli.checkpoint.config_json import live_auto_map
 from qcli.errors import CheckpointError
 from qcli.files.foreign_json import parse_object
+from qcli.quantization.calibration_report import CalibrationReport
 from qcli.quantization.plan import Plan
 from qcli.quantization.report import ModuleError, provenance
 from qcli.quantization.staging import Staging
@@ -41,16 +42,18 @@ def _without_dangling_code(plan: Plan, name: str, data: bytes) -> bytes:
     return as_json(value)
 
 
-def write_rest(plan: Plan, staging: Staging, kinds: list[ModuleError], nonfinite: dict[str, int]) -> list[str]:
+def write_rest(
+    plan: Plan, staging: Staging, kinds: list[ModuleError], nonfinite: dict[str, int], calibration: CalibrationReport | None = None
+) -> list[str]:
     """Writes everything but the weights and what is carried over; config.json is the last. Returns warnings for the user."""
     warnings = []
     if plan.index is not None:
         staging.add_file("model.safetensors.index.json", plan.index)
     if not has_tokenizer(plan.source.carried.files):
         warnings.append(f"{plan.source.label} has no tokenizer: the output has none either")
-    made = provenance(plan, kinds, nonfinite)
+    made = provenance(plan, kinds, nonfinite, calibration)
     staging.add_file("qcli.json", as_json(made))
-    staging.add_file("README.md", model_card(plan, kinds).encode())
+    staging.add_file("README.md", model_card(plan, kinds, calibration).encode())
     staging.add_file("config.json", as_json(plan.config))
     return warnings
 
@@ -60,7 +63,7 @@ def as_json(value: object) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def model_card(plan: Plan, kinds: list[ModuleError]) -> str:
+def model_card(plan: Plan, kinds: list[ModuleError], calibration: CalibrationReport | None) -> str:
     """README.md of the output: base model, method, options, sizes and measured error."""
     source, name = plan.source, plan.method_name
     own = plan.format.name == "qcli"
@@ -100,4 +103,11 @@ def model_card(plan: Plan, kinds: list[ModuleError]) -> str:
     ]
     for kind in kinds:
         lines.append(f"| {kind.name} | {kind.weights:,} | {kind.errors.relative_error:.3%} | {kind.sqnr_text} |")
+    if calibration:
+        lines += ["", f"Calibrated on {calibration.tokens:,} tokens of {calibration.text}."]
+    if calibration and (found := calibration.checked):
+        lines[-1] += (
+            f" On {found.tokens:,} other tokens of it: KL divergence from the original {found.kl:.5f} nats a token, without "
+            f"calibration {found.plain_kl:.5f}; perplexity {found.perplexity:.3f}, of the original {found.source_perplexity:.3f}."
+        )
     return "\n".join(lines) + "\n"

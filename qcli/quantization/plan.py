@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qcli import __version__, formats, methods
+from qcli.calibration.settings import Calibration
 from qcli.checkpoint import config_json, dtypes
 from qcli.checkpoint.layout import Linear
 from qcli.checkpoint.safetensors_file import TensorInfo
@@ -20,7 +21,7 @@ from qcli.checkpoint.source import Source, open_source
 from qcli.errors import CheckpointError, PlanError
 from qcli.formats import Format
 from qcli.methods._method import Method
-from qcli.methods.choosing import made, methods_of
+from qcli.methods.choosing import made, methods_of, needs_of
 from qcli.recipe import Choice, Recipe, recipe_of
 from qcli.schemes import CHUNK_BYTES, CHUNKS_IN_WORK
 
@@ -85,6 +86,7 @@ class Plan:
     shards: list[Shard] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    calibration: Calibration | None = None  # the texts that the methods of some modules need
     allow_nonfinite: bool = False
     disk_bytes: int = 0  # that the run needs beyond what is there already
 
@@ -123,6 +125,11 @@ class Plan:
     @cached_property
     def quantized(self) -> list[Work]:
         return [w for w in self.work if w.linear]
+
+    @cached_property
+    def calibrated(self) -> list[Work]:
+        """The work on weights whose methods need statistics of texts."""
+        return [w for w in self.quantized if w.method and needs_of(w.method) != "nothing"]
 
     @property
     def bits_per_weight(self) -> float:
@@ -184,6 +191,8 @@ class Plan:
             found["recipe"] = self.recipe.summary()
         if self.format.name != formats.NAMES[0]:
             found["format"] = self.format.name
+        if self.calibration:
+            found["calibration"] = self.calibration.identity
         return found
 
     @property
@@ -242,6 +251,7 @@ class Plan:
             "shards": [{"name": s.name, "header": s.header.decode("latin-1"), "size": s.size} for s in self.shards],
             "notes": self.notes,
             "problems": self.problems,
+            "calibration": None if self.calibration is None else asdict(self.calibration),
             "allow_nonfinite": self.allow_nonfinite,
             "disk_bytes": self.disk_bytes,
         }
@@ -287,6 +297,7 @@ def from_json(value: dict[str, Any], source: Source | None = None) -> Plan:
         shards=[Shard(s["name"], s["header"].encode("latin-1"), s["size"]) for s in value["shards"]],
         notes=list(value["notes"]),
         problems=list(value["problems"]),
+        calibration=None if value["calibration"] is None else Calibration(**value["calibration"]),
         allow_nonfinite=value["allow_nonfinite"],
         disk_bytes=value["disk_bytes"],
     )

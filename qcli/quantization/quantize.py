@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qcli import formats
+from qcli.calibration.settings import calibration_on
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.layout import Linear
 from qcli.checkpoint.model_dtype import model_dtype
@@ -62,12 +63,18 @@ def make_plan(
     trust_remote_code: bool = False,
     stream: bool = False,
     overwrite: bool = False,
+    calibrate: bool = False,
+    text: str | Path | None = None,
+    tokens: int | None = None,
+    check: bool = True,
     settings: Mapping[str, object] | None = None,
 ) -> Plan:
     """Decides from headers and config alone what a run would do. Its `problems` hold all that stands against it.
 
     `head` is the bits of the output head, and of the embedding that is tied to it: 16 by default, 8 or 4. `tensor_parallel` is the
-    number of GPUs over which a server will divide the model; what they cannot share becomes a problem.
+    number of GPUs over which a server will divide the model; what they cannot share becomes a problem. With `calibrate` texts
+    decide how weights are rounded, where a method can use them: the first `tokens` tokens of the file `text`, or of the text that
+    comes with qcli. A part is held out, and measures the result, unless `check` is false.
     """
     options = {
         "double_quant": double_quant,
@@ -76,7 +83,7 @@ def make_plan(
         "group_size": group_size,
         "search": search,
     }
-    recipe, rest = recipe_in_force(recipe, bits, method, options, skip, format, settings or {}, SETTINGS, head)
+    recipe, rest = recipe_in_force(recipe, bits, method, options, skip, format, settings or {}, SETTINGS, head, calibrate)
     run = run_settings(rest)
     one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
     bodies = [each.scheme for each in methods_of(recipe)]
@@ -128,7 +135,7 @@ def make_plan(
         recipe=recipe,
         format=format_,
         decided_by=layout.decided_by,
-        output=Path(output) if output is not None else _default_output(source.name, recipe),
+        output=Path(output) if output is not None else _default_output(source.name, recipe, calibrate),
         dtype=code,
         compute_dtype=compute,
         quantization_config=config,
@@ -138,6 +145,15 @@ def make_plan(
         problems=problems,
         allow_nonfinite=run.allow_nonfinite,
     )
+    if plan.calibrated:
+        plan.calibration = calibration_on(text, tokens, run.sequence_length or None, check)
+        if run.modules == "rules":
+            problems.append("texts pass a model as transformers runs it, whose modules rules do not know; leave out modules=rules")
+    elif calibrate or text is not None or tokens is not None:
+        problems.append(
+            f"no text decides how {plan.method_name or 'these modules'} is rounded; choose a method that texts help, such as "
+            "nf4 or rtn, or leave out --calibrate"
+        )
     check_output(plan, overwrite)
     available = available_memory()
     if available is not None and plan.working_memory > available:
@@ -166,9 +182,9 @@ def _take_scales(source: Source) -> None:
     source.notes.append(f"{source.label} is in FP8: its weights are decoded first")
 
 
-def _default_output(name: str, recipe: Recipe) -> Path:
+def _default_output(name: str, recipe: Recipe, calibrate: bool) -> Path:
     head = f"-head-{made(recipe.head).scheme.bits}" if recipe.head else ""
-    return Path(f"{name}-{methods_of(recipe)[0].scheme.name}{head}")
+    return Path(f"{name}-{methods_of(recipe)[0].scheme.name}{'-calibrated' if calibrate else ''}{head}")
 
 
 def check_output(plan: Plan, overwrite: bool) -> None:
@@ -218,10 +234,18 @@ def run_plan(
         plan.source.download_to(staging.downloads)
         other_files.carry_over(plan, staging)
         done = sum(plan.work[i].info.nbytes for i in staging.done)
+        calibration = None
         with shown(progress, plan.source_bytes, done) as advance:
+            if plan.calibration:
+                from qcli.quantization.calibration_run import CalibrationRun
+
+                run = CalibrationRun(plan, device, staging)
+                calibration = run.round(advance)
             execute(plan, staging, target, advance)
+        if calibration:
+            calibration.checked = run.check()
         kinds, worst, nonfinite = sum_up(plan, staging.done)
-        warnings = other_files.write_rest(plan, staging, kinds, nonfinite)
+        warnings = other_files.write_rest(plan, staging, kinds, nonfinite, calibration)
         verify(plan, staging.folder)
         staging.publish()
     report = Report(
@@ -237,6 +261,7 @@ def run_plan(
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
         warnings=warnings,
+        calibration=calibration,
     )
     if push_to_hub:
         report.url = hub.push(plan.output, push_to_hub)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from qcli import __version__, methods
 from qcli.checkpoint import dtypes
 from qcli.methods.errors import ErrorSums
+from qcli.quantization.calibration_report import CalibrationReport
 from qcli.quantization.plan import Plan
 
 
@@ -50,6 +51,7 @@ class Report:
     peak_memory: int
     warnings: list[str] = field(default_factory=list)
     url: str | None = None
+    calibration: CalibrationReport | None = None
 
     def summary(self) -> dict[str, object]:
         """For JSON."""
@@ -58,6 +60,7 @@ class Report:
             "seconds": round(self.seconds, 3),
             "kinds": [e.summary() for e in self.kinds],
             "worst": [e.summary() for e in self.worst],
+            "calibration": None if self.calibration is None else self.calibration.summary(),
         }
 
 
@@ -76,8 +79,20 @@ def sum_up(plan: Plan, done: Mapping[int, ErrorSums]) -> tuple[list[ModuleError]
     return list(kinds.values()), worst, nonfinite
 
 
-def provenance(plan: Plan, kinds: list[ModuleError], nonfinite: dict[str, int]) -> dict[str, object]:
+def provenance(
+    plan: Plan, kinds: list[ModuleError], nonfinite: dict[str, int], calibration: CalibrationReport | None = None
+) -> dict[str, object]:
     """qcli.json: what made this folder. No times and no paths, so that the same run gives the same bytes."""
+    calibrated: dict[str, object] = {}
+    if calibration:
+        calibrated = {
+            "calibration": {
+                "text": calibration.text,
+                "tokens": calibration.tokens,
+                "sequence_length": calibration.sequence_length,
+                "checked": asdict(calibration.checked) if calibration.checked else None,
+            }
+        }
     return {
         "qcli": __version__,
         "source": {
@@ -94,5 +109,6 @@ def provenance(plan: Plan, kinds: list[ModuleError], nonfinite: dict[str, int]) 
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "measured_error": [e.summary() for e in kinds],
         "nonfinite": nonfinite,
+        **calibrated,
         "identity": json.loads(json.dumps(plan.identity)),
     }

@@ -16,6 +16,7 @@ class Settings:
     max_shard_size: str = "5GB"
     compute_dtype: str = "auto"
     allow_nonfinite: bool = False
+    sequence_length: int = 0  # tokens of a window of the calibration; 0 is the model's own, up to 2048
     modules: str = "model"  # which modules are linear: as the transformers model says, or by name and shape ("rules")
 
     def __post_init__(self) -> None:

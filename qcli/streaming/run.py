@@ -27,8 +27,21 @@ class Call:
     batch: Any = None
 
 
+@dataclass
+class Pass:
+    """A call that has entered a block. `run()` is the block's own forward with the arguments of this call."""
+
+    call: Call
+    run: Callable[[], Any]
+
+
 class Observer:
     """Is called at each unit. The default does nothing."""
+
+    def through(self, unit: Unit) -> Callable[[Sequence[Pass]], Iterator[Any]] | None:
+        """Who takes all calls through the block `unit` at once: a function that gives each pass its output, in their order. None,
+        the default, lets each call run the block itself, one after another."""
+        return None
 
     def loaded(self, unit: Unit) -> None:
         """The weights of `unit` are in memory, and no call has passed it yet."""
@@ -61,15 +74,18 @@ def run_calls(skeleton: Skeleton, calls: Sequence[Call], observer: Observer | No
     results: dict[int, Any] = {}
     threads: list[greenlet] = []
     waiting: list[tuple[int, greenlet, Unit]] = []
+    entered: list[tuple[int, greenlet, Pass]] = []
 
     def advance(index: int, thread: greenlet, *arguments: object) -> None:
         wanted = thread.switch(*arguments)
         if thread.dead:
             results[index] = wanted
+        elif isinstance(wanted, Pass):
+            entered.append((index, thread, wanted))
         else:
             waiting.append((index, thread, wanted))
 
-    with torch.inference_mode(), _suspended(skeleton):
+    with torch.inference_mode(), _suspended(skeleton), _handing_over(skeleton, observer):
         skeleton.load(skeleton.embedding)  # some models ask for its device before they enter it
         try:
             for i, call in enumerate(calls):
@@ -83,11 +99,18 @@ def run_calls(skeleton: Skeleton, calls: Sequence[Call], observer: Observer | No
                 waiting[:] = [entry for entry in waiting if entry[2] is not unit]
                 skeleton.load(unit)
                 observer.loaded(unit)
+                through = observer.through(unit)
                 for variant in dict.fromkeys(thread.call.variant for _, thread, _ in here):
                     with observer.variant(unit, variant):
                         for index, thread, _ in here:
                             if thread.call.variant == variant:
                                 advance(index, thread)
+                        if through:
+                            passes, entered[:] = entered[:], []
+                            outputs = through([each for _, _, each in passes])
+                            while passes:
+                                index, thread, _ = passes.pop(0)
+                                advance(index, thread, next(outputs))
                 observer.passed(unit)
                 if not keep:
                     skeleton.unload(unit)
@@ -100,6 +123,30 @@ def run_calls(skeleton: Skeleton, calls: Sequence[Call], observer: Observer | No
 def _next(waiting: list[tuple[int, greenlet, Unit]]) -> Unit:
     """The next unit to load: first those outside of the blocks, then the earliest block. So no call overtakes another."""
     return min((unit for _, _, unit in waiting), key=lambda unit: -1 if unit.index is None else unit.index)
+
+
+@contextmanager
+def _handing_over(skeleton: Skeleton, observer: Observer) -> Iterator[None]:
+    """While this lasts, a call that enters a block which `observer` takes all calls through hands over its pass, and waits for the
+    output."""
+    changed = []
+
+    def handing_over(forward: Callable) -> Callable:
+        def hand_over(*args, **kwargs):
+            call = current_call()
+            return getcurrent().parent.switch(Pass(call, lambda: forward(*args, **kwargs))) if call else forward(*args, **kwargs)
+
+        return hand_over
+
+    try:
+        for unit in skeleton.blocks:
+            if observer.through(unit) is not None:
+                unit.module.forward = handing_over(unit.module.forward)  # before any call, which looks it up as it enters
+                changed.append(unit.module)
+        yield
+    finally:
+        for module in changed:
+            del module.forward
 
 
 @contextmanager

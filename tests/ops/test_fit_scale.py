@@ -26,8 +26,8 @@ def as_blocks(x, size):
     return torch.nn.functional.pad(x.float().flatten(), (0, -x.numel() % size)).view(-1, size)
 
 
-def squared_error(w, scale, zero_point, codebook, bits):
-    """Of blocks w [blocks, size], in float64, with the codes of round to nearest."""
+def squared_error(w, scale, zero_point, codebook, bits, weights=1):
+    """Of blocks w [blocks, size], in float64, with the codes of round to nearest. `weights` multiply squared errors."""
     scale = scale.unsqueeze(-1)
     if codebook:
         values = torch.from_numpy(codebooks.CODEBOOKS[codebook][codebooks.ORDER[codebook]])
@@ -36,7 +36,7 @@ def squared_error(w, scale, zero_point, codebook, bits):
     else:
         zero = zero_point.unsqueeze(-1) if zero_point.numel() else 0
         c = ((w / scale).round() + zero).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) - zero
-    return (w.double() - c.double() * scale.double()).square().sum(-1)
+    return ((w.double() - c.double() * scale.double()).square() * weights).sum(-1)
 
 
 def factor_one(w, codebook, bits, zero_point, dtype):
@@ -62,7 +62,10 @@ def test_no_case_is_worse_than_round_to_nearest(name, arguments):
     assert scale.dtype == torch.float32 and scale.shape == (len(w),)
     assert zero.dtype == torch.int8 and zero.shape == ((len(w),) if arguments["zero_point"] else (0,))
     torch.testing.assert_close(scale, scale.to(arguments["dtype"]).float(), rtol=0, atol=0, equal_nan=True)
-    ours, theirs = squared_error(w, scale, zero, *form), squared_error(w, first, first_zero, *form)
+    weights = 1
+    if "weights" in arguments:
+        weights = as_blocks(arguments["weights"].double().expand_as(arguments["x"]), arguments["size"])
+    ours, theirs = squared_error(w, scale, zero, *form, weights), squared_error(w, first, first_zero, *form, weights)
     assert (ours.isnan() | (ours <= theirs * (1 + 1e-6))).all()
     kept = ~w.isfinite().all(-1) | ~first.isfinite() | (w.abs().amax(-1) > 2.0**50) | (w.abs().amax(-1) < 2.0**-50)
     torch.testing.assert_close(scale[kept], first[kept], rtol=0, atol=0, equal_nan=True)

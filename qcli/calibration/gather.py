@@ -1,0 +1,143 @@
+"""Takes texts through a block, several batches at a time, and sums up what reaches its linear modules.
+
+A batch is computed by one thread from end to end, and statistics are added in the order of the batches. So neither the hidden
+states nor the sums depend on the number of threads.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from qcli.calibration.statistics import Statistics, Turns
+from qcli.streaming.run import Pass, same_tensor
+
+
+class Gatherer:
+    """Statistics of the linear `modules` of a block, by their names. Those of `with_hessian` get a Hessian.
+
+    Modules that read the same tensor, as q, k and v do, share one object. Which do is seen in the first batch, which is taken
+    alone; modules that it does not reach share with none.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], with_hessian: set[str], device: torch.device):
+        self.modules, self._with_hessian, self._device = modules, with_hessian, device
+        self.found: dict[str, Statistics] = {}
+        self._leader: dict[str, str] = {}  # of each module that the first batch reached
+        self._turns = Turns()
+        self._here = threading.local()
+        self._making = threading.Lock()
+        self._handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
+
+    def close(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable:
+        def hook(module, args):
+            seen = getattr(self._here, "seen", None)
+            if seen is not None:
+                seen.setdefault(name, []).append(args[0])
+
+        return hook
+
+    @contextmanager
+    def batch(self, number: int) -> Iterator[None]:
+        """While this lasts, what reaches the modules in this thread belongs to the batch `number`. Then it is added."""
+        self._here.seen = {}
+        with self._turns.batch(number):
+            try:
+                yield
+                self._add(number, self._here.seen)
+            finally:
+                self._here.seen = None
+
+    def _add(self, number: int, seen: dict[str, list[torch.Tensor]]) -> None:
+        if number == 0:
+            self._find_leaders(seen)
+        for name, inputs in seen.items():
+            leader = self._leader.get(name, name)
+            if leader != name:
+                continue
+            rows = [x.reshape(-1, x.shape[-1]) for x in inputs]
+            x = (rows[0] if len(rows) == 1 else torch.cat(rows)).float()
+            statistics = self._statistics(leader, x.shape[-1])
+            for panel in range(statistics.panels):
+                self._turns.wait(number, (leader, panel))
+                statistics.add(x, panel)
+                self._turns.pass_on(number, (leader, panel))
+
+    def _find_leaders(self, seen: dict[str, list[torch.Tensor]]) -> None:
+        for name, inputs in seen.items():
+            same = (
+                other
+                for other, theirs in seen.items()
+                if len(theirs) == len(inputs) and all(same_tensor(a, b) for a, b in zip(inputs, theirs))
+            )
+            self._leader[name] = next(same)
+
+    def _statistics(self, leader: str, in_features: int) -> Statistics:
+        with self._making:
+            if leader not in self.found:
+                members = {leader, *(name for name, its in self._leader.items() if its == leader)}
+                made = Statistics(in_features, bool(members & self._with_hessian), self._device)
+                for name in members:
+                    self.found[name] = made
+            return self.found[leader]
+
+
+class Crew:
+    """The threads that take batches through blocks. Kernels run on one thread in each of them. Use as a context manager."""
+
+    def __init__(self, device: torch.device):
+        self.threads = torch.get_num_threads() if device.type == "cpu" else 1
+
+    def __enter__(self) -> "Crew":
+        self._before = torch.get_num_threads()
+        if self.threads > 1:
+            torch.set_num_threads(1)
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="qcli")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._before)
+
+    def results(self, tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
+        """What each task returns, in their order, a few tasks ahead. Raises what a task raises."""
+        waiting: deque[Future] = deque()
+        rest = iter(tasks)
+        try:
+            while True:
+                while len(waiting) <= self.threads and (task := next(rest, None)) is not None:
+                    waiting.append(self._pool.submit(_inferring, task))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def gather(self, passes: Sequence[Pass], gatherer: Gatherer, advance: Callable[[int], None]) -> None:
+        """Runs every pass and adds what reaches the modules. `advance` is called with the number of each finished pass."""
+
+        def counted(number: int) -> None:
+            with gatherer.batch(number):
+                passes[number].run()
+
+        for number, _ in enumerate(self.results([lambda n=n: counted(n) for n in range(min(len(passes), 1))])):
+            advance(number)
+        rest = [lambda n=n: counted(n) for n in range(1, len(passes))]
+        for number, _ in enumerate(self.results(rest), 1):
+            advance(number)
+
+
+def _inferring(task: Callable[[], Any]) -> Any:
+    with torch.inference_mode():  # which is each thread's own
+        return task()

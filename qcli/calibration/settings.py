@@ -1,0 +1,48 @@
+"""What a calibration reads, as data: the texts, and how they pass the model. No torch."""
+
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from qcli.errors import UsageError
+
+DEFAULT_TOKENS = 128 * 2048  # GPTQ's own number (arXiv:2210.17323, section 4)
+CHECK_SHARE = 16  # one window of so many is held out for the check, and at most CHECK_TOKENS
+CHECK_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`text` is the path of a file, None the bundled text. `tokens` None takes what there is, up to DEFAULT_TOKENS.
+    `sequence_length` None is the model's, up to 2048. `check` holds a part out. `text_hash` is the SHA-256 of the text."""
+
+    text: str | None = None
+    tokens: int | None = None
+    sequence_length: int | None = None
+    check: bool = True
+    text_hash: str = ""
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What the result depends on."""
+        return {"text": self.text_hash, "tokens": self.tokens, "sequence_length": self.sequence_length, "held_out": self.check}
+
+
+def calibration_on(
+    text: str | Path | None = None, tokens: int | None = None, sequence_length: int | None = None, check: bool = True
+) -> Calibration:
+    """The calibration on a text. Raises UsageError where it cannot be read."""
+    if tokens is not None and tokens < 2:
+        raise UsageError(f"--tokens is {tokens:,}, expected 2 or more")
+    return Calibration(None if text is None else str(text), tokens, sequence_length, check, _hash(text))
+
+
+def _hash(text: str | Path | None) -> str:
+    if text is None:
+        return hashlib.sha256(files("qcli").joinpath("data", "corpus.txt").read_bytes()).hexdigest()
+    try:
+        with Path(text).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as e:
+        raise UsageError(f"cannot read the text from {text}: {e.strerror}", "Check --text.") from e

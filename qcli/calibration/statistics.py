@@ -1,0 +1,110 @@
+"""What texts leave at the input of a linear module: sums over tokens, which add up and merge.
+
+x [tokens, in_features] are the activations. `Moments` has sum x_j^2, sum |x_j| and max |x_j| of each channel. `Hessian` has
+sum x x^T besides, whose half the squared error of the outputs is measured by: for an error E of the weight, [out_features,
+in_features], the outputs are off by ||E x||^2, which sums up to tr(E H E^T).
+
+Threads bring the tokens of batches. A sum is added to in the order of the batches, panel after panel, so that the same bits come
+out for any number of threads.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+PANEL = 512  # rows of a Hessian that are added at a time
+
+
+class Statistics:
+    """Sums over the tokens that a linear module has seen. `tokens` counts them.
+
+    square, mean_sum float64 [in_features], absmax float32 [in_features]; hessian float32 [in_features, in_features], of which only
+    the blocks on and above the diagonal are summed until `symmetric` fills the rest; None without `with_hessian`.
+    """
+
+    def __init__(self, in_features: int, with_hessian: bool, device: torch.device):
+        self.tokens = 0
+        self.square = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.magnitude = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.absmax = torch.zeros(in_features, device=device)
+        self.hessian = torch.zeros(in_features, in_features, device=device) if with_hessian else None
+
+    @property
+    def panels(self) -> int:
+        """Into how many parts `add` is divided."""
+        return -(-len(self.square) // PANEL) if self.hessian is not None else 1
+
+    def add(self, x: torch.Tensor, panel: int) -> None:
+        """Counts activations x float32 [tokens, in_features] in: the rows of one panel of the Hessian, and with the first panel
+        all the rest."""
+        if panel == 0:
+            self.tokens += len(x)
+            self.square += x.square().sum(0, dtype=torch.float64)
+            magnitude = x.abs()
+            self.magnitude += magnitude.sum(0, dtype=torch.float64)
+            if len(x):
+                self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
+        if self.hessian is not None:
+            first, last = panel * PANEL, (panel + 1) * PANEL
+            self.hessian[first:last, first:].addmm_(x[:, first:last].t(), x[:, first:])
+
+    def symmetric(self) -> torch.Tensor:
+        """The whole Hessian float32 [in_features, in_features]."""
+        assert self.hessian is not None
+        for panel in range(1, self.panels):
+            first, last = panel * PANEL, (panel + 1) * PANEL
+            self.hessian[first:last, :first] = self.hessian[:first, first:last].t()
+        return self.hessian
+
+    @property
+    def mean_square(self) -> torch.Tensor:
+        """E[x_j^2] float32 [in_features]."""
+        return (self.square / max(self.tokens, 1)).float()
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no activation was NaN or infinite."""
+        return bool(self.square.isfinite().all())
+
+
+class Turns:
+    """Lets batches, each in a thread, add to the same sums in their order. Batches are numbered from 0."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._added: dict[int, set[object]] = {}  # by the batches under way: what they have added to
+        self._ended: set[int] = set()
+        self._first = 0  # the earliest batch that has not ended
+
+    @contextmanager
+    def batch(self, number: int) -> Iterator[None]:
+        """While this lasts, the batch `number` may add. It is held up by no batch that has failed."""
+        with self._changed:
+            self._added[number] = set()
+        try:
+            yield
+        finally:
+            with self._changed:
+                del self._added[number]
+                self._ended.add(number)
+                while self._first in self._ended:
+                    self._ended.remove(self._first)
+                    self._first += 1
+                self._changed.notify_all()
+
+    def wait(self, number: int, key: object) -> None:
+        """Returns once every earlier batch has added to `key`, or has ended."""
+
+        def ready() -> bool:
+            return all(n in self._ended or key in self._added.get(n, ()) for n in range(self._first, number))
+
+        with self._changed:
+            self._changed.wait_for(ready)
+
+    def pass_on(self, number: int, key: object) -> None:
+        """Says that the batch `number` has added to `key`."""
+        with self._changed:
+            self._added[number].add(key)
+            self._changed.notify_all()

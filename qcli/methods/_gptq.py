@@ -1,0 +1,138 @@
+"""GPTQ: columns are rounded one after another, and each error is made up for by the columns that are still to come
+(arXiv:2210.17323).
+
+With H = sum x x^T over the calibration tokens, the outputs of a row w are off by (w - q) H (w - q)^T. Columns are taken in the
+order of falling H_jj, the costly ones while most others can still give way. The scales are fixed before, so that groups lie where
+they did and readers need no order of columns. With U the upper Cholesky factor of H^-1, for each column j
+  q_j = nearest value to w_j,  e = (w_j - q_j) / U_jj,  w_k -= e U_jk for every later k
+in blocks of 128 columns: what a block owes to later blocks is one product. H gets `damping` times its mean diagonal. Where it is
+then not positive definite, the damping is doubled until it is; `Found.damping` says what was used.
+A channel that no token ever reached has H_jj = 0: its column is rounded to nearest.
+
+Afterwards the scales are fitted again by least squares under H, with the codes as they are, and kept if the error falls.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from qcli.errors import NonFiniteError
+from qcli.methods._grid import Grid
+
+BLOCK = 128
+_LARGEST_DAMPING = 1e3
+_ROWS = 1 << 25  # elements of the normal equations that are made at a time
+_RIDGE = 1e-4
+
+
+@dataclass
+class Found:
+    """Codes [out_features, in_features] under `grid`, and what they stand for, float32 of that shape. `dead` counts the channels
+    that no token reached."""
+
+    grid: Grid
+    codes: torch.Tensor
+    values: torch.Tensor
+    damping: float = 0.0
+    dead: int = 0
+
+
+def nearest(weight: torch.Tensor, grid: Grid) -> Found:
+    """Rounds weight float32 [out_features, in_features] to nearest."""
+    scale = grid.spread(weight.shape[1])
+    zero = None if grid.zero_point is None else grid.zero_point.repeat_interleave(grid.size, 1)[:, : weight.shape[1]]
+    codes, entries = grid.entries(weight / scale.clamp(min=2.0**-126) if grid.scheme.codebook else weight / scale, zero)
+    return Found(grid, codes, grid.values(entries))
+
+
+def output_error(weight: torch.Tensor, values: torch.Tensor, hessian: torch.Tensor) -> float:
+    """tr(E H E^T) for E = weight - values, float32 [out_features, in_features]: the squared error of the outputs, over all tokens
+    of H float32 [in_features, in_features]."""
+    error = weight - values
+    return float(((error @ hessian) * error).sum(dtype=torch.float64).clamp(min=0))
+
+
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, damping: float = 0.01) -> Found:
+    """Rounds weight float32 [out_features, in_features] under H float32 [in_features, in_features], which is not changed. Raises
+    NonFiniteError where no damping makes H positive definite."""
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    order = diagonal.argsort(descending=True, stable=True)
+    upper, used = _inverse_factor(hessian, order, dead, damping)
+    columns = weight.t()[order].contiguous()  # [in_features, out_features]: a column is contiguous
+    codes: torch.Tensor | None = None
+    values = torch.empty_like(columns)
+    places = order.tolist()
+    for first in range(0, len(columns), BLOCK):
+        last = min(first + BLOCK, len(columns))
+        errors = torch.empty_like(columns[first:last])
+        for j in range(first, last):
+            code, value = grid.round(columns[j], places[j])
+            if codes is None:
+                codes = torch.empty(columns.shape, dtype=code.dtype, device=code.device)
+            codes[j], values[j] = code, value
+            errors[j - first] = (columns[j] - value) / upper[j, j]
+            if j + 1 < last:
+                columns[j + 1 : last].addr_(upper[j, j + 1 : last], errors[j - first], alpha=-1)
+        if last < len(columns):
+            columns[last:].addmm_(upper[first:last, last:].t(), errors, alpha=-1)
+    assert codes is not None
+    back = order.argsort()
+    return Found(grid, codes[back].t().contiguous(), values[back].t().contiguous(), used, int(dead.sum()))
+
+
+def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor, dead: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """The upper Cholesky factor float32 of the inverse of H in the given order of its columns, and the damping that it took."""
+    ordered = hessian[order][:, order].double()
+    diagonal = ordered.diagonal()
+    mean = float(diagonal.mean())
+    diagonal[dead[order]] = mean or 1.0
+    bare = diagonal.clone()
+    while damping <= _LARGEST_DAMPING:
+        diagonal.copy_(bare + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(ordered)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper.float(), damping
+        damping = 2 * damping or 1e-3
+    raise NonFiniteError("the Hessian of its inputs is not positive definite under any damping", "Calibrate with another text.")
+
+
+def refitted(weight: torch.Tensor, hessian: torch.Tensor, found: Found) -> Found:
+    """`found` with scales that fit its codes better under H: for each row the least squares solution. It is `found` itself where
+    the error does not fall, and where scales are no free numbers."""
+    grid = found.grid
+    if grid.divides_rows or grid.scheme.share not in ("flat", "group", "row") or grid.scheme.scale not in ("float32", "model"):
+        return found
+    entries = grid.entries_of(found.codes)
+    scale = torch.empty_like(grid.scale)
+    step = max(1, _ROWS // (weight.shape[1] + grid.scale.shape[1] ** 2))
+    for rows in range(0, len(weight), step):
+        part = slice(rows, rows + step)
+        scale[part] = _least_squares(weight[part], hessian, entries[part], grid.scale[part], grid.size)
+    better = grid.with_scale(scale)
+    values = better.values(entries)
+    if output_error(weight, values, hessian) < output_error(weight, found.values, hessian):
+        return Found(better, found.codes, values, found.damping, found.dead)
+    return found
+
+
+def _least_squares(w: torch.Tensor, hessian: torch.Tensor, entries: torch.Tensor, scale: torch.Tensor, size: int) -> torch.Tensor:
+    """The scales [rows, groups] for which the error of `entries` times them is least, near to `scale`, and of its signs."""
+    rows, groups = scale.shape
+    wide = torch.nn.functional.pad(entries, (0, groups * size - entries.shape[1]))
+    matrix, right = w.new_empty(rows, groups, groups), w.new_empty(rows, groups)
+    for group in range(groups):
+        columns = slice(group * size, min((group + 1) * size, w.shape[1]))
+        product = entries[:, columns] @ hessian[columns]
+        right[:, group] = (product * w).sum(1)
+        padded = torch.nn.functional.pad(product, (0, wide.shape[1] - w.shape[1]))
+        matrix[:, group] = (padded * wide).view(rows, groups, size).sum(2)
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    residual = right - (matrix @ scale.unsqueeze(2)).squeeze(2)
+    diagonal += _RIDGE * diagonal.mean(1, keepdim=True).clamp(min=1e-30)
+    change, failed = torch.linalg.solve_ex(matrix, residual.unsqueeze(2))
+    new = scale + change.squeeze(2)
+    good = new.isfinite() & (new * scale > 0) & (failed == 0).unsqueeze(1)
+    return torch.where(good, new, scale)

@@ -1,0 +1,140 @@
+"""The calibration pass: texts go through the model block by block, and each block is quantized as they reach it.
+
+A block is passed twice. First the texts go through it as it was, and leave their statistics at the inputs of its linear modules.
+Its weights are then rounded, written and read back. Then the texts go through the rounded block, so that the next one sees what it
+will see when the quantized model runs. Memory holds one block, its statistics and the hidden states of all tokens.
+
+A module's weight is a unit of the journal. After a stop, blocks whose weights are all there are passed with these, and not rounded
+again. Nothing here depends on the number of threads: see qcli.calibration.gather.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qcli.calibration.gather import Crew, Gatherer
+from qcli.errors import NonFiniteError
+from qcli.progress import Advance
+from qcli.quantization.absmax import AbsmaxReader
+from qcli.quantization.plan import Plan, Work
+from qcli.quantization.rounding import Rounding, round_weight
+from qcli.quantization.staged import StagedWeights
+from qcli.quantization.staging import Staging
+from qcli.streaming.batches import make_batches
+from qcli.streaming.corpus import Window
+from qcli.streaming.head import Head
+from qcli.streaming.run import Call, Observer, Pass, run_calls
+from qcli.streaming.skeleton import Skeleton
+from qcli.streaming.units import Unit
+
+FEWEST_TOKENS = 256  # that must reach a module before its statistics are used
+
+
+@dataclass
+class Calibrated:
+    """What the pass did. `roundings` by module, `unseen` the modules that too few tokens reached, with how many."""
+
+    tokens: int = 0
+    roundings: dict[str, Rounding] = field(default_factory=dict)
+    unseen: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: {"statistics": 0.0, "rounding": 0.0, "quantized block": 0.0})
+
+
+def calibrate(plan: Plan, staging: Staging, skeleton: Skeleton, windows: Sequence[Window], advance: Advance) -> Calibrated:
+    """Rounds every module of the plan that needs statistics and lies in a block that the texts reach. What it leaves is left to
+    `execute`. `advance` hears of source bytes as they are finished.
+
+    Raises NonFiniteError where an activation is NaN or infinite, CheckpointError for what fails on disk.
+    """
+    staging.open_shards()
+    found = Calibrated(tokens=sum(len(window.ids) for window in windows))
+    with Crew(skeleton.device) as crew:
+        blocks = _Blocks(plan, staging, skeleton, crew, found, advance)
+        head = Head(skeleton)
+        # Without padding, so that no token of a statistic is one of padding.
+        calls = [Call(head.below(batch), batch=batch) for batch in make_batches([window.ids for window in windows], None)]
+        with head.stopping():
+            run_calls(skeleton, calls, blocks)
+    staging.sync()
+    return found
+
+
+class _Blocks(Observer):
+    def __init__(
+        self, plan: Plan, staging: Staging, skeleton: Skeleton, crew: Crew, found: Calibrated, advance: Callable[[int, str], None]
+    ):
+        self.plan, self.staging, self.skeleton = plan, staging, skeleton
+        self.crew, self.found, self.advance = crew, found, advance
+        self.staged = StagedWeights(plan, staging)
+        self.absmax = AbsmaxReader(plan)
+        self.locked = threading.Lock()
+        self.works: dict[str, list[Work]] = {unit.name: [] for unit in skeleton.blocks}
+        for work in plan.calibrated:
+            unit = next((u for u in skeleton.blocks if work.linear and work.linear.module.startswith(f"{u.name}.")), None)
+            if unit is not None:
+                self.works[unit.name].append(work)
+
+    def through(self, unit: Unit) -> Callable[[Sequence[Pass]], Iterator[Any]] | None:
+        """See Observer."""
+        return (lambda passes: self._pass(unit, passes)) if unit.index is not None else None
+
+    def _pass(self, unit: Unit, passes: Sequence[Pass]) -> Iterator[Any]:
+        works = self.works[unit.name]
+        left = [work for work in works if work.index not in self.staging.done]
+        if left:
+            self._round(unit, passes, left)
+        started = time.monotonic()
+        if works:
+            self._replace(works)
+        yield from self.crew.results([each.run for each in passes])
+        self.found.seconds["quantized block"] += time.monotonic() - started
+
+    def _round(self, unit: Unit, passes: Sequence[Pass], works: Sequence[Work]) -> None:
+        started = time.monotonic()
+        modules = {w.linear.module: self.skeleton.model.get_submodule(w.linear.module) for w in works if w.linear}
+        hessians = {w.linear.module for w in works if w.linear and w.method and _needs(w) == "hessian"}
+        gatherer = Gatherer(modules, hessians, self.skeleton.device)
+        try:
+            self.crew.gather(passes, gatherer, lambda number: None)
+        finally:
+            gatherer.close()
+        self.found.seconds["statistics"] += time.monotonic() - started
+        started = time.monotonic()
+        for statistics in {id(each): each for each in gatherer.found.values()}.values():
+            if not statistics.is_finite:
+                name = next(name for name, its in gatherer.found.items() if its is statistics)
+                raise NonFiniteError(f"{name}: an activation that reaches it is NaN or infinite", "Try --dtype float32.")
+            if statistics.hessian is not None:
+                statistics.symmetric()
+        for _ in self.crew.results([lambda w=w: self._round_one(w, gatherer) for w in works]):
+            pass
+        self.staging.sync()
+        self.found.seconds["rounding"] += time.monotonic() - started
+
+    def _round_one(self, work: Work, gatherer: Gatherer) -> None:
+        assert work.linear is not None
+        module = work.linear.module
+        statistics = gatherer.found.get(module)
+        tokens = statistics.tokens if statistics else 0
+        if tokens < min(FEWEST_TOKENS, self.found.tokens):
+            statistics = None
+            with self.locked:
+                self.found.unseen[module] = tokens
+        rounding = round_weight(self.plan, self.staging, work, statistics, self.skeleton.device, self.absmax.of(work))
+        with self.locked:
+            self.found.roundings[module] = rounding
+        self.advance(work.info.nbytes, work.info.name)
+
+    def _replace(self, works: Sequence[Work]) -> None:
+        """Puts the weights that were written in the place of the block's own."""
+        for work in works:
+            assert work.linear is not None
+            module = self.skeleton.model.get_submodule(work.linear.module)
+            weight = self.staged.weight(work)
+            module.weight.data.copy_(weight.t() if work.linear.transposed else weight)
+
+
+def _needs(work: Work) -> str:
+    return getattr(work.method, "needs", "nothing")

@@ -1,0 +1,113 @@
+"""Rounds one weight by what texts say of its inputs, and writes it."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from qcli.calibration.statistics import Statistics
+from qcli.checkpoint import dtypes
+from qcli.errors import NonFiniteError
+from qcli.methods._calibrated import Calibratable, Calibrated
+from qcli.methods._gptq import Found, gptq, nearest, output_error, refitted
+from qcli.methods._method import Parts
+from qcli.methods.errors import ErrorSums
+from qcli.quantization.decoding import block_scales, read_tensor
+from qcli.quantization.outputs import weight_of
+from qcli.quantization.plan import Plan, Work
+from qcli.quantization.staging import Staging
+
+
+@dataclass
+class Rounding:
+    """What rounding a weight cost. `output_error` is tr(E H E^T) per token, `plain_error` that of the same method without texts,
+    `output_norm` tr(W H W^T) per token; all None without a Hessian. `damping` is the one that was used."""
+
+    errors: ErrorSums
+    tokens: int = 0
+    output_error: float | None = None
+    plain_error: float | None = None
+    output_norm: float | None = None
+    damping: float | None = None
+    dead: int = 0
+
+
+def read_weight(plan: Plan, work: Work) -> torch.Tensor:
+    """The weight of a work [out_features, in_features] in the dtype in which it is quantized. Raises CheckpointError, HubError, and
+    NonFiniteError for a weight with NaN or infinity."""
+    assert work.linear is not None and work.method is not None
+    stored = read_tensor(plan.source, work.info)
+    if work.linear.transposed:
+        stored = stored.t().contiguous()
+    if (scales := block_scales(plan.source, work.info)) is not None:
+        stored = scales.rows(stored, 0)
+    weight = stored.to(dtypes.torch_dtype(weight_of(work.info, work.linear, work.method, plan.dtype).dtype))
+    lost = int((~weight.isfinite()).sum())
+    if lost:
+        raise NonFiniteError(
+            f"{work.info.name} holds {lost:,} NaN or infinite values among {work.info.numel:,} (stored {work.info.dtype})",
+            "Mend the model, or leave the module as it is with --skip.",
+        )
+    return weight
+
+
+def round_weight(
+    plan: Plan, staging: Staging, work: Work, statistics: Statistics | None, device: torch.device, absmax: float
+) -> Rounding:
+    """Rounds the weight of `work` by its method and writes it. Without statistics it is what the method makes of the weight
+    alone."""
+    assert work.linear is not None and work.method is not None
+    weight = read_weight(plan, work).to(device)
+    found, rounding = _found(weight, cast(Any, work.method), statistics, absmax)
+    _write(plan, staging, work, found.grid.all_parts(found.codes))
+    staging.finish_work(work.index, rounding.errors)
+    return rounding
+
+
+def _found(weight: torch.Tensor, method: Any, statistics: Statistics | None, absmax: float) -> tuple[Found, Rounding]:
+    wide = weight.float()
+    calibrated = cast(Calibratable, method)
+    if statistics is None:
+        found = nearest(wide, calibrated.grid(weight, None, absmax))
+        return found, Rounding(_sums(wide, found.values))
+    importance, hessian = statistics.mean_square, statistics.hessian
+    grid = calibrated.grid(weight, importance, absmax)
+    if hessian is None:
+        found = nearest(wide, grid)
+        return found, Rounding(_sums(wide, found.values), statistics.tokens)
+    found = (
+        refitted(wide, hessian, gptq(wide, hessian, grid, calibrated.damping))
+        if calibrated.rounding == "gptq"
+        else nearest(wide, grid)
+    )
+    plain = nearest(wide, cast(Any, cast(Calibrated, method).without_texts()).grid(weight, None, absmax))
+    tokens = statistics.tokens
+    rounding = Rounding(
+        _sums(wide, found.values),
+        tokens,
+        output_error(wide, found.values, hessian) / tokens,
+        output_error(wide, plain.values, hessian) / tokens,
+        output_error(wide, torch.zeros_like(wide), hessian) / tokens,
+        found.damping,
+        found.dead,
+    )
+    return found, rounding
+
+
+def _sums(weight: torch.Tensor, values: torch.Tensor) -> ErrorSums:
+    error = (weight - values).square_().sum(dtype=torch.float64)
+    return ErrorSums(float(error), float(weight.square().sum(dtype=torch.float64)))
+
+
+def _write(plan: Plan, staging: Staging, work: Work, parts: Parts) -> None:
+    assert work.linear is not None and work.method is not None
+    weight, scheme = weight_of(work.info, work.linear, work.method, plan.dtype), work.method.scheme
+    places = {o.name: o for o in work.outputs}
+    for piece in plan.format.pack(weight, scheme, parts, 0):
+        output = places[piece.tensor]
+        flat = piece.data.detach().cpu().contiguous().reshape(-1)
+        data = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+        if piece.stride and len(data):
+            staging.write_rows(output.file, output.start + piece.offset, data, len(data) // len(piece.data), piece.stride)
+        else:
+            staging.write(output.file, output.start + piece.offset, data)
