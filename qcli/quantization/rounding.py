@@ -8,7 +8,7 @@ import torch
 from qcli.calibration.statistics import Statistics
 from qcli.checkpoint import dtypes
 from qcli.errors import NonFiniteError
-from qcli.methods._calibrated import Calibratable, Calibrated
+from qcli.methods._calibrated import Calibratable
 from qcli.methods._gptq import Found, gptq, nearest, output_error, refitted
 from qcli.methods._method import Parts
 from qcli.methods.errors import ErrorSums
@@ -80,7 +80,7 @@ def _found(weight: torch.Tensor, method: Any, statistics: Statistics | None, abs
         if calibrated.rounding == "gptq"
         else nearest(wide, grid)
     )
-    plain = nearest(wide, cast(Any, cast(Calibrated, method).without_texts()).grid(weight, None, absmax))
+    plain = nearest(wide, method.without_texts().grid(weight, None, absmax))
     tokens = statistics.tokens
     rounding = Rounding(
         _sums(wide, found.values),

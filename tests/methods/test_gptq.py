@@ -1,0 +1,152 @@
+"""GPTQ against direct solves of the same problem, in float64."""
+
+import pytest
+import torch
+
+from qcli import methods
+from qcli.errors import NonFiniteError
+from qcli.methods._gptq import gptq, nearest, output_error, refitted, row_errors
+from qcli.schemes import NAMED
+
+FORMS = {
+    "nf4": ("nf4", {}),
+    "nf4-plain-32": ("nf4-plain", {"block_size": 32}),
+    "fp4": ("fp4", {}),
+    "rtn-4": ("rtn", {"group_size": 32}),
+    "rtn-3-zero": ("rtn", {"bits": 3, "group_size": 64, "zero_point": True}),
+    "rtn-2-row": ("rtn", {"bits": 2, "group_size": -1}),
+    "hqq": ("hqq", {"group_size": 32}),
+    "fp8": ("fp8", {}),
+    "fp8-block": ("fp8", {"share": "block"}),
+    "fp8-tensor": ("fp8", {"share": "tensor"}),
+    "mxfp4": ("mxfp4", {}),
+    "nvfp4": ("nvfp4", {}),
+}
+
+
+def problem(rows=24, columns=128, tokens=400, seed=0):
+    """A weight, and the Hessian of correlated activations with some large channels."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    x = torch.randn(tokens, columns, generator=generator) @ mixed
+    x[:, ::17] *= 8
+    return torch.randn(rows, columns, generator=generator).to(torch.bfloat16), x
+
+
+def grid_of(name, weight, x):
+    scheme, options = FORMS[name]
+    method = methods.make(NAMED[scheme], options).by_texts()
+    return method.grid(weight, x.square().mean(0), float(weight.abs().max())), method
+
+
+def solved_directly(weight, hessian, grid, damping):
+    """After each rounded column the least squares solution for all that are left, which is what GPTQ computes by a factor."""
+    w, h = weight.double(), hessian.double()
+    h = h + damping * h.diagonal().mean() * torch.eye(len(h))
+    order = hessian.diagonal().argsort(descending=True, stable=True).tolist()
+    now, values = w.clone(), torch.zeros_like(w)
+    for place, column in enumerate(order):
+        _, value = grid.round(now[:, column].float(), column)
+        values[:, column] = value.double()
+        done, left = order[: place + 1], order[place + 1 :]
+        if left:
+            owed = (w[:, done] - values[:, done]) @ h[done][:, left]
+            now[:, left] = w[:, left] + torch.linalg.solve(h[left][:, left], owed.t()).t()
+    return values
+
+
+@pytest.mark.parametrize("name", ["nf4", "rtn-4", "rtn-3-zero", "fp8"])
+def test_it_is_the_direct_solution_column_by_column(name):
+    weight, x = problem(rows=12, columns=64)
+    grid, _ = grid_of(name, weight, x)
+    hessian = x.t() @ x
+    found = gptq(weight.float(), hessian, grid, 0.01)
+    direct = solved_directly(weight.float(), hessian, grid, 0.01)
+    same = (found.values.double() == direct).float().mean()
+    assert same > 0.99  # where a value lies on a midpoint but for the last bit, float32 may take the other side
+    assert output_error(weight.float(), found.values, hessian) <= 1.01 * output_error(weight.float(), direct.float(), hessian)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("columns", [128, 320])
+def test_no_row_is_worse_than_plain_rounding(name, columns):
+    weight, x = problem(columns=columns)
+    grid, _ = grid_of(name, weight, x)
+    wide, hessian = weight.float(), x.t() @ x
+    plain = nearest(wide, grid)
+    found = gptq(wide, hessian, grid)
+    ours, theirs = (row_errors(wide, each.values, hessian) for each in (found, plain))
+    assert (ours <= theirs).all()
+    assert ours.sum() < 0.7 * theirs.sum()
+    again = refitted(wide, hessian, found)
+    assert row_errors(wide, again.values, hessian).sum() <= ours.sum()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_parts_decode_to_the_values(name):
+    """Through the decoder of the method, which knows nothing of grids."""
+    weight, x = problem()
+    grid, method = grid_of(name, weight, x)
+    found = refitted(weight.float(), x.t() @ x, gptq(weight.float(), x.t() @ x, grid))
+    decoded = method.decode(found.grid.all_parts(found.codes), *weight.shape)
+    torch.testing.assert_close(decoded, found.values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_nearest_is_the_method_itself(name):
+    """Without texts the grid gives the codes of the encoder that needs none."""
+    weight, x = problem()
+    scheme, options = FORMS[name]
+    method = methods.make(NAMED[scheme], options)
+    absmax = float(weight.abs().max())
+    encoder = method.encoder(*weight.shape, torch.device("cpu"), absmax)
+    parts = encoder.feed(weight.flatten(), 0)
+    parts |= encoder.finish()[0]
+    grid = method.grid(weight, None, absmax)
+    ours = nearest(weight.float(), grid).values
+    decoded = method.decode(parts, *weight.shape)
+    different = ours != decoded
+    if "nf4" in name or "fp4" in name[:3]:  # whose encoder takes v by another scale: the one before double quantization
+        assert different.float().mean() < 0.01
+    else:
+        assert not different.any()
+
+
+def test_blocks_that_straddle_rows():
+    weight, x = problem(rows=10, columns=72)
+    grid, method = grid_of("nf4", weight, x)
+    assert grid.divides_rows
+    found = gptq(weight.float(), x.t() @ x, grid)
+    assert refitted(weight.float(), x.t() @ x, found) is found
+    decoded = method.decode(found.grid.all_parts(found.codes), *weight.shape)
+    torch.testing.assert_close(decoded, found.values, rtol=0, atol=0)
+
+
+def test_dead_channels_are_rounded_to_nearest():
+    weight, x = problem()
+    x[:, 5] = 0
+    grid, _ = grid_of("rtn-4", weight, x)
+    found = gptq(weight.float(), x.t() @ x, grid)
+    assert found.dead == 1
+    assert torch.equal(found.values[:, 5], nearest(weight.float(), grid).values[:, 5])
+
+
+def test_a_singular_hessian_takes_more_damping_and_says_so():
+    """Fewer tokens than channels, and a damping far below what float64 can bear."""
+    weight, x = problem(tokens=3)
+    grid, _ = grid_of("nf4", weight, x)
+    found = gptq(weight.float(), x.t() @ x, grid, 1e-18)
+    assert found.damping > 1e-18
+    with pytest.raises(NonFiniteError, match="positive definite"):
+        gptq(weight.float(), torch.full((128, 128), torch.nan), grid)
+
+
+def test_scales_refitted_are_the_least_squares_solution():
+    """A row whose codes are exact for other scales: they are found."""
+    weight, x = problem(rows=6, columns=64)
+    method = methods.make(NAMED["nf4-plain"], {"block_size": 32})
+    grid = method.grid(weight, None, 0.0)
+    found = nearest(weight.float(), grid)
+    truth = found.values * torch.tensor([1.07, 0.94]).repeat_interleave(32)
+    again = refitted(truth, x.t() @ x, found)
+    torch.testing.assert_close(again.values, truth, rtol=2e-3, atol=2e-3)
