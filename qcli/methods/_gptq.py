@@ -9,7 +9,8 @@ in blocks of 128 columns: what a block owes to later blocks is one product. H ge
 then not positive definite, the damping is doubled until it is; `Found.damping` says what was used.
 A channel that no token ever reached has H_jj = 0: its column is rounded to nearest.
 
-A row for which plain rounding has the smaller error, which is rare, keeps that. Afterwards the scales are fitted again by least squares under H, with the codes as they are, and kept if the error falls.
+A row for which plain rounding has the smaller error, which is rare, keeps that. Afterwards the scales are fitted again by least
+squares under H, with the codes as they are, and kept if the error falls.
 """
 
 from dataclasses import dataclass, replace

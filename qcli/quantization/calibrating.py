@@ -52,16 +52,28 @@ def calibrate(plan: Plan, staging: Staging, skeleton: Skeleton, windows: Sequenc
     found = Calibrated(tokens=sum(len(window.ids) for window in windows))
     with Crew(skeleton.device) as crew:
         blocks = _Blocks(plan, staging, skeleton, crew, found, advance)
+        if not blocks.last:
+            return found
         head = Head(skeleton)
         # Without padding, so that no token of a statistic is one of padding.
         calls = [Call(head.below(batch), batch=batch) for batch in make_batches([window.ids for window in windows], None)]
-        with head.stopping():
-            run_calls(skeleton, calls, blocks)
+        try:
+            with head.stopping():
+                run_calls(skeleton, calls, blocks)
+        except _Finished:
+            for unit in skeleton.blocks:
+                skeleton.unload(unit)  # its weights are the rounded ones
     staging.sync()
     return found
 
 
+class _Finished(Exception):
+    """Nothing is left to be rounded in any later block."""
+
+
 class _Blocks(Observer):
+    """`last` is the name of the last block in which a weight is left to be rounded; it is empty where none is."""
+
     def __init__(
         self, plan: Plan, staging: Staging, skeleton: Skeleton, crew: Crew, found: Calibrated, advance: Callable[[int, str], None]
     ):
@@ -75,6 +87,10 @@ class _Blocks(Observer):
             unit = next((u for u in skeleton.blocks if work.linear and work.linear.module.startswith(f"{u.name}.")), None)
             if unit is not None:
                 self.works[unit.name].append(work)
+        self.last = next((u.name for u in reversed(skeleton.blocks) if self._left(u)), "")
+
+    def _left(self, unit: Unit) -> list[Work]:
+        return [work for work in self.works[unit.name] if work.index not in self.staging.done]
 
     def through(self, unit: Unit) -> Callable[[Sequence[Pass]], Iterator[Any]] | None:
         """See Observer."""
@@ -82,9 +98,10 @@ class _Blocks(Observer):
 
     def _pass(self, unit: Unit, passes: Sequence[Pass]) -> Iterator[Any]:
         works = self.works[unit.name]
-        left = [work for work in works if work.index not in self.staging.done]
-        if left:
+        if left := self._left(unit):
             self._round(unit, passes, left)
+        if unit.name == self.last:
+            raise _Finished
         started = time.monotonic()
         if works:
             self._replace(works)

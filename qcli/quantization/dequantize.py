@@ -39,9 +39,10 @@ _SHARD_BYTES = 5_000_000_000
 
 class Decoding(Plan):
     """A plan whose work decodes. `stored` maps tensors of codes to what is stored of their modules, `names` to the tensors of each
-    attribute."""
+    attribute. The weights of `transposed` are [in_features, out_features] in the model."""
 
     stored: Mapping[str, Stored]
+    transposed: set[str]
     names: Mapping[str, Mapping[str, str]]
 
     @cached_property
@@ -177,6 +178,7 @@ def _plan(source: Source, output: Path, dtype: str) -> Decoding:
     plan = Decoding(source, recipe, format, layout.decided_by, output, code, dtypes.TORCH_NAMES[code], {}, work, shards)
     plan.problems += problems
     plan.stored = by_codes
+    plan.transposed = {tensor for tensor in by_codes if linears[tensor].transposed}
     plan.names = {tensor: _names(source, format, tensor, by_codes[tensor]) for tensor in by_codes}
     return plan
 
@@ -210,7 +212,7 @@ def _decode(plan: Decoding, staging: Staging, advance: Callable[[int, str], None
     tensors = {attribute: read_tensor(source, source.tensors[name]) for attribute, name in plan.names[work.info.name].items()}
     stored = plan.stored[work.info.name]
     weight = decode(stored, tensors).to(dtypes.torch_dtype(output.dtype))
-    if tuple(weight.shape) != output.shape:
+    if work.info.name in plan.transposed:
         weight = weight.t()
     data: Any = weight.contiguous().view(-1).view(torch.uint8).numpy().data
     staging.write(output.file, output.start, data)

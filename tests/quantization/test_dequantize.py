@@ -145,3 +145,14 @@ def test_scales_that_do_not_fit_are_found_before_the_start(in_fp8, tmp_path):
     save_file(state | {first: torch.ones(7, 7)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="up_proj.weight_scale_inv is F32 of shape \\[7, 7\\]"):
         qcli.quantize(str(folder), tmp_path / "out")
+
+
+def test_square_weights_of_gpt2_stay_in_by_out(tmp_path):
+    """Their shape does not show that a module holds them transposed."""
+    original = make_model("gpt2", tmp_path / "model", torch.float16)
+    qcli.quantize(str(tmp_path / "model"), tmp_path / "out", method="fp8")
+    qcli.dequantize(str(tmp_path / "out"), tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    weight, decoded = (m.transformer.h[0].attn.c_proj.weight.float() for m in (original, again))
+    assert weight.shape[0] == weight.shape[1]
+    assert (decoded - weight).norm() < 0.05 * weight.norm()

@@ -1,0 +1,118 @@
+"""Sums over tokens: what they are, and that no number of threads changes a bit of them."""
+
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from qcli.calibration.gather import Crew, Gatherer
+from qcli.calibration.statistics import PANEL, Statistics, Turns
+from qcli.streaming.run import Pass
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("columns", [5, PANEL, PANEL + 3])
+def test_sums_are_those_of_the_definition(columns):
+    batches = [normal(tokens, columns, seed=tokens) for tokens in (7, 1, 40)]
+    found = Statistics(columns, True, torch.device("cpu"))
+    for x in batches:
+        for panel in range(found.panels):
+            found.add(x, panel)
+    x = torch.cat(batches).double()
+    assert found.tokens == 48
+    torch.testing.assert_close(found.square, x.square().sum(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.magnitude, x.abs().sum(0), rtol=1e-6, atol=1e-6)
+    assert torch.equal(found.absmax, x.abs().amax(0).float())
+    torch.testing.assert_close(found.symmetric().double(), x.t() @ x, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.mean_square.double(), x.square().mean(0), rtol=1e-6, atol=1e-6)
+    assert found.is_finite
+
+
+def test_nan_is_seen():
+    found = Statistics(3, False, torch.device("cpu"))
+    found.add(torch.tensor([[1.0, torch.nan, 0.0]]), 0)
+    assert not found.is_finite and found.hessian is None
+
+
+class Block(nn.Module):
+    """q and k read one input, o another; `rare` sees only the tokens of even batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.o, self.rare = (nn.Linear(8, 8, bias=False) for _ in range(4))
+
+    def forward(self, x, number):
+        hidden = self.q(x) + self.k(x)
+        if number % 2 == 0:
+            hidden = hidden + self.rare(hidden[:2])[:1]
+        time.sleep(0.003 * (number % 3))  # threads do not finish in the order in which they begin
+        return self.o(hidden.relu())
+
+
+def gathered(threads):
+    torch.manual_seed(0)
+    block = Block().requires_grad_(False)
+    gatherer = Gatherer(dict(block.named_children()), {"k", "o"}, torch.device("cpu"))
+    inputs = [normal(16, 8, seed=n) for n in range(12)]
+    passes = [Pass(None, lambda x=x, n=n: block(x, n)) for n, x in enumerate(inputs)]
+    crew = Crew(torch.device("cpu"))
+    crew.threads = threads
+    with crew:
+        crew.gather(passes, gatherer, lambda number: None)
+        gatherer.close()
+        outputs = list(crew.results([each.run for each in passes]))
+    return gatherer.found, inputs, outputs
+
+
+def test_the_same_bits_for_any_number_of_threads():
+    one, inputs, outputs = gathered(1)
+    several, _, again = gathered(5)
+    assert one["q"] is one["k"] and one["q"] is not one["o"]
+    assert one["q"].hessian is not None and one["rare"].hessian is None
+    x = torch.cat(inputs)
+    torch.testing.assert_close(one["q"].symmetric(), x.t() @ x, rtol=1e-5, atol=1e-4)
+    assert one["rare"].tokens == 12 and one["q"].tokens == 192
+    for name in one:
+        assert torch.equal(one[name].square, several[name].square)
+        assert torch.equal(one[name].absmax, several[name].absmax)
+        if one[name].hessian is not None:
+            assert torch.equal(one[name].symmetric(), several[name].symmetric())
+    assert all(torch.equal(a, b) for a, b in zip(outputs, again))
+
+
+def test_a_failed_batch_holds_up_no_other():
+    def fail():
+        raise RuntimeError("of the block")
+
+    crew = Crew(torch.device("cpu"))
+    crew.threads = 3
+    torch.manual_seed(0)
+    block = Block().requires_grad_(False)
+    gatherer = Gatherer(dict(block.named_children()), {"q"}, torch.device("cpu"))
+    passes = [Pass(None, lambda n=n: block(normal(4, 8), n)) for n in range(8)]
+    passes[3] = Pass(None, fail)
+    with pytest.raises(RuntimeError, match="of the block"), crew:
+        crew.gather(passes, gatherer, lambda number: None)
+
+
+def test_turns_are_taken_in_order():
+    turns, order = Turns(), []
+
+    def batch(number):
+        with turns.batch(number):
+            turns.wait(number, "key")
+            order.append(number)
+            turns.pass_on(number, "key")
+
+    threads = [threading.Thread(target=batch, args=(number,)) for number in reversed(range(6))]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.002)
+    for thread in threads:
+        thread.join(10)
+    assert order == list(range(6))
