@@ -53,7 +53,7 @@ def test_a_plain_model_of_the_same_weights(name, options, tmp_path):
     original = load_file(tmp_path / "model" / "model.safetensors")
     for key, tensor in state.items():
         weight = expected.get(key, original.get(key))
-        weight = weight.t() if weight is not None and key in expected and weight.shape != tensor.shape else weight
+        weight = weight.t() if weight is not None and key in expected and name == "gpt2" else weight
         assert weight is None or torch.equal(tensor, weight.to(tensor.dtype)), key
     names = {path.name for path in (tmp_path / "plain").iterdir()}
     assert {"config.json", "model.safetensors", "qcli.json", "tokenizer.json"} <= names
@@ -150,9 +150,9 @@ def test_scales_that_do_not_fit_are_found_before_the_start(in_fp8, tmp_path):
 def test_square_weights_of_gpt2_stay_in_by_out(tmp_path):
     """Their shape does not show that a module holds them transposed."""
     original = make_model("gpt2", tmp_path / "model", torch.float16)
-    qcli.quantize(str(tmp_path / "model"), tmp_path / "out", method="fp8")
+    qcli.quantize(str(tmp_path / "model"), tmp_path / "out", bits=8)
     qcli.dequantize(str(tmp_path / "out"), tmp_path / "plain")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     weight, decoded = (m.transformer.h[0].attn.c_proj.weight.float() for m in (original, again))
     assert weight.shape[0] == weight.shape[1]
     assert (decoded - weight).norm() < 0.05 * weight.norm()
