@@ -10,6 +10,7 @@
 // Where a group is no multiple of 32 columns, a row is expanded in L1 and multiplied there.
 
 #include "planes.h"
+#include "sparse.h"
 
 namespace {
 
@@ -27,7 +28,8 @@ struct Weight {
   const float* zero;      // likewise
   Bias bias;              // [out_features]
   int64_t bits, own_tables, block_size, out_features, k;
-  int32_t coarse;  // the compute dtype is bfloat16
+  const Sparse* sparse;  // what is added besides, or null
+  int32_t coarse;        // the compute dtype is bfloat16
 
   QCLI_INLINE int64_t row_bytes() const { return divide_up(k, kUnit) * unit_bytes(int(bits)); }
   QCLI_INLINE int64_t groups() const { return divide_up(k, block_size); }
@@ -48,6 +50,9 @@ struct Output {
 
 using Floats = Float32<PlaneOrder>;
 
+// Columns of a row that may be read, where there are k.
+QCLI_INLINE int64_t read_columns(int64_t k) { return divide_up(k, 256) * 256; }
+
 // Which weights share a scale.
 enum class Scaling { kRow, kUnits, kHalves };  // those of a row, of units of 64 columns at least, of 32 columns at least
 
@@ -58,27 +63,69 @@ struct Row {
 #if defined(QCLI_INT16_PRODUCTS)
   Codes16 codes;
   float unit;  // of the entries in codes, times kCodeSteps
+#if defined(__AVX512F__)
+  FourTables four;  // in place of codes, with 2 and 3 bits
+#endif
 #endif
 
   QCLI_INLINE float scale(int32_t group) const { return absmax ? absmax[group] : 1.0f; }
 };
 
 #if defined(QCLI_INT16_PRODUCTS)
-// Integers in a table stay integers: the number of steps to 1 is rounded down to a whole one.
-QCLI_INLINE void round_table(const float* entries, Codes16* codes, float* unit) {
-  const float steps = kCodeSteps / larger(absmax_of(entries, 16), 1e-30f), whole = float(int32_t(smaller(steps, 1e9f)));
-  const float scale = whole >= 1 ? larger(whole, steps - 1) : steps;
-  *codes = codes_of(entries, scale);
-  *unit = kCodeSteps / scale;
+using Ints = Integers<PlaneOrder>;
+
+// How many steps the largest magnitude of a table has, at most. Integers in a table stay integers: the number of steps to 1 is a whole
+// one, if it is at least 1.
+QCLI_INLINE float steps_to_one(const float* entries, float most) {
+  const float steps = most / larger(absmax_of(entries, 16), 1e-30f);
+  return steps >= 1 && steps < 1e9f ? float(int32_t(steps)) : steps;
+}
+#if defined(__AVX512F__)
+using FourInts = Integers<FourOrder, kFour>;
+constexpr float kFourSteps = 4095;  // 16 * 4095 * 32767 is within int32
+
+template <int kBits>
+QCLI_INLINE void set_table(Row* row, const FourInts*) {
+  const float steps = steps_to_one(row->entries, kFourSteps);
+  int32_t wide[16];
+  int16_t entries[16];
+  store_ints(wide, rounded(load(row->entries) * all(steps)));
+  for (int i = 0; i < 16; i++) entries[i] = int16_t(wide[i]);
+  row->four = four_tables<kBits>(entries);
+  row->unit = kCodeSteps / steps;
 }
 #endif
+template <int kBits>
+QCLI_INLINE void set_table(Row* row, const Ints*) {
+  const float steps = steps_to_one(row->entries, kCodeSteps);
+  row->codes = codes_of(row->entries, steps);
+  row->unit = kCodeSteps / steps;
+}
+// How x lies for codes of some bits.
+template <int kBits>
+struct IntsOf {
+  using Type = Ints;
+};
+#if defined(__AVX512F__)
+template <>
+struct IntsOf<2> {
+  using Type = FourInts;
+};
+template <>
+struct IntsOf<3> {
+  using Type = FourInts;
+};
+#endif
+#endif
+template <int kBits>
+QCLI_INLINE void set_table(Row*, const Floats*) {}
 
 // What does not depend on rows.
 template <class X>
 struct Given {
   const Weight& w;
   const X& x;
-  const int32_t* groups;  // of every 32 columns, up to whole chunks
+  const int32_t* groups;  // of every 32 columns that are read
 };
 
 template <int kBits, Scaling kScaling, int kT, int kR>
@@ -126,8 +173,6 @@ void products(const Given<Floats>& given, const Row* rows, int64_t t, float (*su
 }
 
 #if defined(QCLI_INT16_PRODUCTS)
-using Ints = Integers<PlaneOrder>;
-
 // The scales of a register of codes at i: of the first or the second halves of its units.
 QCLI_INLINE Lanes of_lanes(const Row& row, const int32_t* group) {
 #if defined(__AVX512F__)
@@ -135,6 +180,17 @@ QCLI_INLINE Lanes of_lanes(const Row& row, const int32_t* group) {
 #else
   return lanes_of(row.scale(group[0]));
 #endif
+}
+
+// The product of a row with token t, from the sum of its integers' products.
+template <int kBits, Scaling kScaling, class X>
+QCLI_INLINE float finished(const Given<X>& given, const Row& row, float sum, int64_t t) {
+  sum *= row.unit * (kScaling == Scaling::kRow ? row.scale(0) : 1.0f);
+  for (int64_t o = 0; o < given.x.outliers(t); o++) {
+    const Outlier each = given.x.outlier(t, o);
+    sum += each.value * row.entries[code_at<kBits>(row.packed, each.i)] * row.scale(given.groups[each.i / 32]);
+  }
+  return sum;
 }
 
 template <int kBits, Scaling kScaling, int kT, int kR>
@@ -179,17 +235,59 @@ void products(const Given<Ints>& given, const Row* all_rows, int64_t t, float (*
     }
   }
   for (int r = 0; r < kR; r++) {
-    const float factor = rows[r].unit * (kScaling == Scaling::kRow ? rows[r].scale(0) : 1.0f);
-    for (int s = 0; s < kT; s++) {
-      sums[r][s] = sum_lanes(totals[r][s]) * factor;
-      for (int64_t o = 0; o < x.outliers(t + s); o++) {
-        const Outlier each = x.outlier(t + s, o);
-        const float scale = rows[r].scale(given.groups[each.i / 32]);
-        sums[r][s] += each.value * rows[r].entries[code_at<kBits>(rows[r].packed, each.i)] * scale;
-      }
-    }
+    for (int s = 0; s < kT; s++) sums[r][s] = finished<kBits, kScaling>(given, rows[r], sum_lanes(totals[r][s]), t + s);
   }
 }
+
+#if defined(__AVX512F__)
+// The scales of four units at i: of their first or their second halves. Up to `simple`, each unit has its own.
+QCLI_INLINE Lanes of_four(const Given<FourInts>& given, const Row& row, int64_t i, int half, int64_t simple) {
+  if (i < simple) {
+    const __m512i fourth = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    return {_mm512_permutexvar_ps(fourth, _mm512_castps128_ps512(_mm_loadu_ps(row.absmax + i / kUnit)))};
+  }
+  const int32_t* group = given.groups + i / 32 + half;
+  return lanes_of(row.scale(group[0]), row.scale(group[2]), row.scale(group[4]), row.scale(group[6]));
+}
+
+template <int kBits, Scaling kScaling, int kT, int kR>
+void products(const Given<FourInts>& given, const Row* rows, int64_t t, float (*sums)[kTokens]) {
+  const FourInts& x = given.x;
+  const int64_t k = given.w.k, simple = given.w.block_size == kUnit && given.w.absmax ? k / kFour * kFour : 0;
+  const int16_t* values[kT];
+  const float* steps[kT];
+  Lanes totals[kR][kT];
+  for (int s = 0; s < kT; s++) {
+    values[s] = x.at(t + s, 0);
+    steps[s] = x.steps(t + s);
+  }
+  for (int r = 0; r < kR; r++) {
+    for (int s = 0; s < kT; s++) totals[r][s] = no_lanes();
+  }
+  for (int64_t i = 0; i < k; i += kFour) {
+    for (int r = 0; r < kR; r++) {
+      const uint8_t* p = rows[r].packed + i / kUnit * unit_bytes(kBits);
+      __builtin_prefetch(p + kAhead);
+      Sums some[kT];
+      look_up_four<kBits>(p, rows[r].four, [&](int vector, Words weights) __attribute__((always_inline)) {
+        const bool first = vector == 0 || (kScaling == Scaling::kHalves && vector == 4);
+        const bool last = vector == 7 || (kScaling == Scaling::kHalves && vector == 3);
+        for (int s = 0; s < kT; s++) {
+          const Words of_x = load_words(values[s] + i + 32 * vector);
+          some[s] = first ? dot(weights, of_x) : add_dot(some[s], weights, of_x);
+          if (!last) continue;
+          const float step = steps[s][i / kFour];
+          const Lanes scale = kScaling == Scaling::kRow ? lanes_of(step) : times(of_four(given, rows[r], i, vector / 4, simple), step);
+          totals[r][s] = add_scaled(totals[r][s], some[s], scale);
+        }
+      });
+    }
+  }
+  for (int r = 0; r < kR; r++) {
+    for (int s = 0; s < kT; s++) sums[r][s] = finished<kBits, kScaling>(given, rows[r], sum_lanes(totals[r][s]), t + s);
+  }
+}
+#endif
 #endif
 
 template <int kBits, Scaling kScaling, int kT, class X>
@@ -238,7 +336,7 @@ template <int kBits, Scaling kScaling, class X>
 void linear_in_units(const Given<X>& given, int64_t tokens, const float* sums_of_groups, const Output& y, int threads) {
   const Weight& w = given.w;
   const int64_t row_bytes = w.row_bytes(), bytes = w.out_features * row_bytes, groups = w.groups();
-  const int64_t read = padded_to_chunks(w.k) / kUnit * unit_bytes(kBits);  // a row, up to whole chunks
+  const int64_t read = read_columns(w.k) / kUnit * unit_bytes(kBits);
   const int64_t grain = divide_up(w.out_features, kPieces * larger(threads, 1));
   parallel(w.out_features, grain, threads, [=, &given, &w](int64_t first, int64_t last) {
     const int64_t apart = divide_up(last - first, kRows);
@@ -252,9 +350,7 @@ void linear_in_units(const Given<X>& given, int64_t tokens, const float* sums_of
         row.absmax = w.absmax ? w.absmax + n * groups : nullptr;
         if (w.own_tables || i == first) {
           repeat_table<kBits>(w.table_of(n), row.entries);
-#if defined(QCLI_INT16_PRODUCTS)
-          round_table(row.entries, &row.codes, &row.unit);
-#endif
+          set_table<kBits>(&row, &given.x);
         }
         // The load of the last codes must stay within the weight.
         if (n * row_bytes + read > bytes) {
@@ -262,7 +358,7 @@ void linear_in_units(const Given<X>& given, int64_t tokens, const float* sums_of
         }
       }
       for (int64_t t = 0; t < tokens;) {
-        const int some = tokens - t >= kTokens ? kTokens : tokens - t >= 2 ? 2 : 1;
+        const int some = int(tokens - t >= kTokens ? kTokens : tokens - t >= 2 ? 2 : 1);
         float sums[kRows][kTokens];
         switch (some) {
           case 1: products<kBits, kScaling, 1>(count, given, rows, t, sums); break;
@@ -284,7 +380,7 @@ void linear_in_units(const Given<X>& given, int64_t tokens, const float* sums_of
 
 template <int kBits, class X>
 void linear_in_units(const X& x, int64_t tokens, const Weight& w, const float* sums, const Output& y, int threads) {
-  const int64_t halves_of_units = padded_to_chunks(w.k) / 32;
+  const int64_t halves_of_units = read_columns(w.k) / 32;
   const Scratch groups(4 * halves_of_units);
   for (int64_t i = 0; i < halves_of_units; i++) groups.as<int32_t>()[i] = int32_t(smaller(32 * i, w.k - 1) / w.block_size);
   const Given<X> given = {w, x, groups.as<int32_t>()};
@@ -335,7 +431,7 @@ void linear_of_bits(const T* x, int64_t tokens, const Weight& w, const Output& y
   if (w.zero) sum_groups(x, tokens, w, sums.as<float>());
 #if defined(QCLI_INT16_PRODUCTS)
   if (w.coarse) {
-    const Ints laid_out(x, tokens, w.k);
+    const typename IntsOf<kBits>::Type laid_out(x, tokens, w.k);
     if (laid_out.usable()) {
       linear_in_units<kBits>(laid_out, tokens, w, sums.as<float>(), y, threads);
       return;
@@ -354,6 +450,7 @@ void linear(const void* input, int64_t tokens, const Weight& w, void* output, in
     case 3: linear_of_bits<3>(x, tokens, w, y, threads); break;
     default: linear_of_bits<4>(x, tokens, w, y, threads); break;
   }
+  if (w.sparse) add_product(static_cast<T*>(output), x, tokens, *w.sparse, threads);
 }
 
 }  // namespace

@@ -84,6 +84,77 @@ QCLI_INLINE void store_nibbles(const uint8_t* p, uint8_t* to) {
   _mm512_storeu_si512(to, nibbles_of_two<kBits>(p));
 }
 
+// Four units of 2 or 3 bits in one register, without the way through nibbles: looking up words reads five bits of an index, so two
+// codes that lie side by side need no shift, but a table each. With 3 bits the third ones are laid beside them: for the first and the
+// third sixteen columns at bits 2 and 3 of an index, for the even and the odd column of a word, and for the others at bits 0 and 1.
+constexpr int64_t kFour = 4 * kUnit;
+struct FourOrder {
+  // Vector 2 p + odd has, of every unit, the odd or even columns of its p-th sixteen.
+  static constexpr int word_at(int place) {
+    const int vector = place / 32, w = place % 32;
+    return w / 8 * 64 + vector / 2 * 16 + w % 8 * 2 + vector % 2;
+  }
+};
+// Where the index of a vector has the third bit, by p % 2 and odd.
+constexpr int third_place(int p, int odd) { return (p % 2 ? 0 : 2) + odd; }
+
+struct FourTables {
+  __m512i v[4];  // by p % 2 and odd
+};
+// Which entry of a table of 16 an index names.
+template <int kBits>
+struct FourIndex {
+  int16_t at[4][32];
+  constexpr FourIndex() : at() {
+    for (int i = 0; i < 4; i++) {
+      for (int w = 0; w < 32; w++) {
+        const int code = w >> (i / 2 ? 2 : 0) & 3;
+        at[i][w] = int16_t(kBits == 3 ? code | (w >> third_place(i / 2, i % 2) & 1) << 2 : code);
+      }
+    }
+  }
+};
+template <int kBits>
+QCLI_INLINE FourTables four_tables(const int16_t* entries) {
+  const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries)));
+  static constexpr FourIndex<kBits> index;
+  FourTables found;
+  for (int i = 0; i < 4; i++) found.v[i] = _mm512_permutexvar_epi16(_mm512_loadu_si512(index.at[i]), table);
+  return found;
+}
+
+// Calls with(vector, words) for the eight vectors of words of four units.
+template <int kBits, class With>
+QCLI_INLINE void look_up_four(const uint8_t* p, const FourTables& tables, With with) {
+  __m512i low = _mm512_loadu_si512(p), third[2] = {low, low};
+  if (kBits == 3) {
+    const __m512i rest = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 64)));
+    const __m512i high = _mm512_permutex2var_epi64(low, _mm512_set_epi64(11, 11, 8, 8, 5, 5, 2, 2), rest);
+    low = _mm512_permutex2var_epi64(low, _mm512_set_epi64(10, 9, 7, 6, 4, 3, 1, 0), rest);
+    // In word i of a unit: the bytes with bits 2 i and 2 i + 1 of sixteen columns, and of those 32 columns behind them.
+    const __m512i bytes = _mm512_set4_epi32(0x05010501, 0x05010501, 0x04000400, 0x04000400);
+    const __m512i shifts = _mm512_set4_epi32(0x00060004, 0x00020000, 0x00060004, 0x00020000);
+    third[0] = _mm512_slli_epi16(_mm512_srlv_epi16(_mm512_shuffle_epi8(high, bytes), shifts), 2);
+    third[1] = _mm512_srlv_epi16(_mm512_shuffle_epi8(high, _mm512_add_epi8(bytes, _mm512_set1_epi8(2))), shifts);
+  }
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; half++) {  // p and p + 2
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; odd++) {
+      const __m512i codes = half || odd ? _mm512_srli_epi16(low, 4 * half + 8 * odd) : low;
+#pragma GCC unroll 2
+      for (int p = 0; p < 2; p++) {
+        __m512i index = codes;
+        if (kBits == 3) {
+          const __m512i bit = _mm512_set1_epi16(int16_t(1 << third_place(p, odd)));
+          index = _mm512_ternarylogic_epi32(bit, half ? _mm512_srli_epi16(third[p], 8) : third[p], codes, 0xca);  // bit ? third : code
+        }
+        with(4 * half + 2 * p + odd, Words{_mm512_permutexvar_epi16(index, tables.v[2 * p + odd])});
+      }
+    }
+  }
+}
+
 #elif defined(__AVX2__)
 
 template <int kBits>

@@ -25,7 +25,7 @@ constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * 32;
 constexpr int TILE = 16;  // rows of an mma
 constexpr int UNIT = 64;  // columns
-constexpr int TURN = BITS == 4 ? 2 : 4;  // units; as many as registers allow
+constexpr int TURN = 6 - BITS;  // units; as many as registers allow
 constexpr int MOST = 8;   // the tokens of an mma
 constexpr int PITCH = TILE + 4;     // values per token's sums; the padding spreads a warp's sums over all banks
 constexpr int SUMS = MOST * PITCH;  // per warp

@@ -34,8 +34,6 @@ _kernel = cpu.kernel("add_sparse", "ppiqp")
 class PreparedSparse:
     """A matrix, checked and prepared for the CPU kernel. Its arguments are those of the op after x, and the columns of x."""
 
-    STEP = "add_sparse_step"
-
     def __init__(self, in_features: int, values: torch.Tensor, columns: torch.Tensor, offsets: torch.Tensor):
         op, self.in_features, self.out_features = "add_sparse", in_features, len(offsets) - 1
         values = cpu.require(op, "values", values, values.dtype, len(columns))

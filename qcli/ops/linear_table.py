@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from qcli.ops._library import blocks, define, differentiate, persistent_grid
+from qcli.ops.add_sparse import PreparedSparse
 from qcli.ops.dequantize_table import checked, dequantize_table, made, shape_of
 from qcli.packing import plane_bytes
 from qcli.runtime import cpu, cuda
@@ -49,19 +50,25 @@ _kernel = cpu.kernel("linear_table", "piqpp")
 
 class PreparedTable:
     """A weight, checked and prepared for the CPU kernel for few tokens. Its arguments after in_features are those of the op after
-    x. It raises the same errors as the op."""
+    x, and `sparse`: the matrix (values, columns, offsets) whose product is added, as `add_sparse` takes it, or None. It raises the
+    same errors as the ops."""
 
     MOST_TOKENS = 16  # for more tokens, torch's product of an expanded weight is faster
     STEP = "linear_table_step"
 
-    def __init__(self, in_features, packed, table, absmax, zero_point, bias, bits, block_size, out_features, compute_dtype):
+    def __init__(
+        self, in_features, packed, table, absmax, zero_point, bias, bits, block_size, out_features, compute_dtype, sparse=None
+    ):
         op, self.in_features, self.out_features = "linear_table", in_features, out_features
         shape = shape_of(op, table, bits, block_size, out_features, in_features)
         tensors = checked(cpu.require, op, shape, packed, table, absmax, zero_point)
         if bias is not None:
             bias = cpu.require(op, "bias", bias, bias.dtype, out_features)
+        self.sparse = None if sparse is None else PreparedSparse(in_features, *sparse)
+        if self.sparse is not None and self.sparse.out_features != out_features:
+            raise ValueError(f"{op}: offsets are for {self.sparse.out_features} rows, expected {out_features}")
         self.weight = cpu.Record(
-            "ppppp" + "qqqqqq" + "i",
+            "ppppp" + "qqqqqq" + "pi",
             *tensors,
             bias,
             0 if bias is None else cpu.dtype_code(op, bias, "bias"),
@@ -70,9 +77,10 @@ class PreparedTable:
             shape.size,
             out_features,
             in_features,
+            None if self.sparse is None else self.sparse.weight.address,
             compute_dtype == torch.bfloat16,
         )
-        self.addresses = self.weight.addresses
+        self.addresses = self.weight.addresses | (set() if self.sparse is None else self.sparse.addresses)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features]."""

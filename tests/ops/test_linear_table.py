@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from qcli.ops import linear_table as module
+from qcli.ops.add_sparse import add_sparse
 from qcli.ops.dequantize_table import made
-from qcli.ops.linear_table import cases, linear_table
+from qcli.ops.linear_table import PreparedTable, cases, linear_table
 from qcli.packing import pack_planes
 from qcli.runtime import cpu
 from tests.ops.test_dequantize_table import values_of
@@ -132,3 +133,23 @@ def test_tensors_of_the_wrong_size_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             linear_table(**given | change)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sparse_part_is_added_in_the_same_call(dtype):
+    if cpu.variant() is None:
+        pytest.skip("the kernel's view has no reference")
+    generator = torch.Generator().manual_seed(6)
+    weight = made(generator, 33, 192, 3, 64, True, True, False)
+    sparse = (torch.randn(50, generator=generator), torch.randint(0, 192, (50,), generator=generator).int())
+    sparse += (torch.linspace(0, 50, 34).int(),)
+    x = torch.randn(3, 192, generator=generator).to(dtype)
+    more = {"bias": None, "out_features": 33, "compute_dtype": dtype}
+    expected = linear_table(x, **weight, **more)
+    add_sparse(expected, x, *sparse)
+    prepared = PreparedTable(192, **weight, **more, sparse=sparse)
+    assert torch.equal(prepared(x), expected)
+    assert {each.data_ptr() for each in (weight["packed"], *sparse)} <= prepared.addresses
+    with pytest.raises(ValueError, match="linear_table: offsets are for 33 rows, expected 32"):
+        packed = {"packed": weight["packed"][:32], "table": weight["table"][:32], "absmax": weight["absmax"][:32]}
+        PreparedTable(192, **weight | packed, **more | {"out_features": 32}, sparse=sparse)
