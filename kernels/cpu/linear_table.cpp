@@ -75,31 +75,31 @@ struct Row {
 using Ints = Integers<PlaneOrder>;
 
 // How many steps the largest magnitude of a table has, at most. Integers in a table stay integers: the number of steps to 1 is a whole
-// one, if it is at least 1.
-QCLI_INLINE float steps_to_one(const float* entries, float most) {
-  const float steps = most / larger(absmax_of(entries, 16), 1e-30f);
-  return steps >= 1 && steps < 1e9f ? float(int32_t(steps)) : steps;
-}
+// one, if it is at least 1. The unit of a table that is not finite is NaN.
+struct Steps {
+  float to_one, unit;
+  Steps(const float* entries, float most) {
+    const float largest = absmax_of(entries, 16), steps = most / larger(largest, 1e-30f);
+    to_one = steps >= 1 && steps < 1e9f ? float(int32_t(steps)) : steps;
+    unit = kCodeSteps / to_one + (largest - largest);
+  }
+};
 #if defined(__AVX512F__)
 using FourInts = Integers<FourOrder, kFour>;
 constexpr float kFourSteps = 4095;  // 16 * 4095 * 32767 is within int32
 
 template <int kBits>
 QCLI_INLINE void set_table(Row* row, const FourInts*) {
-  const float steps = steps_to_one(row->entries, kFourSteps);
-  int32_t wide[16];
-  int16_t entries[16];
-  store_ints(wide, rounded(load(row->entries) * all(steps)));
-  for (int i = 0; i < 16; i++) entries[i] = int16_t(wide[i]);
-  row->four = four_tables<kBits>(entries);
-  row->unit = kCodeSteps / steps;
+  const Steps steps(row->entries, kFourSteps);
+  row->four = four_tables<kBits>(_mm512_cvtepi32_epi16(rounded(load(row->entries) * all(steps.to_one)).v));
+  row->unit = steps.unit;
 }
 #endif
 template <int kBits>
 QCLI_INLINE void set_table(Row* row, const Ints*) {
-  const float steps = steps_to_one(row->entries, kCodeSteps);
-  row->codes = codes_of(row->entries, steps);
-  row->unit = kCodeSteps / steps;
+  const Steps steps(row->entries, kCodeSteps);
+  row->codes = codes_of(row->entries, steps.to_one);
+  row->unit = steps.unit;
 }
 // How x lies for codes of some bits.
 template <int kBits>

@@ -115,8 +115,8 @@ struct FourIndex {
   }
 };
 template <int kBits>
-QCLI_INLINE FourTables four_tables(const int16_t* entries) {
-  const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries)));
+QCLI_INLINE FourTables four_tables(__m256i entries) {
+  const __m512i table = _mm512_broadcast_i64x4(entries);
   static constexpr FourIndex<kBits> index;
   FourTables found;
   for (int i = 0; i < 4; i++) found.v[i] = _mm512_permutexvar_epi16(_mm512_loadu_si512(index.at[i]), table);

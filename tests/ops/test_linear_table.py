@@ -98,6 +98,19 @@ def test_values_that_have_no_step_in_16_bits(bits, value):
     assert value == 1e36 or not y[1].isfinite().any()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_table_that_is_not_finite_spoils_its_row(bits, value):
+    generator = torch.Generator().manual_seed(4)
+    weight = made(generator, 16, 320, bits, 64, True, True, False)
+    weight["table"][5, 1] = value
+    y = linear_table(
+        torch.randn(3, 320, generator=generator).bfloat16(), **weight, bias=None, out_features=16, compute_dtype=torch.bfloat16
+    )
+    finite = y.isfinite()
+    assert not finite[:, 5].any() and finite[:, :5].all() and finite[:, 6:].all()
+
+
 def test_many_panels(monkeypatch):
     monkeypatch.setattr(module, "_PANEL_BYTES", 10_000)
     generator = torch.Generator().manual_seed(1)
