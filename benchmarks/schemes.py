@@ -22,6 +22,8 @@ from qcli.checkpoint.dtypes import CODES  # noqa: E402
 from qcli.formats import Stored, Weight  # noqa: E402
 from qcli.methods import make  # noqa: E402
 from qcli.nn import module_for  # noqa: E402
+from qcli.ops.linear_table import PreparedTable, linear_table  # noqa: E402
+from qcli.packing import plane_bytes  # noqa: E402
 from qcli.schemes import NAMED  # noqa: E402
 
 SCHEMES = {
@@ -43,6 +45,17 @@ SCHEMES = {
     "fp8": ("fp8", {}),
     "fp8 blocks": ("fp8", {"share": "block"}),
 }
+# Weights whose codes name entries of a table: bits, columns of a block (0: rows), and whether each row has a table.
+TABLES = {
+    "table of 2 bits, blocks of 64": (2, 64, False),
+    "table of 3 bits, blocks of 64": (3, 64, False),
+    "table of 4 bits, blocks of 64": (4, 64, False),
+    "table of 3 bits, rows": (3, 0, False),
+    "tables of rows, 2 bits": (2, 0, True),
+    "tables of rows, 3 bits": (3, 0, True),
+    "tables of rows, 4 bits": (4, 0, True),
+}
+NAMES = (*SCHEMES, *TABLES)
 WIDTHS = (1024, 2048, 4096)
 TOKENS = (1, 4, 16, 128)
 NBYTES = 24 << 20  # of codes
@@ -50,6 +63,8 @@ NBYTES = 24 << 20  # of codes
 
 def layer(name: str, width: int) -> torch.nn.Module:
     """A layer in the scheme, with random codes, and scales near 1."""
+    if name in TABLES:
+        return TableLayer(*TABLES[name], width)
     method = make(NAMED[SCHEMES[name][0]], SCHEMES[name][1])
     scheme = method.scheme
     rows = NBYTES * 8 // scheme.bits // width // 128 * 128
@@ -74,6 +89,23 @@ def layer(name: str, width: int) -> torch.nn.Module:
     return module
 
 
+class TableLayer(torch.nn.Module):
+    """A layer of TABLES, with random codes and tables, and scales near 1. A table of a row needs no scale."""
+
+    def __init__(self, bits: int, block_size: int, of_rows: bool, width: int):
+        super().__init__()
+        rows = NBYTES * 8 // bits // width // 128 * 128
+        self.register_buffer("packed", torch.randint(0, 256, (rows, plane_bytes(width, bits)), dtype=torch.uint8))
+        self.register_buffer("table", torch.randn((rows, 1 << bits) if of_rows else (1 << bits,)))
+        self.register_buffer("absmax", None if of_rows else torch.rand(rows, width // (block_size or width)) + 0.5)
+        self.weight = self.packed, self.table, self.absmax, None, None, bits, block_size, rows, torch.bfloat16
+        self.prepared = PreparedTable(width, *self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        few = x.numel() <= PreparedTable.MOST_TOKENS * x.shape[-1]
+        return self.prepared(x) if few else linear_table(x, *self.weight)
+
+
 def held_bytes(module: torch.nn.Module) -> int:
     """Bytes that one token must read."""
     return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
@@ -81,9 +113,9 @@ def held_bytes(module: torch.nn.Module) -> int:
 
 def speeds(width: int, rounds: int) -> dict[str, dict[str, float]]:
     """GB/s by scheme and number of tokens."""
-    made = {name: copies(lambda name=name: layer(name, width), NBYTES) for name in SCHEMES}
+    made = {name: copies(lambda name=name: layer(name, width), NBYTES) for name in NAMES}
     sizes = {name: held_bytes(each()) for name, each in made.items()}
-    found: dict[str, dict[str, float]] = {name: {} for name in SCHEMES}
+    found: dict[str, dict[str, float]] = {name: {} for name in NAMES}
     for tokens in TOKENS:
         x = torch.randn(1, tokens, width).bfloat16()
         with torch.no_grad():

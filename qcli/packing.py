@@ -1,5 +1,5 @@
 """The only copy of each bit layout: two 4-bit codes per byte, the first in the high nibble (bitsandbytes) or in the low one (OCP
-floats), and words of codes, the first in the low bits (compressed-tensors, GPTQ, AWQ)."""
+floats), words of codes, the first in the low bits (compressed-tensors, GPTQ, AWQ), and planes of bits (tables of values)."""
 
 import torch
 
@@ -90,3 +90,47 @@ def to_unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def to_signed(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Unsigned codes uint8 to code - 2^(bits-1), int8."""
     return (codes ^ 0x80).view(torch.int8) if bits == 8 else codes.view(torch.int8) - (1 << (bits - 1))
+
+
+_UNIT = 64  # columns
+UNIT_BYTES = {2: 16, 3: 24, 4: 32}  # of a unit of 64 columns, by bits
+
+
+def plane_bytes(columns: int, bits: int) -> int:
+    """Bytes of a row of `pack_planes`."""
+    return -(-columns // _UNIT) * UNIT_BYTES[bits]
+
+
+def pack_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes uint8 [rows, columns] of 2, 3 or 4 bits to bytes uint8 [rows, plane_bytes(columns, bits)], in units of 64 columns, the
+    last one padded with zeros.
+
+    Of 2 bits, byte j of 16 holds columns j, j + 16, j + 32 and j + 48, from its low bits up. Of 4 bits, byte j of 32 holds column j
+    in its low half and j + 32 in its high one. Of 3 bits, a unit is that of the low two bits, and then 8 bytes: bit i of these 64
+    is the third bit of column i."""
+    rows, columns = codes.shape
+    units = torch.nn.functional.pad(codes, (0, -columns % _UNIT)).view(rows, -(-columns // _UNIT), _UNIT)
+    if bits == 4:
+        return (units[..., :32] | (units[..., 32:] << 4)).flatten(1)
+    low = (units & 3).unflatten(-1, (4, 16))
+    packed = low[..., 0, :] | (low[..., 1, :] << 2) | (low[..., 2, :] << 4) | (low[..., 3, :] << 6)
+    if bits == 3:
+        third = (units >> 2).unflatten(-1, (8, 8))
+        bytes_of_third = torch.zeros_like(third[..., 0])
+        for i in range(8):
+            bytes_of_third |= third[..., i] << i
+        packed = torch.cat((packed, bytes_of_third), -1)
+    return packed.flatten(1)
+
+
+def unpack_planes(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Bytes uint8 [rows, plane_bytes(columns, bits)] of `pack_planes` to codes uint8 [rows, columns]."""
+    units = packed.reshape(len(packed), -(-columns // _UNIT), UNIT_BYTES[bits])
+    if bits == 4:
+        return torch.cat((units & 15, units >> 4), -1).flatten(1)[:, :columns].contiguous()
+    low = units[..., :16]
+    codes = torch.cat([low >> shift & 3 for shift in (0, 2, 4, 6)], -1)
+    if bits == 3:
+        third = torch.stack([units[..., 16:] >> i & 1 for i in range(8)], -1)
+        codes |= third.flatten(-2) << 2
+    return codes.flatten(1)[:, :columns].contiguous()

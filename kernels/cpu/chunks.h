@@ -30,6 +30,9 @@ QCLI_INLINE void widen(const T* x, int64_t count, float* to) {
 // lane, where the look-up reads it. That element of x is therefore stored at 16 j + lane.
 struct NibbleOrder {
   static constexpr int element_at(int place) { return 8 * (place % 16) + ((place / 16) ^ 1); }
+#if defined(QCLI_INT16_PRODUCTS)
+  static constexpr int word_at(int place) { return element_of(place / (kWide / 4), place % (kWide / 4)); }
+#endif
 };
 struct NaturalOrder {
   static constexpr int element_at(int place) { return place; }
@@ -77,70 +80,71 @@ struct Outlier {
   float value;
 };
 
-// x [rows, k] in 16-bit integers, in the order of a 4-bit weight's codes after look-up, with one step size per kWide elements and
-// zeros up to whole registers; the table of codes; and if they are asked for, the sums of x in each lane of a register.
-class Int16 {
+// A table of 16 values in 16-bit integers: the values times `scale`.
+QCLI_INLINE Codes16 codes_of(const float* code, float scale) {
+  int32_t wide[16];
+  int16_t entries[16];
+  store_ints(wide, rounded(load(code) * all(scale)));
+  for (int i = 0; i < 16; i++) entries[i] = int16_t(wide[i]);
+  return codes16(entries);
+}
+
+// x [rows, k] in 16-bit integers, in the order of codes after look-up, with one step size per kBlock elements and zeros up to whole
+// blocks; and if they are asked for, the sums of x in each lane of a register, for blocks of kWide elements.
+template <class Order, int kBlock = kWide>
+class Integers {
  public:
   template <class T>
-  Int16(const T* x, int64_t rows, int64_t k, const float* code, bool with_sums)
-      : codes_(table_of(code)),
-        padded_(divide_up(k, kWide) * kWide),
+  Integers(const T* x, int64_t rows, int64_t k, bool with_sums = false)
+      : padded_(divide_up(k, kBlock) * kBlock),
         most_(8 + k / 64),
         values_(2 * rows * padded_),
-        steps_(4 * rows * (padded_ / kWide)),
+        steps_(4 * rows * (padded_ / kBlock)),
         sums_(with_sums ? rows * padded_ / 2 : 0),
         outliers_(rows * (8 + most_ * int64_t(sizeof(Outlier)))) {
     int16_t* to = values_.as<int16_t>();
     float* step = steps_.as<float>();
     float* sum = sums_.as<float>();
-    float some[kWide];
-    int32_t rounded_x[kWide];
+    float some[kBlock];
+    int32_t rounded_x[kBlock];
     for (int64_t t = 0; t < rows; t++, x += k) {
       count(t) = 0;
-      for (int64_t i = 0; i < k; i += kWide, to += kWide) {
-        widen<kWide>(x + i, k - i, some);
-        const float largest = without_outliers(some, smaller<int64_t>(kWide, k - i), t, i);
+      for (int64_t i = 0; i < k; i += kBlock, to += kBlock) {
+        widen<kBlock>(x + i, k - i, some);
+        const float largest = without_outliers(some, smaller<int64_t>(kBlock, k - i), t, i);
         if (!usable_) return;
         const F32x16 scale = all(largest > 0 ? kSteps / largest : 0.0f);
-        for (int j = 0; j < kWide; j += 16) store_ints(rounded_x + j, rounded(load(some + j) * scale));
-        for (int place = 0; place < kWide; place++) {
-          to[place] = int16_t(rounded_x[element_of(place / (kWide / 4), place % (kWide / 4))]);
-        }
+        for (int j = 0; j < kBlock; j += 16) store_ints(rounded_x + j, rounded(load(some + j) * scale));
+        for (int place = 0; place < kBlock; place++) to[place] = int16_t(rounded_x[Order::word_at(place)]);
         *step++ = largest / (kSteps * kCodeSteps);
         if (!with_sums) continue;
-        for (int lane = 0; lane < kWide / 8; lane++) {
+        for (int lane = 0; lane < kBlock / 8; lane++) {
           int32_t total = 0;
-          for (int j = 0; j < 4; j++) total += to[j * (kWide / 4) + 2 * lane] + to[j * (kWide / 4) + 2 * lane + 1];
+          for (int j = 0; j < 4; j++) total += to[j * (kBlock / 4) + 2 * lane] + to[j * (kBlock / 4) + 2 * lane + 1];
           *sum++ = float(total) * (largest / kSteps);
         }
       }
     }
   }
   bool usable() const { return usable_; }  // false with many outliers, NaN, infinity or extreme magnitudes
-  const Codes16& codes() const { return codes_; }
   const int16_t* at(int64_t t, int64_t i) const { return values_.as<int16_t>() + t * padded_ + i; }
-  // What the sums of the integer products are multiplied by, one for each kWide elements.
-  const float* steps(int64_t t) const { return steps_.as<float>() + t * padded_ / kWide; }
+  // What the sums of the integer products are multiplied by, one for each kBlock elements.
+  const float* steps(int64_t t) const { return steps_.as<float>() + t * padded_ / kBlock; }
   const float* sums(int64_t t) const { return sums_.as<float>() + t * padded_ / 8; }
   int64_t padded() const { return padded_; }
   int64_t outliers(int64_t t) const { return of_token(t)[0]; }
   Outlier outlier(int64_t t, int64_t o) const { return reinterpret_cast<const Outlier*>(of_token(t) + 1)[o]; }
 
  private:
-  static Codes16 table_of(const float* code) {
-    int16_t entries[16];
-    for (int i = 0; i < 16; i++) entries[i] = int16_t(nearbyintf(code[i] * kCodeSteps));
-    return codes16(entries);
-  }
   int64_t* of_token(int64_t t) const { return outliers_.as<int64_t>() + t * (1 + most_ * int64_t(sizeof(Outlier)) / 8); }
   int64_t& count(int64_t t) { return of_token(t)[0]; }
 
-  // Takes outliers out of kWide elements that begin at i of token t. Returns the largest of the other magnitudes.
+  // Takes outliers out of kBlock elements that begin at i of token t. Returns the largest of the other magnitudes.
   QCLI_INLINE float without_outliers(float* some, int64_t size, int64_t t, int64_t i) {
     for (;;) {
-      const float largest = absmax_of(some, kWide);
+      const float largest = absmax_of(some, kBlock);
       F32x16 sum = all(0.0f);
-      for (int j = 0; j < kWide; j += 16) sum = sum + magnitudes(load(some + j));
+      for (int j = 0; j < kBlock; j += 16) sum = sum + magnitudes(load(some + j));
       const float others = (sum_lanes(sum) - largest) / float(larger<int64_t>(size - 1, 1));
       if (largest == 0) return largest;
       usable_ &= largest > 1e-30f && largest < 1e30f;  // false for NaN
@@ -154,7 +158,6 @@ class Int16 {
     }
   }
 
-  Codes16 codes_;
   int64_t padded_, most_;
   Scratch values_, steps_, sums_, outliers_;
   bool usable_ = true;

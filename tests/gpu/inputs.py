@@ -10,7 +10,7 @@ from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
 from qcli.ops.quantize_int8 import quantize_int8
 from qcli.ops.rope_append import quantized, tables
-from tests.gpu import groups
+from tests.gpu import groups, tables_of_values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
@@ -298,12 +298,15 @@ def _attend(dtype):
 _HOSTILE = {
     "activate": _activate,
     "activation_stats": _activation_stats,
+    "add_sparse": tables_of_values.hostile_sparse,
     "attend": _attend,
     "dequantize_4bit": _dequantize_4bit,
     "dequantize_absmax": _dequantize_absmax,
     "dequantize_int8": _dequantize_int8,
+    "dequantize_table": tables_of_values.hostile_dequantize,
     "linear_4bit": _linear_4bit,
     "linear_int8": _linear_int8,
+    "linear_table": tables_of_values.hostile_linear,
     "linear_w8a16": _linear_w8a16,
     "norm": _norm,
     "quantize_4bit": _quantize_4bit,
