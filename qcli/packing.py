@@ -1,7 +1,9 @@
 """The only copy of each bit layout: two 4-bit codes per byte, the first in the high nibble (bitsandbytes) or in the low one (OCP
-floats), and words of codes, the first in the low bits (compressed-tensors, GPTQ, AWQ)."""
+floats), words of codes, the first in the low bits (compressed-tensors, GPTQ, AWQ), and planes of 64 columns (qcli)."""
 
 import torch
+
+from qcli.schemes import PLANE
 
 # AWQ's order of eight columns in a word: slot i holds column AWQ_ORDER[i].
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -80,6 +82,42 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
             found |= padded[:, word + 1] << (32 - shift)
         codes[:, i] = found & ((1 << bits) - 1)
     return codes.view(rows, -1)[:, :count].contiguous()
+
+
+def pack_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned codes uint8 [rows, columns] of 2, 3 or 4 bits to bytes uint8 [rows, plane_bytes(columns, bits)].
+
+    A row is padded with zeros to units of 64 columns. Byte j of a unit has, from its low bits up:
+      2 bits   columns j, j + 16, j + 32 and j + 48: 16 bytes
+      3 bits   the same 16 bytes of the low two bits, then 8 bytes whose bit i is the third bit of column i, counted over all 64
+      4 bits   columns j and j + 32: 32 bytes
+    """
+    rows, columns = codes.shape
+    units = torch.nn.functional.pad(codes, (0, -columns % PLANE)).view(rows, -1, PLANE)
+    if bits == 4:
+        low, high = units.chunk(2, -1)
+        return (low | high << 4).flatten(1)
+    a, b, c, d = (units & 3).chunk(4, -1)
+    low = a | b << 2 | c << 4 | d << 6
+    if bits == 2:
+        return low.flatten(1)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=codes.device)
+    third = (units >> 2).unflatten(-1, (-1, 8)).mul(weights).sum(-1, dtype=torch.uint8)
+    return torch.cat((low, third), -1).flatten(1)
+
+
+def unpack_planes(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Bytes uint8 [rows, plane_bytes(columns, bits)] to unsigned codes uint8 [rows, columns]."""
+    units = packed.view(len(packed), -1, PLANE * bits // 8)
+    if bits == 4:
+        codes = torch.cat((units & 15, units >> 4), -1)
+    else:
+        low = units[..., :16]
+        codes = torch.cat([low >> shift & 3 for shift in (0, 2, 4, 6)], -1)
+        if bits == 3:
+            shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+            codes |= (units[..., 16:].unsqueeze(-1) >> shifts & 1).flatten(-2) << 2
+    return codes.flatten(1)[:, :columns].contiguous()
 
 
 def to_unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:

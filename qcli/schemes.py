@@ -22,6 +22,8 @@ FP8_BLOCK = 128  # rows and columns of a block of FP8 (DeepSeek-V3)
 SEARCHES = ("none", "mse")  # how a scale is found: from the absmax alone, or by the least squared error
 PAPER_THRESHOLD = 6.0  # LLM.int8() (arXiv:2208.07339, section 3.2)
 
+PLANE = 64  # columns whose codes of 2 to 4 bits make a unit (qcli/packing.py); rows are padded to units
+
 CHUNK_BYTES = 1 << 20  # of source data at a time: what bounds the memory of quantizing a checkpoint
 CHUNKS_IN_WORK = 128  # measured: float32 copies of a chunk, and what the allocator keeps of those that were freed
 
@@ -181,6 +183,11 @@ def by_bits(bits: int | None, method: str | None) -> Scheme:
     if method is None:
         return NAMED["rtn" if bits in _INTEGER_BITS else BY_BITS[bits or 4]]
     return named(method)
+
+
+def plane_bytes(columns: int, bits: int) -> int:
+    """Bytes of a row of codes in planes of 64 columns."""
+    return -(-columns // PLANE) * PLANE * bits // 8
 
 
 def head_bits(asked: int | None) -> int | None:

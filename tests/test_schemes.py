@@ -9,7 +9,7 @@ from qcli.checkpoint.dtypes import TensorSpec
 from qcli.errors import UsageError
 from qcli.formats import Weight
 from qcli.memory.costs.weights import METHODS
-from qcli.schemes import NAMED, Scheme
+from qcli.schemes import NAMED, QUANTIZED, Scheme
 from tests.conftest import ROOT
 
 DEMO = ROOT / "examples" / "demo-model"
@@ -50,7 +50,10 @@ def test_scales_of_a_weight_whose_size_nothing_divides(share, scales):
 def test_names_mean_one_thing_everywhere():
     """What quantize writes, what generate takes and what estimate-memory counts are rows of the same table."""
     of_bitsandbytes = {"llm-int8", "nf4", "nf4-plain", "fp4", "fp4-plain"}
-    assert set(formats.written()) == of_bitsandbytes | {"int8", "rtn", "hqq", "fp8", "mxfp4", "nvfp4"}
+    of_others = of_bitsandbytes | {"int8", "rtn", "hqq", "fp8", "mxfp4", "nvfp4"}
+    others = [each for each in formats.all_formats() if each.name != "qcli"]
+    assert of_others == {name for name in QUANTIZED if any(each.refuses(NAMED[name]) is None for each in others)}
+    assert set(formats.written()) == set(QUANTIZED) - {"llm-int8-paper"}
     assert set(METHODS) - {"bfloat16", "float16", "float32", "stored"} == set(NAMED) - {"unquantized"}
     for name, scheme in NAMED.items():
         method = methods.make(scheme)
@@ -58,7 +61,7 @@ def test_names_mean_one_thing_everywhere():
         assert type(method)(**vars(method)) == method
 
 
-@pytest.mark.parametrize("name", ["int8-row-wise", "zeropoint-per-tensor", "llm-int8-paper", "unquantized"])
+@pytest.mark.parametrize("name", ["llm-int8-paper", "unquantized"])
 def test_what_no_format_holds_is_refused_with_the_reason(name, quick_cli, tmp_path):
     for command in (("quantize", DEMO, "--output", tmp_path / "out"), ("generate", DEMO, "Once")):
         done = quick_cli(*command, "--method", name)

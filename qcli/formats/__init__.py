@@ -80,8 +80,6 @@ class Format(Protocol):
 
     name: str
     """What `format` of a recipe takes and the model card says; `quant_method` of config.json."""
-    layout: str
-    """The name of the format whose modules (qcli/nn) run its weights: its own, or that of one with the same tensors."""
     library: str
     """The package by which transformers reads it."""
     rows_together: int
@@ -95,9 +93,18 @@ class Format(Protocol):
         """Why it cannot hold a weight of this shape in a scheme that it can hold; None where it can."""
         ...
 
+    def refuses_mixture(self, schemes: Sequence[Scheme]) -> str | None:
+        """Why it cannot hold modules in these schemes, each of which it can hold, in one model; None where it can."""
+        ...
+
     def refuses_head(self, head: Scheme, others: Sequence[Scheme], tied: bool) -> str | None:
         """Why it cannot hold an output head in the scheme `head`, beside modules in `others`, as a sentence; None where it can.
         If the head is `tied`, the embedding is stored in that scheme, too."""
+        ...
+
+    def layout_of(self, scheme: Scheme) -> str:
+        """The name of the format whose modules (qcli/nn) run weights in `scheme`: its own, or that of one with the same
+        tensors."""
         ...
 
     def tensors(self, weight: Weight, scheme: Scheme) -> list[TensorSpec]:
@@ -149,8 +156,8 @@ class Format(Protocol):
         where it is not of this format."""
         ...
 
-    def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
-        """How many weights the stored tensor of codes stands for, as far as headers tell."""
+    def parameters_in(self, info: "TensorInfo", scheme: Scheme, config: Mapping[str, Any] | None) -> int:
+        """How many weights the stored tensor of codes stands for, as far as headers and the unchecked config tell."""
         ...
 
     def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:
@@ -178,8 +185,18 @@ class Format(Protocol):
         ...
 
 
-class Unpaired:
-    """For formats that do not store codes of 4 bits two a byte along a row."""
+class Plain:
+    """What holds of most formats: modules of their own, several schemes in one model, no codes of 4 bits two a byte."""
+
+    name: str
+
+    def layout_of(self, scheme: Scheme) -> str:
+        """See Format."""
+        return self.name
+
+    def refuses_mixture(self, schemes: Sequence[Scheme]) -> str | None:
+        """See Format."""
+        return None
 
     def pairs(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
         """See Format."""
@@ -211,6 +228,8 @@ def holding(schemes: Sequence[Scheme], wanted: str | None = None, head: Scheme |
     reasons, of_head = [], []
     for each in [get(wanted)] if wanted else all_formats():
         reason = next((reason for scheme in schemes if (reason := each.refuses(scheme))), None)
+        if reason is None and not wanted:
+            reason = each.refuses_mixture(schemes)
         if reason is not None:
             reasons.append(reason)
         elif head is None or (reason := each.refuses_head(head, schemes, tied)) is None:
@@ -224,8 +243,6 @@ def holding(schemes: Sequence[Scheme], wanted: str | None = None, head: Scheme |
     hint = "qcli evaluate --methods measures what no format holds."
     if wanted and all(any(each.refuses(scheme) is None for each in all_formats()) for scheme in schemes):
         hint = "Leave out the format, or name a method that it holds: qcli methods lists them."
-    if not wanted and all(any(each.refuses(scheme) is None for each in all_formats()) for scheme in schemes):
-        hint = "No format holds all of these methods together: give every module a method of the same format, see docs/methods.md."
     raise UsageError("; ".join(dict.fromkeys(reasons)), hint)
 
 

@@ -8,7 +8,7 @@ A method gives a function that rounds rows. The stored value of an element is
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -56,7 +56,7 @@ class GroupEncoder:
 
     def feed(self, chunk: torch.Tensor, start: int) -> Parts:
         rows = chunk.view(-1, self.in_features)
-        rounded = self._rounds(rows, absmax=self.absmax)
+        rounded = self._whole_groups(rows)
         if self.shape[0] > 1:
             first = start // self.in_features // (self.scheme.size if self.scheme.share == "block" else 1)
             place = slice(first, first + len(rounded.scale))
@@ -84,6 +84,14 @@ class GroupEncoder:
         if self.zero_point is not None:
             parts["zero_point"] = self.zero_point
         return parts, add_up(self.sums)
+
+    def _whole_groups(self, rows: torch.Tensor) -> Rounded:
+        """Rows rounded. A last group that is not full is filled up with zeros, whose codes are dropped."""
+        lacking = -self.in_features % self.scheme.size if self.scheme.share == "group" else 0
+        if not lacking:
+            return self._rounds(rows, absmax=self.absmax)
+        rounded = self._rounds(torch.nn.functional.pad(rows, (0, lacking)), absmax=self.absmax)
+        return replace(rounded, codes=rounded.codes[:, : self.in_features].contiguous())
 
     def _scales(self, like: torch.Tensor) -> torch.Tensor:
         if self._scale is None:  # two threads that make it at a time would each keep their own

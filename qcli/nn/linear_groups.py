@@ -33,6 +33,8 @@ class LinearGroups(FastPath, QuantizedLinear):
     of a decoding step on a CPU, where rounding saves nothing.
     """
 
+    replaces_tensors = True
+
     def __init__(
         self, stored: Stored, tensors: dict[str, torch.Tensor], bias: bool, dtype: torch.dtype, compute_dtype: torch.dtype
     ):
@@ -61,7 +63,7 @@ class LinearGroups(FastPath, QuantizedLinear):
         """Lays the stored tensors out for the kernels. Called once they are loaded; it does nothing a second time."""
         if self.arranged:
             return
-        stored = {"weight": self.weight.data} | dict(self.named_buffers(recurse=False))
+        stored = self.stored_tensors()
         format = formats.get(self.stored.format)
         parts = format.scales(self.stored, stored)
         for name in stored:
@@ -160,6 +162,20 @@ class LinearGroups(FastPath, QuantizedLinear):
         else:
             found = widened(self.weight, self.scale, self.group_size or self.in_features, self.zero_point, dtype)
         return found if self.columns is None else torch.empty_like(found).index_copy_(1, self.columns, found)
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the weight."""
+        self.arrange()
+        if self._dense:
+            return self.weight[ids].to(dtype)
+        size = self.group_size or self.in_features
+        scale, zero_point = (None if t is None else t.view(self.out_features, -1)[ids] for t in (self.scale, self.zero_point))
+        if not self._small:
+            return widened(self.weight[ids], scale, size, zero_point, dtype)
+        codebook, codes = self.stored.scheme.codebook or "int4", self.weight.view(self.out_features, -1)[ids].view(-1, 1)
+        absmax = decoded_absmax(scale.reshape(-1), self.global_scale, 0.0, codebook)
+        zeros = None if zero_point is None else zero_point.reshape(-1)
+        return dequantize_4bit(codes, absmax, size, codebook, [len(ids), self.in_features], dtype, zeros)
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         scheme, wide = self.stored.scheme, x.float()
