@@ -1,9 +1,7 @@
 """The only copy of each bit layout: two 4-bit codes per byte, the first in the high nibble (bitsandbytes) or in the low one (OCP
-floats), words of codes, the first in the low bits (compressed-tensors, GPTQ, AWQ), and planes of 64 columns (qcli)."""
+floats), words of codes, the first in the low bits (compressed-tensors, GPTQ, AWQ), and planes of bits (tables of values)."""
 
 import torch
-
-from qcli.schemes import PLANE
 
 # AWQ's order of eight columns in a word: slot i holds column AWQ_ORDER[i].
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -84,42 +82,6 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return codes.view(rows, -1)[:, :count].contiguous()
 
 
-def pack_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unsigned codes uint8 [rows, columns] of 2, 3 or 4 bits to bytes uint8 [rows, plane_bytes(columns, bits)].
-
-    A row is padded with zeros to units of 64 columns. Byte j of a unit has, from its low bits up:
-      2 bits   columns j, j + 16, j + 32 and j + 48: 16 bytes
-      3 bits   the same 16 bytes of the low two bits, then 8 bytes whose bit i is the third bit of column i, counted over all 64
-      4 bits   columns j and j + 32: 32 bytes
-    """
-    rows, columns = codes.shape
-    units = torch.nn.functional.pad(codes, (0, -columns % PLANE)).view(rows, -1, PLANE)
-    if bits == 4:
-        low, high = units.chunk(2, -1)
-        return (low | high << 4).flatten(1)
-    a, b, c, d = (units & 3).chunk(4, -1)
-    low = a | b << 2 | c << 4 | d << 6
-    if bits == 2:
-        return low.flatten(1)
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=codes.device)
-    third = (units >> 2).unflatten(-1, (-1, 8)).mul(weights).sum(-1, dtype=torch.uint8)
-    return torch.cat((low, third), -1).flatten(1)
-
-
-def unpack_planes(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """Bytes uint8 [rows, plane_bytes(columns, bits)] to unsigned codes uint8 [rows, columns]."""
-    units = packed.view(len(packed), -1, PLANE * bits // 8)
-    if bits == 4:
-        codes = torch.cat((units & 15, units >> 4), -1)
-    else:
-        low = units[..., :16]
-        codes = torch.cat([low >> shift & 3 for shift in (0, 2, 4, 6)], -1)
-        if bits == 3:
-            shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-            codes |= (units[..., 16:].unsqueeze(-1) >> shifts & 1).flatten(-2) << 2
-    return codes.flatten(1)[:, :columns].contiguous()
-
-
 def to_unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Signed codes int8 in [-2^(bits-1), 2^(bits-1) - 1] to code + 2^(bits-1), uint8."""
     return codes.view(torch.uint8) ^ 0x80 if bits == 8 else (codes + (1 << (bits - 1))).view(torch.uint8)
@@ -128,3 +90,47 @@ def to_unsigned(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def to_signed(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Unsigned codes uint8 to code - 2^(bits-1), int8."""
     return (codes ^ 0x80).view(torch.int8) if bits == 8 else codes.view(torch.int8) - (1 << (bits - 1))
+
+
+_UNIT = 64  # columns
+UNIT_BYTES = {2: 16, 3: 24, 4: 32}  # of a unit of 64 columns, by bits
+
+
+def plane_bytes(columns: int, bits: int) -> int:
+    """Bytes of a row of `pack_planes`."""
+    return -(-columns // _UNIT) * UNIT_BYTES[bits]
+
+
+def pack_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes uint8 [rows, columns] of 2, 3 or 4 bits to bytes uint8 [rows, plane_bytes(columns, bits)], in units of 64 columns, the
+    last one padded with zeros.
+
+    Of 2 bits, byte j of 16 holds columns j, j + 16, j + 32 and j + 48, from its low bits up. Of 4 bits, byte j of 32 holds column j
+    in its low half and j + 32 in its high one. Of 3 bits, a unit is that of the low two bits, and then 8 bytes: bit i of these 64
+    is the third bit of column i."""
+    rows, columns = codes.shape
+    units = torch.nn.functional.pad(codes, (0, -columns % _UNIT)).view(rows, -(-columns // _UNIT), _UNIT)
+    if bits == 4:
+        return (units[..., :32] | (units[..., 32:] << 4)).flatten(1)
+    low = (units & 3).unflatten(-1, (4, 16))
+    packed = low[..., 0, :] | (low[..., 1, :] << 2) | (low[..., 2, :] << 4) | (low[..., 3, :] << 6)
+    if bits == 3:
+        third = (units >> 2).unflatten(-1, (8, 8))
+        bytes_of_third = torch.zeros_like(third[..., 0])
+        for i in range(8):
+            bytes_of_third |= third[..., i] << i
+        packed = torch.cat((packed, bytes_of_third), -1)
+    return packed.flatten(1)
+
+
+def unpack_planes(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Bytes uint8 [rows, plane_bytes(columns, bits)] of `pack_planes` to codes uint8 [rows, columns]."""
+    units = packed.view(len(packed), -(-columns // _UNIT), UNIT_BYTES[bits])
+    if bits == 4:
+        return torch.cat((units & 15, units >> 4), -1).flatten(1)[:, :columns].contiguous()
+    low = units[..., :16]
+    codes = torch.cat([low >> shift & 3 for shift in (0, 2, 4, 6)], -1)
+    if bits == 3:
+        third = torch.stack([units[..., 16:] >> i & 1 for i in range(8)], -1)
+        codes |= third.flatten(-2) << 2
+    return codes.flatten(1)[:, :columns].contiguous()
