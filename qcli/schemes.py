@@ -38,8 +38,8 @@ class Scheme:
     bits: of a code; 0 where nothing is quantized.
     share: which elements have one scale. "flat": runs of `size` elements of the flattened weight. "group": runs of `size`
     elements within a row. "row": an output row. "block": squares of `size` rows and columns. "tensor": all.
-    codebook: whose entry a code names: "nf4" or "fp4" (QLoRA), or the small floats "e4m3" and "e2m1" (OCP); None where a code is
-    itself an integer.
+    codebook: whose entry a code names: "nf4", "fp4" (QLoRA) or "nf3", or the small floats "e4m3" and "e2m1" (OCP); None where a
+    code is itself an integer.
     zero_point: whether an integer zero point stands beside each scale, and beside the activations' scales.
     scale: the dtype of a scale: "float32", "model" (that of the weight), "e8m0" (a power of two), or "e4m3" over a float32 scale of
     the whole weight.
@@ -99,10 +99,22 @@ class Scheme:
             found["zero_point"] = TensorSpec("zero_point", "I8" if self.scale == "model" else "I32", (scales,))
         return found
 
-    @property
-    def held_bits(self) -> int:
-        """Bits of a code in memory: kernels read integers of 2 and 3 bits from 4."""
-        return 4 if self.codebook is None and self.bits in (2, 3) else self.bits
+    def runs_by_table(self, in_features: int) -> bool:
+        """Whether products look codes up in a table of values: all of 2 and 3 bits, and 4 bits in groups that do not divide rows."""
+        ragged = self.share == "group" and in_features % self.size != 0
+        return self.bits in (2, 3) or (self.bits == 4 and ragged)
+
+    def held_parts(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """What a module that looks codes up holds, role to tensor: codes in planes, and the rest in float32."""
+        scales = self.scale_shape(out_features, in_features)
+        found = {
+            "codes": TensorSpec("codes", "U8", (out_features, plane_bytes(in_features, self.bits))),
+            "table": TensorSpec("table", "F32", (2**self.bits,)),
+            "scale": TensorSpec("scale", "F32", (out_features, scales[1])),
+        }
+        if self.zero_point:
+            found["zero_point"] = TensorSpec("zero_point", "F32", (out_features, scales[1]))
+        return found
 
     def stored_bytes(self, out_features: int, in_features: int, dtype: str = "BF16", outlier_columns: int = 0) -> int:
         """Bytes of the parts. `outlier_columns` stand beside the codes in `dtype` where the scheme keeps the original."""
@@ -142,6 +154,7 @@ NAMED: Mapping[str, Scheme] = {
         _NF4,
         replace(_FP4, name="fp4-plain", double_quant=False),
         _FP4,
+        Scheme("nf3", "nf3", 3, "group", 64, codebook="nf3", scale="model"),
         Scheme("rtn", "rtn", 4, "group", 128, scale="model"),
         Scheme("hqq", "hqq", 4, "group", 64, zero_point=True, scale="model"),
         Scheme("fp8", "fp8", 8, "row", codebook="e4m3", scale="model", activations="token", activation_codebook="e4m3"),

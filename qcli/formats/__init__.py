@@ -103,8 +103,7 @@ class Format(Protocol):
         ...
 
     def layout_of(self, scheme: Scheme) -> str:
-        """The name of the format whose modules (qcli/nn) run weights in `scheme`: its own, or that of one with the same
-        tensors."""
+        """The name of the format whose modules (qcli/nn) run `scheme`: its own, or that of one with the same tensors."""
         ...
 
     def tensors(self, weight: Weight, scheme: Scheme) -> list[TensorSpec]:
@@ -123,6 +122,10 @@ class Format(Protocol):
     def pairs(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
         """The same in 4 bits, unsigned, two a byte, the first in the low bits, uint8 [out_features, in_features / 2], where they
         are stored nearly so; else None."""
+        ...
+
+    def planes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
+        """The same in planes of 64 columns (qcli/packing.py), uint8 [out_features, bytes], where they are stored so; else None."""
         ...
 
     def scales(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
@@ -199,6 +202,10 @@ class Plain:
         return None
 
     def pairs(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
+        """See Format."""
+        return None
+
+    def planes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
         """See Format."""
         return None
 
@@ -282,13 +289,19 @@ def quantized_weights(source: "Source") -> dict[str, Scheme]:
     return found
 
 
-def _held(spec: TensorSpec, weight: Weight, scheme: Scheme) -> TensorSpec:
-    """A stored tensor as modules hold it: integers of 2 and 3 bits in 4, zero points one a byte."""
-    if scheme.scale == "model" and spec.name.endswith(("zero_point", "qzeros")):
-        return TensorSpec(spec.name, "I8", (scheme.scales(weight.out_features, weight.in_features),))
-    if scheme.held_bits != scheme.bits and spec.name.endswith(("weight_packed", "qweight")):
-        return TensorSpec(spec.name, "U8", (-(-weight.out_features * weight.in_features // 2),))
-    return spec
+def held_bytes(scheme: Scheme, out_features: int, in_features: int) -> int | None:
+    """Bytes of a weight in a module that looks its codes up in a table; None where modules hold what is stored."""
+    parts = scheme.held_parts(out_features, in_features) if scheme.runs_by_table(in_features) else {}
+    return sum(spec.nbytes for spec in parts.values()) or None
+
+
+def _held(specs: list[TensorSpec], weight: Weight, scheme: Scheme) -> list[TensorSpec]:
+    """Stored tensors as modules hold them: zero points one a byte."""
+    if scheme.runs_by_table(weight.in_features):
+        return list(scheme.held_parts(weight.out_features, weight.in_features).values())
+    scales = scheme.scales(weight.out_features, weight.in_features)
+    packed = ("zero_point", "qzeros") if scheme.scale == "model" else ()
+    return [TensorSpec(spec.name, "I8", (scales,)) if spec.name.endswith(packed) else spec for spec in specs]
 
 
 def unpack(stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
@@ -302,6 +315,6 @@ def stored_tensors(scheme: Scheme, weight: Weight) -> tuple[list[TensorSpec], li
     for each in all_formats():
         if scheme.bits and each.refuses(scheme) is None:
             specs = each.tensors(weight, scheme)
-            return specs, [_held(spec, weight, scheme) for spec in specs if each.in_memory(spec)]
+            return specs, _held([spec for spec in specs if each.in_memory(spec)], weight, scheme)
     specs = list(scheme.parts(weight.out_features, weight.in_features, weight.dtype).values())
     return specs, specs

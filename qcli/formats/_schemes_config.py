@@ -14,7 +14,7 @@ _SCHEME: Mapping[str, Kind | Required] = {
     "bits": Required(one_of(2, 3, 4, 8)),
     "share": Required(one_of("group", "row", "block", "tensor")),
     "size": whole(1, 1 << 30),
-    "codebook": one_of("e4m3", "e2m1"),
+    "codebook": one_of("nf3", "e4m3", "e2m1"),
     "zero_point": FLAG,
     "scale": one_of("float32", "model", "e8m0", "e4m3"),
     "activations": one_of("token", "tensor", "group"),
@@ -22,7 +22,7 @@ _SCHEME: Mapping[str, Kind | Required] = {
     "threshold": at_least(0),
     "weights": Required(map_of(_SHAPE)),
 }
-_BITS_OF = {"e2m1": (4,), "e4m3": (8,), None: (2, 3, 4, 8)}
+_BITS_OF = {"nf3": (3,), "e2m1": (4,), "e4m3": (8,), None: (2, 3, 4, 8)}
 _HINT = "Mend the file, or quantize the model again."
 
 

@@ -101,6 +101,9 @@ class Qcli(Bitsandbytes):
         found = unpack_planes(codes.view(stored.out_features, -1), scheme.bits, stored.in_features)
         return found if scheme.codebook else to_signed(found, scheme.bits)
 
+    def planes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
+        return tensors["weight"].view(stored.out_features, -1) if stored.scheme.bits < 8 else None
+
     def scales(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
         return {part: tensors[f"weight_{part}"] for part in _PARTS if tensors.get(f"weight_{part}") is not None}
 

@@ -3,6 +3,7 @@
 A method gives a function that rounds rows. The stored value of an element is
   integers   (code - zero_point) * scale, a product in the dtype of the scale (compressed-tensors)
   E4M3       code * scale, likewise
+  NF3        table[code] * scale, in float32
   E2M1       code * 2^(scale - 127) under E8M0 scales; code * (scale / global_scale) under E4M3 scales, in float32
 """
 
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qcli.codebooks import E2M1
+from qcli.codebooks import E2M1, NF3
 from qcli.methods._method import Parts
 from qcli.methods.errors import ErrorSums, add_up
 from qcli.runtime.arguments import table
@@ -128,6 +129,8 @@ def values_of(
         scale = torch.exp2(scale.float() - 127)
     elif global_scale is not None:
         scale = scale.float() / global_scale
+    if scheme.codebook == "nf3":
+        return table(NF3, codes.device)[codes.int()] * spread(scale.float(), scheme, codes)
     if scheme.codebook == "e2m1":
         return table(E2M1, codes.device)[codes.int()] * spread(scale, scheme, codes)
     if zero_point is not None:

@@ -31,6 +31,9 @@ FORMS = {
     **{f"rtn {bits} wide": ("rtn", {"bits": bits, "group_size": 128}) for bits in (2, 3, 4, 8)},
     **{f"rtn {bits} zero": ("rtn", {"bits": bits, "group_size": 64, "zero_point": True}) for bits in (2, 3, 4)},
     "rtn 3 search": ("rtn", {"bits": 3, "group_size": 32, "search": "mse"}),
+    "nf3": ("nf3", {}),
+    "nf3 search": ("nf3", {"group_size": 32, "search": "mse"}),
+    "nf3 wide": ("nf3", {"group_size": 256}),
     "hqq": ("hqq", {}),
     "hqq 3 wide": ("hqq", {"bits": 3, "group_size": 128}),
     "fp8": ("fp8", {}),
@@ -78,6 +81,8 @@ def by_definition(name, state, config):
         codes = columns_of(state[name].numpy().reshape(rows, -1), bits, columns)
         if book == "e2m1":
             codes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes & 7] * np.where(codes & 8, -1, 1)
+        elif book == "nf3":
+            codes = np.array([-1, -0.53502274, -0.24693143, 0, 0.18333748, 0.38199395, 0.62298572, 1])[codes]
         else:
             codes = codes.astype(np.float64) - 2 ** (bits - 1)
     scale, share = state[f"{name}.scale"].double(), entry["share"]
@@ -124,7 +129,7 @@ def test_the_folder_holds_what_the_method_makes_and_what_the_page_says(form, sou
     if form in SHARE_ABSMAX:
         return
     settings = {key: str(value).lower() for key, value in options.items()}
-    if "wide" in form:  # while it is read the widest-read format is taken, whose groups divide rows
+    if "wide" in form and method != "nf3":  # while it is read the widest-read format is taken, whose groups divide rows
         return
     reading, _ = qcli.load(str(sources / "qwen2"), method=method, settings=settings, device="cpu")
     for path, module in modules_of(reading).items():
@@ -195,7 +200,7 @@ def test_mixtures(name, sources, tmp_path):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("form", ["rtn 3 wide", "rtn 4 zero", "zeropoint"])
+@pytest.mark.parametrize("form", ["rtn 3 wide", "rtn 4 zero", "zeropoint", "nf3"])
 def test_architectures(form, name, tmp_path):
     """The same modules, and the logits of the weights that they decode to."""
     model_class, _, linears = ARCHITECTURES[name]

@@ -63,8 +63,8 @@ def parameters_of(source: Source, config: ModelConfig) -> list[Parameter]:
         scheme = known_scheme.name if known_scheme else _other_scheme(main, quantization)
         bits = known_scheme.bits if known_scheme else 0
         shape = _logical_shape(main, infos, scheme, bits, quantization, shapes.get(name, ()))
-        if known_scheme:
-            stored += prod(shape) * (known_scheme.held_bits - known_scheme.bits) // 8
+        if known_scheme and len(shape) == 2:
+            stored = formats.held_bytes(known_scheme, *shape) or stored
         found.append(parameter(name, shape, config, scheme, stored))
     if ignored:
         config.assume(
