@@ -125,7 +125,7 @@ def pack_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_planes(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """Bytes uint8 [rows, plane_bytes(columns, bits)] of `pack_planes` to codes uint8 [rows, columns]."""
-    units = packed.view(len(packed), -(-columns // _UNIT), UNIT_BYTES[bits])
+    units = packed.reshape(len(packed), -(-columns // _UNIT), UNIT_BYTES[bits])
     if bits == 4:
         return torch.cat((units & 15, units >> 4), -1).flatten(1)[:, :columns].contiguous()
     low = units[..., :16]

@@ -3,6 +3,7 @@
 import torch
 
 from qcli.ops.dequantize_4bit import decoded_absmax, dequantize_4bit
+from qcli.ops.dequantize_table import dequantize_table
 from qcli.ops.linear_w8a16 import widened
 
 # Of a result, of what is summed, and of a weight rounded to 16 bits, each half a unit in the last place.
@@ -79,6 +80,9 @@ def _agrees(name: str, arguments: dict, ours: torch.Tensor, expected: torch.Tens
     if name in _STEPS:
         bound = ROUNDING[ours.dtype] * expected.float().abs() + ROUNDING[torch.float32] * _STEPS[name](arguments)
         return ((ours.float() - expected.float()).abs() <= bound) | ~(expected.isfinite() | ours.isfinite())
+    if name == "add_sparse":
+        terms = _largest(arguments["x"], arguments["values"]) * arguments["x"].shape[-1] + _largest(arguments["y"])
+        return (ours.float() - expected.float()).abs() <= ROUNDING[ours.dtype] * expected.float().abs() + 2.0**-20 * terms
     given = arguments["x"].dtype
     rounding = ROUNDING[computed := arguments.get("compute_dtype", given)]
     bound = rounding * (_magnitude(name, arguments) + expected.float().abs()) + 1e-6
@@ -100,6 +104,11 @@ def _magnitude(name: str, arguments: dict) -> torch.Tensor:
         if given.get("zero_point") is not None:  # it takes its share of sums apart from that of the codes
             of_zero = (absmax * given["zero_point"].abs() / 8).repeat_interleave(given["block_size"])
             weight = weight + 2 * of_zero.view(weight.shape)
+    elif name == "linear_table":
+        sizes = given["bits"], given["block_size"], given["out_features"], x.shape[-1]
+        tensors, zero_point = (given["packed"], given["table"].abs(), given["absmax"]), given["zero_point"]
+        taken = None if zero_point is None else -zero_point.abs()  # as with linear_4bit
+        weight = dequantize_table(*tensors, taken, *sizes, torch.float32)
     else:
         scale = given["scale"].float()
         scale = scale if scale.dim() == 2 else scale.unsqueeze(1) / 127

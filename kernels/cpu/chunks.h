@@ -30,6 +30,9 @@ QCLI_INLINE void widen(const T* x, int64_t count, float* to) {
 // lane, where the look-up reads it. That element of x is therefore stored at 16 j + lane.
 struct NibbleOrder {
   static constexpr int element_at(int place) { return 8 * (place % 16) + ((place / 16) ^ 1); }
+#if defined(QCLI_INT16_PRODUCTS)
+  static constexpr int word_at(int place) { return element_of(place / (kWide / 4), place % (kWide / 4)); }
+#endif
 };
 struct NaturalOrder {
   static constexpr int element_at(int place) { return place; }
@@ -77,14 +80,23 @@ struct Outlier {
   float value;
 };
 
-// x [rows, k] in 16-bit integers, in the order of a 4-bit weight's codes after look-up, with one step size per kWide elements and
-// zeros up to whole registers; the table of codes; and if they are asked for, the sums of x in each lane of a register.
-class Int16 {
+// A table of 16 values in 16-bit integers: the values times `scale`.
+QCLI_INLINE Codes16 codes_of(const float* code, float scale) {
+  int32_t wide[16];
+  int16_t entries[16];
+  store_ints(wide, rounded(load(code) * all(scale)));
+  for (int i = 0; i < 16; i++) entries[i] = int16_t(wide[i]);
+  return codes16(entries);
+}
+
+// x [rows, k] in 16-bit integers, in the order of codes after look-up, with one step size per kWide elements and zeros up to whole
+// registers; and if they are asked for, the sums of x in each lane of a register.
+template <class Order>
+class Integers {
  public:
   template <class T>
-  Int16(const T* x, int64_t rows, int64_t k, const float* code, bool with_sums)
-      : codes_(table_of(code)),
-        padded_(divide_up(k, kWide) * kWide),
+  Integers(const T* x, int64_t rows, int64_t k, bool with_sums = false)
+      : padded_(divide_up(k, kWide) * kWide),
         most_(8 + k / 64),
         values_(2 * rows * padded_),
         steps_(4 * rows * (padded_ / kWide)),
@@ -103,9 +115,7 @@ class Int16 {
         if (!usable_) return;
         const F32x16 scale = all(largest > 0 ? kSteps / largest : 0.0f);
         for (int j = 0; j < kWide; j += 16) store_ints(rounded_x + j, rounded(load(some + j) * scale));
-        for (int place = 0; place < kWide; place++) {
-          to[place] = int16_t(rounded_x[element_of(place / (kWide / 4), place % (kWide / 4))]);
-        }
+        for (int place = 0; place < kWide; place++) to[place] = int16_t(rounded_x[Order::word_at(place)]);
         *step++ = largest / (kSteps * kCodeSteps);
         if (!with_sums) continue;
         for (int lane = 0; lane < kWide / 8; lane++) {
@@ -117,7 +127,6 @@ class Int16 {
     }
   }
   bool usable() const { return usable_; }  // false with many outliers, NaN, infinity or extreme magnitudes
-  const Codes16& codes() const { return codes_; }
   const int16_t* at(int64_t t, int64_t i) const { return values_.as<int16_t>() + t * padded_ + i; }
   // What the sums of the integer products are multiplied by, one for each kWide elements.
   const float* steps(int64_t t) const { return steps_.as<float>() + t * padded_ / kWide; }
@@ -127,11 +136,6 @@ class Int16 {
   Outlier outlier(int64_t t, int64_t o) const { return reinterpret_cast<const Outlier*>(of_token(t) + 1)[o]; }
 
  private:
-  static Codes16 table_of(const float* code) {
-    int16_t entries[16];
-    for (int i = 0; i < 16; i++) entries[i] = int16_t(nearbyintf(code[i] * kCodeSteps));
-    return codes16(entries);
-  }
   int64_t* of_token(int64_t t) const { return outliers_.as<int64_t>() + t * (1 + most_ * int64_t(sizeof(Outlier)) / 8); }
   int64_t& count(int64_t t) { return of_token(t)[0]; }
 
@@ -154,7 +158,6 @@ class Int16 {
     }
   }
 
-  Codes16 codes_;
   int64_t padded_, most_;
   Scratch values_, steps_, sums_, outliers_;
   bool usable_ = true;

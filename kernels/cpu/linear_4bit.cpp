@@ -193,6 +193,19 @@ QCLI_INLINE I32x16 load_chunk(const uint8_t* p) {
 }
 
 using Floats = Float32<NibbleOrder>;
+#if defined(QCLI_INT16_PRODUCTS)
+// x, and the table of codes.
+class Int16 : public Integers<NibbleOrder> {
+ public:
+  template <class T>
+  Int16(const T* x, int64_t rows, const Weight& w)
+      : Integers(x, rows, w.k, w.zero != nullptr), codes_(codes_of(w.code, kCodeSteps)) {}
+  const Codes16& codes() const { return codes_; }
+
+ private:
+  Codes16 codes_;
+};
+#endif
 
 template <int j, int kT, int kR>
 QCLI_INLINE void add_step(Table16 table, const I32x16* chunk, const float* const* x, F32x16 (*sums)[kT]) {
@@ -627,7 +640,7 @@ void linear(const void* input, int64_t tokens, const Weight& w, void* output, in
     const int64_t together = tokens > kFewTokens ? larger(kFewTokens, kTokenBytes / (2 * w.k)) : tokens;
     for (; tokens > 0; tokens -= together, x += together * w.k, y += together * w.out_features) {
       const int64_t some = smaller(together, tokens);
-      const Int16 laid_out(x, some, w.k, w.code, w.zero != nullptr);
+      const Int16 laid_out(x, some, w);
       if (!laid_out.usable()) {
         linear_in_floats(x, some, w, y, threads);
       } else if (some > kFewTokens && !w.zero && w.block_size != 16) {

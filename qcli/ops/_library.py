@@ -30,6 +30,29 @@ def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | Non
     return getattr(torch.ops.qcli, name).default
 
 
+def differentiate(name: str, weight: Callable) -> None:
+    """Makes a product x W^T + bias differentiable with respect to x, its first argument, alone: the gradient is that of the result,
+    times W. An op that rounds x passes the gradient through as if it did not (straight-through). weight(x, *rest) returns W
+    [out_features, in_features] in the dtype of the product; `x` is [0, in_features] of x's dtype, and `rest` are the op's other
+    arguments."""
+
+    def keep(ctx, inputs, output) -> None:
+        x, *rest = inputs
+        ctx.places = [i for i, value in enumerate(rest) if isinstance(value, torch.Tensor)]
+        ctx.save_for_backward(x.new_empty((0, x.shape[-1])), *(rest[i] for i in ctx.places))
+        ctx.rest = [None if i in ctx.places else value for i, value in enumerate(rest)]
+
+    def gradient(ctx, of_result):
+        rest = list(ctx.rest)
+        x, *tensors = ctx.saved_tensors
+        for i, tensor in zip(ctx.places, tensors):
+            rest[i] = tensor
+        w = weight(x, *rest)
+        return (of_result.to(w.dtype) @ w).to(x.dtype), *(None for _ in rest)
+
+    torch.library.register_autograd(f"qcli::{name}", gradient, setup_context=keep, lib=_LIBRARY)
+
+
 def _on_cuda(cuda: Callable, reference: Callable) -> Callable:
     """Calls the kernel on devices on which kernels run, else the reference. The reference also replaces a rare form of a kernel
     that is not precompiled where there is no nvcc."""

@@ -8,19 +8,25 @@ import torch
 
 from qcli import codebooks
 from qcli.ops import _linear_4bit_cuda
-from qcli.ops._library import blocks, define
+from qcli.ops._library import blocks, define, differentiate
 from qcli.ops.dequantize_4bit import decoded_absmax, dequantize_4bit, expand
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import GROUP_SIZE, mean_absmax, quantize_absmax
 from qcli.runtime import cpu
 
 
+def _weight(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype, zero_point):
+    """The weight, of the op's arguments."""
+    shape = [out_features, x.shape[-1]]
+    absmax = decoded_absmax(absmax, nested_absmax, offset, quant_type)
+    return dequantize_4bit(packed, absmax, block_size, quant_type, shape, compute_dtype, zero_point)
+
+
 def _reference(
     x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype, zero_point=None
 ):
-    shape = [out_features, x.shape[-1]]
-    absmax = decoded_absmax(absmax, nested_absmax, offset, quant_type)
-    weight = dequantize_4bit(packed, absmax, block_size, quant_type, shape, compute_dtype, zero_point)
+    of_weight = packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype, zero_point
+    weight = _weight(x, *of_weight)
     bias = None if bias is None else bias.to(compute_dtype)
     return torch.nn.functional.linear(x.to(compute_dtype), weight, bias).to(x.dtype)
 
@@ -165,6 +171,7 @@ _op = define(
     _cpu,
     _cuda,
 )
+differentiate("linear_4bit", _weight)
 
 
 def linear_4bit(
@@ -185,7 +192,7 @@ def linear_4bit(
     absmax [blocks] is a float, float8_e8m0fnu, float8_e4m3fn or, under double quantization, the uint8 codes. nested_absmax is for
     the last two: float32 [1], by which E4M3 is divided; or float32 [ceil(blocks/256)] and its offset, for the codes. A name in
     codebooks.CODEBOOKS is `quant_type`; of "int4" and "e2m1", absmax is what multiplies the values -8 to 7 and -6 to 6. Returns
-    [..., out_features] in x's dtype.
+    [..., out_features] in x's dtype. Autograd differentiates with respect to x alone.
     """
     arguments = (packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype, zero_point)
     return _op(x, *arguments)

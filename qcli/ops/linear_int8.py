@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from qcli.ops._library import blocks, define, persistent_grid
+from qcli.ops._library import blocks, define, differentiate, persistent_grid
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.quantize_int8 import quantize_int8
 from qcli.runtime import cpu, cuda
@@ -246,13 +246,14 @@ def _few_shared(tokens: int, columns: int) -> int:
 _op = define(
     "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, float threshold) -> Tensor", _reference, _fake, _cpu, _cuda
 )
+differentiate("linear_int8", lambda x, weight, scale, bias, threshold: dequantize_int8(weight, scale, x.dtype))
 
 
 def linear_int8(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float
 ) -> torch.Tensor:
     """x [..., K] float; weight int8 [N, K]; scale float32 [N], the absmax of its rows; bias [N] or None. Returns [..., N] in x's
-    dtype."""
+    dtype. Autograd differentiates with respect to x alone, as if x were not rounded."""
     return _op(x, weight, scale, bias, threshold)
 
 

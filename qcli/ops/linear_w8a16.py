@@ -9,7 +9,7 @@ elements, and y is rounded once to x's dtype.
 
 import torch
 
-from qcli.ops._library import blocks, define, persistent_grid
+from qcli.ops._library import blocks, define, differentiate, persistent_grid
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.linear_int8 import kernel_arguments
 from qcli.ops.quantize_int8 import quantize_int8
@@ -58,6 +58,12 @@ def widened(
     if columns % group_size == 0:
         return (wide.unflatten(1, (-1, group_size)) * scale.unsqueeze(-1)).flatten(1).to(dtype)
     return (wide * scale.repeat_interleave(group_size, 1)[:, :columns]).to(dtype)
+
+
+def _weight(x, weight, scale, bias, group_size, zero_point):
+    """The weight in x's dtype, of the op's arguments."""
+    of_groups = scale.float() if scale.dim() == 2 else scale.unsqueeze(1) * (1 / 127)
+    return widened(weight, of_groups, group_size or max(1, x.shape[-1]), zero_point, x.dtype)
 
 
 def _e4m3_values(codes: torch.Tensor) -> torch.Tensor:
@@ -215,6 +221,7 @@ _op = define(
     _cpu,
     _cuda,
 )
+differentiate("linear_w8a16", _weight)
 
 
 def linear_w8a16(
@@ -227,7 +234,8 @@ def linear_w8a16(
 ) -> torch.Tensor:
     """x [..., K] float; weight [N, K], int8 or float8_e4m3fn; bias [N] or None. scale is float32: [N], the absmax of int8 rows;
     [N, 1], what multiplies the codes of a row; or [N, ceil(K / group_size)], of groups that are multiples of 16, beside which
-    zero_point is int8 or None. Returns [..., N] in x's dtype. Raises ValueError for other forms."""
+    zero_point is int8 or None. Returns [..., N] in x's dtype. Raises ValueError for other forms. Autograd differentiates with
+    respect to x alone."""
     return _op(x, weight, scale, bias, group_size, zero_point)
 
 
