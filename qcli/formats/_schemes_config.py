@@ -6,7 +6,7 @@ from typing import Any
 
 from qcli.errors import CheckpointError
 from qcli.files.foreign_json import FLAG, Kind, Required, at_least, check, list_of, map_of, one_of, whole
-from qcli.schemes import NAMED, QUANTIZED, Scheme
+from qcli.schemes import MOST_SPARSE, NAMED, QUANTIZED, Scheme
 
 _SHAPE = list_of(whole(1), 2)
 _SCHEME: Mapping[str, Kind | Required] = {
@@ -14,15 +14,16 @@ _SCHEME: Mapping[str, Kind | Required] = {
     "bits": Required(one_of(2, 3, 4, 8)),
     "share": Required(one_of("group", "row", "block", "tensor")),
     "size": whole(1, 1 << 30),
-    "codebook": one_of("nf3", "e4m3", "e2m1"),
+    "codebook": one_of("nf3", "table", "e4m3", "e2m1"),
     "zero_point": FLAG,
-    "scale": one_of("float32", "model", "e8m0", "e4m3"),
+    "scale": one_of("float32", "float16", "model", "e8m0", "e4m3"),
     "activations": one_of("token", "tensor", "group"),
     "activation_codebook": one_of("e4m3", "e2m1"),
     "threshold": at_least(0),
+    "sparse": Kind(f"a share from 0 to {MOST_SPARSE}", lambda v: at_least(0).fits(v) and not at_least(MOST_SPARSE + 1e-9).fits(v)),
     "weights": Required(map_of(_SHAPE)),
 }
-_BITS_OF = {"nf3": (3,), "e2m1": (4,), "e4m3": (8,), None: (2, 3, 4, 8)}
+_BITS_OF = {"nf3": (3,), "table": (2, 3, 4), "e2m1": (4,), "e4m3": (8,), None: (2, 3, 4, 8)}
 _HINT = "Mend the file, or quantize the model again."
 
 
@@ -56,7 +57,7 @@ def shape_of(weight: str, config: Mapping[str, Any] | None) -> tuple[int, int] |
 def scheme_in(entry: Mapping[str, Any]) -> Scheme:
     """The scheme of a checked entry."""
     own = {name: value for name, value in entry.items() if name in _SCHEME and name != "weights" and value is not None}
-    own |= {"threshold": float(own["threshold"])} if "threshold" in own else {}
+    own |= {name: float(own[name]) for name in ("threshold", "sparse") if name in own}
     return Scheme(method=NAMED[own["name"]].method, **own)
 
 
@@ -74,6 +75,13 @@ def check_entry(entry: Mapping[str, Any], label: str) -> None:
         raise CheckpointError(f"{label} has zero points or a threshold beside {scheme.codebook}", _HINT)
     if (scheme.codebook == "e2m1") != (scheme.scale in ("e8m0", "e4m3")):
         raise CheckpointError(f"{label} has scales in {scheme.scale} for codes of {scheme.codebook or 'integers'}", _HINT)
+    in_table = scheme.codebook == "table"
+    if in_table and (scheme.share != "row" or scheme.activations or scheme.scale not in ("float16", "float32")):
+        raise CheckpointError(
+            f"{label} has tables for each {scheme.share} in {scheme.scale}, expected rows in float16 or float32", _HINT
+        )
+    if not in_table and (scheme.sparse or scheme.scale == "float16"):
+        raise CheckpointError(f"{label} has a sparse share or scales in float16 without a table", _HINT)
     if scheme.activation_codebook and not scheme.activations:
         raise CheckpointError(f"{label} has an activation_codebook, and rounds no activations", _HINT)
 

@@ -7,6 +7,10 @@ NF4, FP4 and LLM.int8() have the tensors of bitsandbytes' format. Any other weig
   P.scale         as the scheme says: F32, the model's dtype, U8 (exponent + 127) or F8_E4M3; rows and columns as it shares them
   P.zero_point    I8 or I32, of the shape of P.scale
   P.global_scale  F32 [1], what F8_E4M3 scales are divided by
+  P.table         F16 or F32 [out_features, 2^b], what the codes of a row name, in the place of scales
+  P.sparse_values, P.sparse_columns
+                  the model's dtype and I32 [out_features, count]: elements of each row that stand in the place of what their codes
+                  name; columns ascend
 config.json lists the schemes, and the weights of each with their shapes. What it does not list is of bitsandbytes' kind.
 
 transformers does not know the format: it would skip what the config says and take codes for weights. So all codes lie in one
@@ -33,7 +37,14 @@ if TYPE_CHECKING:
     from qcli.checkpoint.safetensors_file import TensorInfo
     from qcli.checkpoint.source import Source
 
-_PARTS = ("scale", "zero_point", "global_scale")  # companions of a weight, after the dot
+_PARTS = (
+    "scale",
+    "zero_point",
+    "global_scale",
+    "table",
+    "sparse_values",
+    "sparse_columns",
+)  # companions of a weight, after the dot
 _MODEL_DTYPES = tuple(dtypes.CODES[name] for name in dtypes.MODEL_DTYPES)
 
 
@@ -187,9 +198,24 @@ class Qcli(Bitsandbytes):
             expect(source, spec.name, _MODEL_DTYPES if spec.dtype == "BF16" else (spec.dtype,), spec.shape)
         if strays := set(beside) - {spec.name for spec in specs}:
             raise Problem(f"{min(strays)} is stored, and {scheme.name} has none by the config")
+        if f"{name}.sparse_columns" in source.tensors:
+            _check_columns(source, f"{name}.sparse_columns", linear)
         names = {self.attribute(spec.name.removeprefix(name.removesuffix("weight"))): spec.name for spec in specs}
         compute = str(config.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
         return Stored(self.name, scheme, *shape, present(source, names), compute_dtype=compute)
+
+
+def _check_columns(source: "Source", name: str, linear: Linear) -> None:
+    """Raises Problem unless the columns of each row ascend and are columns."""
+    import numpy as np
+
+    from qcli.formats._reading import Problem, read_bytes
+
+    columns = np.frombuffer(read_bytes(source, name), dtype="<i4").reshape(linear.out_features, -1)
+    if columns.min() < 0 or columns.max() >= linear.in_features:
+        raise Problem(f"{name} has columns from {columns.min():,} to {columns.max():,}, expected 0 to {linear.in_features - 1:,}")
+    if (falling := (np.diff(columns) <= 0).any(1)).any():
+        raise Problem(f"{name}: the columns of row {int(falling.argmax()):,} do not ascend")
 
 
 def _is_older(scheme: Scheme) -> bool:

@@ -1,8 +1,8 @@
 """NF3: NormalFloat of 3 bits in groups of a row. The eight entries are the quantiles that NF4 has, made with 3 bits
 (qcli/codebooks.py; QLoRA, arXiv:2305.14314, appendix E).
 
-A group has one scale, its absmax rounded to the model's dtype, and a weight is the nearest entry times the scale. Halfway between two
-entries the lower one is taken. With search "mse" the scale is the one that makes the squared error of the group least.
+A group has one scale, its absmax rounded to the model's dtype, and a weight is the nearest entry times the scale. Halfway between
+two entries the lower one is taken. With search "mse" the scale is the one that makes the squared error of the group least.
 """
 
 from __future__ import annotations

@@ -225,9 +225,9 @@ def fit_scale(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x of any shape, float32, bfloat16 or float16, is taken in row-major order, in blocks of `size`. The last may be partial.
 
-    codebook is "" for integers of `bits` bits, 2 to 8. With "nf4", "fp4" or "nf3", bits and zero_point are not used. dtype is that of the
-    stored scales. Returns scale float32 [ceil(n/size)], rounded to dtype, and zero_point int8 [ceil(n/size)], or [0] without zero
-    points. Raises ValueError or TypeError for anything else.
+    codebook is "" for integers of `bits` bits, 2 to 8. With "nf4", "fp4" or "nf3", bits and zero_point are not used. dtype is that
+    of the stored scales. Returns scale float32 [ceil(n/size)], rounded to dtype, and zero_point int8 [ceil(n/size)], or [0] without
+    zero points. Raises ValueError or TypeError for anything else.
     """
     return _op(x, size, codebook, bits, zero_point, dtype)
 
