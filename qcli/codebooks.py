@@ -1,9 +1,9 @@
 """The only copy of each codebook, in float32, and of the thresholds between its codes.
 
-NF4: quantiles of the normal distribution (QLoRA, arXiv:2305.14314, appendix E). FP4: sign, two exponent bits, one
-mantissa bit, scaled to a maximum of 1; bit 3 of the code is the sign. E2M1: the OCP float of the same bits, whose values are not
-scaled. Dynamic map: the 8-bit signed dynamic exponent type (arXiv:1511.04561, section
-1.2) in which double quantization stores absmax.
+NF4: quantiles of the normal distribution (QLoRA, arXiv:2305.14314, appendix E). NF3: the same construction with 3 bits. FP4:
+sign, two exponent bits, one mantissa bit, scaled to a maximum of 1; bit 3 of the code is the sign. E2M1: the OCP float of the same
+bits, whose values are not scaled. Dynamic map: the 8-bit signed dynamic exponent type (arXiv:1511.04561,
+section 1.2) in which double quantization stores absmax.
 
 Thresholds ascend. The number of thresholds below a value is the rank of its code, in the order of the codes' values. A value
 exactly on a threshold therefore takes the lower code.
@@ -33,6 +33,14 @@ NF4 = np.array(
     dtype=np.float32,
 )
 
+# NormalFloat of b bits: with d = (1/(2 2^b) + 1/(2 (2^b - 1))) / 2, the quantiles of the normal distribution at 2^(b-1) evenly
+# spaced probabilities from 1 - d down to, and without, 1/2; 0; and the same of 2^(b-1) - 1 probabilities with a minus sign; all
+# over the largest. With b = 4 that is NF4, where d is 1 - 0.9677083.
+NF3 = np.array(
+    [-1.0, -0.5350227355957031, -0.24693143367767334, 0.0, 0.1833374798297882, 0.38199394941329956, 0.6229857206344604, 1.0],
+    dtype=np.float32,
+)
+
 _FP4_MAGNITUDES = np.array([0, 1 / 192, 8 / 12, 1, 4 / 12, 6 / 12, 2 / 12, 3 / 12], dtype=np.float32)
 FP4 = np.concatenate([_FP4_MAGNITUDES, 0 - _FP4_MAGNITUDES])  # code 8 is a second +0
 
@@ -46,6 +54,7 @@ UNITS = {"nf4": 1.0, "fp4": 1.0, "e2m1": 8.0, "int4": 8.0}
 ZERO_CODE = {"nf4": 7, "fp4": 0}
 
 NF4_THRESHOLDS = (NF4[:-1] + NF4[1:]) / np.float32(2)
+NF3_THRESHOLDS = (NF3[:-1] + NF3[1:]) / np.float32(2)
 # For magnitudes, with the literals of bitsandbytes' CUDA kernel: 0.583333 differs from the midpoint by 3.6e-7.
 FP4_THRESHOLDS = np.array([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333], dtype=np.float32)
 

@@ -19,10 +19,13 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of blocks of the flat
 NESTED_BLOCK_SIZE = 256  # absmax values that share a scale under double quantization (bitsandbytes)
 WHOLE_ROW = -1  # the group size that stands for a row
 FP8_BLOCK = 128  # rows and columns of a block of FP8 (DeepSeek-V3)
+MOST_SPARSE = 0.5  # of a row that may be kept beside the codes
 # How a scale is found: from the absmax alone, by the least squared error, or with each column's error weighted by E[x^2] of texts.
 SEARCHES = ("none", "mse", "imatrix")
 ROUNDINGS = ("nearest", "gptq")  # how codes are chosen under their scales
 PAPER_THRESHOLD = 6.0  # LLM.int8() (arXiv:2208.07339, section 3.2)
+
+PLANE = 64  # columns whose codes of 2 to 4 bits make a unit (qcli/packing.py); rows are padded to units
 
 CHUNK_BYTES = 1 << 20  # of source data at a time: what bounds the memory of quantizing a checkpoint
 CHUNKS_IN_WORK = 128  # measured: float32 copies of a chunk, and what the allocator keeps of those that were freed
@@ -38,16 +41,17 @@ class Scheme:
     bits: of a code; 0 where nothing is quantized.
     share: which elements have one scale. "flat": runs of `size` elements of the flattened weight. "group": runs of `size`
     elements within a row. "row": an output row. "block": squares of `size` rows and columns. "tensor": all.
-    codebook: whose entry a code names: "nf4" or "fp4" (QLoRA), or the small floats "e4m3" and "e2m1" (OCP); None where a code is
-    itself an integer.
+    codebook: whose entry a code names: "nf4", "fp4" (QLoRA) or "nf3", the small floats "e4m3" and "e2m1" (OCP), or the "table"
+    of each output row, of 2^bits entries without a scale; None where a code is itself an integer.
     zero_point: whether an integer zero point stands beside each scale, and beside the activations' scales.
     scale: the dtype of a scale: "float32", "model" (that of the weight), "e8m0" (a power of two), or "e4m3" over a float32 scale of
-    the whole weight.
+    the whole weight. Of a table's entries: "float16" or "float32".
     double_quant: whether the scales are 8-bit codes themselves, with a float32 scale for every 256.
     activations: what shares a scale of the activations: "token", "tensor" or "group"; "static" where the one scale is stored; None
     where activations are not rounded.
     activation_codebook: what they are rounded to: "e4m3" or "e2m1"; None for int8.
     threshold: columns with an activation of this magnitude or more are not rounded; 0 rounds all.
+    sparse: the share of each row that is kept beside the codes as it is.
     keeps_original: whether those columns multiply with the unquantized weight, kept beside the codes (the paper's form).
     """
 
@@ -58,11 +62,12 @@ class Scheme:
     size: int = 0
     codebook: str | None = None
     zero_point: bool = False
-    scale: Literal["float32", "model", "e8m0", "e4m3"] = "float32"
+    scale: Literal["float32", "float16", "model", "e8m0", "e4m3"] = "float32"
     double_quant: bool = False
     activations: Literal["token", "tensor", "group", "static"] | None = None
     activation_codebook: str | None = None
     threshold: float = 0.0
+    sparse: float = 0.0
     keeps_original: bool = False
 
     def scales(self, out_features: int, in_features: int) -> int:
@@ -88,7 +93,13 @@ class Scheme:
         count, scales = out_features * in_features, self.scales(out_features, in_features)
         packed = TensorSpec("codes", "U8", (-(-count * self.bits // 8),))
         found = {"codes": TensorSpec("codes", "I8", (out_features, in_features)) if self.bits == 8 else packed}
-        of_scale = "U8" if self.double_quant else {"float32": "F32", "model": dtype, "e8m0": "U8", "e4m3": "F8_E4M3"}[self.scale]
+        if self.codebook == "table":
+            found["table"] = TensorSpec("table", "F16" if self.scale == "float16" else "F32", (out_features, 1 << self.bits))
+            if kept := self.sparse_columns(in_features):
+                found["sparse_values"] = TensorSpec("sparse_values", dtype, (out_features, kept))
+                found["sparse_columns"] = TensorSpec("sparse_columns", "I32", (out_features, kept))
+            return found
+        of_scale = "U8" if self.double_quant else {"model": dtype, "e8m0": "U8", "e4m3": "F8_E4M3"}.get(self.scale, "F32")
         found["scale"] = TensorSpec("scale", of_scale, (scales,))
         if self.scale == "e4m3":
             found["global_scale"] = TensorSpec("global_scale", "F32", (1,))
@@ -99,10 +110,31 @@ class Scheme:
             found["zero_point"] = TensorSpec("zero_point", "I8" if self.scale == "model" else "I32", (scales,))
         return found
 
-    @property
-    def held_bits(self) -> int:
-        """Bits of a code in memory: kernels read integers of 2 and 3 bits from 4."""
-        return 4 if self.codebook is None and self.bits in (2, 3) else self.bits
+    def runs_by_table(self, in_features: int) -> bool:
+        """Whether products look codes up in a table: all of 2 and 3 bits, and 4 bits in groups that do not divide rows."""
+        ragged = self.share == "group" and in_features % self.size != 0
+        return self.bits in (2, 3) or (self.bits == 4 and ragged) or self.codebook == "table"
+
+    def sparse_columns(self, in_features: int) -> int:
+        """How many elements of a row are kept beside the codes."""
+        return max(1, round(self.sparse * in_features)) if self.sparse else 0
+
+    def held_parts(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """What a module that looks codes up holds, role to tensor: codes in planes, and the rest in float32."""
+        scales = self.scale_shape(out_features, in_features)
+        found = {"codes": TensorSpec("codes", "U8", (out_features, plane_bytes(in_features, self.bits)))}
+        if self.codebook == "table":
+            found["table"] = TensorSpec("table", "F32", (out_features, 1 << self.bits))
+            if count := out_features * self.sparse_columns(in_features):
+                found["sparse_values"] = TensorSpec("sparse_values", "F32", (count,))
+                found["sparse_columns"] = TensorSpec("sparse_columns", "I32", (count,))
+                found["sparse_offsets"] = TensorSpec("sparse_offsets", "I32", (out_features + 1,))
+            return found
+        found["table"] = TensorSpec("table", "F32", (1 << self.bits,))
+        found["scale"] = TensorSpec("scale", "F32", (out_features, scales[1]))
+        if self.zero_point:
+            found["zero_point"] = TensorSpec("zero_point", "F32", (out_features, scales[1]))
+        return found
 
     def stored_bytes(self, out_features: int, in_features: int, dtype: str = "BF16", outlier_columns: int = 0) -> int:
         """Bytes of the parts. `outlier_columns` stand beside the codes in `dtype` where the scheme keeps the original."""
@@ -115,7 +147,9 @@ class Scheme:
         A scale takes 8: the float32 itself, and two sums in 16 bits that say what its own rounding will cost, or its copy. Under
         double quantization the float64 copies of which the mean is made come on top.
         """
-        return (24 if self.share == "flat" else 8) * self.scales(out_features, in_features)
+        tables = self.parts(out_features, in_features, "F32") if self.codebook == "table" else {}
+        beside = sum(spec.nbytes for role, spec in tables.items() if role != "codes")
+        return (24 if self.share == "flat" else 8) * self.scales(out_features, in_features) + beside
 
 
 UNQUANTIZED = Scheme("unquantized", "unquantized", 0)
@@ -142,6 +176,8 @@ NAMED: Mapping[str, Scheme] = {
         _NF4,
         replace(_FP4, name="fp4-plain", double_quant=False),
         _FP4,
+        Scheme("nf3", "nf3", 3, "group", 64, codebook="nf3", scale="model"),
+        Scheme("kmeans", "kmeans", 4, "row", codebook="table", scale="float16"),
         Scheme("rtn", "rtn", 4, "group", 128, scale="model"),
         Scheme("hqq", "hqq", 4, "group", 64, zero_point=True, scale="model"),
         Scheme("fp8", "fp8", 8, "row", codebook="e4m3", scale="model", activations="token", activation_codebook="e4m3"),
@@ -183,6 +219,11 @@ def by_bits(bits: int | None, method: str | None) -> Scheme:
     if method is None:
         return NAMED["rtn" if bits in _INTEGER_BITS else BY_BITS[bits or 4]]
     return named(method)
+
+
+def plane_bytes(columns: int, bits: int) -> int:
+    """Bytes of a row of codes in planes of 64 columns."""
+    return -(-columns // PLANE) * PLANE * bits // 8
 
 
 def head_bits(asked: int | None) -> int | None:

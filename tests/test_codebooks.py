@@ -83,3 +83,15 @@ def test_dynamic_thresholds_decide_as_exact_midpoints():
 def test_tables_need_no_torch():
     code = "import sys, qcli.codebooks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("bits, table", [(3, codebooks.NF3), (4, codebooks.NF4)])
+def test_normal_floats_are_quantiles_of_the_normal_distribution(bits, table):
+    """The construction of NF4 (QLoRA, appendix E; bitsandbytes' create_normal_map) in float64, with `bits` in the place of 4."""
+    half = 2 ** (bits - 1)
+    offset = 1 - (1 / (2 * 2**bits) + 1 / (2 * (2**bits - 1))) / 2
+    quantiles = [torch.special.ndtri(torch.linspace(offset, 0.5, n + 1, dtype=torch.float64)[:-1]) for n in (half, half - 1)]
+    values = torch.cat((quantiles[0], torch.zeros(1, dtype=torch.float64), -quantiles[1])).sort().values
+    np.testing.assert_allclose(table, (values / values.max()).numpy(), rtol=0, atol=2e-7)
+    if bits == 3:
+        assert np.array_equal(table, (values / values.max()).float().numpy())

@@ -50,12 +50,16 @@ def test_a_plan_is_read_for_its_recipe(quick_cli, tmp_path):
     assert again["recipe"] == plan["recipe"] and again["tensors"] == plan["tensors"]
 
 
-def test_methods_that_no_format_holds_together_are_told_apart_from_those_that_none_holds(quick_cli, tmp_path):
+def test_methods_that_no_other_format_holds_together_are_in_qclis_own(quick_cli, tmp_path):
     mixed = {"default": {"method": "nf4"}, "rules": [["*.v_proj", {"method": "rtn"}]]}
     (tmp_path / "mixed.json").write_text(json.dumps(mixed))
+    done = quick_cli("quantize", DEMO, "--recipe", "mixed.json", "--dry-run", "-o", "out", "--json")
+    plan = json.loads(done.stdout)
+    assert plan["format"] == "qcli" and "qcli alone reads the result" in plan["notes"]
+    (tmp_path / "mixed.json").write_text(json.dumps(mixed | {"format": "bitsandbytes"}))
     done = quick_cli("quantize", DEMO, "--recipe", "mixed.json", "--dry-run", "-o", "out")
-    assert done.returncode == 2 and "No format holds all of these methods together" in done.stderr
-    done = quick_cli("quantize", DEMO, "--method", "zeropoint", "--dry-run", "-o", "out")
+    assert done.returncode == 2 and "not rtn" in done.stderr and "Leave out the format" in done.stderr
+    done = quick_cli("quantize", DEMO, "--method", "llm-int8-paper", "--dry-run", "-o", "out")
     assert done.returncode == 2 and "evaluate --methods measures what no format holds" in done.stderr
 
 
@@ -116,7 +120,8 @@ def test_a_mixed_recipe_quantizes_and_runs_and_bitsandbytes_loads_it(tmp_path, q
 
 
 def test_what_a_format_cannot_mix_is_a_problem_of_the_plan():
-    recipe = recipe_of({"default": {"method": "nf4"}, "rules": [["*.o_proj", {"method": "llm-int8"}]]}, "test")
+    mixed = {"default": {"method": "nf4"}, "rules": [["*.o_proj", {"method": "llm-int8"}]], "format": "bitsandbytes"}
+    recipe = recipe_of(mixed, "test")
     with pytest.raises(PlanError, match="one number of bits and one threshold"):
         make_plan(DEMO, "/tmp/never", recipe=recipe).check()
 

@@ -45,7 +45,7 @@ def _measured() -> dict[str, Any]:
 
 def _summary(scheme: Scheme, measured: dict[str, Any]) -> dict[str, Any]:
     held = [each.name for each in formats.all_formats() if scheme.bits and each.refuses(scheme) is None]
-    zeros = [each.name for each in formats.all_formats() if scheme.method == "rtn" and _with_zero_points(each, scheme)]
+    held += [each.name for each in formats.all_formats() if scheme.method == "rtn" and _with_zero_points(each, scheme)]
     return {
         "name": scheme.name,
         "bits": scheme.bits,
@@ -53,7 +53,7 @@ def _summary(scheme: Scheme, measured: dict[str, Any]) -> dict[str, Any]:
         "codes": _FLOATS.get(scheme.codebook or "", scheme.codebook or f"int{scheme.bits}"),
         "activations": _activations(scheme),
         "needs_calibration": False,
-        "formats": held + [each for each in zeros if each not in held],
+        "formats": [name for name in formats.NAMES if name in held],
         "runs": "CPU and CUDA" if held else "evaluate alone",
         "measured": {model: of[scheme.name] for model, of in measured["models"].items() if scheme.name in of},
     }

@@ -80,8 +80,6 @@ class Format(Protocol):
 
     name: str
     """What `format` of a recipe takes and the model card says; `quant_method` of config.json."""
-    layout: str
-    """The name of the format whose modules (qcli/nn) run its weights: its own, or that of one with the same tensors."""
     library: str
     """The package by which transformers reads it."""
     rows_together: int
@@ -95,9 +93,17 @@ class Format(Protocol):
         """Why it cannot hold a weight of this shape in a scheme that it can hold; None where it can."""
         ...
 
+    def refuses_mixture(self, schemes: Sequence[Scheme]) -> str | None:
+        """Why it cannot hold modules in these schemes, each of which it can hold, in one model; None where it can."""
+        ...
+
     def refuses_head(self, head: Scheme, others: Sequence[Scheme], tied: bool) -> str | None:
         """Why it cannot hold an output head in the scheme `head`, beside modules in `others`, as a sentence; None where it can.
         If the head is `tied`, the embedding is stored in that scheme, too."""
+        ...
+
+    def layout_of(self, scheme: Scheme) -> str:
+        """The name of the format whose modules (qcli/nn) run `scheme`: its own, or that of one with the same tensors."""
         ...
 
     def tensors(self, weight: Weight, scheme: Scheme) -> list[TensorSpec]:
@@ -116,6 +122,10 @@ class Format(Protocol):
     def pairs(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
         """The same in 4 bits, unsigned, two a byte, the first in the low bits, uint8 [out_features, in_features / 2], where they
         are stored nearly so; else None."""
+        ...
+
+    def planes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
+        """The same in planes of 64 columns (qcli/packing.py), uint8 [out_features, bytes], where they are stored so; else None."""
         ...
 
     def scales(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
@@ -149,8 +159,8 @@ class Format(Protocol):
         where it is not of this format."""
         ...
 
-    def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
-        """How many weights the stored tensor of codes stands for, as far as headers tell."""
+    def parameters_in(self, info: "TensorInfo", scheme: Scheme, config: Mapping[str, Any] | None) -> int:
+        """How many weights the stored tensor of codes stands for, as far as headers and the unchecked config tell."""
         ...
 
     def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:
@@ -178,10 +188,24 @@ class Format(Protocol):
         ...
 
 
-class Unpaired:
-    """For formats that do not store codes of 4 bits two a byte along a row."""
+class Plain:
+    """What holds of most formats: modules of their own, several schemes in one model, no codes of 4 bits two a byte."""
+
+    name: str
+
+    def layout_of(self, scheme: Scheme) -> str:
+        """See Format."""
+        return self.name
+
+    def refuses_mixture(self, schemes: Sequence[Scheme]) -> str | None:
+        """See Format."""
+        return None
 
     def pairs(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
+        """See Format."""
+        return None
+
+    def planes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
         """See Format."""
         return None
 
@@ -211,6 +235,8 @@ def holding(schemes: Sequence[Scheme], wanted: str | None = None, head: Scheme |
     reasons, of_head = [], []
     for each in [get(wanted)] if wanted else all_formats():
         reason = next((reason for scheme in schemes if (reason := each.refuses(scheme))), None)
+        if reason is None and not wanted:
+            reason = each.refuses_mixture(schemes)
         if reason is not None:
             reasons.append(reason)
         elif head is None or (reason := each.refuses_head(head, schemes, tied)) is None:
@@ -224,8 +250,6 @@ def holding(schemes: Sequence[Scheme], wanted: str | None = None, head: Scheme |
     hint = "qcli evaluate --methods measures what no format holds."
     if wanted and all(any(each.refuses(scheme) is None for each in all_formats()) for scheme in schemes):
         hint = "Leave out the format, or name a method that it holds: qcli methods lists them."
-    if not wanted and all(any(each.refuses(scheme) is None for each in all_formats()) for scheme in schemes):
-        hint = "No format holds all of these methods together: give every module a method of the same format, see docs/methods.md."
     raise UsageError("; ".join(dict.fromkeys(reasons)), hint)
 
 
@@ -265,13 +289,19 @@ def quantized_weights(source: "Source") -> dict[str, Scheme]:
     return found
 
 
-def _held(spec: TensorSpec, weight: Weight, scheme: Scheme) -> TensorSpec:
-    """A stored tensor as modules hold it: integers of 2 and 3 bits in 4, zero points one a byte."""
-    if scheme.scale == "model" and spec.name.endswith(("zero_point", "qzeros")):
-        return TensorSpec(spec.name, "I8", (scheme.scales(weight.out_features, weight.in_features),))
-    if scheme.held_bits != scheme.bits and spec.name.endswith(("weight_packed", "qweight")):
-        return TensorSpec(spec.name, "U8", (-(-weight.out_features * weight.in_features // 2),))
-    return spec
+def held_bytes(scheme: Scheme, out_features: int, in_features: int) -> int | None:
+    """Bytes of a weight in a module that looks its codes up in a table; None where modules hold what is stored."""
+    parts = scheme.held_parts(out_features, in_features) if scheme.runs_by_table(in_features) else {}
+    return sum(spec.nbytes for spec in parts.values()) or None
+
+
+def _held(specs: list[TensorSpec], weight: Weight, scheme: Scheme) -> list[TensorSpec]:
+    """Stored tensors as modules hold them: zero points one a byte."""
+    if scheme.runs_by_table(weight.in_features):
+        return list(scheme.held_parts(weight.out_features, weight.in_features).values())
+    scales = scheme.scales(weight.out_features, weight.in_features)
+    packed = ("zero_point", "qzeros") if scheme.scale == "model" else ()
+    return [TensorSpec(spec.name, "I8", (scales,)) if spec.name.endswith(packed) else spec for spec in specs]
 
 
 def unpack(stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
@@ -285,6 +315,6 @@ def stored_tensors(scheme: Scheme, weight: Weight) -> tuple[list[TensorSpec], li
     for each in all_formats():
         if scheme.bits and each.refuses(scheme) is None:
             specs = each.tensors(weight, scheme)
-            return specs, [_held(spec, weight, scheme) for spec in specs if each.in_memory(spec)]
+            return specs, _held([spec for spec in specs if each.in_memory(spec)], weight, scheme)
     specs = list(scheme.parts(weight.out_features, weight.in_features, weight.dtype).values())
     return specs, specs

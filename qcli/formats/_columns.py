@@ -1,7 +1,7 @@
 """What GPTQ's and AWQ's formats share: the weight is stored transposed, [in_features, out_features], in `qweight`, `qzeros` and
 `scales`, and all quantized modules have the same bits and the same groups."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from qcli.checkpoint.dtypes import CODES, MODEL_DTYPES
 from qcli.formats import Choice
@@ -37,6 +37,11 @@ def one_scheme(choice: Choice, label: str) -> Scheme | None:
             choice.problems.append(f"{linear.module} is a Conv1D, and readers of {label} take nn.Linear alone")
             break
     return schemes[0] if schemes else None
+
+
+def mixture_reason(name: str, schemes: Sequence[Scheme]) -> str | None:
+    """Why several schemes in one model are refused."""
+    return f"{name}'s format has one number of bits and one group size for all modules" if len(set(schemes)) > 1 else None
 
 
 def left_alone(choice: Choice) -> list[str]:

@@ -15,7 +15,7 @@ from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.errors import CheckpointError
 from qcli.files.foreign_json import FLAG, TEXT, Kind, Required, check, either, list_of, one_of, whole
-from qcli.formats import Choice, Format, Piece, Stored, Unpaired, Weight, _columns
+from qcli.formats import Choice, Format, Piece, Plain, Stored, Weight, _columns
 from qcli.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -44,10 +44,10 @@ _CONFIG: Mapping[str, Kind | Required] = {
 }
 
 
-class AutoRound(Unpaired):
+class AutoRound(Plain):
     """See the module and qcli.formats.Format."""
 
-    name = layout = "auto-round"
+    name = "auto-round"
     library = "auto-round"
     rows_together = 1
 
@@ -97,7 +97,7 @@ class AutoRound(Unpaired):
         other, theirs = _theirs(config)
         return other.scheme_of(codes, tensors, theirs)
 
-    def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
+    def parameters_in(self, info: "TensorInfo", scheme: Scheme, config: Mapping[str, Any] | None) -> int:
         return info.nbytes * 8 // scheme.bits
 
     def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:

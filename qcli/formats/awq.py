@@ -13,7 +13,7 @@ from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.errors import CheckpointError
 from qcli.files.foreign_json import FLAG, TEXT, Kind, Required, check, list_of, one_of, whole
-from qcli.formats import Choice, Format, Piece, Stored, Unpaired, Weight, _columns
+from qcli.formats import Choice, Format, Piece, Plain, Stored, Weight, _columns
 from qcli.formats._selection import fused_notes
 from qcli.schemes import WHOLE_ROW, Scheme
 
@@ -34,10 +34,10 @@ _CONFIG: Mapping[str, Kind | Required] = {
 }
 
 
-class Awq(Unpaired):
+class Awq(Plain):
     """See the module and qcli.formats.Format."""
 
-    name = layout = "awq"
+    name = "awq"
     library = "gptqmodel"
     rows_together = _TOGETHER
 
@@ -51,6 +51,9 @@ class Awq(Unpaired):
 
     def refuses_shape(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
         return _columns.divisibility(scheme, in_features, out_features, _TOGETHER)
+
+    def refuses_mixture(self, schemes: Sequence[Scheme]) -> str | None:
+        return _columns.mixture_reason(self.name, schemes)
 
     def refuses_head(self, head: Scheme, others: Sequence[Scheme], tied: bool) -> str | None:
         return _columns.head_reason(self.name, self.refuses(head), tied)
@@ -120,7 +123,7 @@ class Awq(Unpaired):
             return None
         return _scheme(config or {})
 
-    def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
+    def parameters_in(self, info: "TensorInfo", scheme: Scheme, config: Mapping[str, Any] | None) -> int:
         return info.nbytes * 8 // scheme.bits
 
     def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:

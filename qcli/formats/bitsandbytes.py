@@ -22,7 +22,7 @@ from qcli.checkpoint import dtypes
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.files.foreign_json import FLAG, NUMBER, TEXT, Kind, Required, at_least, check, list_of, one_of, parse_object, whole
-from qcli.formats import Choice, Format, Piece, Stored, Unpaired, Weight
+from qcli.formats import Choice, Format, Piece, Plain, Stored, Weight
 from qcli.formats._quant_state import quant_state
 from qcli.formats._selection import fused_notes, skip_list, straddling_notes
 from qcli.schemes import NAMED, NESTED_BLOCK_SIZE, PAPER_THRESHOLD, Scheme
@@ -60,11 +60,10 @@ _QUANT_STATE: Mapping[str, Kind | Required] = {
 }
 
 
-class Bitsandbytes(Unpaired):
+class Bitsandbytes(Plain):
     """See the module and qcli.formats.Format."""
 
-    name = layout = "bitsandbytes"
-    library = "bitsandbytes"
+    name = library = "bitsandbytes"
     rows_together = 1
 
     def refuses(self, scheme: Scheme) -> str | None:
@@ -74,6 +73,10 @@ class Bitsandbytes(Unpaired):
 
     def refuses_shape(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
         return None
+
+    def refuses_mixture(self, schemes: Sequence[Scheme]) -> str | None:
+        several = len({(scheme.bits, scheme.threshold) for scheme in schemes}) > 1
+        return f"{self.name} has one number of bits and one threshold for all modules" if several else None
 
     def refuses_head(self, head: Scheme, others: Sequence[Scheme], tied: bool) -> str | None:
         if reason := self.refuses(head):
@@ -202,7 +205,7 @@ class Bitsandbytes(Unpaired):
                 return NAMED[codebook if f"{codes}.nested_absmax" in tensors else f"{codebook}-plain"]
         return None
 
-    def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
+    def parameters_in(self, info: "TensorInfo", scheme: Scheme, config: Mapping[str, Any] | None) -> int:
         return info.nbytes * 8 // scheme.bits
 
     def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:
@@ -249,7 +252,7 @@ def _read_8bit(config: Mapping[str, Any], source: "Source", linear: Linear, shap
             raise Problem(f"{row_format} is {list(data[:8])}, and only {_ROW_FORMAT}, plain rows, is read")
     threshold = config.get("llm_int8_threshold")
     scheme = replace(NAMED["llm-int8"], threshold=PAPER_THRESHOLD if threshold is None else float(threshold))
-    return Stored(Bitsandbytes.layout, scheme, linear.out_features, linear.in_features, present(source, names))
+    return Stored(Bitsandbytes.name, scheme, linear.out_features, linear.in_features, present(source, names))
 
 
 def _read_4bit(config: Mapping[str, Any], source: "Source", linear: Linear, codebook: str) -> Stored:
@@ -275,7 +278,7 @@ def _read_4bit(config: Mapping[str, Any], source: "Source", linear: Linear, code
     names = {"weight": tensor, **{f"weight_{p}": f"{tensor}.{p}" for p in _HELD_4BIT}}
     compute = str(config.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
     shape, offset = (linear.out_features, linear.in_features), state.get("nested_offset")
-    return Stored(Bitsandbytes.layout, scheme, *shape, present(source, names), offset, compute)
+    return Stored(Bitsandbytes.name, scheme, *shape, present(source, names), offset, compute)
 
 
 def _check_4bit(source: "Source", tensor: str, scheme: Scheme, count: int) -> None:

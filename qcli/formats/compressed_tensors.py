@@ -24,7 +24,7 @@ from qcli.checkpoint.dtypes import CODES, MODEL_DTYPES, TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.errors import CheckpointError
 from qcli.files.foreign_json import OBJECT, TEXT, Kind, Required, check, list_of, map_of, one_of
-from qcli.formats import Choice, Format, Piece, Stored, Weight
+from qcli.formats import Choice, Format, Piece, Plain, Stored, Weight
 from qcli.formats import _ct_config as groups
 from qcli.formats._selection import fused_notes
 from qcli.schemes import Scheme
@@ -52,10 +52,10 @@ _FLOATS = tuple(CODES[name] for name in MODEL_DTYPES)
 _WRITTEN_BITS = (2, 3, 4, 8)  # of integers
 
 
-class CompressedTensors:
+class CompressedTensors(Plain):
     """See the module and qcli.formats.Format."""
 
-    name = layout = "compressed-tensors"
+    name = "compressed-tensors"
     library = "compressed-tensors"
     rows_together = 1
 
@@ -196,7 +196,7 @@ class CompressedTensors:
             return group.scheme
         return _by_headers(tensors[codes], scale, f"{module}.weight_zero_point" in tensors, groups.one_number_of_bits(config))
 
-    def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
+    def parameters_in(self, info: "TensorInfo", scheme: Scheme, config: Mapping[str, Any] | None) -> int:
         return info.nbytes * 8 // scheme.bits if info.name.endswith("_packed") else info.numel
 
     def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:

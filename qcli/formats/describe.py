@@ -60,7 +60,7 @@ def describe(source: Source) -> Description:
         part.bytes += info.nbytes
         if name == owner:
             part.tensors += 1
-            part.parameters += format.parameters_in(info, scheme) if format and scheme else info.numel
+            part.parameters += format.parameters_in(info, scheme, source.quantization) if format and scheme else info.numel
     return Description(
         name=source.label,
         architecture=", ".join(source.architectures) or "not stated",

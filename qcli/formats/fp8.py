@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.files.foreign_json import TEXT, Kind, Required, check, list_of, one_of, whole
-from qcli.formats import Choice, Format, Piece, Stored, Unpaired, Weight, _columns
+from qcli.formats import Choice, Format, Piece, Plain, Stored, Weight, _columns
 from qcli.schemes import FP8_BLOCK, NAMED, Scheme
 
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ _CONFIG: Mapping[str, Kind | Required] = {
 }
 
 
-class BlockFp8(Unpaired):
+class BlockFp8(Plain):
     """See the module and qcli.formats.Format."""
 
-    name = layout = "fp8"
+    name = "fp8"
     library = "transformers"
     rows_together = 1
 
@@ -80,7 +80,7 @@ class BlockFp8(Unpaired):
         size = sizes[0] if isinstance(sizes, list) and sizes and isinstance(sizes[0], int) and sizes[0] > 0 else FP8_BLOCK
         return _scheme(size)
 
-    def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
+    def parameters_in(self, info: "TensorInfo", scheme: Scheme, config: Mapping[str, Any] | None) -> int:
         return info.numel
 
     def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:

@@ -19,7 +19,7 @@ from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.errors import CheckpointError
 from qcli.files.foreign_json import FLAG, OBJECT, TEXT, Kind, Required, check, one_of, whole
-from qcli.formats import Choice, Format, Piece, Stored, Weight, _columns
+from qcli.formats import Choice, Format, Piece, Plain, Stored, Weight, _columns
 from qcli.formats._selection import fused_notes
 from qcli.schemes import WHOLE_ROW, Scheme
 
@@ -43,10 +43,10 @@ _CONFIG: Mapping[str, Kind | Required] = {
 }
 
 
-class Gptq:
+class Gptq(Plain):
     """See the module and qcli.formats.Format."""
 
-    name = layout = "gptq"
+    name = "gptq"
     library = "gptqmodel"
     rows_together = 1
 
@@ -62,6 +62,9 @@ class Gptq:
         if in_features % 32:
             return f"rows of {in_features} are no multiple of 32, of which readers of {self.name} make words"
         return _columns.divisibility(scheme, in_features, out_features, 32)
+
+    def refuses_mixture(self, schemes: Sequence[Scheme]) -> str | None:
+        return _columns.mixture_reason(self.name, schemes)
 
     def refuses_head(self, head: Scheme, others: Sequence[Scheme], tied: bool) -> str | None:
         return _columns.head_reason(self.name, self.refuses(head), tied)
@@ -165,7 +168,7 @@ class Gptq:
             return None
         return _scheme(config or {})
 
-    def parameters_in(self, info: "TensorInfo", scheme: Scheme) -> int:
+    def parameters_in(self, info: "TensorInfo", scheme: Scheme, config: Mapping[str, Any] | None) -> int:
         return info.nbytes * 8 // scheme.bits
 
     def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:

@@ -132,16 +132,17 @@ class QcliQuantizer(HfQuantizer):
         _place(model, name, made)
         if head is None or not head.tied or name != head.linear.module:
             return
-        other = make(old)
+        other = made if made.replaces_tensors else make(old)
         _place(model, head.embedding if name == head.module else head.module, other)
         for attribute, tensor in list(made._buffers.items()):
             if tensor is not None:
                 model.all_tied_weights_keys[f"{head.module}.{attribute}"] = f"{head.embedding}.{attribute}"
-                for each in (made, other):  # transformers ties parameters alone
+                for each in {id(linear): linear for linear in (made, other)}.values():  # transformers ties parameters alone
                     del each._buffers[attribute]
                     each.register_parameter(attribute, nn.Parameter(tensor, requires_grad=False))
         # Once the weight is quantized, this is the one thing that is no tensor.
-        made.__dict__["twin"] = other
+        if other is not made:
+            made.__dict__["twin"] = other
 
     def get_weight_conversions(self):
         if not self.pre_quantized:
@@ -226,7 +227,7 @@ def _unfilled(old: nn.Module, method, format: formats.Format, dtype: torch.dtype
     weight = Weight("weight", out_features, in_features, dtypes.CODES[str(dtype).removeprefix("torch.")])
     specs = filter(format.in_module, format.tensors(weight, method.scheme))
     tensors = {format.attribute(spec.name): (spec.dtype, spec.shape) for spec in specs}
-    stored = Stored(format.layout, method.scheme, out_features, in_features, tensors)
+    stored = Stored(format.layout_of(method.scheme), method.scheme, out_features, in_features, tensors)
     module = _module(old, stored, _meta(stored), torch.bfloat16 if dtype == torch.float32 else dtype)
     module.quantize_with = (method, format, weight, isinstance(old, Conv1D))
     weight_as_read(module, dtype)

@@ -3,16 +3,17 @@
 A method gives a function that rounds rows. The stored value of an element is
   integers   (code - zero_point) * scale, a product in the dtype of the scale (compressed-tensors)
   E4M3       code * scale, likewise
+  NF3        table[code] * scale, in float32
   E2M1       code * 2^(scale - 127) under E8M0 scales; code * (scale / global_scale) under E4M3 scales, in float32
 """
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from qcli.codebooks import E2M1
+from qcli.codebooks import E2M1, NF3
 from qcli.methods._method import Parts
 from qcli.methods.errors import ErrorSums, add_up
 from qcli.runtime.arguments import table
@@ -56,7 +57,7 @@ class GroupEncoder:
 
     def feed(self, chunk: torch.Tensor, start: int) -> Parts:
         rows = chunk.view(-1, self.in_features)
-        rounded = self._rounds(rows, absmax=self.absmax)
+        rounded = self._whole_groups(rows)
         if self.shape[0] > 1:
             first = start // self.in_features // (self.scheme.size if self.scheme.share == "block" else 1)
             place = slice(first, first + len(rounded.scale))
@@ -84,6 +85,14 @@ class GroupEncoder:
         if self.zero_point is not None:
             parts["zero_point"] = self.zero_point
         return parts, add_up(self.sums)
+
+    def _whole_groups(self, rows: torch.Tensor) -> Rounded:
+        """Rows rounded. A last group that is not full is filled up with zeros, whose codes are dropped."""
+        lacking = -self.in_features % self.scheme.size if self.scheme.share == "group" else 0
+        if not lacking:
+            return self._rounds(rows, absmax=self.absmax)
+        rounded = self._rounds(torch.nn.functional.pad(rows, (0, lacking)), absmax=self.absmax)
+        return replace(rounded, codes=rounded.codes[:, : self.in_features].contiguous())
 
     def _scales(self, like: torch.Tensor) -> torch.Tensor:
         if self._scale is None:  # two threads that make it at a time would each keep their own
@@ -120,6 +129,8 @@ def values_of(
         scale = torch.exp2(scale.float() - 127)
     elif global_scale is not None:
         scale = scale.float() / global_scale
+    if scheme.codebook == "nf3":
+        return table(NF3, codes.device)[codes.int()] * spread(scale.float(), scheme, codes)
     if scheme.codebook == "e2m1":
         return table(E2M1, codes.device)[codes.int()] * spread(scale, scheme, codes)
     if zero_point is not None:

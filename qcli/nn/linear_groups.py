@@ -1,4 +1,4 @@
-"""Linear layers whose weight has scales of groups, rows, blocks or the whole: integers of 2 to 8 bits, and small floats, in the
+"""Linear layers whose weight has scales of groups, rows, blocks or the whole: integers of 4 to 8 bits, and small floats, in the
 layout of any format that stores them.
 
 A module is made with the tensors as they are stored, so that loaders fill it. `arrange` then lays them out once as the kernels read
@@ -33,6 +33,8 @@ class LinearGroups(FastPath, QuantizedLinear):
     of a decoding step on a CPU, where rounding saves nothing.
     """
 
+    replaces_tensors = True
+
     def __init__(
         self, stored: Stored, tensors: dict[str, torch.Tensor], bias: bool, dtype: torch.dtype, compute_dtype: torch.dtype
     ):
@@ -42,7 +44,7 @@ class LinearGroups(FastPath, QuantizedLinear):
 
     @classmethod
     def serves(cls, stored: Stored) -> bool:
-        return stored.format != "bitsandbytes"
+        return stored.format != "bitsandbytes" and not stored.scheme.runs_by_table(stored.in_features)
 
     @classmethod
     def of(
@@ -61,15 +63,11 @@ class LinearGroups(FastPath, QuantizedLinear):
         """Lays the stored tensors out for the kernels. Called once they are loaded; it does nothing a second time."""
         if self.arranged:
             return
-        stored = {"weight": self.weight.data} | dict(self.named_buffers(recurse=False))
+        stored = self.stored_tensors()
         format = formats.get(self.stored.format)
         parts = format.scales(self.stored, stored)
-        for name in stored:
-            if name != "weight" and not name.startswith("input_"):
-                delattr(self, name)
-        scheme, scale, zero_point, columns = self.stored.scheme, parts["scale"], parts.get("zero_point"), None
-        if "group_of_column" in parts:
-            columns = parts["group_of_column"].long().argsort(stable=True)
+        self.drop_stored()
+        scheme, scale, zero_point, columns = self.stored.scheme, parts["scale"], parts.get("zero_point"), order_of_columns(parts)
         self._small = scheme.bits <= 4
         self.group_size = scheme.size if scheme.share in ("group", "block") else 0
         if scheme.share == "block":
@@ -106,6 +104,12 @@ class LinearGroups(FastPath, QuantizedLinear):
         self.register_buffer("global_scale", parts["global_scale"].float() if "global_scale" in parts else None)
         self.register_buffer("columns", columns)
         self.arranged = True
+
+    def drop_stored(self) -> None:
+        """Lets go of the stored tensors beside the codes, but for those of activations."""
+        for name in self.stored_tensors():
+            if name != "weight" and not name.startswith("input_"):
+                delattr(self, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features], in x's dtype."""
@@ -161,6 +165,20 @@ class LinearGroups(FastPath, QuantizedLinear):
             found = widened(self.weight, self.scale, self.group_size or self.in_features, self.zero_point, dtype)
         return found if self.columns is None else torch.empty_like(found).index_copy_(1, self.columns, found)
 
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the weight."""
+        self.arrange()
+        if self._dense:
+            return self.weight[ids].to(dtype)
+        size = self.group_size or self.in_features
+        scale, zero_point = (None if t is None else t.view(self.out_features, -1)[ids] for t in (self.scale, self.zero_point))
+        if not self._small:
+            return widened(self.weight[ids], scale, size, zero_point, dtype)
+        codebook, codes = self.stored.scheme.codebook or "int4", self.weight.view(self.out_features, -1)[ids].view(-1, 1)
+        absmax = decoded_absmax(scale.reshape(-1), self.global_scale, 0.0, codebook)
+        zeros = None if zero_point is None else zero_point.reshape(-1)
+        return dequantize_4bit(codes, absmax, size, codebook, [len(ids), self.in_features], dtype, zeros)
+
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         scheme, wide = self.stored.scheme, x.float()
         if (scale := getattr(self, "input_scale", None)) is not None:
@@ -168,6 +186,12 @@ class LinearGroups(FastPath, QuantizedLinear):
         if (scale := getattr(self, "input_global_scale", None)) is not None:
             return rounding(scheme, scale.float())(wide).to(x.dtype)
         return rounding(scheme)(wide).to(x.dtype)
+
+
+def order_of_columns(parts: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """The columns sorted by their groups, int64 [in_features]; None where they lie so."""
+    found = parts.get("group_of_column")
+    return None if found is None else found.long().argsort(stable=True)
 
 
 def values_of_scale(scale: torch.Tensor, kind: str) -> torch.Tensor:

@@ -25,6 +25,10 @@ class QuantizedLinear(nn.Module):
     rounds_few = False
     """Whether that holds for the few tokens of a decoding step on a CPU, too. It may be set to False likewise."""
 
+    replaces_tensors = False
+    """Whether `arrange` puts other tensors in the place of the stored ones. A head and an embedding that are tied then are one such
+    module."""
+
     def __init__(self, in_features: int, out_features: int, bias: bool, tensors: dict[str, torch.Tensor], dtype: torch.dtype):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -50,6 +54,11 @@ class QuantizedLinear(nn.Module):
     def arrange(self) -> None:
         """Lays the tensors out as the kernels read them, once they are loaded, where they are stored otherwise."""
 
+    def stored_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of the weight by attribute."""
+        parameters = {name: tensor.data for name, tensor in self._parameters.items() if tensor is not None and name != "bias"}
+        return parameters | {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
@@ -58,6 +67,5 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of the weight [count, in_features] in `dtype`, by ids int64 [count]: the weight as an embedding. Only modules of a
-        format that holds a tied head have it."""
+        """Rows of the weight [count, in_features] in `dtype`, by ids int64 [count]: the weight as an embedding."""
         raise NotImplementedError

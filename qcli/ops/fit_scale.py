@@ -47,7 +47,9 @@ _RANGES: dict[int | str, tuple[float, float]] = {
     8: (0.95, 1.1),
     "nf4": (0.35, 1.5),
     "fp4": (0.3, 1.6),
+    "nf3": (0.3, 1.4),
 }
+_CODEBOOKS = ("nf4", "fp4", "nf3")
 
 
 @cache
@@ -66,9 +68,13 @@ def _factors(codebook: str, bits: int, zero_point: bool) -> tuple[np.ndarray, np
 
 
 @cache
-def _ranked(codebook: str) -> np.ndarray:
-    """The values of a codebook in the order of its thresholds."""
-    return codebooks.CODEBOOKS[codebook][codebooks.ORDER[codebook]]
+def _ranked(codebook: str) -> tuple[np.ndarray, np.ndarray]:
+    """The 15 thresholds of a codebook, and its 16 values in their order. Of NF3, the last value is repeated, above thresholds that
+    nothing passes."""
+    if codebook == "nf3":
+        more = np.float32([np.inf] * 8)
+        return np.append(codebooks.NF3_THRESHOLDS, more), np.append(codebooks.NF3, np.ones(8, np.float32))
+    return codebooks.THRESHOLDS[codebook], codebooks.CODEBOOKS[codebook][codebooks.ORDER[codebook]]
 
 
 def _sum(x: torch.Tensor) -> torch.Tensor:
@@ -139,9 +145,7 @@ class _Search:
         v = self.w * (1.0 / scale).unsqueeze(1)
         if not self.codebook:
             return v.clamp_((self.least - zero).unsqueeze(1), (self.most - zero).unsqueeze(1)).round_()
-        thresholds, values = (
-            torch.from_numpy(t).to(v.device) for t in (codebooks.THRESHOLDS[self.codebook], _ranked(self.codebook))
-        )
+        thresholds, values = (torch.from_numpy(t).to(v.device) for t in _ranked(self.codebook))
         return values[torch.bucketize(v, thresholds)]
 
     def _consider(self, scale: torch.Tensor, zero: torch.Tensor, factor: torch.Tensor) -> None:
@@ -153,8 +157,8 @@ class _Search:
 def _check(size: int, codebook: str, bits: int, dtype: torch.dtype, weights: torch.Tensor | None) -> None:
     if size < 1:
         raise ValueError(f"fit_scale: size is {size}, expected at least 1")
-    if codebook and codebook not in codebooks.CODEBOOKS:
-        raise ValueError(f"fit_scale: codebook is {codebook!r}, expected one of {', '.join(codebooks.CODEBOOKS)}, or nothing")
+    if codebook and codebook not in _CODEBOOKS:
+        raise ValueError(f"fit_scale: codebook is {codebook!r}, expected one of {', '.join(_CODEBOOKS)}, or nothing")
     if not codebook and not 2 <= bits <= 8:
         raise ValueError(f"fit_scale: bits is {bits}, expected 2 to 8")
     if dtype not in cpu.DTYPES:
@@ -214,8 +218,7 @@ def _cpu(
         cpu.dtype_code("fit_scale", x),
         x.numel(),
         size,
-        cpu.address(codebooks.THRESHOLDS[codebook]) if codebook else None,
-        cpu.address(_ranked(codebook)) if codebook else None,
+        *(cpu.address(table) if codebook else None for table in (_ranked(codebook) if codebook else (None, None))),
         bits,
         zero_point and not codebook,
         scale_dtype,
@@ -246,9 +249,10 @@ def fit_scale(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x of any shape, float32, bfloat16 or float16, is taken in row-major order, in blocks of `size`. The last may be partial.
 
-    codebook is "" for integers of `bits` bits, 2 to 8. With "nf4" or "fp4", bits and zero_point are not used. dtype is that of the
-    stored scales. weights float32 [columns]: element i of x has weights[i % columns]. Returns scale float32 [ceil(n/size)], rounded
-    to dtype, and zero_point int8 [ceil(n/size)], or [0] without zero points. Raises ValueError or TypeError for anything else.
+    codebook is "" for integers of `bits` bits, 2 to 8. With "nf4", "fp4" or "nf3", bits and zero_point are not used. dtype is that
+    of the stored scales. weights float32 [columns]: element i of x has weights[i % columns]. Returns scale float32 [ceil(n/size)],
+    rounded to dtype, and zero_point int8 [ceil(n/size)], or [0] without zero points. Raises ValueError or TypeError for anything
+    else.
     """
     return _op(x, size, codebook, bits, zero_point, dtype, weights)
 
@@ -259,6 +263,7 @@ def cases():
     forms = [("", bits, zero_point) for bits in (2, 3, 4, 8) for zero_point in (False, True)] + [
         ("nf4", 4, False),
         ("fp4", 4, False),
+        ("nf3", 3, False),
     ]
     for codebook, bits, zero_point in forms:
         name = codebook or f"int{bits}" + ("-zero" if zero_point else "")

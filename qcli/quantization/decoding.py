@@ -14,6 +14,7 @@ from qcli.formats import Stored
 from qcli.methods._blockwise import decode_blocks
 from qcli.methods._groups import decode_groups
 from qcli.methods._int8 import decode_rows
+from qcli.methods._tables import decode_tables
 from qcli.schemes import FP8_BLOCK
 
 
@@ -34,6 +35,8 @@ def decode(stored: Stored, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     shape = stored.out_features, stored.in_features
     if scheme.share == "flat":
         return decode_blocks(parts, scheme.size, scheme.codebook or "", *shape)
+    if scheme.codebook == "table":
+        return decode_tables(parts, *shape)
     if stored.format == "bitsandbytes":
         return decode_rows(parts, *shape)
     if (group := parts.get("group_of_column")) is not None:

@@ -117,7 +117,7 @@ def make_plan(
         of_head = chosen[layout.head.linear.tensor].scheme
         format_ = formats.holding(bodies, recipe.format, of_head, layout.head.tied)
     if format_.name == "qcli":
-        without = formats.holding(bodies).name != "qcli" and len({(each.bits, each.threshold) for each in bodies}) == 1
+        without = formats.holding(bodies).name != "qcli"
         way = "; with --head 16 others do, too" if recipe.head and recipe.format is None and without else ""
         notes.append(f"qcli alone reads the result{way}")
     schemes = {linear.module: each.scheme for tensor, each in chosen.items() if (linear := layout.linear(tensor))}

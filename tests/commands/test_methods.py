@@ -15,7 +15,7 @@ def test_the_table_has_every_method(quick_cli):
         held = [format.name for format in all_formats() if format.refuses(NAMED[name]) is None]
         assert set(held) <= set(each["formats"]) and each["bits"] == NAMED[name].bits
         assert each["measured"]["demo"]["kl"] > 0, "run benchmarks/methods.py"
-    assert found["rtn"]["formats"] == ["compressed-tensors", "gptq", "awq"]
+    assert found["rtn"]["formats"] == ["compressed-tensors", "gptq", "awq", "qcli"]
     assert found["fp8"]["activations"] == "E4M3" and found["nf4"]["activations"] == "16 bits"
 
 

@@ -213,7 +213,7 @@ def test_a_format_of_choice_that_cannot_hold_it(tmp_path):
     with pytest.raises(UsageError, match="bitsandbytes has one number of bits for all modules"):
         make_plan(str(tmp_path / "untied"), tmp_path / "out", bits=4, head=8, format="bitsandbytes")
     with pytest.raises(UsageError, match="the head cannot be rtn beside the rest: compressed-tensors has no quantized embedding"):
-        make_plan(str(tmp_path / "model"), tmp_path / "out", method="rtn", group_size=32, head=4)
+        make_plan(str(tmp_path / "model"), tmp_path / "out", method="rtn", group_size=32, head=4, format="compressed-tensors")
 
 
 def test_a_head_in_compressed_tensors(tmp_path):

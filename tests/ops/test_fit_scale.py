@@ -26,13 +26,21 @@ def as_blocks(x, size):
     return torch.nn.functional.pad(x.float().flatten(), (0, -x.numel() % size)).view(-1, size)
 
 
+def ascending(codebook):
+    """The values of a codebook, and the thresholds between them."""
+    if codebook == "nf3":
+        return torch.from_numpy(codebooks.NF3), torch.from_numpy(codebooks.NF3_THRESHOLDS)
+    values = codebooks.CODEBOOKS[codebook][codebooks.ORDER[codebook]]
+    return torch.from_numpy(values), torch.from_numpy(codebooks.THRESHOLDS[codebook])
+
+
 def squared_error(w, scale, zero_point, codebook, bits, weights=1):
     """Of blocks w [blocks, size], in float64, with the codes of round to nearest. `weights` multiply squared errors."""
     scale = scale.unsqueeze(-1)
     if codebook:
-        values = torch.from_numpy(codebooks.CODEBOOKS[codebook][codebooks.ORDER[codebook]])
+        values, thresholds = ascending(codebook)
         v = torch.where(scale == 0, w, w / scale)
-        c = values[torch.bucketize(v, torch.from_numpy(codebooks.THRESHOLDS[codebook]))]
+        c = values[torch.bucketize(v, thresholds)]
     else:
         zero = zero_point.unsqueeze(-1) if zero_point.numel() else 0
         c = ((w / scale).round() + zero).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) - zero
@@ -123,9 +131,9 @@ def test_the_larger_side_gets_the_additional_code(sign):
     assert scale.tolist() == [sign * 0.5]
 
 
-@pytest.mark.parametrize("codebook", ["nf4", "fp4"])
+@pytest.mark.parametrize("codebook", ["nf4", "fp4", "nf3"])
 def test_what_a_codebook_stores_exactly_keeps_its_absmax(codebook):
-    w = torch.from_numpy(codebooks.CODEBOOKS[codebook]) * 3
+    w = ascending(codebook)[0] * 3
     assert fit_scale(w, 16, codebook, 4, False, torch.float32)[0].tolist() == [3]
 
 

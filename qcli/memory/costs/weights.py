@@ -127,9 +127,12 @@ def _rule(name: str, dtype: str) -> str:
     if name in ITEMSIZE:
         return f"{ITEMSIZE[name]} bytes each"
     scheme = NAMED[name]
-    parts = scheme.parts(1, scheme.size or 1, dtypes.CODES[dtype])
-    each = "half a byte" if scheme.bits == 4 else _bytes(scheme.bits // 8)
+    by_table = scheme.runs_by_table(scheme.size)
+    parts = scheme.held_parts(1, scheme.size) if by_table else scheme.parts(1, scheme.size or 1, dtypes.CODES[dtype])
+    each = {3: "3 bits", 4: "half a byte", 8: "1 byte"}[scheme.bits]
     shared = {"flat": f"a block of {scheme.size}", "group": f"a group of {scheme.size}", "row": "a row", "tensor": "a tensor"}
+    if scheme.codebook == "table":
+        return f"{each} each and {_bytes(parts['table'].nbytes)} a row"
     scale = _bytes(dtypes.ITEMSIZE[parts["scale"].dtype]) + (" and a zero point" if scheme.zero_point else "")
     terms = [f"{each} each", f"{scale} {shared[scheme.share]}"]
     tables = 0

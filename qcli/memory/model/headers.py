@@ -13,6 +13,7 @@ from qcli import formats
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import Source
 from qcli.errors import UsageError
+from qcli.formats._schemes_config import shape_of
 from qcli.memory.model.config import ModelConfig
 from qcli.memory.model.families import shapes_of
 from qcli.memory.model.tensor_rules import Parameter, layer_of, parameter
@@ -62,8 +63,8 @@ def parameters_of(source: Source, config: ModelConfig) -> list[Parameter]:
         scheme = known_scheme.name if known_scheme else _other_scheme(main, quantization)
         bits = known_scheme.bits if known_scheme else 0
         shape = _logical_shape(main, infos, scheme, bits, quantization, shapes.get(name, ()))
-        if known_scheme:
-            stored += prod(shape) * (known_scheme.held_bits - known_scheme.bits) // 8
+        if known_scheme and len(shape) == 2:
+            stored = formats.held_bytes(known_scheme, *shape) or stored
         found.append(parameter(name, shape, config, scheme, stored))
     if ignored:
         config.assume(
@@ -122,6 +123,8 @@ def _logical_shape(
 ) -> tuple[int, ...]:
     """The shape of the weight that the stored tensor stands for. `known` is its shape by the family's rules, if there are any."""
     leaf, shape = main.name.rpartition(".")[2], main.shape
+    if listed := shape_of(main.name, quantization):
+        return listed
     rows = next((info.numel for info in infos if info.name.endswith(".SCB")), None)
     if rows and main.dtype == "I8" and shape[-1] == 1:  # qcli's format lays codes out in one column
         return (rows, main.numel // rows)
