@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from qcli.errors import UsageError
 from qcli.methods._method import Encoder, Method, Parts
-from qcli.methods.rtn import check_integers, codes_of, integers
+from qcli.methods.rtn import check_integers, integers, range_of
 from qcli.schemes import NAMED, WHOLE_ROW, Scheme
 
 if TYPE_CHECKING:
@@ -74,19 +74,16 @@ class Hqq:
         import torch
 
         from qcli.methods._groups import Rounded
+        from qcli.ops.round_integers import round_integers
 
-        step = max(1, _PIECE // rows.shape[1])
-        if len(rows) > step:
-            pieces = [self._rounds(piece, absmax) for piece in rows.split(step)]
-            found = zip(*((piece.codes, piece.scale, piece.zero_point) for piece in pieces))
-            return Rounded(*(torch.cat(parts) for parts in found))
         size = rows.shape[1] if self.group_size == WHOLE_ROW else self.group_size
-        groups = rows.float().unflatten(-1, (-1, size))
-        _, inverse, zero = optimize(groups, self.bits, self.iterations)
-        most = 2 ** (self.bits - 1) - 1
-        scale = (1 / inverse).squeeze(-1).to(rows.dtype)
-        zero_point = (zero.squeeze(-1).round() - (most + 1)).clamp_(-most - 1, most).nan_to_num_(0.0).to(torch.int8)
-        return Rounded(codes_of(groups, scale, zero_point, -most - 1, most), scale, zero_point)
+        least, most = range_of(self.bits)
+        scales, zeros = [], []
+        for piece in rows.split(max(1, _PIECE // rows.shape[1])):
+            _, inverse, zero = optimize(piece.float().unflatten(-1, (-1, size)), self.bits, self.iterations)
+            scales.append((1 / inverse).squeeze(-1).to(rows.dtype))
+            zeros.append((zero.squeeze(-1).round() + least).clamp_(least, most).nan_to_num_(0.0).to(torch.int8))
+        return Rounded(*round_integers(rows, size, least, most, True, torch.cat(scales), torch.cat(zeros)))
 
 
 def optimize(groups: torch.Tensor, bits: int, iterations: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,6 +11,8 @@ from qcli.schemes import NAMED, Scheme
 if TYPE_CHECKING:
     import torch
 
+    from qcli.methods._groups import Rounded
+
 
 @dataclass(frozen=True)
 class Mxfp4:
@@ -31,17 +33,22 @@ class Mxfp4:
 
     def encoder(self, out_features: int, in_features: int, device: torch.device, absmax: float = 0.0) -> Encoder:
         """Takes one weight of this shape."""
-        from qcli.methods._fp4 import mx_rounds
         from qcli.methods._groups import GroupEncoder
 
-        scheme = self.scheme
-        return GroupEncoder(scheme, out_features, in_features, device, lambda rows, absmax: mx_rounds(rows, scheme.size))
+        return GroupEncoder(self.scheme, out_features, in_features, device, self._rounds)
 
     def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
         """The weight float32 [out_features, in_features] that all parts together stand for."""
         from qcli.methods._groups import decode_groups
 
         return decode_groups(self.scheme, parts, out_features, in_features)
+
+    def _rounds(self, rows: torch.Tensor, absmax: float) -> Rounded:
+        from qcli.methods._groups import Rounded
+        from qcli.ops.round_floats import round_floats
+
+        codes, scale, sums = round_floats(rows, "mxfp4", self.scheme.size)
+        return Rounded(codes, scale, None, sums)
 
 
 METHOD: type[Method] = Mxfp4

@@ -7,7 +7,6 @@ calibration. Without any it is 1, which leaves E4M3 its whole range: groups with
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from qcli.methods._method import Encoder, Method, Parts
@@ -15,6 +14,8 @@ from qcli.schemes import NAMED, Scheme
 
 if TYPE_CHECKING:
     import torch
+
+    from qcli.methods._groups import Rounded
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,22 @@ class Nvfp4:
 
     def encoder(self, out_features: int, in_features: int, device: torch.device, absmax: float = 0.0) -> Encoder:
         """Takes one weight of this shape."""
-        from qcli.methods._fp4 import nv_rounds
         from qcli.methods._groups import GroupEncoder
 
-        scheme = self.scheme
-        rounds = partial(nv_rounds, size=scheme.size)
-        return GroupEncoder(scheme, out_features, in_features, device, rounds, absmax=absmax)
+        return GroupEncoder(self.scheme, out_features, in_features, device, self._rounds, absmax=absmax)
 
     def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
         """The weight float32 [out_features, in_features] that all parts together stand for."""
         from qcli.methods._groups import decode_groups
 
         return decode_groups(self.scheme, parts, out_features, in_features)
+
+    def _rounds(self, rows: torch.Tensor, absmax: float) -> Rounded:
+        from qcli.methods._groups import Rounded, whole_scale
+        from qcli.ops.round_floats import round_floats
+
+        codes, scale, sums = round_floats(rows, "nvfp4", self.scheme.size, whole=whole_scale(absmax).item())
+        return Rounded(codes, scale, None, sums)
 
 
 METHOD: type[Method] = Nvfp4

@@ -28,6 +28,8 @@ NAMES = [
     "quantize_absmax",
     "quantize_int8",
     "rope_append",
+    "round_floats",
+    "round_integers",
 ]
 
 
