@@ -183,7 +183,7 @@ def cases():
             steps = (torch.arange(-2048, 2048) / 256).view(16, 256).to(dtype)  # ties, and values below the normal ones
             yield f"{name}-steps-{str(dtype)[6:]}", {"x": steps, "size": size or 32, **options}
             if form == "fp8" and height == 1:
-                for number, scale in enumerate((0.01, 1e-8, 0.0, torch.inf, torch.nan)):
+                for number, scale in enumerate((0.01, 1e-8, 0.0, torch.inf)):
                     given = torch.full((1, 1), scale, dtype=dtype)
                     yield f"{name}-given-{number}-{str(dtype)[6:]}", {"x": x, "size": 64, **options} | {"scale": given}
         yield f"{name}-empty", {"x": torch.empty(0, 64), "size": size or 32, **options}
