@@ -88,9 +88,16 @@ QCLI_INLINE F32x16 operator*(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.
 QCLI_INLINE F32x16 fused(F32x16 a, F32x16 b, F32x16 sum) { return {_mm512_fmadd_ps(a.v, b.v, sum.v)}; }
 QCLI_INLINE I32x16 operator+(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 QCLI_INLINE I32x16 operator|(I32x16 a, I32x16 b) { return {_mm512_or_si512(a.v, b.v)}; }
+QCLI_INLINE I32x16 operator-(I32x16 a, I32x16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+QCLI_INLINE I32x16 operator&(I32x16 a, I32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
 template <int kBits>
 QCLI_INLINE I32x16 left(I32x16 a) {
   return {_mm512_slli_epi32(a.v, kBits)};
+}
+// Zeros come in from the left.
+template <int kBits>
+QCLI_INLINE I32x16 right(I32x16 a) {
+  return {_mm512_srli_epi32(a.v, kBits)};
 }
 // The table entries at the low four bits of each index. Higher bits are ignored.
 struct Table16 {
@@ -240,9 +247,15 @@ QCLI_INLINE F32x16 fused(F32x16 x, F32x16 y, F32x16 sum) {
 }
 QCLI_INLINE I32x16 operator+(I32x16 x, I32x16 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 QCLI_INLINE I32x16 operator|(I32x16 x, I32x16 y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+QCLI_INLINE I32x16 operator-(I32x16 x, I32x16 y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+QCLI_INLINE I32x16 operator&(I32x16 x, I32x16 y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
 template <int kBits>
 QCLI_INLINE I32x16 left(I32x16 x) {
   return {_mm256_slli_epi32(x.a, kBits), _mm256_slli_epi32(x.b, kBits)};
+}
+template <int kBits>
+QCLI_INLINE I32x16 right(I32x16 x) {
+  return {_mm256_srli_epi32(x.a, kBits), _mm256_srli_epi32(x.b, kBits)};
 }
 struct Table16 {
   __m256 low, high;
@@ -397,9 +410,22 @@ QCLI_INLINE I32x16 operator|(I32x16 a, I32x16 b) {
   QCLI_LANES(i) a.v[i] |= b.v[i];
   return a;
 }
+QCLI_INLINE I32x16 operator-(I32x16 a, I32x16 b) {
+  QCLI_LANES(i) a.v[i] = int32_t(uint32_t(a.v[i]) - uint32_t(b.v[i]));
+  return a;
+}
+QCLI_INLINE I32x16 operator&(I32x16 a, I32x16 b) {
+  QCLI_LANES(i) a.v[i] &= b.v[i];
+  return a;
+}
 template <int kBits>
 QCLI_INLINE I32x16 left(I32x16 a) {
   QCLI_LANES(i) a.v[i] = int32_t(uint32_t(a.v[i]) << kBits);
+  return a;
+}
+template <int kBits>
+QCLI_INLINE I32x16 right(I32x16 a) {
+  QCLI_LANES(i) a.v[i] = int32_t(uint32_t(a.v[i]) >> kBits);
   return a;
 }
 struct Table16 {

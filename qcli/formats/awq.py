@@ -68,15 +68,15 @@ class Awq(Plain):
         ]
 
     def pack(self, weight: Weight, scheme: Scheme, parts: "Mapping[str, torch.Tensor]", start: int) -> Iterator[Piece]:
-        from qcli.packing import to_unsigned
+        from qcli.ops.pack_codes import pack_codes
 
         module, rows, columns = weight.name.removesuffix("weight"), weight.out_features, weight.in_features
         if "codes" in parts:
-            words = _pack(to_unsigned(parts["codes"], _BITS).t())
+            words = pack_codes(parts["codes"], _BITS, "awq")
             yield Piece(f"{module}qweight", start // columns // _TOGETHER * 4, words, rows // _TOGETHER * 4)
         if "scale" not in parts:
             return
-        yield Piece(f"{module}qzeros", 0, _pack(to_unsigned(parts["zero_point"].view(rows, -1), _BITS).t()))
+        yield Piece(f"{module}qzeros", 0, pack_codes(parts["zero_point"].view(rows, -1), _BITS, "awq"))
         yield Piece(f"{module}scales", 0, parts["scale"].view(rows, -1).t().contiguous())
 
     def codes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
@@ -169,13 +169,6 @@ def _scheme(config: Mapping[str, Any]) -> Scheme:
     whole_row = config["group_size"] == WHOLE_ROW
     size = 0 if whole_row else config["group_size"]
     return Scheme("w4a16", "rtn", _BITS, "row" if whole_row else "group", size, zero_point=True, scale="model")
-
-
-def _pack(codes: "torch.Tensor") -> "torch.Tensor":
-    """Codes uint8 [n, rows] to words int32 [n, rows / 8]."""
-    from qcli.packing import AWQ_ORDER, pack_words
-
-    return pack_words(codes.unflatten(1, (-1, _TOGETHER))[..., list(AWQ_ORDER)].flatten(1).contiguous(), _BITS)
 
 
 def _unpack(words: "torch.Tensor") -> "torch.Tensor":

@@ -85,6 +85,7 @@ class CompressedTensors(Plain):
     def pack(self, weight: Weight, scheme: Scheme, parts: "Mapping[str, torch.Tensor]", start: int) -> Iterator[Piece]:
         import torch
 
+        from qcli.ops.pack_codes import pack_codes
         from qcli.packing import pack_pairs, pack_words, to_unsigned
 
         module, layout = weight.name.removesuffix("weight"), groups.layout_of(scheme)
@@ -93,9 +94,9 @@ class CompressedTensors(Plain):
         if "codes" in parts:
             found, row_bytes = parts["codes"], packed[codes].nbytes // weight.out_features
             if layout == groups.PACKED:
-                found = pack_words(to_unsigned(found, scheme.bits), scheme.bits)
+                found = pack_codes(found, scheme.bits, "rows")
             elif codes.endswith("packed"):
-                found = pack_pairs(found)
+                found = pack_codes(found, 4, "rows") if weight.in_features % 8 == 0 else pack_pairs(found)
             yield Piece(codes, start // weight.in_features * row_bytes, found)
         if "scale" not in parts:
             return

@@ -84,11 +84,12 @@ class Gptq(Plain):
     def pack(self, weight: Weight, scheme: Scheme, parts: "Mapping[str, torch.Tensor]", start: int) -> Iterator[Piece]:
         import torch
 
-        from qcli.packing import pack_words, to_unsigned
+        from qcli.ops.pack_codes import pack_codes
+        from qcli.packing import pack_words
 
         module, rows, columns = weight.name.removesuffix("weight"), weight.out_features, weight.in_features
         if "codes" in parts:
-            words = pack_words(to_unsigned(parts["codes"], scheme.bits), scheme.bits).t().contiguous()
+            words = pack_codes(parts["codes"], scheme.bits, "columns")
             yield Piece(f"{module}qweight", start // columns * 4, words, rows * 4)
         if "scale" not in parts:
             return

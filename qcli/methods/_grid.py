@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from qcli.codebooks import CODEBOOKS, E2M1, ORDER, THRESHOLDS, ZERO_CODE
-from qcli.methods._fp4 import e2m1_codes
-from qcli.methods._groups import Rounded, to_e4m3
+from qcli.methods._groups import Rounded
 from qcli.methods._method import Parts
 from qcli.ops.dequantize_absmax import dequantize_absmax
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
+from qcli.ops.round_floats import e2m1_codes, to_e4m3
 from qcli.packing import pack_4bit
 from qcli.runtime.arguments import table
 from qcli.schemes import Scheme

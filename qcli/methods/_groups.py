@@ -16,21 +16,22 @@ import torch
 from qcli.codebooks import E2M1, NF3
 from qcli.methods._method import Parts
 from qcli.methods.errors import ErrorSums, add_up
+from qcli.ops.round_floats import E2M1_MAX, E4M3_MAX
 from qcli.runtime.arguments import table
 from qcli.schemes import Scheme
 
-E2M1_MAX, E4M3_MAX = 6.0, 448.0
 _MAKING = threading.Lock()
 
 
 @dataclass
 class Rounded:
-    """Rows of a weight [rows, in_features]: codes of that shape, scales [rows, groups] as they are stored, and zero points int8
-    [rows, groups] or None."""
+    """Rows of a weight [rows, in_features]: codes of that shape, scales [rows, groups] as they are stored, zero points int8 [rows,
+    groups] or None, and float64 [3] of what they cost: squared error, squared norm, elements that are NaN or infinite."""
 
     codes: torch.Tensor
     scale: torch.Tensor
-    zero_point: torch.Tensor | None = None
+    zero_point: torch.Tensor | None
+    sums: torch.Tensor
 
 
 class GroupEncoder:
@@ -66,22 +67,13 @@ class GroupEncoder:
                 self.zero_point[place] = rounded.zero_point
         else:
             self._scales(rounded.scale)[:] = rounded.scale  # of the whole weight, the same in every chunk
-        values = values_of(self.scheme, rounded.codes, rounded.scale, rounded.zero_point, self._global_scale(chunk.device))
-        wide, values = rows.float(), values.float()
-        finite = wide.isfinite() & values.isfinite()
-        if finite.all():
-            error, norm = (wide - values).square_(), wide.square()
-        else:
-            error = (wide - values).masked_fill_(~finite, 0.0).square_()
-            norm = wide.masked_fill(~finite, 0.0).square_()
-        lost = int((~wide.isfinite()).sum())
-        self.sums[start] = [float(error.sum(dtype=torch.float64)), float(norm.sum(dtype=torch.float64)), lost]
+        self.sums[start] = rounded.sums.tolist()
         return {"codes": rounded.codes}
 
     def finish(self) -> tuple[Parts, ErrorSums]:
         parts: Parts = {"scale": self._scale} if self._scale is not None else {}
-        if (global_scale := self._global_scale(torch.device("cpu"))) is not None:
-            parts["global_scale"] = global_scale
+        if self.scheme.scale == "e4m3":
+            parts["global_scale"] = whole_scale(self.absmax)
         if self.zero_point is not None:
             parts["zero_point"] = self.zero_point
         return parts, add_up(self.sums)
@@ -100,14 +92,6 @@ class GroupEncoder:
                 if self._scale is None:
                     self._scale = torch.empty(self.shape, dtype=like.dtype, device=like.device)
         return self._scale
-
-    def _global_scale(self, device: torch.device) -> torch.Tensor | None:
-        return whole_scale(self.absmax).to(device) if self.scheme.scale == "e4m3" else None
-
-
-def to_e4m3(x: torch.Tensor) -> torch.Tensor:
-    """float32 values in E4M3, to nearest, clamped to its range. A NaN becomes 0."""
-    return x.clamp(-E4M3_MAX, E4M3_MAX).nan_to_num_(0.0).to(torch.float8_e4m3fn)
 
 
 def whole_scale(absmax: float) -> torch.Tensor:

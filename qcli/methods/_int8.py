@@ -11,6 +11,7 @@ from qcli.methods.errors import ErrorSums, add_up
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.error_int8 import error_int8
 from qcli.ops.quantize_int8 import quantize_int8
+from qcli.ops.round_integers import round_integers
 
 
 class RowEncoder:
@@ -35,11 +36,8 @@ class RowEncoder:
 
 def round_to_rows(rows: torch.Tensor, absmax: float) -> Rounded:
     """Rows with a scale each, absmax / 127 in their own dtype. A row of zeros has the scale eps."""
-    wide = rows.float()
-    scale = (wide.abs().amax(-1, keepdim=True) / 127).to(rows.dtype)
-    scale = torch.where(scale == 0, torch.finfo(rows.dtype).eps, scale)
-    codes = (wide / scale.float()).round_().clamp_(-127, 127).nan_to_num_(0.0).to(torch.int8)
-    return Rounded(codes, scale)
+    codes, scale, _, sums = round_integers(rows, rows.shape[1], -127, 127, False)
+    return Rounded(codes, scale, None, sums)
 
 
 def decode_rows(parts: Parts, out_features: int, in_features: int) -> torch.Tensor:

@@ -79,20 +79,15 @@ class Fp8(Calibrated):
     def _rounds(self, rows: torch.Tensor, absmax: float) -> Rounded:
         import torch
 
-        from qcli.methods._groups import Rounded, spread, to_e4m3
+        from qcli.methods._groups import Rounded
+        from qcli.ops.round_floats import E4M3_MAX, round_floats
 
-        wide = rows.float()
+        size, scale = (FP8_BLOCK, None) if self.share == "block" else (rows.shape[1], None)
         if self.share == "tensor":
-            largest = torch.full((1, 1), absmax, device=rows.device)
-        elif self.share == "row":
-            largest = wide.abs().amax(-1, keepdim=True)
-        else:
-            pad = (0, -rows.shape[1] % FP8_BLOCK, 0, -rows.shape[0] % FP8_BLOCK)
-            padded = torch.nn.functional.pad(wide.abs(), pad)
-            largest = padded.unflatten(0, (-1, FP8_BLOCK)).unflatten(-1, (-1, FP8_BLOCK)).amax((1, 3))
-        scale = (largest / torch.finfo(torch.float8_e4m3fn).max).to(rows.dtype)
-        scale = torch.where(scale == 0, torch.finfo(rows.dtype).eps, scale)
-        return Rounded(to_e4m3(wide / spread(scale.float(), self.scheme, wide)), scale)
+            scale = (torch.full((1, 1), absmax, device=rows.device) / E4M3_MAX).to(rows.dtype)
+            scale = torch.where(scale == 0, torch.finfo(rows.dtype).eps, scale)
+        codes, scale, sums = round_floats(rows, "fp8", size, size if self.share == "block" else 1, scale=scale)
+        return Rounded(codes, scale, None, sums)
 
 
 METHOD: type[Method] = Fp8

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from qcli.errors import UsageError
 from qcli.methods._calibrated import Calibrated
 from qcli.methods._method import Encoder, Method, Parts
-from qcli.methods.rtn import check_integers, codes_of, integers
+from qcli.methods.rtn import check_integers, integers, range_of
 from qcli.schemes import NAMED, WHOLE_ROW, Scheme
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _PIECE = 1 << 19
 _NORM, _BETA = 0.7, 10.0
+_UNMOVED = 0.16  # errors below it shrink to exactly 0: |x| is less than |x|^(p-1) / beta up to 0.170
 _LARGEST_INVERSE = 2e4  # of a scale; hqq's own, which float16 needs
 _SMALLEST_RANGE = 1e-4  # of a group that has a scale of its own
 
@@ -83,27 +84,26 @@ class Hqq(Calibrated):
         import torch
 
         from qcli.methods._groups import Rounded
+        from qcli.ops.round_integers import round_integers
 
-        step = max(1, _PIECE // rows.shape[1])
-        if len(rows) > step:
-            pieces = [self._rounds(piece, absmax) for piece in rows.split(step)]
-            found = zip(*((piece.codes, piece.scale, piece.zero_point) for piece in pieces))
-            return Rounded(*(torch.cat(parts) for parts in found))
         size = rows.shape[1] if self.group_size == WHOLE_ROW else self.group_size
-        groups = rows.float().unflatten(-1, (-1, size))
-        _, inverse, zero = optimize(groups, self.bits, self.iterations)
-        most = 2 ** (self.bits - 1) - 1
-        scale = (1 / inverse).squeeze(-1).to(rows.dtype)
-        zero_point = (zero.squeeze(-1).round() - (most + 1)).clamp_(-most - 1, most).nan_to_num_(0.0).to(torch.int8)
-        return Rounded(codes_of(groups, scale, zero_point, -most - 1, most), scale, zero_point)
+        least, most = range_of(self.bits)
+        scales, zeros = [], []
+        for piece in rows.split(max(1, _PIECE // rows.shape[1])):
+            inverse, zero = optimize(piece.unflatten(-1, (-1, size)), self.bits, self.iterations)
+            scales.append((1 / inverse).squeeze(-1).to(rows.dtype))
+            zeros.append((zero.squeeze(-1).round() + least).clamp_(least, most).nan_to_num_(0.0).to(torch.int8))
+        return Rounded(*round_integers(rows, size, least, most, True, torch.cat(scales), torch.cat(zeros)))
 
 
-def optimize(groups: torch.Tensor, bits: int, iterations: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes float32 [..., size], and 1 / scale and zero float32 [..., 1], of groups float32 [..., size] as hqq 0.2 finds them."""
+def optimize(groups: torch.Tensor, bits: int, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 / scale and zero float32 [..., 1] of groups [..., size], float32, bfloat16 or float16, as hqq 0.2 finds them."""
     import torch
 
+    from qcli.ops.hqq_terms import hqq_terms
+
     most = float(2**bits - 1)
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    low, high = groups.amin(-1, keepdim=True).float(), groups.amax(-1, keepdim=True).float()
     span = high - low
     inverse = torch.where(span.abs() <= _SMALLEST_RANGE, 1.0, most / span).clamp_(max=_LARGEST_INVERSE)
     zero = -low * inverse
@@ -111,15 +111,30 @@ def optimize(groups: torch.Tensor, bits: int, iterations: int) -> tuple[torch.Te
         zero = zero.round_()
     least_error = float("inf")
     for _ in range(iterations):
-        codes = (groups * inverse + zero).round_().clamp_(0, most)
-        error = groups - (codes - zero) / inverse
-        shrunk = error.sign() * torch.nn.functional.relu(error.abs() - error.abs().pow(_NORM - 1) / _BETA)
-        zero = (codes - (groups - shrunk) * inverse).mean(-1, keepdim=True)
-        mean = float(error.abs().mean())
+        terms, magnitudes, largest = hqq_terms(groups, inverse, zero, bits)
+        if not (largest < _UNMOVED).all():
+            terms, magnitudes = _moved(groups.float(), inverse, zero, bits)
+        zero, mean = terms.mean(-1, keepdim=True), float(magnitudes.mean())
         if not mean < least_error:
             break
         least_error = mean
-    return (groups * inverse + zero).round_().clamp_(0, most), inverse, zero
+    return inverse, zero
+
+
+def levels(groups: torch.Tensor, inverse: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes float32 [..., size] of groups float32 of that shape."""
+    return (groups * inverse + zero).round_().clamp_(0, 2**bits - 1)
+
+
+def _moved(groups: torch.Tensor, inverse: torch.Tensor, zero: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The terms of the zero points and the magnitudes of the errors, where some errors are shrunk."""
+    import torch
+
+    codes = levels(groups, inverse, zero, bits)
+    error = groups - (codes - zero) / inverse
+    magnitudes = error.abs()
+    shrunk = error.sign() * torch.nn.functional.relu(magnitudes - magnitudes.pow(_NORM - 1) / _BETA)
+    return codes - (groups - shrunk) * inverse, magnitudes
 
 
 METHOD: type[Method] = Hqq

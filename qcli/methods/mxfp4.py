@@ -55,9 +55,11 @@ class Mxfp4(Calibrated):
         return group_grid(self.scheme, self._rounds(weight, absmax), weight.shape[1], None, weight.dtype)
 
     def _rounds(self, rows: torch.Tensor, absmax: float) -> Rounded:
-        from qcli.methods._fp4 import mx_rounds
+        from qcli.methods._groups import Rounded
+        from qcli.ops.round_floats import round_floats
 
-        return mx_rounds(rows, self.scheme.size)
+        codes, scale, sums = round_floats(rows, "mxfp4", self.scheme.size)
+        return Rounded(codes, scale, None, sums)
 
 
 METHOD: type[Method] = Mxfp4

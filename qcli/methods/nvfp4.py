@@ -65,9 +65,11 @@ class Nvfp4(Calibrated):
         )
 
     def _rounds(self, rows: torch.Tensor, absmax: float) -> Rounded:
-        from qcli.methods._fp4 import nv_rounds
+        from qcli.methods._groups import Rounded, whole_scale
+        from qcli.ops.round_floats import round_floats
 
-        return nv_rounds(rows, self.scheme.size, absmax)
+        codes, scale, sums = round_floats(rows, "nvfp4", self.scheme.size, whole=whole_scale(absmax).item())
+        return Rounded(codes, scale, None, sums)
 
 
 METHOD: type[Method] = Nvfp4

@@ -4,7 +4,8 @@ The arithmetic is that of compressed-tensors. With b bits, codes lie in [-2^(b-1
   symmetric    scale = max|w| / ((2^b - 1) / 2)
   zero point   scale = (max - min) / (2^b - 1),  zero_point = round(-2^(b-1) - min / scale)
 A code is round(w / scale) + zero_point, halves to even, clamped. It stands for (code - zero_point) * scale, a product in the dtype
-of the scale. The scale is rounded to the model's dtype first, since that is what is stored. A group of zeros has the scale eps.
+of the scale. The scale is rounded to the model's dtype first, since that is what is stored. A group of zeros has the scale eps
+(qcli/ops/round_integers.py).
 
 With search "mse" the scale is the one that makes the squared error of a group least (qcli/ops/fit_scale.py), with "imatrix" the
 error weighted by what texts say of each column. Readers see no difference.
@@ -78,38 +79,22 @@ class RoundToNearest(Calibrated):
         return group_grid(self.scheme, rounded, weight.shape[1], None, weight.dtype)
 
     def _rounds(self, rows: torch.Tensor, absmax: float, weights: torch.Tensor | None = None) -> Rounded:
-        import torch
-
         from qcli.methods._groups import Rounded
+        from qcli.ops.fit_scale import fit_scale
+        from qcli.ops.round_integers import round_integers
 
-        size = rows.shape[1] if self.group_size == WHOLE_ROW else self.group_size
-        groups = rows.float().unflatten(-1, (-1, size))
-        least, most = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
-        zero_point = None
+        size, scale, zero = rows.shape[1] if self.group_size == WHOLE_ROW else self.group_size, None, None
         if self.search != "none":
-            from qcli.ops.fit_scale import fit_scale
-
-            scale, zero_point = fit_scale(rows, size, "", self.bits, self.zero_point, rows.dtype, weights)
-            scale = scale.view(groups.shape[:-1]).to(rows.dtype)
-            zero_point = zero_point.view(groups.shape[:-1]) if self.zero_point else None
-        else:
-            low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-            scale = (high - low) / (most - least) if self.zero_point else torch.maximum(-low, high) / ((most - least) / 2)
-            scale = scale.to(rows.dtype)
-            scale = torch.where(scale == 0, torch.finfo(rows.dtype).eps, scale)
-            if self.zero_point:
-                zero_point = (least - low / scale.float()).round_().clamp_(least, most).nan_to_num_(0.0).to(torch.int8)
-        return Rounded(codes_of(groups, scale, zero_point, least, most), scale, zero_point)
+            scale, zero = fit_scale(rows, size, "", self.bits, self.zero_point, rows.dtype, weights)
+            scale = scale.view(len(rows), -1).to(rows.dtype)
+            zero = zero.view(scale.shape) if self.zero_point else None
+        codes, scale, zero, sums = round_integers(rows, size, *range_of(self.bits), self.zero_point, scale, zero)
+        return Rounded(codes, scale, zero if self.zero_point else None, sums)
 
 
-def codes_of(groups: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, least: int, most: int) -> torch.Tensor:
-    """The nearest codes int8 [rows, in_features] of groups float32 [rows, groups, size], under scales of [rows, groups]."""
-    import torch
-
-    codes = (groups / scale.float().unsqueeze(-1)).round_()
-    if zero_point is not None:
-        codes += zero_point.unsqueeze(-1)
-    return codes.clamp_(least, most).nan_to_num_(0.0).to(torch.int8).flatten(-2)
+def range_of(bits: int) -> tuple[int, int]:
+    """The least and the greatest code."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def integers(named: Scheme, bits: int, group_size: int, zero_point: bool) -> Scheme:

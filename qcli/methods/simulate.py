@@ -13,10 +13,11 @@ import torch
 
 from qcli.methods import zeropoint
 from qcli.methods._fp4 import mx_rounds, nv_rounds
-from qcli.methods._groups import E4M3_MAX, Rounded, to_e4m3, values_of
+from qcli.methods._groups import values_of
 from qcli.methods._method import Method
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.quantize_int8 import quantize_int8
+from qcli.ops.round_floats import E4M3_MAX, to_e4m3
 from qcli.schemes import NAMED, Scheme
 
 _ROWS = 1024  # rows of a weight in float32 at a time
@@ -178,10 +179,12 @@ def _round_mxfp4(x: torch.Tensor) -> torch.Tensor:
     return _round_e2m1(x, NAMED["mxfp4"], mx_rounds, None)
 
 
-def _round_e2m1(x: torch.Tensor, scheme: Scheme, rounds: Callable[..., Rounded], global_scale: torch.Tensor | None) -> torch.Tensor:
+def _round_e2m1(
+    x: torch.Tensor, scheme: Scheme, rounds: Callable[..., tuple[torch.Tensor, torch.Tensor]], global_scale: torch.Tensor | None
+) -> torch.Tensor:
     rows = torch.nn.functional.pad(x.reshape(-1, x.shape[-1]), (0, -x.shape[-1] % scheme.size))
-    rounded = rounds(rows, scheme.size)
-    values = values_of(scheme, rounded.codes, rounded.scale, None, global_scale)
+    codes, scale = rounds(rows, scheme.size)
+    values = values_of(scheme, codes, scale, None, global_scale)
     found: torch.Tensor = values[:, : x.shape[-1]].reshape(x.shape)
     return found
 

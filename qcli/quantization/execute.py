@@ -18,6 +18,7 @@ from qcli.files.foreign_json import read_object
 from qcli.methods._method import Encoder, Parts
 from qcli.methods.errors import ErrorSums
 from qcli.quantization.absmax import AbsmaxReader
+from qcli.quantization.bands import Bands
 from qcli.quantization.decoding import block_scales
 from qcli.quantization.outputs import weight_of
 from qcli.quantization.pipeline import Pipeline
@@ -91,6 +92,7 @@ class WorkTasks:
         self.lock = threading.Lock()
         self.nonfinite = self.overflowed = 0
         self.places = {o.name: o.start for o in work.outputs}
+        self.bands: dict[str, Bands] = {}
         self.encoder: Encoder | None = None
         self.scales = block_scales(plan.source, work.info)
         if work.linear and work.method:
@@ -108,7 +110,7 @@ class WorkTasks:
             count, size = self._decoded, self.work.info.numel
             step = max(CHUNK_BYTES // self.work.info.shape[1], 1) * self.work.info.shape[1]
         starts = range(0, size, step) or [0]
-        self.left = len(starts)
+        self.step, self.left = step, len(starts)
         for start in starts:
             yield partial(self._task, count, start, min(step, size - start))
 
@@ -191,11 +193,22 @@ class WorkTasks:
             self._write(piece.tensor, piece.offset, piece.data, piece.stride)
 
     def _write(self, output: str, offset: int, tensor: torch.Tensor, stride: int = 0) -> None:
-        file, start, data = self.work.outputs[0].file, self.places[output] + offset, _bytes(tensor)
-        if stride and len(data):
-            self.staging.write_rows(file, start, data, len(data) // len(tensor), stride)
+        if stride and tensor.numel():
+            self._band(output, stride).add(offset, tensor)
         else:
-            self.staging.write(file, start, data)
+            self.staging.write(self.work.outputs[0].file, self.places[output] + offset, _bytes(tensor))
+
+    def _band(self, output: str, stride: int) -> Bands:
+        """What collects columns of `output`, whose rows have `stride` bytes: for each output row of the weight as many."""
+
+        def write(offset: int, data: memoryview, row: int) -> None:
+            self.staging.write_rows(self.work.outputs[0].file, self.places[output] + offset, data, row, stride)
+
+        with self.lock:
+            if output not in self.bands:
+                width = stride * (self.step // self.linear.in_features) // self.linear.out_features
+                self.bands[output] = Bands(stride, min(width, stride), write)
+            return self.bands[output]
 
     def _advance(self, count: int) -> None:
         self.advance(count, self.work.info.name)

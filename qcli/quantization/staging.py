@@ -174,6 +174,9 @@ class Staging:
 
     def write_rows(self, file: str, offset: int, data: memoryview, row: int, stride: int) -> None:
         """Writes `data` in rows of `row` bytes, the first at `offset` of `file`, each `stride` bytes after the one before."""
+        if row == stride:
+            self.write(file, offset, data)
+            return
         fd, flat = self._files[file], data.cast("B")
         try:
             for i, start in enumerate(range(0, len(flat), row)):

@@ -14,9 +14,9 @@ import qcli
 from qcli.errors import PlanError, UsageError
 from qcli.formats import Weight, get
 from qcli.methods import make
-from qcli.methods._fp4 import e2m1_codes, mx_scales
 from qcli.methods.simulate import simulate
 from qcli.nn.quantized_linear import QuantizedLinear
+from qcli.ops.round_floats import e2m1_codes, mx_scales
 from qcli.packing import pack_pairs
 from qcli.quantization.quantize import make_plan
 from qcli.schemes import NAMED

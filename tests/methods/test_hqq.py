@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from qcli.methods import make
-from qcli.methods.hqq import optimize
+from qcli.methods.hqq import levels, optimize
 from qcli.methods.simulate import simulate
 from qcli.schemes import NAMED
 
@@ -17,8 +17,9 @@ THEIRS = load_file(Path(__file__).with_name("hqq.safetensors"))
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_codes_scales_and_zeros_are_those_of_hqq(bits):
-    codes, inverse, zero = optimize(THEIRS["weight"].view(-1, 64), bits, 20)
-    assert torch.equal(codes, THEIRS[f"b{bits}.codes"].float())
+    groups = THEIRS["weight"].view(-1, 64)
+    inverse, zero = optimize(groups, bits, 20)
+    assert torch.equal(levels(groups, inverse, zero, bits), THEIRS[f"b{bits}.codes"].float())
     assert torch.equal(1 / inverse, THEIRS[f"b{bits}.scale"])
     assert torch.equal(zero, THEIRS[f"b{bits}.zero"])
 

@@ -21,16 +21,20 @@ NAMES = [
     "error_4bit",
     "error_int8",
     "fit_scale",
+    "hqq_terms",
     "linear_4bit",
     "linear_float",
     "linear_int8",
     "linear_table",
     "linear_w8a16",
     "norm",
+    "pack_codes",
     "quantize_4bit",
     "quantize_absmax",
     "quantize_int8",
     "rope_append",
+    "round_floats",
+    "round_integers",
 ]
 
 

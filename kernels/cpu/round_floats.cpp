@@ -1,0 +1,137 @@
+// Small floats under scales of groups, rows or blocks: scales, codes and what they cost. The rules are in qcli/ops/round_floats.py.
+//
+// A float of m bits of mantissa is found by one sum: adding the power of two whose last place is the step of the result rounds to
+// it, ties to even. The last bits of the sum then count steps, and the exponent's bits the rest of the code.
+
+#include "rounding.h"
+
+namespace {
+
+enum Kind : int { kFp8 = 0, kMxfp4 = 1, kNvfp4 = 2 };
+
+template <int kBits, int kExponent, int kSignBit>
+struct SmallFloat {
+  static constexpr int kMantissa = kBits, kLeast = kExponent, kSign = kSignBit;  // kLeast is the exponent of the least normal one
+};
+using E4M3 = SmallFloat<3, -6, 7>;
+using E2M1 = SmallFloat<1, 0, 3>;
+constexpr float kE4M3Most = 448, kE2M1Most = 6, kE4M3Eps = 0.125f;
+
+// v, which is a number and clamped, becomes a value of F. Returns its code.
+template <class F>
+QCLI_INLINE I32x16 round_to(F32x16* v) {
+  const I32x16 sign = as_ints(*v) & all(INT32_MIN);
+  const F32x16 size = magnitudes(*v), normal = maximum(size, all(from_bits(uint32_t(127 + F::kLeast) << 23)));
+  const I32x16 exponent = as_ints(normal) & all(int32_t(kInfinity));
+  const I32x16 magic = exponent + all(int32_t((23 - F::kMantissa) << 23));
+  const F32x16 sum = size + as_floats(magic);
+  *v = as_floats(as_ints(sum - as_floats(magic)) | sign);
+  const I32x16 rest = right<23 - F::kMantissa>(exponent) - all(int32_t((127 + F::kLeast) << F::kMantissa));
+  return (as_ints(sum) - magic + rest) | right<31 - F::kSign>(sign);
+}
+// The same for one value from 0 on.
+QCLI_INLINE e4m3 e4m3_of(float v) {
+  const float normal = larger(v, from_bits((127 - 6) << 23));
+  const uint32_t exponent = to_bits(normal) & kInfinity, magic = exponent + (20 << 23);
+  return {uint8_t(to_bits(v + from_bits(magic)) - magic + (exponent >> 20) - ((127 - 6) << 3))};
+}
+
+// A group's E8M0 code: the exponent of its absmax, rounded to the mantissa of E2M1, less that of the largest E2M1.
+QCLI_INLINE uint8_t e8m0_of(float largest) {
+  if (!(largest > 0 && largest < from_bits(kInfinity))) return 127;
+  const uint32_t bits = to_bits(largest);
+  const int code = int(bits >> 23) - 2 + ((bits & 0x7fffff) >= 0x600000);
+  return uint8_t(code < 0 ? 0 : code > 254 ? 254 : code);
+}
+
+// Writes the scale of elements whose absmax is `largest`, and returns what they are divided by.
+template <class T, int kKind>
+QCLI_INLINE float find_scale(float largest, float whole, float eps, void* scales, int64_t at) {
+  if (kKind == kMxfp4) {
+    const uint8_t code = static_cast<uint8_t*>(scales)[at] = e8m0_of(largest);
+    return code ? from_bits(uint32_t(code) << 23) : 0x1p-127f;
+  }
+  if (kKind == kNvfp4) {
+    const float ideal = largest / kE2M1Most * whole;
+    const e4m3 code = e4m3_of(ideal != ideal ? 0.0f : ideal < kE4M3Most ? ideal : kE4M3Most);
+    const e4m3 kept = code.bits ? code : e4m3_of(kE4M3Eps);
+    static_cast<uint8_t*>(scales)[at] = kept.bits;
+    return to_float(kept) * kE4M3Unit / whole;
+  }
+  const float found = through<T>(largest / kE4M3Most), scale = found == 0 ? eps : found;
+  from_float(scale, static_cast<T*>(scales) + at);
+  return scale;
+}
+
+template <class T, int kKind, bool kChecked>
+QCLI_INLINE void encode(const T* x, int64_t count, float scale, uint8_t* codes, Sums* total) {
+  const F32x16 divisor = all(scale), most = all(kKind == kFp8 ? kE4M3Most : kE2M1Most), least = all(0.0f) - most;
+  Sums sums = *total;
+  for (int64_t i = 0; i < count; i += 16) {
+    const F32x16 w = load_some(x + i, count - i);
+    F32x16 v = w / divisor;
+    if (kChecked) v = where_number(v, v, all(0.0f));
+    v = minimum(maximum(v, least), most);
+    const I32x16 code = kKind == kFp8 ? round_to<E4M3>(&v) : round_to<E2M1>(&v);
+    store_some_bytes(codes + i, code, count - i);
+    note<kChecked>(w, kKind == kFp8 ? through(x, v * divisor) : v * divisor, &sums);
+  }
+  *total = sums;
+}
+
+struct Shape {
+  int64_t rows, columns, size, height;  // tiles of `height` rows and `size` columns share a scale
+  float whole, eps;
+  bool given;  // one scale for all
+};
+
+template <class T, int kKind>
+void run_kind(const T* x, const Shape& s, uint8_t* codes, void* scales, double* partial, int threads) {
+  const int64_t tiles = divide_up(s.columns, s.size), down = divide_up(s.rows, s.height);
+  parallel(down, divide_up(kGrain, larger<int64_t>(s.columns * s.height, 1)), threads, [=, &s](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; block++) {
+      const int64_t from = block * s.height, to = smaller(s.rows, from + s.height);
+      Sums sums = no_sums();
+      for (int64_t tile = 0; tile < tiles; tile++) {
+        const int64_t left = tile * s.size, width = smaller(s.size, s.columns - left);
+        uint32_t bits = 0;
+        for (int64_t row = from; row < to; row++) bits = larger(bits, largest_magnitude(x + row * s.columns + left, width));
+        const float largest = from_bits(bits > kInfinity ? kNaN : bits);
+        const float scale = s.given ? to_float(*static_cast<const T*>(scales))
+                                    : find_scale<T, kKind>(largest, s.whole, s.eps, scales, block * tiles + tile);
+        const bool plain = largest < from_bits(kInfinity) && scale > 0 && scale <= most_scale(x) / 2;
+        for (int64_t row = from; row < to; row++) {
+          const int64_t at = row * s.columns + left;
+          if (plain) {
+            encode<T, kKind, false>(x + at, width, scale, codes + at, &sums);
+          } else {
+            encode<T, kKind, true>(x + at, width, scale, codes + at, &sums);
+          }
+        }
+      }
+      write_sums(sums, partial + 3 * block);
+    }
+  });
+}
+
+template <class T>
+void run(const void* input, int kind, const Shape& shape, uint8_t* codes, void* scales, double* partial, int threads) {
+  const T* x = static_cast<const T*>(input);
+  switch (kind) {
+    case kFp8: run_kind<T, kFp8>(x, shape, codes, scales, partial, threads); break;
+    case kMxfp4: run_kind<T, kMxfp4>(x, shape, codes, scales, partial, threads); break;
+    case kNvfp4: run_kind<T, kNvfp4>(x, shape, codes, scales, partial, threads); break;
+  }
+}
+
+}  // namespace
+
+// x [rows, columns] of `dtype`. Tiles of `height` rows and `size` columns share a scale; the last ones may be smaller. codes uint8
+// [rows, columns]. scales [ceil(rows / height), ceil(columns / size)], of `dtype` for E4M3, bytes for E2M1; if one is `given`, the
+// only one, which is read. partial float64 [ceil(rows / height), 3]: squared error, squared norm and non-finite elements.
+QCLI_KERNEL(round_floats)
+(const void* x, int dtype, int kind, int64_t rows, int64_t columns, int64_t size, int64_t height, float whole, float eps, int given,
+ uint8_t* codes, void* scales, double* partial, int threads) {
+  const Shape shape = {rows, columns, size, height, whole, eps, given != 0};
+  QCLI_DISPATCH(dtype, run, x, kind, shape, codes, scales, partial, threads)
+}
