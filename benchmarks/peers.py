@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -222,8 +223,8 @@ def _written(path: Path, text: str) -> str:
     return str(path)
 
 
-def measure(model: str, args: argparse.Namespace, folder: Path, log) -> dict:
-    """The result for one model."""
+def measure(model: str, args: argparse.Namespace, folder: Path, log) -> Iterator[dict]:
+    """The result for one model, after each of its rows."""
     skeleton, tokenizer = Skeleton(model, dtype="float32"), AutoTokenizer.from_pretrained(model)
     linears = [linear.module for linear in skeleton.layout.quantizable()]
     limit = skeleton.model.config.max_position_embeddings
@@ -237,17 +238,11 @@ def measure(model: str, args: argparse.Namespace, folder: Path, log) -> dict:
     weights = folder / "weights.safetensors"
     job = {"model": str(model), "linears": linears, "weights": str(weights), "timeout": SECONDS}
     job |= {"calibration": str(folder / "calibration.json"), "moments": str(folder / "moments.safetensors")}
-    rows, versions = [], {}
-    for name, row_name, arguments, peer in _asked(args, log, versions):
-        row = {"tool": name, "row": row_name} | peer.ask(job | {"arguments": arguments})
-        if "error" not in row:
-            row |= measured.compare(load_file(weights))
-        console.out(json.dumps(row))
-        rows.append(row)
-    return {
+    versions: dict[str, dict] = {}
+    result = {
         "machine": machine() | {"threads": torch.get_num_threads()},
         "versions": versions,
-        "left_out": [name for name in PEERS if name not in versions],
+        "left_out": [name for name in PEERS if name not in args.peer],
         "text": measured.corpus.name,
         "tokens": measured.corpus.scored,
         "sequence_length": measured.corpus.sequence_length,
@@ -255,11 +250,18 @@ def measure(model: str, args: argparse.Namespace, folder: Path, log) -> dict:
         "calibration": {"text": corpus.name, "tokens": sum(map(len, windows)), "sequence_length": short},
         "linears": len(linears),
         "unquantized_perplexity": float(f"{measured.perplexity:.6g}"),
-        "rows": rows,
+        "rows": [],
     }
+    for name, row_name, arguments, peer in _asked(args, log, versions):
+        row = {"tool": name, "row": row_name} | peer.ask(job | {"arguments": arguments})
+        if "error" not in row:
+            row |= measured.compare(load_file(weights))
+        console.out(json.dumps(row))
+        result["rows"].append(row)
+        yield result
 
 
-def _asked(args: argparse.Namespace, log, versions: dict):
+def _asked(args: argparse.Namespace, log, versions: dict) -> Iterator[tuple[str, str, dict, Peer]]:
     """(tool, row, arguments, peer) of all rows to measure. Notes the versions of each tool."""
     for name, python in {"qcli": sys.executable, **args.peer}.items():
         rows = [row for row in (QCLI if name == "qcli" else PEERS[name]) if f"{name} {row[0]}".startswith(args.only)]
@@ -320,10 +322,10 @@ def main() -> None:
     (ROOT / "build").mkdir(exist_ok=True)
     for model in (str(ROOT / "examples" / "demo-model"), *args.models):
         with tempfile.TemporaryDirectory() as folder, open(ROOT / "build/peers.log", "w") as log:
-            result = measure(model, args, Path(folder), log)
+            for result in measure(model, args, Path(folder), log):
+                if not args.only:
+                    save("peers", Path(model).name, result)
         show(Path(model).name, result)
-        if not args.only:
-            console.out(f"wrote {save('peers', Path(model).name, result)}")
 
 
 if __name__ == "__main__":

@@ -192,7 +192,9 @@ def llmcompressor(run: Run) -> Weights:
     from llmcompressor import oneshot
     from llmcompressor.modifiers import gptq, quantization
     from llmcompressor.modifiers.transform import awq
+    from llmcompressor.pipelines.cache import IntermediatesCache
 
+    IntermediatesCache.pin_memory = lambda *_: None  # AWQ pins memory, for which torch wants an accelerator
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**run.arguments["weights"]))
     recipe = []
     for name, settings in run.arguments["modifiers"].items():
