@@ -66,6 +66,13 @@ QCLI: list[tuple[str, dict]] = [
     ("fp8", {"method": "fp8"}),
     ("int8", {"method": "int8"}),
     ("llm-int8", {"method": "llm-int8"}),
+    ("nf4 --calibrate", {"method": "nf4", "calibrate": True}),
+    ("nf4-plain --calibrate", {"method": "nf4-plain", "calibrate": True}),
+    ("nvfp4 --calibrate", {"method": "nvfp4", "calibrate": True}),
+    *(
+        (f"rtn, {bits} bits, groups of 64, --calibrate", {"method": "rtn", "bits": bits, "group_size": 64, "calibrate": True})
+        for bits in (3, 4, 8)
+    ),
 ]
 
 
@@ -237,7 +244,7 @@ def measure(model: str, args: argparse.Namespace, folder: Path, log) -> Iterator
     save_file(measured.moments(linears, windows), folder / "moments.safetensors")
     weights = folder / "weights.safetensors"
     job = {"model": str(model), "linears": linears, "weights": str(weights), "timeout": SECONDS}
-    job |= {"calibration": str(folder / "calibration.json"), "moments": str(folder / "moments.safetensors")}
+    job |= {"text": of_calibration, "calibration": str(folder / "calibration.json"), "moments": str(folder / "moments.safetensors")}
     versions: dict[str, dict] = {}
     result = {
         "machine": machine() | {"threads": torch.get_num_threads()},
@@ -264,7 +271,7 @@ def measure(model: str, args: argparse.Namespace, folder: Path, log) -> Iterator
 def _asked(args: argparse.Namespace, log, versions: dict) -> Iterator[tuple[str, str, dict, Peer]]:
     """(tool, row, arguments, peer) of all rows to measure. Notes the versions of each tool."""
     for name, python in {"qcli": sys.executable, **args.peer}.items():
-        rows = [row for row in (QCLI if name == "qcli" else PEERS[name]) if f"{name} {row[0]}".startswith(args.only)]
+        rows = [row for row in (QCLI if name == "qcli" else PEERS[name]) if args.only in f"{name} {row[0]}"]
         if rows:
             peer = Peer(name, python, log)
             versions[name] = peer.versions
@@ -316,7 +323,7 @@ def main() -> None:
     parser.add_argument("--text", help="a text to measure on; by default the bundled one")
     parser.add_argument("--calibration", help="a text to calibrate on; by default the second half of that text")
     parser.add_argument("--tokens", type=int, default=4096, help="of the text, at most")
-    parser.add_argument("--only", default="", help="tools, or rows behind a tool's name, that begin with this; not saved")
+    parser.add_argument("--only", default="", help="rows whose tool and name have this in them; not saved")
     args = parser.parse_args()
     args.peer = dict(args.peer)
     (ROOT / "build").mkdir(exist_ok=True)

@@ -4,8 +4,8 @@
 
 Reads jobs from stdin, one JSON object a line, and answers each with a line on stdout: figures, or an error. What libraries print
 ends on stderr. The first line of the answers has the versions. A job has `model`, a folder; `linears`, the names of the modules to
-quantize; `arguments` of the row; `weights`, the file to write; `calibration` and `moments`, files as benchmarks/peers.py writes
-them. The file to write gets what the quantized weights stand for, float32, by the names of the parameters.
+quantize; `arguments` of the row; `weights`, the file to write; `text`, `calibration` and `moments`, files as benchmarks/peers.py
+writes them. The file to write gets what the quantized weights stand for, float32, by the names of the parameters.
 
 Each job runs in a process of its own, forked after the imports. Seconds are those of quantizing, without reading the model and
 without decoding; the peak of resident memory is that of the process until then. Bits are those of codes, scales and zero points as
@@ -39,7 +39,7 @@ class Run:
 
     def __init__(self, job: dict):
         self.model, self.linears, self.arguments = job["model"], job["linears"], job["arguments"]
-        self.calibration, self.moments, self.output = job["calibration"], job["moments"], job["weights"]
+        self.text, self.calibration, self.moments, self.output = (job[n] for n in ("text", "calibration", "moments", "weights"))
         self.figures: dict[str, float] = {}
         self.others: Weights = {}  # by parameter: what a method changed beside the linears
 
@@ -87,7 +87,8 @@ def qcli(run: Run) -> Weights:
     from qcli.quantization.quantize import make_plan, run_plan
 
     folder = f"{run.output}.checkpoint"
-    plan = make_plan(run.model, folder, overwrite=True, **run.arguments)
+    texts = {"text": run.text, "tokens": sum(map(len, run.windows())), "check": False} if run.arguments.get("calibrate") else {}
+    plan = make_plan(run.model, folder, overwrite=True, **run.arguments, **texts)
     with run.timed():
         run_plan(plan, overwrite=True)
     found = {}
