@@ -2,13 +2,17 @@
 
 import re
 import shlex
+import time
+from collections.abc import Callable
 from importlib import import_module
 
 from qcli import console, methods
 from qcli.checkpoint import dtypes
 from qcli.process import resident_memory
+from qcli.quantization.calibration_needs import calibration_needs
 from qcli.quantization.calibration_report import CalibrationReport
 from qcli.quantization.plan import Plan, Work
+from qcli.quantization.quantize import calibration_memory
 from qcli.quantization.report import Report
 from qcli.sizes import format_bytes, format_seconds
 
@@ -42,8 +46,13 @@ def show_plan(plan: Plan) -> None:
     console.out(f"disk needed        {format_bytes(needs['disk_bytes'])}")
     console.out(
         f"peak memory        about {format_bytes(needs['peak_memory_bytes'])}, "
-        f"{format_bytes(plan.working_memory)} of it beyond Python and its libraries"
+        f"{format_bytes(plan.working_memory + calibration_memory(plan))} of it beyond Python and its libraries"
     )
+    if "calibration_tokens" in needs:
+        console.out(
+            f"calibration        at most {needs['calibration_tokens']:,} tokens, about "
+            f"{format_seconds(needs['calibration_seconds'])} at the rate of this CPU's float32 products"
+        )
     for note in plan.notes:
         console.out(f"note: {note}")
 
@@ -58,7 +67,36 @@ def carried_text(plan: Plan) -> str:
 def needed(plan: Plan) -> dict[str, int]:
     """Disk and memory that the run will take, in bytes. For the memory of the libraries they are loaded, as the run would."""
     import_module("qcli.quantization.execute")
-    return {"disk_bytes": plan.disk_bytes, "peak_memory_bytes": resident_memory() + plan.working_memory}
+    memory = plan.working_memory + calibration_memory(plan)
+    found = {"disk_bytes": plan.disk_bytes, "peak_memory_bytes": resident_memory() + memory}
+    if plan.calibration:
+        needs = calibration_needs(plan, torch_threads())
+        found["calibration_tokens"] = needs.tokens
+        found["calibration_seconds"] = round(needs.operations / operations_per_second())
+    return found
+
+
+def torch_threads() -> int:
+    """Threads that round weights at a time."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def operations_per_second() -> float:
+    """The rate of this machine's float32 products, measured on a small one."""
+    import torch
+
+    x = torch.ones(768, 768)
+    x @ x
+    best = min(_seconds(lambda: x @ x) for _ in range(5))
+    return 2 * 768**3 / best
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def plan_summary(plan: Plan) -> dict[str, object]:

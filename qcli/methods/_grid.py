@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qcli.codebooks import CODEBOOKS, E2M1, ORDER, THRESHOLDS, ZERO_CODE
+from qcli.codebooks import CODEBOOKS, E2M1, NF3, NF3_THRESHOLDS, ORDER, THRESHOLDS, ZERO_CODE
 from qcli.methods._groups import Rounded
 from qcli.methods._method import Parts
 from qcli.ops.dequantize_absmax import dequantize_absmax
@@ -20,6 +20,7 @@ from qcli.runtime.arguments import table
 from qcli.schemes import Scheme
 
 _TINY = 2.0**-126
+_VALUES = {"nf4": CODEBOOKS["nf4"], "fp4": CODEBOOKS["fp4"], "nf3": NF3, "e2m1": E2M1}
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ class Grid:
             codes = e2m1_codes(v)
             return codes, table(E2M1, v.device)[codes.int()]
         if scheme.codebook:
-            rank = torch.bucketize(v, table(THRESHOLDS[scheme.codebook], v.device), out_int32=True)
-            order = table(ORDER[scheme.codebook], v.device)
-            codes = order[rank]
-            return codes, table(CODEBOOKS[scheme.codebook], v.device)[codes.int()]
+            thresholds = NF3_THRESHOLDS if scheme.codebook == "nf3" else THRESHOLDS[scheme.codebook]
+            codes = torch.bucketize(v, table(thresholds, v.device), out_int32=True).to(torch.uint8)
+            if scheme.codebook != "nf3":
+                codes = table(ORDER[scheme.codebook], v.device)[codes.int()]
+            return codes, table(_VALUES[scheme.codebook], v.device)[codes.int()]
         most = 2 ** (scheme.bits - 1) - 1
         codes = v.round() if zero is None else v.round() + zero
         codes = codes.clamp_(-most - 1, most).nan_to_num_(0.0)
@@ -75,7 +77,7 @@ class Grid:
         if scheme.codebook == "e4m3":
             return codes.float()
         if scheme.codebook:
-            return table(E2M1 if scheme.codebook == "e2m1" else CODEBOOKS[scheme.codebook], codes.device)[codes.int()]
+            return table(_VALUES[scheme.codebook], codes.device)[codes.int()]
         zero = self.zero_point
         return codes.float() if zero is None else codes - zero.repeat_interleave(self.size, 1)[:, : codes.shape[1]]
 
@@ -106,8 +108,7 @@ class Grid:
         """The same grid with other scales float32 [out_features, groups], rounded as they will be stored."""
         if self.scheme.share == "flat":
             return block_grid(self.scheme, scale.flatten(), self.scale.shape[0], self.scale.shape[1] * self.size)
-        assert self.dtype is not None
-        stored = scale.to(self.dtype)
+        stored = scale.to(self.parts["scale"].dtype)
         return replace(self, scale=stored.float(), parts=self.parts | {"scale": stored})
 
 
@@ -143,4 +144,6 @@ def group_grid(scheme: Scheme, rounded: Rounded, in_features: int, global_scale:
         wide = wide.view(1, 1).expand(out_features, 1)
     size = scheme.size if scheme.share in ("group", "block") else in_features
     zero_point = None if rounded.zero_point is None else rounded.zero_point.float()
-    return Grid(scheme, wide.contiguous(), zero_point, size, parts, dtype if scheme.scale == "model" else None)
+    return Grid(
+        scheme, wide.contiguous(), zero_point, size, parts, dtype if scheme.scale == "model" and scheme.codebook != "nf3" else None
+    )

@@ -100,6 +100,16 @@ def whole_scale(absmax: float) -> torch.Tensor:
     return torch.where((wide > 0) & wide.isfinite(), E4M3_MAX * E2M1_MAX / wide, 1.0)
 
 
+def cost_of(rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """float64 [3]: squared error and squared norm of rows and their stored values, and the elements of rows that are NaN or
+    infinite. These, and what they spoil, are in neither sum."""
+    wide, values = rows.float(), values.float()
+    finite = wide.isfinite() & values.isfinite()
+    error = (wide - values).masked_fill_(~finite, 0.0).square_().sum(dtype=torch.float64)
+    norm = wide.masked_fill(~finite, 0.0).square_().sum(dtype=torch.float64)
+    return torch.stack((error, norm, (~wide.isfinite()).sum().double()))
+
+
 def values_of(
     scheme: Scheme,
     codes: torch.Tensor,

@@ -11,19 +11,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from qcli.errors import UsageError
+from qcli.methods._calibrated import Calibrated
 from qcli.methods._method import Encoder, Method, Parts, check_search
 from qcli.schemes import NAMED, Scheme
 
 if TYPE_CHECKING:
     import torch
 
+    from qcli.methods._grid import Grid
     from qcli.methods._groups import Rounded
 
 GROUP_SIZES = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
-class Nf3:
+class Nf3(Calibrated):
     """`group_size`: elements of a row that share a scale. `search`: how the scale is found, "none" for the absmax, or "mse"."""
 
     group_size: int = 64
@@ -36,6 +38,7 @@ class Nf3:
         if self.group_size not in GROUP_SIZES:
             raise UsageError(f"group_size is {self.group_size}, expected one of {', '.join(map(str, GROUP_SIZES))}")
         check_search(self.search)
+        self.check_rounding()
 
     @property
     def scheme(self) -> Scheme:
@@ -59,23 +62,30 @@ class Nf3:
 
         return decode_groups(self.scheme, parts, out_features, in_features)
 
-    def _rounds(self, rows: torch.Tensor, absmax: float) -> Rounded:
+    def grid(self, weight: torch.Tensor, importance: torch.Tensor | None, absmax: float) -> Grid:
+        """See Calibratable."""
+        from qcli.methods._grid import group_grid
+
+        rounded = self._rounds(weight, absmax, importance if self.search == "imatrix" else None)
+        return group_grid(self.scheme, rounded, weight.shape[1], None, weight.dtype)
+
+    def _rounds(self, rows: torch.Tensor, absmax: float, weights: torch.Tensor | None = None) -> Rounded:
         import torch
 
         from qcli.codebooks import NF3_THRESHOLDS
-        from qcli.methods._groups import Rounded
+        from qcli.methods._groups import Rounded, cost_of, values_of
         from qcli.ops.fit_scale import fit_scale
         from qcli.runtime.arguments import table
 
         groups = rows.float().unflatten(-1, (-1, self.group_size))
-        if self.search == "mse":
-            scale, _ = fit_scale(rows, self.group_size, "nf3", 3, False, rows.dtype)
+        if self.search != "none":
+            scale, _ = fit_scale(rows, self.group_size, "nf3", 3, False, rows.dtype, weights)
             scale = scale.view(groups.shape[:-1]).to(rows.dtype)
         else:
             scale = groups.abs().amax(-1).to(rows.dtype)
         values = (groups / scale.float().unsqueeze(-1)).nan_to_num_(0.0)
-        codes = torch.bucketize(values, table(NF3_THRESHOLDS, rows.device), out_int32=True)
-        return Rounded(codes.to(torch.uint8).flatten(-2), scale)
+        codes = torch.bucketize(values, table(NF3_THRESHOLDS, rows.device), out_int32=True).to(torch.uint8).flatten(-2)
+        return Rounded(codes, scale, None, cost_of(rows, values_of(self.scheme, codes, scale)))
 
 
 METHOD: type[Method] = Nf3

@@ -1,5 +1,6 @@
 """The verb `quantize`: from a model's name to a finished folder, and the report of what it cost."""
 
+import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from qcli.methods.choosing import made, methods_of, recipe_in_force
 from qcli.process import available_memory, peak_memory
 from qcli.progress import Progress, shown
 from qcli.quantization import outputs
+from qcli.quantization.calibration_needs import calibration_needs
 from qcli.quantization.plan import Plan
 from qcli.quantization.report import Report, sum_up
 from qcli.quantization.settings import SETTINGS, run_settings
@@ -155,10 +157,16 @@ def make_plan(
             "nf4 or rtn, or leave out --calibrate"
         )
     check_output(plan, overwrite)
-    available = available_memory()
-    if available is not None and plan.working_memory > available:
-        problems.append(f"the run needs {format_bytes(plan.working_memory)} of memory, and {format_bytes(available)} are free")
+    available, needed = available_memory(), plan.working_memory + calibration_memory(plan)
+    if available is not None and needed > available:
+        fewer = "; calibrate on fewer --tokens" if plan.calibration else ""
+        problems.append(f"the run needs {format_bytes(needed)} of memory, and {format_bytes(available)} are free{fewer}")
     return plan
+
+
+def calibration_memory(plan: Plan) -> int:
+    """Bytes that the calibration of a plan takes beside `Plan.working_memory`."""
+    return calibration_needs(plan, os.cpu_count() or 1).memory if plan.calibration else 0
 
 
 def _take_scales(source: Source) -> None:

@@ -1,11 +1,15 @@
 """GPTQ against direct solves of the same problem, in float64."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qcli import methods
 from qcli.errors import NonFiniteError
 from qcli.methods._gptq import gptq, nearest, output_error, refitted, row_errors
+from qcli.methods._grid import Grid
 from qcli.schemes import NAMED
 
 FORMS = {
@@ -15,6 +19,7 @@ FORMS = {
     "rtn-4": ("rtn", {"group_size": 32}),
     "rtn-3-zero": ("rtn", {"bits": 3, "group_size": 64, "zero_point": True}),
     "rtn-2-row": ("rtn", {"bits": 2, "group_size": -1}),
+    "nf3": ("nf3", {}),
     "hqq": ("hqq", {"group_size": 32}),
     "fp8": ("fp8", {}),
     "fp8-block": ("fp8", {"share": "block"}),
@@ -150,3 +155,18 @@ def test_scales_refitted_are_the_least_squares_solution():
     truth = found.values * torch.tensor([1.07, 0.94]).repeat_interleave(32)
     again = refitted(truth, x.t() @ x, found)
     torch.testing.assert_close(again.values, truth, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name, bits, size, zero_point", [("sym", 4, 32, False), ("zero", 4, 64, True), ("three", 3, 32, False)])
+def test_codes_are_those_of_llm_compressor(name, bits, size, zero_point):
+    """gptq_llmcompressor.safetensors: weights, Hessians, scales and zero points, and what llm-compressor 0.14.0.1 made of them
+    (quantize_weight, static order by activations, damping 0.01)."""
+    stored = load_file(Path(__file__).with_name("gptq_llmcompressor.safetensors"))
+    weight, hessian, scale, theirs = (stored[f"{name}.{key}"] for key in ("weight", "hessian", "scale", "values"))
+    method = methods.make(NAMED["rtn"], {"bits": bits, "group_size": size, "zero_point": zero_point})
+    zero = stored[f"{name}.zero_point"].float() if zero_point else None
+    grid = Grid(method.scheme, scale, zero, size, {"scale": scale})
+    found = gptq(weight, hessian, grid, 0.01)
+    kept = row_errors(weight, theirs, hessian) <= row_errors(weight, nearest(weight, grid).values, hessian)
+    assert kept.float().mean() > 0.9  # in other rows plain rounding is better, and here they keep that
+    torch.testing.assert_close(found.values[kept], theirs[kept], rtol=1e-6, atol=1e-6)

@@ -1,0 +1,78 @@
+"""What a calibration will take, from headers and the size of its text: tokens, memory, operations. No torch.
+
+Estimates from above. A token of a text is a byte or more. The hidden states of all tokens wait between two blocks, and those that
+leave a block stand beside those that enter it; transformers keeps the ones that entered the model. Modules of one parent that are
+equally wide are taken to read one input.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from qcli.calibration.settings import DEFAULT_TOKENS
+from qcli.errors import UsageError
+from qcli.memory.model.config import ModelConfig
+from qcli.quantization.plan import Plan
+
+_BYTES_A_TOKEN = 3
+_STATES = 3  # of each token: as it entered the model, as it entered the block, as it leaves it
+_ITEMSIZE = 4  # of hidden states and of a block that is computed in float32
+_COPIES = 8  # float32 copies of the largest weight while it is rounded
+_FACTORS = 4  # float64 copies of the largest Hessian
+_PRODUCTS = 16  # of a weight with its Hessian: errors before and after, compensation, scales
+
+
+@dataclass(frozen=True)
+class CalibrationNeeds:
+    """`tokens` at most; bytes of memory beyond what `Plan.working_memory` counts; floating-point operations for a third as many
+    tokens as the text has bytes, which is nearer to what tokenizers make of it."""
+
+    tokens: int
+    memory: int
+    operations: float
+
+
+def calibration_needs(plan: Plan, threads: int) -> CalibrationNeeds:
+    """See CalibrationNeeds. `threads` round weights at a time. Raises UsageError for a config without a hidden size."""
+    assert plan.calibration is not None
+    size = _text_size(plan)
+    limit = plan.calibration.tokens or DEFAULT_TOKENS
+    tokens, likely = min(limit, size), min(limit, size // _BYTES_A_TOKEN)
+    blocks: dict[str, int] = defaultdict(int)
+    for work in plan.work:
+        if found := re.match(r"(.*?\.\d+)\.", work.info.name):
+            blocks[found[1]] += work.info.numel
+    sites: dict[tuple[str, int], str] = {}
+    largest_weight = largest_site = 0
+    operations = 4.0 * sum(blocks.values()) * likely
+    for work in plan.calibrated:
+        if work.linear is None or work.method is None:
+            continue
+        rows, columns = work.linear.out_features, work.linear.in_features
+        sites[work.linear.module.rpartition(".")[0], columns] = work.info.name
+        largest_weight, largest_site = max(largest_weight, rows * columns), max(largest_site, columns)
+        operations += _PRODUCTS * rows * columns**2
+    of_block: dict[str, int] = defaultdict(int)
+    for (_, columns), name in sites.items():
+        found = re.match(r"(.*?\.\d+)\.", name)
+        of_block[found[1] if found else name] += 4 * columns**2
+        operations += columns**2 * likely
+    hidden = int(ModelConfig(plan.source.config, f"config.json of {plan.source.label}").hidden_size)
+    memory = (
+        _STATES * _ITEMSIZE * hidden * tokens
+        + _ITEMSIZE * max(blocks.values(), default=0)
+        + max(of_block.values(), default=0)
+        + threads * (4 * _COPIES * largest_weight + 8 * _FACTORS * largest_site**2)
+    )
+    return CalibrationNeeds(tokens, memory, operations)
+
+
+def _text_size(plan: Plan) -> int:
+    assert plan.calibration is not None
+    text = plan.calibration.text
+    try:
+        return Path(text).stat().st_size if text else len(files("qcli").joinpath("data", "corpus.txt").read_bytes())
+    except OSError as e:
+        raise UsageError(f"cannot read the text from {text}: {e.strerror}", "Check --text.") from e
