@@ -124,18 +124,16 @@ class Crew:
             for future in waiting:
                 future.cancel()
 
-    def gather(self, passes: Sequence[Pass], gatherer: Gatherer, advance: Callable[[int], None]) -> None:
-        """Runs every pass and adds what reaches the modules. `advance` is called with the number of each finished pass."""
+    def gather(self, passes: Sequence[Pass], gatherer: Gatherer, keep: bool = False) -> list[Any]:
+        """Runs every pass and adds what reaches the modules. The outputs of the passes, if they are to be kept."""
 
-        def counted(number: int) -> None:
+        def counted(number: int) -> Any:
             with gatherer.batch(number):
-                passes[number].run()
+                output = passes[number].run()
+            return output if keep else None
 
-        for number, _ in enumerate(self.results([lambda n=n: counted(n) for n in range(min(len(passes), 1))])):
-            advance(number)
-        rest = [lambda n=n: counted(n) for n in range(1, len(passes))]
-        for number, _ in enumerate(self.results(rest), 1):
-            advance(number)
+        tasks = [lambda n=n: counted(n) for n in range(len(passes))]
+        return [*self.results(tasks[:1]), *self.results(tasks[1:])]
 
 
 def _inferring(task: Callable[[], Any]) -> Any:

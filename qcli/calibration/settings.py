@@ -8,6 +8,7 @@ from pathlib import Path
 from qcli.errors import UsageError
 
 DEFAULT_TOKENS = 128 * 2048  # GPTQ's own number (arXiv:2210.17323, section 4)
+ORDERS = SEQUENTIAL, PARALLEL = "sequential", "parallel"
 CHECK_SHARE = 16  # one window of so many is held out for the check, and at most CHECK_TOKENS
 CHECK_TOKENS = 8192
 
@@ -15,27 +16,39 @@ CHECK_TOKENS = 8192
 @dataclass(frozen=True)
 class Calibration:
     """`text` is the path of a file, None the bundled text. `tokens` None takes what there is, up to DEFAULT_TOKENS.
-    `sequence_length` None is the model's, up to 2048. `check` holds a part out. `text_hash` is the SHA-256 of the text."""
+    `sequence_length` None is the model's, up to 2048. `check` holds a part out. `order`: whether a block's inputs come from the
+    blocks before it as they are rounded ("sequential") or as they were ("parallel"). `text_hash` is the SHA-256 of the text."""
 
     text: str | None = None
     tokens: int | None = None
     sequence_length: int | None = None
     check: bool = True
+    order: str = SEQUENTIAL
     text_hash: str = ""
 
     @property
     def identity(self) -> dict[str, object]:
         """What the result depends on."""
-        return {"text": self.text_hash, "tokens": self.tokens, "sequence_length": self.sequence_length, "held_out": self.check}
+        return {
+            "text": self.text_hash,
+            "tokens": self.tokens,
+            "sequence_length": self.sequence_length,
+            "held_out": self.check,
+            "order": self.order,
+        }
 
 
 def calibration_on(
-    text: str | Path | None = None, tokens: int | None = None, sequence_length: int | None = None, check: bool = True
+    text: str | Path | None = None,
+    tokens: int | None = None,
+    sequence_length: int | None = None,
+    check: bool = True,
+    order: str = ORDERS[0],
 ) -> Calibration:
     """The calibration on a text. Raises UsageError where it cannot be read."""
     if tokens is not None and tokens < 2:
         raise UsageError(f"--tokens is {tokens:,}, expected 2 or more")
-    return Calibration(None if text is None else str(text), tokens, sequence_length, check, _hash(text))
+    return Calibration(None if text is None else str(text), tokens, sequence_length, check, order, _hash(text))
 
 
 def _hash(text: str | Path | None) -> str:

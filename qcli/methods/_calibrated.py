@@ -22,14 +22,14 @@ class Calibrated:
     """How codes are chosen under their scales: each to "nearest", or by "gptq", and how much the latter damps its Hessian."""
 
     rounding: str = ROUNDINGS[0]
-    damping: float = 0.01
+    damping: float = 0.05
 
     def check_rounding(self) -> None:
         """Raises UsageError for options that there are not."""
         if self.rounding not in ROUNDINGS:
             raise UsageError(f"rounding is {self.rounding!r}, expected {' or '.join(ROUNDINGS)}")
         if not 0 < self.damping <= 1:
-            raise UsageError(f"damping is {self.damping}, expected a share of the mean diagonal above 0, and at most 1")
+            raise UsageError(f"damping is {self.damping}, expected a share above 0, and at most 1")
 
     @property
     def needs(self) -> Needs:

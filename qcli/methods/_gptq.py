@@ -5,9 +5,14 @@ With H = sum x x^T over the calibration tokens, the outputs of a row w are off b
 order of falling H_jj, the costly ones while most others can still give way. The scales are fixed before, so that groups lie where
 they did and readers need no order of columns. With U the upper Cholesky factor of H^-1, for each column j
   q_j = nearest value to w_j,  e = (w_j - q_j) / U_jj,  w_k -= e U_jk for every later k
-in blocks of 128 columns: what a block owes to later blocks is one product. H gets `damping` times its mean diagonal. Where it is
-then not positive definite, the damping is doubled until it is; `Found.damping` says what was used.
-A channel that no token ever reached has H_jj = 0: its column is rounded to nearest.
+in blocks of 128 columns: what a block owes to later blocks is one product. The error of the outputs is the sum of all e^2. So what
+an error of column j costs, once later columns have made up for it, is 1 / U_jj^2 and not E[x_j^2]: these are the weights for the
+search of scales.
+
+Each H_jj grows by `damping` of itself, and by a hundredth of that share of the mean of all. A share of the mean alone, as is
+usual, would be most of H where a few outlier channels make the mean. Where H is then not positive definite, the damping is doubled
+until it is; `Found.damping` says what was used. A channel that no token ever reached has H_jj = 0: its column is rounded to
+nearest.
 
 A row for which plain rounding has the smaller error, which is rare, keeps that. Afterwards the scales are fitted again by least
 squares under H, with the codes as they are, and kept if the error falls.
@@ -24,6 +29,7 @@ BLOCK = 128
 _LARGEST_DAMPING = 1e3
 _ROWS = 1 << 25  # elements of the normal equations that are made at a time
 _RIDGE = 1e-4
+_OF_MEAN = 0.01  # of the damping
 
 
 @dataclass
@@ -65,13 +71,50 @@ def best_of(weight: torch.Tensor, hessian: torch.Tensor, first: Found, second: F
     return replace(first, codes=codes, values=values)
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, damping: float = 0.01) -> Found:
-    """Rounds weight float32 [out_features, in_features] under H float32 [in_features, in_features], which is not changed. Raises
-    NonFiniteError where no damping makes H positive definite."""
+@dataclass(frozen=True)
+class Factor:
+    """The upper Cholesky factor float32 of the inverse of H, whose columns stand in the given `order`; the damping that it took;
+    bool [in_features] of the channels that no token reached."""
+
+    upper: torch.Tensor
+    order: torch.Tensor
+    damping: float
+    dead: torch.Tensor
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """1 / U_jj^2 float32 [in_features], with a mean of 1; 0 for dead channels."""
+        found = torch.empty_like(self.upper.diagonal())
+        found[self.order] = 1 / self.upper.diagonal().square()
+        found[self.dead] = 0
+        return found / found.mean().clamp(min=1e-30)
+
+
+def factorized(hessian: torch.Tensor, damping: float) -> Factor:
+    """Of H float32 [in_features, in_features], which is not changed. Raises NonFiniteError where no damping makes it positive
+    definite."""
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
     order = diagonal.argsort(descending=True, stable=True)
-    upper, used = _inverse_factor(hessian, order, dead, damping)
+    ordered = hessian[order][:, order].double()
+    diagonal = ordered.diagonal()
+    mean = float(diagonal.mean())
+    diagonal[dead[order]] = mean or 1.0
+    bare = diagonal.clone()
+    while damping <= _LARGEST_DAMPING:
+        diagonal.copy_(bare * (1 + damping) + _OF_MEAN * damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(ordered)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return Factor(upper.float(), order, damping, dead)
+        damping = 2 * damping or 1e-3
+    raise NonFiniteError("the Hessian of its inputs is not positive definite under any damping", "Calibrate with another text.")
+
+
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, factor: Factor) -> Found:
+    """Rounds weight float32 [out_features, in_features] under H float32 [in_features, in_features]."""
+    upper, order = factor.upper, factor.order
     columns = weight.t()[order].contiguous()  # [in_features, out_features]: a column is contiguous
     codes: torch.Tensor | None = None
     values = torch.empty_like(columns)
@@ -91,26 +134,8 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, damping: float
             columns[last:].addmm_(upper[first:last, last:].t(), errors, alpha=-1)
     assert codes is not None
     back = order.argsort()
-    found = Found(grid, codes[back].t().contiguous(), values[back].t().contiguous(), used, int(dead.sum()))
+    found = Found(grid, codes[back].t().contiguous(), values[back].t().contiguous(), factor.damping, int(factor.dead.sum()))
     return best_of(weight, hessian, found, nearest(weight, grid))
-
-
-def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor, dead: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
-    """The upper Cholesky factor float32 of the inverse of H in the given order of its columns, and the damping that it took."""
-    ordered = hessian[order][:, order].double()
-    diagonal = ordered.diagonal()
-    mean = float(diagonal.mean())
-    diagonal[dead[order]] = mean or 1.0
-    bare = diagonal.clone()
-    while damping <= _LARGEST_DAMPING:
-        diagonal.copy_(bare + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(ordered)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper.float(), damping
-        damping = 2 * damping or 1e-3
-    raise NonFiniteError("the Hessian of its inputs is not positive definite under any damping", "Calibrate with another text.")
 
 
 def refitted(weight: torch.Tensor, hessian: torch.Tensor, found: Found) -> Found:

@@ -1,8 +1,9 @@
 """The calibration pass: texts go through the model block by block, and each block is quantized as they reach it.
 
-A block is passed twice. First the texts go through it as it was, and leave their statistics at the inputs of its linear modules.
-Its weights are then rounded, written and read back. Then the texts go through the rounded block, so that the next one sees what it
-will see when the quantized model runs. Memory holds one block, its statistics and the hidden states of all tokens.
+In the order "sequential" a block is passed twice. First the texts go through it as it was, and leave their statistics at the inputs
+of its linear modules. Its weights are then rounded, written and read back. Then the texts go through the rounded block, so that the
+next one sees what it will see when the quantized model runs. In the order "parallel" they go through each block once, as it was.
+Memory holds one block, its statistics and the hidden states of all tokens.
 
 A module's weight is a unit of the journal. After a stop, blocks whose weights are all there are passed with these, and not rounded
 again. Nothing here depends on the number of threads: see qcli.calibration.gather.
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qcli.calibration.gather import Crew, Gatherer
+from qcli.calibration.settings import PARALLEL
 from qcli.errors import NonFiniteError
 from qcli.progress import Advance
 from qcli.quantization.absmax import AbsmaxReader
@@ -98,23 +100,29 @@ class _Blocks(Observer):
 
     def _pass(self, unit: Unit, passes: Sequence[Pass]) -> Iterator[Any]:
         works = self.works[unit.name]
+        parallel = self.plan.calibration is not None and self.plan.calibration.order == PARALLEL
+        outputs = None
         if left := self._left(unit):
-            self._round(unit, passes, left)
+            outputs = self._round(unit, passes, left, keep=parallel and unit.name != self.last)
         if unit.name == self.last:
             raise _Finished
+        if parallel:
+            yield from outputs or self.crew.results([each.run for each in passes])
+            return
         started = time.monotonic()
         if works:
             self._replace(works)
         yield from self.crew.results([each.run for each in passes])
         self.found.seconds["quantized block"] += time.monotonic() - started
 
-    def _round(self, unit: Unit, passes: Sequence[Pass], works: Sequence[Work]) -> None:
+    def _round(self, unit: Unit, passes: Sequence[Pass], works: Sequence[Work], keep: bool) -> list[Any]:
+        """Rounds the weights of a block. What its passes gave, if that is to be kept."""
         started = time.monotonic()
         modules = {w.linear.module: self.skeleton.model.get_submodule(w.linear.module) for w in works if w.linear}
         hessians = {w.linear.module for w in works if w.linear and w.method and _needs(w) == "hessian"}
         gatherer = Gatherer(modules, hessians, self.skeleton.device)
         try:
-            self.crew.gather(passes, gatherer, lambda number: None)
+            outputs = self.crew.gather(passes, gatherer, keep)
         finally:
             gatherer.close()
         self.found.seconds["statistics"] += time.monotonic() - started
@@ -129,6 +137,7 @@ class _Blocks(Observer):
             pass
         self.staging.sync()
         self.found.seconds["rounding"] += time.monotonic() - started
+        return outputs
 
     def _round_one(self, work: Work, gatherer: Gatherer) -> None:
         assert work.linear is not None

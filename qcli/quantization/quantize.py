@@ -148,7 +148,7 @@ def make_plan(
         allow_nonfinite=run.allow_nonfinite,
     )
     if plan.calibrated:
-        plan.calibration = calibration_on(text, tokens, run.sequence_length or None, check)
+        plan.calibration = calibration_on(text, tokens, run.sequence_length or None, check, run.order)
         if run.modules == "rules":
             problems.append("texts pass a model as transformers runs it, whose modules rules do not know; leave out modules=rules")
     elif calibrate or text is not None or tokens is not None:

@@ -9,7 +9,7 @@ from qcli.calibration.statistics import Statistics
 from qcli.checkpoint import dtypes
 from qcli.errors import NonFiniteError
 from qcli.methods._calibrated import Calibratable
-from qcli.methods._gptq import Found, gptq, nearest, output_error, refitted
+from qcli.methods._gptq import Found, factorized, gptq, nearest, output_error, refitted
 from qcli.methods._method import Parts
 from qcli.methods.errors import ErrorSums
 from qcli.quantization.decoding import block_scales, read_tensor
@@ -71,15 +71,12 @@ def _found(weight: torch.Tensor, method: Any, statistics: Statistics | None, abs
         found = nearest(wide, calibrated.grid(weight, None, absmax))
         return found, Rounding(_sums(wide, found.values))
     importance, hessian = statistics.mean_square, statistics.hessian
-    grid = calibrated.grid(weight, importance, absmax)
+    factor = factorized(hessian, calibrated.damping) if hessian is not None and calibrated.rounding == "gptq" else None
+    grid = calibrated.grid(weight, factor.importance if factor else importance, absmax)
     if hessian is None:
         found = nearest(wide, grid)
         return found, Rounding(_sums(wide, found.values), statistics.tokens)
-    found = (
-        refitted(wide, hessian, gptq(wide, hessian, grid, calibrated.damping))
-        if calibrated.rounding == "gptq"
-        else nearest(wide, grid)
-    )
+    found = refitted(wide, hessian, gptq(wide, hessian, grid, factor)) if factor else nearest(wide, grid)
     plain = nearest(wide, method.without_texts().grid(weight, None, absmax))
     tokens = statistics.tokens
     rounding = Rounding(

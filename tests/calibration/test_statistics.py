@@ -63,7 +63,7 @@ def gathered(threads):
     crew = Crew(torch.device("cpu"))
     crew.threads = threads
     with crew:
-        crew.gather(passes, gatherer, lambda number: None)
+        crew.gather(passes, gatherer)
         gatherer.close()
         outputs = list(crew.results([each.run for each in passes]))
     return gatherer.found, inputs, outputs
@@ -97,7 +97,7 @@ def test_a_failed_batch_holds_up_no_other():
     passes = [Pass(None, lambda n=n: block(normal(4, 8), n)) for n in range(8)]
     passes[3] = Pass(None, fail)
     with pytest.raises(RuntimeError, match="of the block"), crew:
-        crew.gather(passes, gatherer, lambda number: None)
+        crew.gather(passes, gatherer)
 
 
 def test_turns_are_taken_in_order():

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from qcli import methods
 from qcli.errors import NonFiniteError
-from qcli.methods._gptq import gptq, nearest, output_error, refitted, row_errors
+from qcli.methods._gptq import factorized, gptq, nearest, output_error, refitted, row_errors
 from qcli.methods._grid import Grid
 from qcli.schemes import NAMED
 
@@ -47,7 +47,7 @@ def grid_of(name, weight, x):
 def solved_directly(weight, hessian, grid, damping):
     """After each rounded column the least squares solution for all that are left, which is what GPTQ computes by a factor."""
     w, h = weight.double(), hessian.double()
-    h = h + damping * h.diagonal().mean() * torch.eye(len(h))
+    h = h + torch.diag(damping * h.diagonal() + 0.01 * damping * h.diagonal().mean())
     order = hessian.diagonal().argsort(descending=True, stable=True).tolist()
     now, values = w.clone(), torch.zeros_like(w)
     for place, column in enumerate(order):
@@ -65,10 +65,10 @@ def test_it_is_the_direct_solution_column_by_column(name):
     weight, x = problem(rows=12, columns=64)
     grid, _ = grid_of(name, weight, x)
     hessian = x.t() @ x
-    found = gptq(weight.float(), hessian, grid, 0.01)
+    found = gptq(weight.float(), hessian, grid, factorized(hessian, 0.01))
     direct = solved_directly(weight.float(), hessian, grid, 0.01)
-    same = (found.values.double() == direct).float().mean()
-    assert same > 0.99  # where a value lies on a midpoint but for the last bit, float32 may take the other side
+    same = (found.values.double() == direct).all(1)
+    assert same.float().mean() > 0.8  # where a value is on a midpoint but for the last bit, float32 may take the other side
     assert output_error(weight.float(), found.values, hessian) <= 1.01 * output_error(weight.float(), direct.float(), hessian)
 
 
@@ -79,7 +79,7 @@ def test_no_row_is_worse_than_plain_rounding(name, columns):
     grid, _ = grid_of(name, weight, x)
     wide, hessian = weight.float(), x.t() @ x
     plain = nearest(wide, grid)
-    found = gptq(wide, hessian, grid)
+    found = gptq(wide, hessian, grid, factorized(hessian, 0.01))
     ours, theirs = (row_errors(wide, each.values, hessian) for each in (found, plain))
     assert (ours <= theirs).all()
     assert ours.sum() < 0.7 * theirs.sum()
@@ -92,7 +92,7 @@ def test_parts_decode_to_the_values(name):
     """Through the decoder of the method, which knows nothing of grids."""
     weight, x = problem()
     grid, method = grid_of(name, weight, x)
-    found = refitted(weight.float(), x.t() @ x, gptq(weight.float(), x.t() @ x, grid))
+    found = refitted(weight.float(), x.t() @ x, gptq(weight.float(), x.t() @ x, grid, factorized(x.t() @ x, 0.01)))
     decoded = method.decode(found.grid.all_parts(found.codes), *weight.shape)
     torch.testing.assert_close(decoded, found.values, rtol=0, atol=0)
 
@@ -121,7 +121,7 @@ def test_blocks_that_straddle_rows():
     weight, x = problem(rows=10, columns=72)
     grid, method = grid_of("nf4", weight, x)
     assert grid.divides_rows
-    found = gptq(weight.float(), x.t() @ x, grid)
+    found = gptq(weight.float(), x.t() @ x, grid, factorized(x.t() @ x, 0.01))
     assert refitted(weight.float(), x.t() @ x, found) is found
     decoded = method.decode(found.grid.all_parts(found.codes), *weight.shape)
     torch.testing.assert_close(decoded, found.values, rtol=0, atol=0)
@@ -131,7 +131,7 @@ def test_dead_channels_are_rounded_to_nearest():
     weight, x = problem()
     x[:, 5] = 0
     grid, _ = grid_of("rtn-4", weight, x)
-    found = gptq(weight.float(), x.t() @ x, grid)
+    found = gptq(weight.float(), x.t() @ x, grid, factorized(x.t() @ x, 0.01))
     assert found.dead == 1
     assert torch.equal(found.values[:, 5], nearest(weight.float(), grid).values[:, 5])
 
@@ -140,10 +140,10 @@ def test_a_singular_hessian_takes_more_damping_and_says_so():
     """Fewer tokens than channels, and a damping far below what float64 can bear."""
     weight, x = problem(tokens=3)
     grid, _ = grid_of("nf4", weight, x)
-    found = gptq(weight.float(), x.t() @ x, grid, 1e-18)
+    found = gptq(weight.float(), x.t() @ x, grid, factorized(x.t() @ x, 1e-18))
     assert found.damping > 1e-18
     with pytest.raises(NonFiniteError, match="positive definite"):
-        gptq(weight.float(), torch.full((128, 128), torch.nan), grid)
+        factorized(torch.full((128, 128), torch.nan), 0.01)
 
 
 def test_scales_refitted_are_the_least_squares_solution():
@@ -166,7 +166,23 @@ def test_codes_are_those_of_llm_compressor(name, bits, size, zero_point):
     method = methods.make(NAMED["rtn"], {"bits": bits, "group_size": size, "zero_point": zero_point})
     zero = stored[f"{name}.zero_point"].float() if zero_point else None
     grid = Grid(method.scheme, scale, zero, size, {"scale": scale})
-    found = gptq(weight, hessian, grid, 0.01)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))  # by a share of the mean, as it does
+    found = gptq(weight, hessian, grid, factorized(damped, 0.0))
     kept = row_errors(weight, theirs, hessian) <= row_errors(weight, nearest(weight, grid).values, hessian)
     assert kept.float().mean() > 0.9  # in other rows plain rounding is better, and here they keep that
     torch.testing.assert_close(found.values[kept], theirs[kept], rtol=1e-6, atol=1e-6)
+
+
+def test_importance_is_what_an_error_costs_once_it_is_made_up_for():
+    """In the last column of the order, nothing is left to make up: its weight is E[x^2]. In others it is the variance that the
+    later columns do not explain, by least squares in float64."""
+    _, x = problem(columns=64, tokens=2000)
+    hessian = x.t() @ x
+    found = factorized(hessian, 1e-9)
+    order, wide = found.order.tolist(), hessian.double()
+    expected = torch.zeros(64, dtype=torch.float64)
+    for place, column in enumerate(order):
+        left = order[place + 1 :]
+        explained = wide[column, left] @ torch.linalg.solve(wide[left][:, left], wide[left, column]) if left else 0.0
+        expected[column] = wide[column, column] - explained
+    torch.testing.assert_close(found.importance.double(), expected / expected.mean(), rtol=1e-3, atol=1e-6)

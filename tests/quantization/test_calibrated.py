@@ -74,7 +74,7 @@ def test_the_check_is_what_evaluate_measures(tmp_path, text):
         with torch.inference_mode():
             p, q = (torch.log_softmax(m(ids).logits[0].double(), -1)[window.context - 1 : -1] for m in (whole, rounded))
         total += float((p.exp() * (p - q)).sum())
-    assert report.calibration.checked.kl == pytest.approx(total / report.calibration.checked.tokens, rel=0.02)
+    assert report.calibration.checked.kl == pytest.approx(total / report.calibration.checked.tokens, rel=0.1)  # in bfloat16
 
 
 def _dequantized(folder):
@@ -134,6 +134,20 @@ def test_threads_do_not_matter(llama, tmp_path, text):
     finally:
         torch.set_num_threads(before)
     assert digest(tmp_path / "out1") == digest(tmp_path / "out3")
+
+
+def test_both_orders_gain(llama, tmp_path, text):
+    """The first block is the same in both; what reaches the second differs."""
+    from safetensors.torch import load_file
+
+    found = []
+    for order in ("sequential", "parallel"):
+        settings = {"order": order}
+        report = qcli.quantize(str(llama), tmp_path / order, bits=4, calibrate=True, text=text, tokens=2000, settings=settings)
+        assert report.calibration.checked.kl < report.calibration.checked.plain_kl
+        found.append(load_file(tmp_path / order / "model.safetensors"))
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)]
+    assert [torch.equal(found[0][name], found[1][name]) for name in names] == [True, False]
 
 
 def killed(folder, text, after):
