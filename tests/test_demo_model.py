@@ -216,3 +216,14 @@ def test_training_sees_none_of_the_held_out_stories(training):
 
 def test_the_folder_is_small():
     assert sum(p.stat().st_size for p in FOLDER.rglob("*") if p.is_file()) <= 4_000_000
+
+
+def test_calibrated_nf4_loses_nearly_nothing(training, base, held_out, tmp_path):
+    """On stories of the grammar, of other seeds than training and measuring: README has the figures of 400 of them."""
+    (tmp_path / "stories.jsonl").write_text("".join(json.dumps({"text": s.text}) + "\n" for s in training[0].stories(3, 100)))
+    changes = []
+    for name, options in (("plain", {}), ("calibrated", {"calibrate": True, "text": tmp_path / "stories.jsonl", "check": False})):
+        qcli.quantize(str(FOLDER), tmp_path / name, bits=4, **options)
+        model, _ = qcli.load(str(tmp_path / name), dtype="float32", device="cpu")
+        changes.append(float(losses(model, held_out[0]).mean() - base[1].mean()))
+    assert changes[0] > 0.01 and changes[1] < 0.1 * changes[0]
