@@ -183,8 +183,12 @@ NAMED: Mapping[str, Scheme] = {
         Scheme("fp8", "fp8", 8, "row", codebook="e4m3", scale="model", activations="token", activation_codebook="e4m3"),
         Scheme("mxfp4", "mxfp4", 4, "group", 32, codebook="e2m1", scale="e8m0"),
         Scheme("nvfp4", "nvfp4", 4, "group", 16, codebook="e2m1", scale="e4m3"),
+        replace(_INT8, name="smoothquant", method="smoothquant"),
+        Scheme("awq", "awq", 4, "group", 128, zero_point=True, scale="model"),
     )
 }
+# Methods that change what is quantized by what texts say, and the ones that store the same without texts.
+BY_TEXTS: Mapping[str, str] = {"smoothquant": "int8", "awq": "rtn"}
 QUANTIZED = tuple(name for name, scheme in NAMED.items() if scheme.bits)
 BY_BITS: Mapping[int, str] = {4: "nf4", 8: "llm-int8"}
 _INTEGER_BITS = (3, 2)  # for which integers in groups are the one method
@@ -202,12 +206,17 @@ def named(name: str) -> Scheme:
 
 
 def chosen(names: str | Iterable[str]) -> list[Scheme]:
-    """The schemes of a list, or of names with commas between them, in the table's order; "all" is all. The unquantized one is
-    always among them. Raises UsageError."""
+    """The schemes of a list, or of names with commas between them, in the table's order; "all" is all that need no texts. The
+    unquantized one is always among them. Raises UsageError, also for a method that only texts make."""
     names = names.split(",") if isinstance(names, str) else list(names)
     every = any(_plain(name) == "all" for name in names)
     wanted = {named(name).name for name in names if _plain(name) != "all"} | {UNQUANTIZED.name}
-    return [scheme for name, scheme in NAMED.items() if every or name in wanted]
+    if by_texts := next((name for name in BY_TEXTS if name in wanted), None):
+        raise UsageError(
+            f"{by_texts} is {BY_TEXTS[by_texts]} after a change that texts decide, which is not made here",
+            f"Make a checkpoint with qcli quantize --method {by_texts}, and give that as the model.",
+        )
+    return [scheme for name, scheme in NAMED.items() if name in wanted or (every and name not in BY_TEXTS)]
 
 
 def by_bits(bits: int | None, method: str | None) -> Scheme:

@@ -19,14 +19,16 @@ from qcli.streaming.run import Pass, same_tensor
 
 
 class Gatherer:
-    """Statistics of the linear `modules` of a block, by their names. Those of `with_hessian` get a Hessian.
+    """Statistics of the linear `modules` of a block, by their names. Those of `with_hessian` get a Hessian. Each keeps
+    `kept_tokens` tokens of every batch.
 
     Modules that read the same tensor, as q, k and v do, share one object. Which do is seen in the first batch, which is taken
     alone; modules that it does not reach share with none.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], with_hessian: set[str], device: torch.device):
+    def __init__(self, modules: Mapping[str, nn.Module], with_hessian: set[str], device: torch.device, kept_tokens: int = 0):
         self.modules, self._with_hessian, self._device = modules, with_hessian, device
+        self._kept_tokens = kept_tokens
         self.found: dict[str, Statistics] = {}
         self._leader: dict[str, str] = {}  # of each module that the first batch reached
         self._turns = Turns()
@@ -82,11 +84,20 @@ class Gatherer:
             )
             self._leader[name] = next(same)
 
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """The modules that share statistics, which read the same tensor, in the order of `modules`."""
+        found: dict[int, list[str]] = {}
+        for name in self.modules:
+            if name in self.found:
+                found.setdefault(id(self.found[name]), []).append(name)
+        return [tuple(names) for names in found.values()]
+
     def _statistics(self, leader: str, in_features: int) -> Statistics:
         with self._making:
             if leader not in self.found:
                 members = {leader, *(name for name, its in self._leader.items() if its == leader)}
-                made = Statistics(in_features, bool(members & self._with_hessian), self._device)
+                made = Statistics(in_features, bool(members & self._with_hessian), self._device, self._kept_tokens)
                 for name in members:
                     self.found[name] = made
             return self.found[leader]

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 
 import torch
 
+from qcli.methods._factors import Inputs
+
+_GOLDEN = 0.6180339887498949
 PANEL = 512  # rows of a Hessian that are added at a time
 
 
@@ -21,11 +24,13 @@ class Statistics:
     """Sums over the tokens that a linear module has seen. `tokens` counts them.
 
     square, mean_sum float64 [in_features], absmax float32 [in_features]; hessian float32 [in_features, in_features], of which only
-    the blocks on and above the diagonal are summed until `symmetric` fills the rest; None without `with_hessian`.
+    the blocks on and above the diagonal are summed until `symmetric` fills the rest; None without `with_hessian`. Of each batch
+    `kept_tokens` are kept as they are, evenly spaced, each batch with other distances from its start.
     """
 
-    def __init__(self, in_features: int, with_hessian: bool, device: torch.device):
+    def __init__(self, in_features: int, with_hessian: bool, device: torch.device, kept_tokens: int = 0):
         self.tokens = 0
+        self._kept_tokens, self._kept = kept_tokens, [torch.empty(0, in_features, device=device)]
         self.square = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.magnitude = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.absmax = torch.zeros(in_features, device=device)
@@ -46,6 +51,9 @@ class Statistics:
             self.magnitude += magnitude.sum(0, dtype=torch.float64)
             if len(x):
                 self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
+            if count := min(self._kept_tokens, len(x)):
+                start = len(self._kept) * _GOLDEN % 1
+                self._kept.append(x[[int((place + start) * len(x) / count) for place in range(count)]])
         if self.hessian is not None:
             first, last = panel * PANEL, (panel + 1) * PANEL
             self.hessian[first:last, first:].addmm_(x[:, first:last].t(), x[:, first:])
@@ -62,6 +70,28 @@ class Statistics:
     def mean_square(self) -> torch.Tensor:
         """E[x_j^2] float32 [in_features]."""
         return (self.square / max(self.tokens, 1)).float()
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """The tokens that were kept, float32 [tokens, in_features]."""
+        if len(self._kept) > 1:
+            self._kept = [torch.cat(self._kept)]
+        return self._kept[0]
+
+    @property
+    def inputs(self) -> Inputs:
+        """What methods that change inputs ask. The Hessian must be symmetric already."""
+        magnitude = (self.magnitude / max(self.tokens, 1)).float()
+        return Inputs(magnitude, self.absmax, self.mean_square, self.sample, self.hessian)
+
+    def divide(self, scale: torch.Tensor) -> None:
+        """Makes them those of x / scale, float32 [in_features]. The Hessian must be symmetric already."""
+        wide = scale.double()
+        self.square, self.magnitude, self.absmax = self.square / wide.square(), self.magnitude / wide, self.absmax / scale
+        self._kept = [self.sample / scale]
+        if self.hessian is not None:
+            self.hessian /= scale
+            self.hessian /= scale.unsqueeze(1)
 
     @property
     def is_finite(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from qcli.errors import UsageError
 from qcli.schemes import ROUNDINGS
@@ -23,6 +23,8 @@ class Calibrated:
 
     rounding: str = ROUNDINGS[0]
     damping: float = 0.05
+
+    changes_inputs: ClassVar[bool] = False  # whether it divides the inputs of modules by factors. See qcli.methods._factors
 
     def check_rounding(self) -> None:
         """Raises UsageError for options that there are not."""

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from qcli import methods
+from qcli import formats, methods
 from qcli.errors import UsageError
 from qcli.methods._calibrated import Calibrated, Needs
 from qcli.methods._method import Method
@@ -37,6 +37,9 @@ def calibrated(choice: Choice) -> Choice:
     if choice.keeps:
         return choice
     method = made(choice)
+    if (by_texts := getattr(method, "with_texts", None)) is not None:
+        choice = Choice(by_texts)
+        method = made(choice)
     if not isinstance(method, Calibrated):
         return choice
     own, by_texts = dict(choice.options), vars(method.by_texts())
@@ -102,6 +105,8 @@ def recipe_in_force(
             )
         own["bits"] = bits
     methods.make(scheme, own)  # raises here what is wrong with an option
+    if scheme.name in formats.NAMES:
+        format = format or scheme.name  # awq
     body = Choice(scheme.name, tuple(own.items()))
     of_head = head_choice(head, body)
     return Recipe(calibrated(body) if calibrate else body, kept, of_head, format), rest

@@ -26,6 +26,11 @@ class Int8:
     needs_absmax: ClassVar[bool] = False
 
     @property
+    def with_texts(self) -> str | None:
+        """The name of the method that makes the same scheme by texts; None where there is none."""
+        return "smoothquant" if self.form == "int8" else None
+
+    @property
     def casts_to_model_dtype(self) -> bool:
         """A scale in the model's dtype is of weights in it."""
         return self.scheme.scale == "model"

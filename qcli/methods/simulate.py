@@ -130,9 +130,14 @@ def simulate(method: Method, weight: torch.Tensor) -> Simulated:
     encoder = method.encoder(out_features, in_features, weight.device, absmax)
     parts = encoder.feed(weight.contiguous(), 0)
     parts |= encoder.finish()[0]
-    values = method.decode(parts, out_features, in_features)
+    return simulated(scheme, method.decode(parts, out_features, in_features), weight if scheme.keeps_original else None)
+
+
+def simulated(scheme: Scheme, values: torch.Tensor, original: torch.Tensor | None = None) -> Simulated:
+    """A weight that `scheme` stores, which stands for `values` float32 [out_features, in_features]. `original` is the unquantized
+    one, where the scheme keeps it."""
     if scheme.threshold:
-        return _Decomposed(values, weight if scheme.keeps_original else None, scheme.threshold)
+        return _Decomposed(values, original, scheme.threshold)
     if scheme.activations is None:
         return _In16Bits(values)
     return Simulated(values, rounding(scheme))

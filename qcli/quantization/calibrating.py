@@ -1,9 +1,10 @@
 """The calibration pass: texts go through the model block by block, and each block is quantized as they reach it.
 
 In the order "sequential" a block is passed twice. First the texts go through it as it was, and leave their statistics at the inputs
-of its linear modules. Its weights are then rounded, written and read back. Then the texts go through the rounded block, so that the
-next one sees what it will see when the quantized model runs. In the order "parallel" they go through each block once, as it was.
-Memory holds one block, its statistics and the hidden states of all tokens.
+of its linear modules. Where a method divides inputs by factors, these are decided, and what makes the inputs is written with them
+folded in. The weights are then rounded, written and read back. Then the texts go through the rounded block, so that the next one
+sees what it will see when the quantized model runs. In the order "parallel" they go through each block once, as it was. Memory
+holds one block, its statistics and the hidden states of all tokens.
 
 A module's weight is a unit of the journal. After a stop, blocks whose weights are all there are passed with these, and not rounded
 again. Nothing here depends on the number of threads: see qcli.calibration.gather.
@@ -11,7 +12,7 @@ again. Nothing here depends on the number of threads: see qcli.calibration.gathe
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +22,10 @@ from qcli.errors import NonFiniteError
 from qcli.progress import Advance
 from qcli.quantization.absmax import AbsmaxReader
 from qcli.quantization.plan import Plan, Work
-from qcli.quantization.rounding import Rounding, round_weight
+from qcli.quantization.rounding import Changed, Rounding, round_weight
 from qcli.quantization.staged import StagedWeights
 from qcli.quantization.staging import Staging
+from qcli.quantization.transforming import SAMPLE_TOKENS, Folded, Transforms, changes_inputs
 from qcli.streaming.batches import make_batches
 from qcli.streaming.corpus import Window
 from qcli.streaming.head import Head
@@ -36,12 +38,14 @@ FEWEST_TOKENS = 256  # that must reach a module before its statistics are used
 
 @dataclass
 class Calibrated:
-    """What the pass did. `roundings` by module, `unseen` the modules that too few tokens reached, with how many."""
+    """What the pass did. `roundings` by module, `unseen` the modules that too few tokens reached, with how many. `folded` says what
+    inputs were divided by."""
 
     tokens: int = 0
     roundings: dict[str, Rounding] = field(default_factory=dict)
     unseen: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"statistics": 0.0, "rounding": 0.0, "quantized block": 0.0})
+    folded: Folded = field(default_factory=Folded)
 
 
 def calibrate(plan: Plan, staging: Staging, skeleton: Skeleton, windows: Sequence[Window], advance: Advance) -> Calibrated:
@@ -83,6 +87,8 @@ class _Blocks(Observer):
         self.crew, self.found, self.advance = crew, found, advance
         self.staged = StagedWeights(plan, staging)
         self.absmax = AbsmaxReader(plan)
+        self.transforms = Transforms(plan, staging, skeleton, crew)
+        found.folded = self.transforms.found
         self.locked = threading.Lock()
         self.works: dict[str, list[Work]] = {unit.name: [] for unit in skeleton.blocks}
         for work in plan.calibrated:
@@ -111,16 +117,19 @@ class _Blocks(Observer):
             return
         started = time.monotonic()
         if works:
-            self._replace(works)
+            self._replace(unit, works)
         yield from self.crew.results([each.run for each in passes])
         self.found.seconds["quantized block"] += time.monotonic() - started
 
     def _round(self, unit: Unit, passes: Sequence[Pass], works: Sequence[Work], keep: bool) -> list[Any]:
         """Rounds the weights of a block. What its passes gave, if that is to be kept."""
         started = time.monotonic()
-        modules = {w.linear.module: self.skeleton.model.get_submodule(w.linear.module) for w in works if w.linear}
-        hessians = {w.linear.module for w in works if w.linear and w.method and _needs(w) == "hessian"}
-        gatherer = Gatherer(modules, hessians, self.skeleton.device)
+        transforming = any(changes_inputs(work) for work in self.works[unit.name])
+        seen = self.works[unit.name] if transforming else works  # factors are decided again by all that decided them
+        modules = {w.linear.module: self.skeleton.model.get_submodule(w.linear.module) for w in seen if w.linear}
+        hessians = {w.linear.module for w in seen if w.linear and w.method and _needs(w) == "hessian"}
+        kept_tokens = -(-SAMPLE_TOKENS // len(passes)) if transforming else 0
+        gatherer = Gatherer(modules, hessians, self.skeleton.device, kept_tokens)
         try:
             outputs = self.crew.gather(passes, gatherer, keep)
         finally:
@@ -133,28 +142,42 @@ class _Blocks(Observer):
                 raise NonFiniteError(f"{name}: an activation that reaches it is NaN or infinite", "Try --dtype float32.")
             if statistics.hessian is not None:
                 statistics.symmetric()
-        for _ in self.crew.results([lambda w=w: self._round_one(w, gatherer) for w in works]):
+        changed: dict[str, Changed] = {}
+        if transforming:
+            decided = self.transforms.decide(unit, passes[0], gatherer, seen, self._fewest)
+            self.transforms.write(decided)
+            changed = decided.changed
+            self.found.seconds["factors"] = self.found.seconds.get("factors", 0.0) + time.monotonic() - started
+            started = time.monotonic()
+        for _ in self.crew.results([lambda w=w: self._round_one(w, gatherer, changed) for w in works]):
             pass
         self.staging.sync()
         self.found.seconds["rounding"] += time.monotonic() - started
         return outputs
 
-    def _round_one(self, work: Work, gatherer: Gatherer) -> None:
+    @property
+    def _fewest(self) -> int:
+        return min(FEWEST_TOKENS, self.found.tokens)
+
+    def _round_one(self, work: Work, gatherer: Gatherer, changed: Mapping[str, Changed]) -> None:
         assert work.linear is not None
         module = work.linear.module
         statistics = gatherer.found.get(module)
         tokens = statistics.tokens if statistics else 0
-        if tokens < min(FEWEST_TOKENS, self.found.tokens):
+        if tokens < self._fewest:
             statistics = None
             with self.locked:
                 self.found.unseen[module] = tokens
-        rounding = round_weight(self.plan, self.staging, work, statistics, self.skeleton.device, self.absmax.of(work))
+        device, absmax = self.skeleton.device, self.absmax.of(work)
+        rounding = round_weight(self.plan, self.staging, work, statistics, device, absmax, changed.get(module))
         with self.locked:
             self.found.roundings[module] = rounding
         self.advance(work.info.nbytes, work.info.name)
 
-    def _replace(self, works: Sequence[Work]) -> None:
-        """Puts the weights that were written in the place of the block's own."""
+    def _replace(self, unit: Unit, works: Sequence[Work]) -> None:
+        """Puts what was written in the place of the block's own."""
+        if any(changes_inputs(work) for work in works):
+            self.transforms.replace(unit)
         for work in works:
             assert work.linear is not None
             module = self.skeleton.model.get_submodule(work.linear.module)

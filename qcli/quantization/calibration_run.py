@@ -13,6 +13,7 @@ from qcli.errors import together
 from qcli.evaluation.score import Contender, score_all
 from qcli.evaluation.statistics import comparison, perplexity
 from qcli.methods._gptq import nearest
+from qcli.methods.simulate import simulated
 from qcli.progress import Advance
 from qcli.quantization.absmax import AbsmaxReader
 from qcli.quantization.calibrating import Calibrated, calibrate
@@ -21,6 +22,7 @@ from qcli.quantization.plan import Plan, Work
 from qcli.quantization.rounding import read_weight
 from qcli.quantization.staged import StagedWeights
 from qcli.quantization.staging import Staging
+from qcli.quantization.transforming import put_carried
 from qcli.runtime import cpu
 from qcli.streaming.corpus import Corpus, Window, read_windows
 from qcli.streaming.reading import Reading, runs
@@ -55,6 +57,10 @@ class CalibrationRun:
             _kinds(done),
             done.seconds,
         )
+        if done.folded.left:
+            report.notes.append(
+                together("modules whose inputs nothing before them can divide are not transformed", done.folded.left)
+            )
         if done.unseen:
             names = [f"{name} ({count:,})" for name, count in sorted(done.unseen.items())]
             report.notes.append(together("modules that too few tokens reached are rounded without texts", names))
@@ -73,7 +79,8 @@ class CalibrationRun:
         names = (_SOURCE, _RESULT, _PLAIN)
 
         def read(windows: Sequence[Window], before: int) -> tuple[Contender, list[Contender]]:
-            reading = Reading(self.skeleton, windows, lambda count, name: None, variants=names, observer=observer)
+            alone = observer.rounds_sequences
+            reading = Reading(self.skeleton, windows, lambda count, name: None, variants=names, observer=observer, alone=alone)
             found = [Contender(f"{self.skeleton.source.label}, {name}", reading, name, before) for name in names]
             return found[0], found[1:]
 
@@ -147,28 +154,46 @@ def _kinds(done: Calibrated) -> list[KindError]:
 
 
 class _Swapped(Observer):
-    """While the calls of a variant pass a block, its quantized modules have the weights of that variant."""
+    """While the calls of a variant pass a block, its quantized modules have the weights of that variant, and round activations as
+    readers of the result do. With the result, other vectors of the block are those of the output, too.
+
+    `rounds_sequences` says whether the activations of a whole sequence are rounded together.
+    """
 
     def __init__(self, plan: Plan, staging: Staging, skeleton: Skeleton):
-        self.plan, self.model = plan, skeleton.model
+        self.plan, self.skeleton, self.model = plan, skeleton, skeleton.model
         self.staged, self.absmax = StagedWeights(plan, staging), AbsmaxReader(plan)
+        self.carried = {w.info.name: w for w in plan.work if w.linear is None}
+        schemes = [work.method.scheme for work in plan.quantized if work.method]
+        self.rounds_sequences = any(scheme.threshold or scheme.activations == "tensor" for scheme in schemes)
 
     @contextmanager
     def variant(self, unit: Unit, name: str) -> Iterator[None]:
         """See Observer."""
-        before: list[tuple[torch.nn.Module, torch.Tensor]] = []
+        before: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        rounding: list[torch.nn.Module] = []
         try:
+            if name == _RESULT and unit.index is not None:
+                before += [(p, p.data) for p in unit.module.parameters() if p.dim() == 1]
+                put_carried(unit, self.skeleton, self.carried, self.staged, lambda work: True)
             for work in self.plan.quantized if name != _SOURCE and unit.index is not None else ():
                 if work.linear and work.linear.module.startswith(f"{unit.name}."):
                     module = self.model.get_submodule(work.linear.module)
                     weight = self._weight(work, name)
-                    before.append((module, module.weight.data))
+                    if work.method and work.method.scheme.activations:
+                        layer = simulated(work.method.scheme, weight.to(module.weight.device))
+                        module.forward = lambda x, layer=layer, module=module: layer.linear(x, module.bias)
+                        rounding.append(module)
+                        continue
+                    before.append((module.weight, module.weight.data))
                     weight = weight.t() if work.linear.transposed else weight
                     module.weight.data = weight.to(module.weight.data).contiguous()
             yield
         finally:
-            for module, data in before:
-                module.weight.data = data
+            for parameter, data in before:
+                parameter.data = data
+            for module in rounding:
+                del module.forward
 
     def _weight(self, work: Work, name: str) -> torch.Tensor:
         method: Any = work.method

@@ -12,16 +12,19 @@ from qcli.methods._calibrated import Calibratable
 from qcli.methods._gptq import Found, factorized, gptq, nearest, output_error, refitted
 from qcli.methods._method import Parts
 from qcli.methods.errors import ErrorSums
+from qcli.methods.simulate import rounding as activation_rounding
 from qcli.quantization.decoding import block_scales, read_tensor
 from qcli.quantization.outputs import weight_of
 from qcli.quantization.plan import Plan, Work
 from qcli.quantization.staging import Staging
+from qcli.schemes import Scheme
 
 
 @dataclass
 class Rounding:
     """What rounding a weight cost. `output_error` is tr(E H E^T) per token, `plain_error` that of the same method without texts,
-    `output_norm` tr(W H W^T) per token; all None without a Hessian. `damping` is the one that was used."""
+    `output_norm` tr(W H W^T) per token; all None without a Hessian. Where a scheme rounds activations, these are sums over a
+    sample of tokens, and hold what that costs. `damping` is the one that was used."""
 
     errors: ErrorSums
     tokens: int = 0
@@ -30,6 +33,21 @@ class Rounding:
     output_norm: float | None = None
     damping: float | None = None
     dead: int = 0
+
+
+@dataclass
+class Changed:
+    """By what a weight [out_features, in_features] is multiplied before it is rounded: its columns by `columns` [in_features], its
+    rows by `rows` [out_features], both float32; None by nothing."""
+
+    columns: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """The product, float32."""
+        wide = weight.float()
+        wide = wide if self.columns is None else wide * self.columns
+        return wide if self.rows is None else wide * self.rows.unsqueeze(1)
 
 
 def read_weight(plan: Plan, work: Work) -> torch.Tensor:
@@ -52,43 +70,78 @@ def read_weight(plan: Plan, work: Work) -> torch.Tensor:
 
 
 def round_weight(
-    plan: Plan, staging: Staging, work: Work, statistics: Statistics | None, device: torch.device, absmax: float
+    plan: Plan,
+    staging: Staging,
+    work: Work,
+    statistics: Statistics | None,
+    device: torch.device,
+    absmax: float,
+    changed: Changed | None = None,
 ) -> Rounding:
-    """Rounds the weight of `work` by its method and writes it. Without statistics it is what the method makes of the weight
-    alone."""
+    """Rounds the weight of `work`, changed as `changed` says, by its method and writes it. The statistics are of the inputs that
+    it then has. Without any it is what the method makes of the weight alone."""
     assert work.linear is not None and work.method is not None
     weight = read_weight(plan, work).to(device)
-    found, rounding = _found(weight, cast(Any, work.method), statistics, absmax)
+    found, rounding = _found(weight, cast(Any, work.method), statistics, absmax, changed or Changed())
     _write(plan, staging, work, found.grid.all_parts(found.codes))
     staging.finish_work(work.index, rounding.errors)
     return rounding
 
 
-def _found(weight: torch.Tensor, method: Any, statistics: Statistics | None, absmax: float) -> tuple[Found, Rounding]:
-    wide = weight.float()
+def _found(
+    weight: torch.Tensor, method: Any, statistics: Statistics | None, absmax: float, changed: Changed
+) -> tuple[Found, Rounding]:
+    wide = changed.of(weight)
     calibrated = cast(Calibratable, method)
     if statistics is None:
-        found = nearest(wide, calibrated.grid(weight, None, absmax))
+        found = nearest(wide, calibrated.grid(wide.to(weight.dtype), None, absmax))
         return found, Rounding(_sums(wide, found.values))
     importance, hessian = statistics.mean_square, statistics.hessian
     factor = factorized(hessian, calibrated.damping) if hessian is not None and calibrated.rounding == "gptq" else None
-    grid = calibrated.grid(weight, factor.importance if factor else importance, absmax)
+    grid = calibrated.grid(wide.to(weight.dtype), factor.importance if factor else importance, absmax)
     if hessian is None:
         found = nearest(wide, grid)
-        return found, Rounding(_sums(wide, found.values), statistics.tokens)
+        rounding = Rounding(_sums(wide, found.values), statistics.tokens)
+        if method.changes_inputs and method.scheme.activations:
+            plain = nearest(weight.float(), method.without_texts().grid(weight, None, absmax))
+            _measure_products(rounding, method.scheme, wide, found.values, changed.of(plain.values), statistics.sample, changed)
+        return found, rounding
     found = refitted(wide, hessian, gptq(wide, hessian, grid, factor)) if factor else nearest(wide, grid)
-    plain = nearest(wide, method.without_texts().grid(weight, None, absmax))
-    tokens = statistics.tokens
+    plain = nearest(weight.float(), method.without_texts().grid(weight, None, absmax))
+    tokens, plain_values = statistics.tokens, changed.of(plain.values)
     rounding = Rounding(
         _sums(wide, found.values),
         tokens,
         output_error(wide, found.values, hessian) / tokens,
-        output_error(wide, plain.values, hessian) / tokens,
+        output_error(wide, plain_values, hessian) / tokens,
         output_error(wide, torch.zeros_like(wide), hessian) / tokens,
         found.damping,
         found.dead,
     )
+    if method.changes_inputs and method.scheme.activations:
+        _measure_products(rounding, method.scheme, wide, found.values, plain_values, statistics.sample, changed)
     return found, rounding
+
+
+def _measure_products(
+    rounding: Rounding,
+    scheme: Scheme,
+    weight: torch.Tensor,
+    values: torch.Tensor,
+    plain: torch.Tensor,
+    x: torch.Tensor,
+    changed: Changed,
+) -> None:
+    """Puts the errors of outputs in, as they are with rounded activations. `plain` is the plain weight, changed like `weight`, and
+    x float32 [tokens, in_features] the changed input, while plain rounding meets x as it was."""
+    rounds, wanted = activation_rounding(scheme), x @ weight.t()
+    columns = 1.0 if changed.columns is None else changed.columns
+    for name, product in (
+        ("output_error", rounds(x) @ values.t()),
+        ("plain_error", rounds(x * columns) / columns @ plain.t()),
+        ("output_norm", torch.zeros_like(wanted)),
+    ):
+        setattr(rounding, name, float((product - wanted).square_().sum(dtype=torch.float64)) / max(len(x), 1))
 
 
 def _sums(weight: torch.Tensor, values: torch.Tensor) -> ErrorSums:

@@ -40,6 +40,12 @@ class StagedWeights:
         """What to do about a file that another program has damaged."""
         return "Delete the folder to start anew."
 
+    def carried(self, work: Work) -> torch.Tensor:
+        """A tensor that is stored as one, in the dtype of the output. Raises CheckpointError."""
+        (output,) = work.outputs
+        info = TensorInfo(output.file, output.name, output.dtype, output.shape, output.start, output.end)
+        return read_tensor(cast(Source, self), info)
+
     def weight(self, work: Work) -> torch.Tensor:
         """The weight float32 [out_features, in_features] that is stored. Raises CheckpointError."""
         assert work.linear is not None

@@ -175,6 +175,10 @@ class Skeleton:
         """The units that are blocks, in their order."""
         return [unit for unit in self.units if unit.index is not None]
 
+    def origin(self, name: str) -> list[TensorInfo]:
+        """The tensors of the checkpoint that the parameter or buffer `name` is made of; none for one that belongs to another."""
+        return self._origin.get(name, [])
+
     def is_loaded(self, unit: Unit) -> bool:
         """Whether the weights of `unit` are in memory."""
         return unit.name in self._loaded
