@@ -23,6 +23,7 @@ MOST_SPARSE = 0.5  # of a row that may be kept beside the codes
 # How a scale is found: from the absmax alone, by the least squared error, or with each column's error weighted by E[x^2] of texts.
 SEARCHES = ("none", "mse", "imatrix")
 ROUNDINGS = ("nearest", "gptq")  # how codes are chosen under their scales
+TRANSFORMS = ("none", "awq")  # what inputs are divided by before their modules are rounded
 PAPER_THRESHOLD = 6.0  # LLM.int8() (arXiv:2208.07339, section 3.2)
 
 PLANE = 64  # columns whose codes of 2 to 4 bits make a unit (qcli/packing.py); rows are padded to units

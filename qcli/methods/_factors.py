@@ -10,13 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
+from qcli.methods._calibrated import Calibratable
+
 SMALLEST = 1e-5  # SmoothQuant's own bound of a factor
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What texts say of x [tokens, in_features]. magnitude, absmax and mean_square float32 [in_features] are mean |x_j|, max |x_j|
-    and E[x_j^2]; `sample` float32 [some tokens, in_features]; `hessian` float32 [in_features, in_features] is sum x x^T, or None."""
+    """What texts say of x [tokens, in_features]. magnitude, absmax and mean_square float32 [in_features] are mean |x_j|,
+    max |x_j| and E[x_j^2]; `sample` float32 [some tokens, in_features]; `hessian` float32 [in_features, in_features] is sum x x^T,
+    or None."""
 
     magnitude: torch.Tensor
     absmax: torch.Tensor
@@ -73,3 +76,30 @@ def best_factors(candidates: Iterable[tuple[float, torch.Tensor]], error: Callab
         if found < best.error:
             best = Factors(scale, exponent, found, plain)
     return best
+
+
+def awq_factors(method: Calibratable, inputs: Inputs, weights: Sequence[torch.Tensor], steps: int) -> Factors:
+    """The factors of AWQ's form for which the outputs of modules with these weights [out_features, in_features], rounded by
+    `method`, are nearest to what they were: over all tokens, by H."""
+    from qcli.methods._gptq import nearest, output_error
+
+    hessian = inputs.hessian
+    assert hessian is not None
+
+    def error(scale: torch.Tensor | None) -> float:
+        total = 0.0
+        for weight in weights:
+            wide = weight.float()
+            changed = wide if scale is None else wide * scale
+            importance = inputs.mean_square if scale is None else inputs.mean_square / scale.square()
+            values = nearest(changed, method.grid(changed.to(weight.dtype), importance, float(changed.abs().max()))).values
+            total += output_error(wide, values if scale is None else values / scale, hessian)
+        return total
+
+    magnitude, columns = inputs.magnitude.double(), weights[0].shape[1]
+    size = method.scheme.size if method.scheme.size and columns % method.scheme.size == 0 else columns
+    weight_mean = awq_weight_mean([weight.double() for weight in weights], size)
+    exponents = [step / steps for step in range(steps)]
+    candidates = [(r, awq_scale(magnitude, None, r).float()) for r in exponents[1:]]  # 0 is the identity
+    candidates += [(r, awq_scale(magnitude, weight_mean, r).float()) for r in exponents]
+    return best_factors(candidates, error)

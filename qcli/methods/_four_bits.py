@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from qcli.errors import UsageError
-from qcli.methods._calibrated import Calibrated
+from qcli.methods._calibrated import Scaled
 from qcli.methods._method import Encoder, Parts, check_search
 from qcli.schemes import BLOCK_SIZES, NAMED, Scheme
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Blockwise4bit(Calibrated):
+class Blockwise4bit(Scaled):
     """Options of the 4-bit methods: elements per absmax, whether the absmax values are quantized too, and how they are found. With
     search "mse" each is the scale that makes the squared error of its block least, and no longer the absmax. With "imatrix" texts
     weight the error. Readers see no difference, but the bytes are not those of bitsandbytes' own quantizer."""

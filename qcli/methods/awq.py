@@ -12,11 +12,10 @@ is search "imatrix". With rounding "gptq" the integers are chosen by GPTQ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from qcli.methods._calibrated import Calibrated, Needs
+from qcli.methods._calibrated import Scaled
 from qcli.methods._method import Encoder, Method, Parts, check_search
 from qcli.methods.rtn import RoundToNearest, check_integers, integers
 from qcli.schemes import NAMED, WHOLE_ROW, Scheme
@@ -24,33 +23,27 @@ from qcli.schemes import NAMED, WHOLE_ROW, Scheme
 if TYPE_CHECKING:
     import torch
 
-    from qcli.methods._factors import Factors, Inputs
     from qcli.methods._grid import Grid
 
-STEPS = 20
 _BITS = 4
 
 
 @dataclass(frozen=True)
-class Awq(Calibrated):
+class Awq(Scaled):
     """`group_size` elements of a row that share a scale and a zero point (-1: the row)."""
 
     group_size: int = 128
     search: str = "imatrix"
+    transform: str = field(default="awq", kw_only=True)
 
     casts_to_model_dtype: ClassVar[bool] = True
     needs_absmax: ClassVar[bool] = False
-    changes_inputs: ClassVar[bool] = True
+    steps: ClassVar[int] = 20
 
     def __post_init__(self) -> None:
         check_integers(_BITS, self.group_size)
         check_search(self.search)
         self.check_rounding()
-
-    @property
-    def needs(self) -> Needs:
-        """What it must know of the inputs of a module."""
-        return "hessian"
 
     @property
     def scheme(self) -> Scheme:
@@ -77,37 +70,6 @@ class Awq(Calibrated):
     def grid(self, weight: torch.Tensor, importance: torch.Tensor | None, absmax: float) -> Grid:
         """See Calibratable."""
         return self._integers.grid(weight, importance, absmax)
-
-    def factors(self, inputs: Inputs, weights: Sequence[torch.Tensor]) -> Factors:
-        """The best factors of inputs that modules with these weights [out_features, in_features] read."""
-        from qcli.methods._factors import best_factors
-        from qcli.methods._gptq import nearest, output_error
-
-        assert inputs.hessian is not None
-        hessian = inputs.hessian
-
-        def error(scale: torch.Tensor | None) -> float:
-            total = 0.0
-            for weight in weights:
-                wide = weight.float()
-                changed = wide if scale is None else wide * scale
-                importance = inputs.mean_square if scale is None else inputs.mean_square / scale.square()
-                values = nearest(changed, self.grid(changed.to(weight.dtype), importance, 0.0)).values
-                total += output_error(wide, values if scale is None else values / scale, hessian)
-            return total
-
-        return best_factors(self._candidates(inputs, weights), error)
-
-    def _candidates(self, inputs: Inputs, weights: Sequence[torch.Tensor]) -> Iterator[tuple[float, torch.Tensor]]:
-        from qcli.methods._factors import awq_scale, awq_weight_mean
-
-        magnitude = inputs.magnitude.double()
-        size = weights[0].shape[1] if self.group_size == WHOLE_ROW else self.group_size
-        weight_mean = awq_weight_mean([weight.double() for weight in weights], size)
-        for step in range(STEPS):
-            if step:  # 0 is the identity
-                yield step / STEPS, awq_scale(magnitude, None, step / STEPS).float()
-            yield step / STEPS, awq_scale(magnitude, weight_mean, step / STEPS).float()
 
 
 METHOD: type[Method] = Awq

@@ -43,7 +43,7 @@ def calibrated(choice: Choice) -> Choice:
     if not isinstance(method, Calibrated):
         return choice
     own, by_texts = dict(choice.options), vars(method.by_texts())
-    added = {name: by_texts[name] for name in ("search", "rounding") if name in by_texts and name not in own}
+    added = {name: by_texts[name] for name in ("search", "rounding", "transform") if name in by_texts and name not in own}
     return Choice(choice.method, tuple((own | added).items()))
 
 

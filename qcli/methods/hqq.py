@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from qcli.errors import UsageError
-from qcli.methods._calibrated import Calibrated
+from qcli.methods._calibrated import Scaled
 from qcli.methods._method import Encoder, Method, Parts
 from qcli.methods.rtn import check_integers, integers, range_of
 from qcli.schemes import NAMED, WHOLE_ROW, Scheme
@@ -35,7 +35,7 @@ _SMALLEST_RANGE = 1e-4  # of a group that has a scale of its own
 
 
 @dataclass(frozen=True)
-class Hqq(Calibrated):
+class Hqq(Scaled):
     """`bits` of a code, `group_size` elements of a row that share a scale (-1: the row), and how often zero points are improved."""
 
     bits: int = 4

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from qcli.errors import UsageError
-from qcli.methods._calibrated import Calibrated
+from qcli.methods._calibrated import Scaled
 from qcli.methods._method import Encoder, Method, Parts, check_search
 from qcli.schemes import NAMED, Scheme
 
@@ -25,7 +25,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
-class Nf3(Calibrated):
+class Nf3(Scaled):
     """`group_size`: elements of a row that share a scale. `search`: how the scale is found, "none" for the absmax, or "mse"."""
 
     group_size: int = 64

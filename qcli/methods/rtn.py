@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from qcli.errors import UsageError
-from qcli.methods._calibrated import Calibrated
+from qcli.methods._calibrated import Scaled
 from qcli.methods._method import Encoder, Method, Parts, check_search
 from qcli.schemes import NAMED, WHOLE_ROW, Scheme
 
@@ -32,7 +32,7 @@ GROUP_SIZES = (WHOLE_ROW, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
-class RoundToNearest(Calibrated):
+class RoundToNearest(Scaled):
     """`bits` of a code, `group_size` elements of a row that share a scale (-1: the row), and whether a group has a zero point
     too."""
 
