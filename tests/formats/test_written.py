@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from compressed_tensors.quantization import disable_quantization
 from safetensors.torch import load_file
 from transformers import CompressedTensorsConfig
 
@@ -76,6 +77,7 @@ def test_compressed_tensors_decodes_the_same(form, name, sources, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         out, quantization_config=CompressedTensorsConfig(dequantize=True), dtype=torch.bfloat16
     )
+    theirs.apply(disable_quantization)  # of activations, which compressed-tensors 0.20.0 rounds beside decoded weights, too
     ours, _ = qcli.load(str(out), device="cpu")
     modules = modules_of(ours)
     assert len(modules) == 14
