@@ -11,7 +11,7 @@ import torch
 from qcli.calibration.settings import CHECK_SHARE, CHECK_TOKENS, DEFAULT_TOKENS, Calibration
 from qcli.errors import together
 from qcli.evaluation.score import Contender, score_all
-from qcli.evaluation.statistics import comparison, perplexity
+from qcli.evaluation.statistics import mean, perplexity
 from qcli.methods._gptq import nearest
 from qcli.methods.simulate import simulated
 from qcli.progress import Advance
@@ -58,9 +58,8 @@ class CalibrationRun:
             done.seconds,
         )
         if done.folded.left:
-            report.notes.append(
-                together("modules whose inputs nothing before them can divide are not transformed", done.folded.left)
-            )
+            what = "modules are not transformed, since nothing before them can divide their inputs"
+            report.notes.append(together(what, done.folded.left))
         if done.unseen:
             names = [f"{name} ({count:,})" for name, count in sorted(done.unseen.items())]
             report.notes.append(together("modules that too few tokens reached are rounded without texts", names))
@@ -86,7 +85,7 @@ class CalibrationRun:
 
         base, result, plain = score_all(runs([self.skeleton], self.held_out, len(names)), read)
         size = sum(window.scored_bytes for window in self.held_out)
-        ours, theirs = (comparison(base.loss, s.loss, s.divergence, s.agrees).divergence.mean for s in (result, plain))
+        ours, theirs = (mean(scores.divergence) for scores in (result, plain))
         return Checked(
             len(base.loss),
             perplexity(base.loss, size).perplexity.value,
