@@ -221,7 +221,7 @@ def test_options_of_methods_are_named():
 # What is stable
 
 CHEAP = {
-    "quantize --json": ("quantize", "demo", "-o", "made", "--json"),
+    "quantize --json": ("quantize", "demo", "-o", "made", "--calibrate", "--tokens", "1024", "--json"),
     "quantize --dry-run --json": ("quantize", "demo", "-o", "planned", "--dry-run", "--json"),
     "estimate-memory --json": ("estimate-memory", "demo", "--gpu", "8GB", "--json"),
     "estimate-memory --table --json": ("estimate-memory", "--table", "--json"),
@@ -249,7 +249,7 @@ def test_the_keys_of_json_are_those_of_the_page(command, quick_cli, tmp_path):
 def test_the_keys_of_qcli_json_are_those_of_the_page(tmp_path):
     import qcli
 
-    qcli.quantize(str(ROOT / "examples/demo-model"), tmp_path / "made")
+    qcli.quantize(str(ROOT / "examples/demo-model"), tmp_path / "made", calibrate=True, tokens=1024)
     listed = [key for row in rows(DOCS / "stability.md", "key | content") for key in code(row[0])]
     assert list(json.loads((tmp_path / "made/qcli.json").read_text())) == listed
 

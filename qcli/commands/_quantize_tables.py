@@ -48,7 +48,7 @@ def show_plan(plan: Plan) -> None:
         f"peak memory        about {format_bytes(needs['peak_memory_bytes'])}, "
         f"{format_bytes(plan.working_memory + calibration_memory(plan))} of it beyond Python and its libraries"
     )
-    if "calibration_tokens" in needs:
+    if needs["calibration_tokens"]:
         console.out(
             f"calibration        at most {needs['calibration_tokens']:,} tokens, about "
             f"{format_seconds(needs['calibration_seconds'])} at the rate of this CPU's float32 products"
@@ -64,15 +64,14 @@ def carried_text(plan: Plan) -> str:
     return f"carried over       {len(names)} files, {format_bytes(size)}: {', '.join(names)}" if names else ""
 
 
-def needed(plan: Plan) -> dict[str, int]:
+def needed(plan: Plan) -> dict[str, int | None]:
     """Disk and memory that the run will take, in bytes. For the memory of the libraries they are loaded, as the run would."""
     import_module("qcli.quantization.execute")
     memory = plan.working_memory + calibration_memory(plan)
-    found = {"disk_bytes": plan.disk_bytes, "peak_memory_bytes": resident_memory() + memory}
-    if plan.calibration:
-        needs = calibration_needs(plan, torch_threads())
-        found["calibration_tokens"] = needs.tokens
-        found["calibration_seconds"] = round(needs.operations / operations_per_second())
+    found: dict[str, int | None] = {"disk_bytes": plan.disk_bytes, "peak_memory_bytes": resident_memory() + memory}
+    needs = calibration_needs(plan, torch_threads()) if plan.calibration else None
+    found["calibration_tokens"] = needs.tokens if needs else None
+    found["calibration_seconds"] = round(needs.operations / operations_per_second()) if needs else None
     return found
 
 

@@ -85,7 +85,7 @@ class CalibrationRun:
 
         base, result, plain = score_all(runs([self.skeleton], self.held_out, len(names)), read)
         size = sum(window.scored_bytes for window in self.held_out)
-        ours, theirs = (mean(scores.divergence) for scores in (result, plain))
+        ours, theirs = (mean(scores.divergence) for scores in (result, plain) if scores.divergence is not None)
         return Checked(
             len(base.loss),
             perplexity(base.loss, size).perplexity.value,
