@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from qcli.calibration.gather import Crew, Gatherer
@@ -141,7 +142,7 @@ class _Blocks(Observer):
             changed = decided.changed
             self.found.seconds["factors"] = self.found.seconds.get("factors", 0.0) + time.monotonic() - started
             started = time.monotonic()
-        for _ in self.crew.results([lambda w=w: self._round_one(w, gatherer, changed) for w in works]):
+        for _ in self.crew.results([partial(self._round_one, work, gatherer, changed) for work in works]):
             pass
         self.staging.sync()
         self.found.seconds["rounding"] += time.monotonic() - started

@@ -58,7 +58,8 @@ class CalibrationRun:
             done.seconds,
         )
         if done.folded.left:
-            report.notes.append(together("modules whose inputs nothing before them can divide are not transformed", done.folded.left))
+            what = "modules whose inputs nothing before them can divide are not transformed"
+            report.notes.append(together(what, done.folded.left))
         if done.unseen:
             names = [f"{name} ({count:,})" for name, count in sorted(done.unseen.items())]
             report.notes.append(together("modules that too few tokens reached are rounded without texts", names))

@@ -129,9 +129,7 @@ class Transforms:
             found[name] = work
         return found
 
-    def _write(
-        self, fold: Fold, scale: torch.Tensor, by_module: dict[str, Work], decided: Decided
-    ) -> torch.Tensor | None:
+    def _write(self, fold: Fold, scale: torch.Tensor, by_module: dict[str, Work], decided: Decided) -> torch.Tensor | None:
         """Notes what a fold changes at its producer. The factors as they came to be, float32; None where the output's dtype cannot
         hold the result."""
         parameters = self._parameters(fold) or {}
