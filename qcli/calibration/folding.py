@@ -93,7 +93,7 @@ class Folding:
             if name not in self.linears and output.data_ptr() == x.data_ptr() and output.numel() == x.numel():
                 if (unit := self._gain(name, seen)) is not None:
                     yield Fold(group, name, unit)
-                return
+                    return
         parents = {name.rpartition(".")[0] for name in group}
         order = list(self.modules)
         beside = [
