@@ -23,6 +23,8 @@ FP8_BLOCK = 128  # rows and columns of a block of FP8 (DeepSeek-V3)
 SEARCHES = ("none", "mse", "imatrix")
 ROUNDINGS = ("nearest", "gptq")  # how codes are chosen under their scales
 PAPER_THRESHOLD = 6.0  # LLM.int8() (arXiv:2208.07339, section 3.2)
+OUTLIER_SHARE = 0.05  # of the columns of a weight, those that a calibrated LLM.int8() stores in 16 bits, at most
+_COLUMNS_TOGETHER = 8  # columns are stored in multiples of it, so that a row of 16-bit values is aligned to 16 bytes
 
 CHUNK_BYTES = 1 << 20  # of source data at a time: what bounds the memory of quantizing a checkpoint
 CHUNKS_IN_WORK = 128  # measured: float32 copies of a chunk, and what the allocator keeps of those that were freed
@@ -49,6 +51,8 @@ class Scheme:
     activation_codebook: what they are rounded to: "e4m3" or "e2m1"; None for int8.
     threshold: columns with an activation of this magnitude or more are not rounded; 0 rounds all.
     keeps_original: whether those columns multiply with the unquantized weight, kept beside the codes (the paper's form).
+    outlier_share: the largest share of the columns that are chosen once, by texts, are never rounded, and multiply with columns of
+    the unquantized weight that are stored in 16 bits.
     """
 
     name: str
@@ -64,6 +68,11 @@ class Scheme:
     activation_codebook: str | None = None
     threshold: float = 0.0
     keeps_original: bool = False
+    outlier_share: float = 0.0
+
+    def outlier_columns(self, in_features: int) -> int:
+        """How many columns of a weight with so many are stored in 16 bits: a multiple of 8, or 0."""
+        return int(self.outlier_share * in_features) // _COLUMNS_TOGETHER * _COLUMNS_TOGETHER
 
     def scales(self, out_features: int, in_features: int) -> int:
         """How many scales a weight of this shape has."""
@@ -97,6 +106,9 @@ class Scheme:
             found["nested_offset"] = TensorSpec("nested_offset", "F32", (1,))
         if self.zero_point:
             found["zero_point"] = TensorSpec("zero_point", "I8" if self.scale == "model" else "I32", (scales,))
+        if columns := self.outlier_columns(in_features):
+            found["outlier_columns"] = TensorSpec("outlier_columns", "I32", (columns,))
+            found["outlier_weight"] = TensorSpec("outlier_weight", dtype if dtype == "F16" else "BF16", (out_features, columns))
         return found
 
     @property

@@ -24,7 +24,7 @@ from qcli.checkpoint.dtypes import CODES, MODEL_DTYPES, TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.errors import CheckpointError
 from qcli.files.foreign_json import OBJECT, TEXT, Kind, Required, check, list_of, map_of, one_of
-from qcli.formats import Choice, Format, Piece, Stored, Weight
+from qcli.formats import Choice, Format, Piece, Stored, Together, Weight
 from qcli.formats import _ct_config as groups
 from qcli.formats._selection import fused_notes
 from qcli.schemes import Scheme
@@ -52,7 +52,7 @@ _FLOATS = tuple(CODES[name] for name in MODEL_DTYPES)
 _WRITTEN_BITS = (2, 3, 4, 8)  # of integers
 
 
-class CompressedTensors:
+class CompressedTensors(Together):
     """See the module and qcli.formats.Format."""
 
     name = layout = "compressed-tensors"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from qcli import methods
 from qcli.errors import UsageError
-from qcli.methods._calibrated import Calibrated, Needs
+from qcli.methods._calibrated import Needs
 from qcli.methods._method import Method
 from qcli.recipe import KEEP, Choice, Recipe
 from qcli.schemes import BY_BITS, NAMED, by_bits, head_bits, named
@@ -36,17 +36,18 @@ def calibrated(choice: Choice) -> Choice:
     help stays as it is."""
     if choice.keeps:
         return choice
-    method = made(choice)
-    if not isinstance(method, Calibrated):
+    by_texts = getattr(made(choice), "by_texts", None)
+    if by_texts is None:
         return choice
-    own, by_texts = dict(choice.options), vars(method.by_texts())
-    added = {name: by_texts[name] for name in ("search", "rounding") if name in by_texts and name not in own}
+    own, given = dict(choice.options), vars(by_texts())
+    added = {name: given[name] for name in ("search", "rounding", "outlier_share") if name in given and name not in own}
     return Choice(choice.method, tuple((own | added).items()))
 
 
 def needs_of(method: Method) -> Needs:
     """What a method must know of the inputs of a module."""
-    return method.needs if isinstance(method, Calibrated) else "nothing"
+    found: Needs = getattr(method, "needs", "nothing")
+    return found
 
 
 def head_choice(bits: int | None, body: Choice) -> Choice | None:

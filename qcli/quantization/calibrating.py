@@ -16,6 +16,7 @@ from typing import Any
 
 from qcli.calibration.gather import Crew, Gatherer
 from qcli.errors import NonFiniteError
+from qcli.methods.choosing import needs_of
 from qcli.progress import Advance
 from qcli.quantization.absmax import AbsmaxReader
 from qcli.quantization.plan import Plan, Work
@@ -111,8 +112,9 @@ class _Blocks(Observer):
     def _round(self, unit: Unit, passes: Sequence[Pass], works: Sequence[Work]) -> None:
         started = time.monotonic()
         modules = {w.linear.module: self.skeleton.model.get_submodule(w.linear.module) for w in works if w.linear}
-        hessians = {w.linear.module for w in works if w.linear and w.method and _needs(w) == "hessian"}
-        gatherer = Gatherer(modules, hessians, self.skeleton.device)
+        needs = {w.linear.module: needs_of(w.method) for w in works if w.linear and w.method}
+        hessians, samples = ({name for name, need in needs.items() if need == wanted} for wanted in ("hessian", "tokens"))
+        gatherer = Gatherer(modules, hessians, self.skeleton.device, samples)
         try:
             self.crew.gather(passes, gatherer, lambda number: None)
         finally:
@@ -151,7 +153,3 @@ class _Blocks(Observer):
             module = self.skeleton.model.get_submodule(work.linear.module)
             weight = self.staged.weight(work)
             module.weight.data.copy_(weight.t() if work.linear.transposed else weight)
-
-
-def _needs(work: Work) -> str:
-    return getattr(work.method, "needs", "nothing")

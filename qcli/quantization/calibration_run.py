@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from qcli.errors import together
 from qcli.evaluation.score import Contender, score_all
 from qcli.evaluation.statistics import comparison, perplexity
 from qcli.methods._gptq import nearest
+from qcli.methods.choosing import needs_of
+from qcli.methods.simulate import Simulated, simulate, with_fixed_columns
 from qcli.progress import Advance
 from qcli.quantization.absmax import AbsmaxReader
 from qcli.quantization.calibrating import Calibrated, calibrate
 from qcli.quantization.calibration_report import CalibrationReport, Checked, KindError
+from qcli.quantization.decoding import decode
 from qcli.quantization.plan import Plan, Work
 from qcli.quantization.rounding import read_weight
 from qcli.quantization.staged import StagedWeights
@@ -147,7 +151,8 @@ def _kinds(done: Calibrated) -> list[KindError]:
 
 
 class _Swapped(Observer):
-    """While the calls of a variant pass a block, its quantized modules have the weights of that variant."""
+    """While the calls of a variant pass a block, its quantized modules have the weights of that variant. Modules that texts have
+    chosen columns for also round their activations, as they will when the model runs."""
 
     def __init__(self, plan: Plan, staging: Staging, skeleton: Skeleton):
         self.plan, self.model = plan, skeleton.model
@@ -157,10 +162,15 @@ class _Swapped(Observer):
     def variant(self, unit: Unit, name: str) -> Iterator[None]:
         """See Observer."""
         before: list[tuple[torch.nn.Module, torch.Tensor]] = []
+        changed: list[torch.nn.Module] = []
         try:
             for work in self.plan.quantized if name != _SOURCE and unit.index is not None else ():
                 if work.linear and work.linear.module.startswith(f"{unit.name}."):
                     module = self.model.get_submodule(work.linear.module)
+                    if work.method and needs_of(work.method) == "tokens":
+                        module.forward = partial(_forward, module, self._simulated(work, name))
+                        changed.append(module)
+                        continue
                     weight = self._weight(work, name)
                     before.append((module, module.weight.data))
                     weight = weight.t() if work.linear.transposed else weight
@@ -169,6 +179,16 @@ class _Swapped(Observer):
         finally:
             for module, data in before:
                 module.weight.data = data
+            for module in changed:
+                del module.forward
+
+    def _simulated(self, work: Work, name: str) -> Simulated:
+        method: Any = work.method
+        if name == _PLAIN:
+            return simulate(method.without_texts(), read_weight(self.plan, work))
+        stored, tensors = self.staged.stored(work)
+        columns = tensors.get("outlier_columns", torch.empty(0, dtype=torch.int32))
+        return with_fixed_columns(decode(stored, tensors), columns, method.scheme.threshold)
 
     def _weight(self, work: Work, name: str) -> torch.Tensor:
         method: Any = work.method
@@ -176,3 +196,8 @@ class _Swapped(Observer):
             return self.staged.weight(work)
         weight = read_weight(self.plan, work)
         return nearest(weight.float(), method.without_texts().grid(weight, None, self.absmax.of(work))).values
+
+
+def _forward(module: torch.nn.Module, simulated: Simulated, x: torch.Tensor) -> torch.Tensor:
+    bias: Any = module.bias
+    return simulated.linear(x, bias)

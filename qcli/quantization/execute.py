@@ -90,7 +90,7 @@ class WorkTasks:
         self.advance, self.fd, self.work = advance, fd, work
         self.lock = threading.Lock()
         self.nonfinite = self.overflowed = 0
-        self.places = {o.name: o.start for o in work.outputs}
+        self.places = {o.name: o for o in work.outputs}
         self.encoder: Encoder | None = None
         self.scales = block_scales(plan.source, work.info)
         if work.linear and work.method:
@@ -191,11 +191,11 @@ class WorkTasks:
             self._write(piece.tensor, piece.offset, piece.data, piece.stride)
 
     def _write(self, output: str, offset: int, tensor: torch.Tensor, stride: int = 0) -> None:
-        file, start, data = self.work.outputs[0].file, self.places[output] + offset, _bytes(tensor)
+        place, data = self.places[output], _bytes(tensor)
         if stride and len(data):
-            self.staging.write_rows(file, start, data, len(data) // len(tensor), stride)
+            self.staging.write_rows(place.file, place.start + offset, data, len(data) // len(tensor), stride)
         else:
-            self.staging.write(file, start, data)
+            self.staging.write(place.file, place.start + offset, data)
 
     def _advance(self, count: int) -> None:
         self.advance(count, self.work.info.name)

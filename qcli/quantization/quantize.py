@@ -129,7 +129,7 @@ def make_plan(
         quantized = [(linear, each.scheme) for tensor, each in chosen.items() if (linear := layout.linear(tensor))]
         problems += tensor_parallel_problems(tensor_parallel, quantized, format_.rows_together)
     planned = outputs.plan_tensors(source, layout, chosen, format_, code, problems)
-    work, shards = outputs.place_outputs(planned, parse_size(run.max_shard_size))
+    work, shards = outputs.place_outputs(planned, parse_size(run.max_shard_size), format_)
     plan = Plan(
         source=source,
         recipe=recipe,
