@@ -19,11 +19,11 @@ import torch
 
 from qcli.ops._int8_arguments import kernel_arguments
 from qcli.ops._library import blocks, define, persistent_grid
+from qcli.ops._prepared_int8 import LONGEST, PreparedInt8
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.quantize_int8 import quantize_int8
 from qcli.runtime import cpu, cuda
 
-_LONGEST = 1 << 17  # columns: from this number on, a sum of int8 products may overflow int32
 _EXACT_IN_FLOAT32 = 1024  # int8 products that float32 adds without rounding: 1024 * 128^2 = 2^24
 
 
@@ -112,51 +112,7 @@ def _fake(x, weight, scale, bias, threshold, fixed=None, original=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-_few = cpu.kernel("linear_int8", "piqpp")
 _epilogue = cpu.kernel("linear_int8_epilogue", "ppqpqppip")
-
-
-class PreparedInt8:
-    """A weight, checked and prepared for the CPU kernels. Its arguments after in_features are those of the op after x. It raises
-    the same errors as the op."""
-
-    MOST_TOKENS = 16  # up to this number the weight is read once, and torch's product is slower
-    STEP = "linear_int8_step"
-
-    def __init__(self, in_features: int, weight, scale, bias, threshold: float, fixed=None, original=None):
-        op, self.in_features, self.out_features = "linear_int8", in_features, weight.shape[0]
-        if in_features >= _LONGEST:
-            raise ValueError(f"{op}: x has {in_features} columns, expected fewer than {_LONGEST}: int32 sums would overflow")
-        weight = cpu.require(op, "weight", weight, torch.int8, self.out_features * in_features)
-        scale = cpu.require(op, "scale", scale.float(), torch.float32, self.out_features)
-        if bias is not None:
-            bias = cpu.require(op, "bias", bias, bias.dtype, self.out_features)
-        count = 0 if fixed is None else fixed.numel()
-        if fixed is not None:
-            fixed = cpu.require(op, "fixed", fixed, torch.int32, count)
-            original = cpu.require(op, "original", original, original.dtype, self.out_features * count)
-        self.weight = cpu.Record(
-            "pppqqqfqppq",
-            weight,
-            scale,
-            bias,
-            0 if bias is None else cpu.dtype_code(op, bias, "bias"),
-            self.out_features,
-            self.in_features,
-            threshold,
-            count,
-            fixed,
-            original,
-            0 if original is None else cpu.dtype_code(op, original, "original"),
-        )
-        self.address, self.addresses = self.weight.address, self.weight.addresses
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] to [..., out_features]."""
-        y = x.new_empty((*x.shape[:-1], self.out_features))
-        tokens = x.numel() // self.in_features
-        _few(x.contiguous(), cpu.dtype_code("linear_int8", x), tokens, self.address, y)
-        return y
 
 
 def _cpu(x, weight, scale, bias, threshold, fixed=None, original=None) -> torch.Tensor:
@@ -186,21 +142,25 @@ def _cpu(x, weight, scale, bias, threshold, fixed=None, original=None) -> torch.
 
 
 _FEW = 8  # the most tokens of the kernel that does everything in one launch
-_few_cuda = cuda.kernel("linear_int8", "pipppqifp")
+_few_cuda = cuda.kernel("linear_int8", "pipppqifppip")
 _list_cuda = cuda.kernel("linear_int8_epilogue", "pipp", "list_outliers")
-_gemm_cuda = cuda.kernel("linear_int8_gemm", "ppppppppqqip")
-_epilogue_cuda = cuda.kernel("linear_int8_epilogue", "ppppppppqqip")
+_gemm_cuda = cuda.kernel("linear_int8_gemm", "ppppppppqqippip")
+_epilogue_cuda = cuda.kernel("linear_int8_epilogue", "ppppppppqqippip")
 
 
 def _cuda(x, weight, scale, bias, threshold, fixed=None, original=None) -> torch.Tensor:
     op, device, (out_features, in_features) = "linear_int8", x.device, weight.shape
-    if in_features >= _LONGEST:
-        raise ValueError(f"{op}: x has {in_features} columns, expected fewer than {_LONGEST}: int32 sums would overflow")
+    if in_features >= LONGEST:
+        raise ValueError(f"{op}: x has {in_features} columns, expected fewer than {LONGEST}: int32 sums would overflow")
     tokens = x.numel() // in_features if in_features else 0
-    if not tokens or not out_features or fixed is not None:
+    if not tokens or not out_features:
         return _reference(x, weight, scale, bias, threshold, fixed, original)
     constants, weight, scale, bias = kernel_arguments(op, x, weight, scale, bias)
-    rows = cuda.aligned(x.reshape(-1, in_features))
+    rows, apart = cuda.aligned(x.reshape(-1, in_features)), (0, 0, 0)
+    if fixed is not None:
+        fixed = cuda.require(op, "fixed", fixed, torch.int32, fixed.numel(), device)
+        original = cuda.require(op, "original", original.to(x.dtype), x.dtype, out_features * fixed.numel(), device)
+        apart = fixed, original, fixed.numel()
     y = x.new_empty((*x.shape[:-1], out_features))
     shared = _few_shared(tokens, in_features)
     if tokens <= _FEW and in_features % 16 == 0 and shared <= cuda.shared_memory(x) - 1024:
@@ -218,15 +178,16 @@ def _cuda(x, weight, scale, bias, threshold, fixed=None, original=None) -> torch
             out_features,
             in_features,
             threshold,
+            *apart,
             y,
         )
         return y
-    q, absmax, outliers = quantize_int8(rows, threshold)
+    q, absmax, outliers = quantize_int8(_without(rows, fixed), threshold)
     found = count = 0
     if threshold > 0:
         found, count = (torch.empty(n, dtype=torch.int32, device=device) for n in (in_features, 1))
         _list_cuda(constants[:1], (1,), 1024, 0, outliers, in_features, found, count)
-    rest = (bias, tokens, out_features, in_features, y)
+    rest = (bias, tokens, out_features, in_features, *apart, y)
     if _fuses(x, in_features):
         grid = (blocks(tokens, 128), blocks(out_features, 128))
         # Two blocks share a multiprocessor. They have four stages if its shared memory allows, else three.
@@ -248,9 +209,9 @@ def _fuses(x: torch.Tensor, columns: int) -> bool:
 
 
 def _few_shared(tokens: int, columns: int) -> int:
-    """Bytes of shared memory of linear_int8.cu: sums of products, sums of outliers, absmax, q, the mask of outliers."""
+    """Bytes of shared memory of linear_int8.cu: sums of products, sums of outliers, absmax, q, the masks of columns."""
     pitch = (columns + 63) // 128 * 128 + 64
-    return 2 * 8 * 8 * 20 * 4 + 16 * 8 * 16 * 4 + 32 + 16 + tokens * pitch + blocks(columns, 32) * 4
+    return 2 * 8 * 8 * 20 * 4 + 16 * 8 * 16 * 4 + 32 + 16 + tokens * pitch + 2 * blocks(columns, 32) * 4
 
 
 _op = define(
