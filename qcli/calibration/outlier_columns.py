@@ -16,8 +16,10 @@ _CANDIDATES = 4  # times as many as are chosen
 
 def choose(magnitude: torch.Tensor, count: int) -> torch.Tensor:
     """`count` columns int32 [count], ascending, of magnitudes [tokens, in_features] of activations."""
+    tiny = torch.finfo(torch.float32).tiny
     x = magnitude.float()
-    largest = x.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    x = x / x.amax().clamp_min(tiny)  # whose squares are finite
+    largest = x.amax(1, keepdim=True).clamp_min(tiny)
     # A column counts the squared scale times the fourth power of its own share of the scale: at half of it, a sixteenth.
     nearness = (x * (x / largest)).square_().sum(0)
     candidates = nearness.topk(min(_CANDIDATES * count, x.shape[1])).indices.sort().values
