@@ -11,7 +11,7 @@ nothing. Candidates are the columns that come nearest to setting scales.
 
 import torch
 
-_CANDIDATES = 4  # times as many as are chosen
+_CANDIDATES = 2  # times as many as are chosen
 
 
 def choose(magnitude: torch.Tensor, count: int) -> torch.Tensor:

@@ -6,7 +6,8 @@ in float32 from the stored dtype, so nothing passes through float16 on the way.
 The paper multiplies outlier columns with the 16-bit weight. bitsandbytes keeps no such weight, and multiplies with the int8 column,
 dequantized to the dtype of the activations. So does qcli without calibration. `llm-int8-paper` is the paper's form, for comparison.
 With an `outlier_share` texts choose columns once (qcli/calibration/outlier_columns.py), and these columns of the weight are stored
-in 16 bits beside the codes. The codes stay those of the whole weight, for readers that know no such columns.
+in 16 bits beside the codes. The codes stay those of the whole weight, for readers that know no such columns: a scale that left them
+out would clip them there, and ruin the model.
 """
 
 from __future__ import annotations
