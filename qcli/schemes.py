@@ -25,6 +25,8 @@ SEARCHES = ("none", "mse", "imatrix")
 ROUNDINGS = ("nearest", "gptq")  # how codes are chosen under their scales
 TRANSFORMS = ("none", "awq")  # what inputs are divided by before their modules are rounded
 PAPER_THRESHOLD = 6.0  # LLM.int8() (arXiv:2208.07339, section 3.2)
+OUTLIER_SHARE = 0.05  # of the columns of a weight, those that a calibrated LLM.int8() stores in 16 bits, at most
+_COLUMNS_TOGETHER = 8  # columns are stored in multiples of it, so that a row of 16-bit values is aligned to 16 bytes
 
 PLANE = 64  # columns whose codes of 2 to 4 bits make a unit (qcli/packing.py); rows are padded to units
 
@@ -54,6 +56,8 @@ class Scheme:
     threshold: columns with an activation of this magnitude or more are not rounded; 0 rounds all.
     sparse: the share of each row that is kept beside the codes as it is.
     keeps_original: whether those columns multiply with the unquantized weight, kept beside the codes (the paper's form).
+    outlier_share: the largest share of the columns that are chosen once, by texts, are never rounded, and multiply with columns of
+    the unquantized weight that are stored in 16 bits.
     """
 
     name: str
@@ -70,6 +74,11 @@ class Scheme:
     threshold: float = 0.0
     sparse: float = 0.0
     keeps_original: bool = False
+    outlier_share: float = 0.0
+
+    def outlier_columns(self, in_features: int) -> int:
+        """How many columns of a weight with so many are stored in 16 bits: a multiple of 8, or 0."""
+        return int(self.outlier_share * in_features) // _COLUMNS_TOGETHER * _COLUMNS_TOGETHER
 
     def scales(self, out_features: int, in_features: int) -> int:
         """How many scales a weight of this shape has."""
@@ -109,6 +118,9 @@ class Scheme:
             found["nested_offset"] = TensorSpec("nested_offset", "F32", (1,))
         if self.zero_point:
             found["zero_point"] = TensorSpec("zero_point", "I8" if self.scale == "model" else "I32", (scales,))
+        if columns := self.outlier_columns(in_features):
+            found["outlier_columns"] = TensorSpec("outlier_columns", "I32", (columns,))
+            found["outlier_weight"] = TensorSpec("outlier_weight", dtype if dtype == "F16" else "BF16", (out_features, columns))
         return found
 
     def runs_by_table(self, in_features: int) -> bool:

@@ -1,6 +1,6 @@
 // The LLM.int8() product (arXiv:2208.07339, equation 8); the definition is in qcli/ops/linear_int8.py.
 //
-//   y = int32(q_x q_w^T) * absmax_x / 127^2 * absmax_w  +  x[:, outliers] W[:, outliers]^T  +  bias
+//   y = int32(q_x q_w^T) * absmax_x / 127^2 * absmax_w  +  x[:, outliers] W[:, outliers]^T  +  x[:, fixed] original^T  +  bias
 //
 // For few tokens x is quantized here and the weight is read once: K bytes per row and 2 K operations per token, so memory is the
 // limit. VNNI multiplies unsigned by signed bytes, hence (q_x + 128) q_w, minus 128 times the row's sum, in wrapping integers.
@@ -15,6 +15,14 @@ namespace {
 constexpr int kTokens = 4, kRows = 4;
 constexpr int kPieces = 2;  // pieces of rows per thread; few, because each begins with streams that are not prefetched
 
+// Columns that are never rounded, and the unquantized weight there.
+struct Fixed {
+  int64_t count;
+  const int32_t* columns;  // [count]
+  const void* original;    // [out_features, count]
+  int64_t dtype;
+};
+
 // The layout is that of the Record in qcli/ops/linear_int8.py.
 struct Weight {
   const int8_t* q;     // [out_features, k]
@@ -22,6 +30,7 @@ struct Weight {
   Bias bias;           // [out_features]
   int64_t out_features, k;
   float threshold;
+  Fixed fixed;
 };
 
 struct Outliers {
@@ -29,6 +38,66 @@ struct Outliers {
   const int64_t* columns;  // [count], ascending
   const float* x;          // [tokens, count]
 };
+
+// The original weight, rounded to the activation's dtype T: where it is exact, and its values.
+template <class T, class W>
+constexpr bool kExact = false;
+template <class W>
+constexpr bool kExact<float, W> = true;
+template <>
+constexpr bool kExact<bf16, bf16> = true;
+template <>
+constexpr bool kExact<f16, f16> = true;
+
+template <class T, class W>
+QCLI_INLINE float original(const W* weight) {
+  T value;
+  from_float(to_float(*weight), &value);
+  return to_float(value);
+}
+
+template <class T, class W>
+float fixed_product(const W* weight, const float* x, int64_t count) {
+  float sum = 0;
+  int64_t i = 0;
+  if (kExact<T, W>) {
+    F32x16 sums = all(0.0f);
+    for (; i + 16 <= count; i += 16) sums = fused(load(x + i), load(weight + i), sums);
+    sum = sum_lanes(sums);
+  }
+  for (; i < count; i++) sum += x[i] * original<T>(weight + i);
+  return sum;
+}
+
+// The part of row n in the fixed columns, whose activations are x.
+template <class T>
+float fixed_product(const Fixed& fixed, int64_t n, const float* x) {
+  const int64_t start = n * fixed.count;
+  switch (fixed.count ? fixed.dtype : -1) {
+    case kFloat32: return fixed_product<T>(static_cast<const float*>(fixed.original) + start, x, fixed.count);
+    case kBFloat16: return fixed_product<T>(static_cast<const bf16*>(fixed.original) + start, x, fixed.count);
+    case kFloat16: return fixed_product<T>(static_cast<const f16*>(fixed.original) + start, x, fixed.count);
+    default: return 0;
+  }
+}
+
+// kept[o * pitch + i] is the fixed column o of row start + i.
+template <class T, class W>
+void spread(const W* weight, int64_t start, int64_t rows, int64_t count, int64_t pitch, float* kept) {
+  for (int64_t i = 0; i < rows; i++) {
+    for (int64_t o = 0; o < count; o++) kept[o * pitch + i] = original<T>(weight + (start + i) * count + o);
+  }
+}
+
+template <class T>
+void spread(const Fixed& fixed, int64_t start, int64_t rows, int64_t pitch, float* kept) {
+  switch (fixed.count ? fixed.dtype : -1) {
+    case kFloat32: spread<T>(static_cast<const float*>(fixed.original), start, rows, fixed.count, pitch, kept); break;
+    case kBFloat16: spread<T>(static_cast<const bf16*>(fixed.original), start, rows, fixed.count, pitch, kept); break;
+    case kFloat16: spread<T>(static_cast<const f16*>(fixed.original), start, rows, fixed.count, pitch, kept); break;
+    default: break;
+  }
+}
 
 // A dequantized weight, rounded to the activation's dtype.
 template <class T>
@@ -137,20 +206,24 @@ void products(int tokens, int count, const uint8_t* x, int64_t padded, const int
   }
 }
 
-// x in int8, and its outliers separately.
+// x in int8, and its outliers and fixed columns separately.
 class Tokens {
  public:
   template <class T>
-  Tokens(const T* x, int64_t tokens, int64_t k, float threshold)
-      : padded_(divide_up(k, kWidth) * kWidth),
+  Tokens(const T* given, int64_t tokens, int64_t k, float threshold, const Fixed& fixed)
+      : rest_(fixed.count ? tokens * k * sizeof(T) : 0),
+        fixed_count_(fixed.count),
+        fixed_(4 * tokens * fixed.count),
+        padded_(divide_up(k, kWidth) * kWidth),
         q_(tokens * padded_),
         absmax_(4 * tokens),
         marks_(k),
-        count_(mark(x, tokens, k, threshold)),
+        count_(mark(without(given, tokens, k, fixed), tokens, k, threshold)),
         columns_(8 * count_),
         kept_(4 * tokens * count_),
         outliers_{count_, columns_.as<int64_t>(), kept_.as<float>()} {
     const int64_t count = count_;
+    const T* x = fixed.count ? rest_.as<T>() : given;
     for (int64_t i = 0, o = 0; o < count; i++) {
       if (marks_.as<uint8_t>()[i]) columns_.as<int64_t>()[o++] = i;
     }
@@ -169,8 +242,25 @@ class Tokens {
   int64_t padded() const { return padded_; }
   float absmax(int64_t t) const { return absmax_.as<float>()[t]; }
   const Outliers& outliers() const { return outliers_; }
+  const float* fixed(int64_t t) const { return fixed_.as<float>() + t * fixed_count_; }
 
  private:
+  // The tokens with zeros in the fixed columns, whose values are put aside.
+  template <class T>
+  const T* without(const T* x, int64_t tokens, int64_t k, const Fixed& fixed) {
+    if (!fixed.count) return x;
+    T* rest = rest_.as<T>();
+    memcpy(rest, x, tokens * k * sizeof(T));
+    for (int64_t t = 0; t < tokens; t++) {
+      for (int64_t o = 0; o < fixed.count; o++) {
+        const int64_t place = t * k + fixed.columns[o];
+        fixed_.as<float>()[t * fixed.count + o] = to_float(x[place]);
+        rest[place] = T{};
+      }
+    }
+    return rest;
+  }
+
   // Finds absmax of the tokens, marks their outlier columns and counts the marks.
   template <class T>
   int64_t mark(const T* x, int64_t tokens, int64_t k, float threshold) {
@@ -184,6 +274,9 @@ class Tokens {
     return count;
   }
 
+  Scratch rest_;
+  int64_t fixed_count_;
+  Scratch fixed_;
   int64_t padded_;
   Scratch q_, absmax_, marks_;
   int64_t count_;
@@ -194,7 +287,7 @@ class Tokens {
 template <class T>
 void linear(const void* input, int64_t tokens, const Weight& w, void* output, int threads) {
   T* y = static_cast<T*>(output);
-  const Tokens x(static_cast<const T*>(input), tokens, w.k, w.threshold);
+  const Tokens x(static_cast<const T*>(input), tokens, w.k, w.threshold, w.fixed);
   const Outliers& outliers = x.outliers();
   const auto put = [=, &w, &x, &outliers](int64_t n, int64_t t, int32_t sum) {
     const float step = w.scale[n] * float(1.0 / 127);
@@ -202,6 +295,7 @@ void linear(const void* input, int64_t tokens, const Weight& w, void* output, in
     for (int64_t o = 0; o < outliers.count; o++) {
       others += outliers.x[t * outliers.count + o] * kept<T>(w.q[n * w.k + outliers.columns[o]], step);
     }
+    others += fixed_product<T>(w.fixed, n, x.fixed(t));
     finish(sum, x.absmax(t), w.scale[n], others + w.bias.at(n), &y[t * w.out_features + n]);
   };
   parallel(w.out_features, divide_up(w.out_features, kPieces * larger(threads, 1)), threads, [=, &w, &x](int64_t first, int64_t last) {
@@ -226,9 +320,10 @@ template <class T>
 void epilogue(const int32_t* sums, const float* absmax, int64_t tokens, const Weight& w, const Outliers& outliers, void* output,
               int threads) {
   constexpr int64_t kTile = 64;
+  const int64_t count = outliers.count + w.fixed.count;
   T* y = static_cast<T*>(output);
   parallel(divide_up(w.out_features, kTile), 1, threads, [=, &w, &outliers](int64_t first, int64_t last) {
-    const Scratch scratch(4 * outliers.count * kTile);
+    const Scratch scratch(4 * count * kTile);
     float* kept_w = scratch.as<float>();
     for (int64_t tile = first; tile < last; tile++) {
       const int64_t start = tile * kTile, width = smaller(kTile, w.out_features - start);
@@ -240,10 +335,11 @@ void epilogue(const int32_t* sums, const float* absmax, int64_t tokens, const We
           kept_w[o * kTile + i] = kept<T>(w.q[(start + i) * w.k + outliers.columns[o]], step);
         }
       }
+      spread<T>(w.fixed, start, width, kTile, kept_w + outliers.count * kTile);
       for (int64_t t = 0; t < tokens; t++) {
         float others[kTile] = {};
-        for (int64_t o = 0; o < outliers.count; o++) {
-          const float value = outliers.x[t * outliers.count + o];
+        for (int64_t o = 0; o < count; o++) {
+          const float value = outliers.x[t * count + o];
           for (int64_t i = 0; i < width; i++) others[i] += value * kept_w[o * kTile + i];
         }
         const int64_t place = t * w.out_features + start;
@@ -265,7 +361,7 @@ QCLI_KERNEL(linear_int8)(const void* x, int dtype, int64_t tokens, const void* w
 QCLI_LINEAR_STEP(linear_int8_step, linear<float>)
 
 // The same, from the integer product `sums` int32 [tokens, out_features] and the results of quantize_int8 for x: absmax float32
-// [tokens], the outliers' columns int64 [outliers] and values float32 [tokens, outliers].
+// [tokens], the outliers' columns int64 [outliers] and values float32 [tokens, outliers + fixed columns].
 QCLI_KERNEL(linear_int8_epilogue)
 (const int32_t* sums, const float* absmax, int64_t tokens, const void* weight, int64_t outliers, const int64_t* columns,
  const float* values, int dtype, void* y, int threads) {

@@ -5,7 +5,7 @@
 //
 // The limit is the bandwidth at which the weight is read, one byte per element. One token costs as much as eight.
 //   - Every block quantizes the tokens itself, into shared memory. They are few and in L2, and a separate launch would cost
-//     more. A bit mask in shared memory marks the columns with an outlier.
+//     more. A bit mask in shared memory marks the columns with an outlier, another the fixed ones.
 //   - Tensor cores make the product (mma m16n8k32): 16 rows of W are its A, the tokens its B. The order of k within an mma is
 //     free, as long as A and B agree. Lane (g, t) takes the 16 consecutive k at 16 t of a chunk of 64, of rows g and g + 8 and
 //     of token g, as they are stored. Nothing is decoded; two instructions multiply 16 bytes of two rows.
@@ -21,7 +21,8 @@ __device__ inline int pitch_of(int columns) { return (columns + 63) / 128 * 128 
 
 KERNEL void __launch_bounds__(THREADS, 2)
     linear_int8(const Scalar* __restrict__ x, int tokens, const int8_t* __restrict__ weight, const float* __restrict__ scale,
-                const Bias* __restrict__ bias, long long rows, int columns, float threshold, Scalar* __restrict__ y) {
+                const Bias* __restrict__ bias, long long rows, int columns, float threshold, const int* __restrict__ fixed,
+                const Scalar* __restrict__ original, int fixed_count, Scalar* __restrict__ y) {
   DYNAMIC_SHARED(unsigned char, bytes);
   const int pitch = pitch_of(columns), mask_words = (columns + 31) / 32;
   int* sums = reinterpret_cast<int*>(bytes);                                      // [2][WARPS][MOST][PITCH]
@@ -30,6 +31,7 @@ KERNEL void __launch_bounds__(THREADS, 2)
   uint32_t* any = x_absmax + MOST;                                                // [4], the first one used
   unsigned char* q = reinterpret_cast<unsigned char*>(any + 4);                   // [tokens][pitch]
   uint32_t* mask = reinterpret_cast<uint32_t*>(q + tokens * pitch);               // [mask_words]
+  uint32_t* taken = mask + mask_words;                                            // [mask_words], of the fixed columns
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int chunks = (columns + CHUNK - 1) / CHUNK, turns = (chunks + TURN - 1) / TURN;
   const long long tiles = (rows + TILE - 1) / TILE;
@@ -40,19 +42,25 @@ KERNEL void __launch_bounds__(THREADS, 2)
 
   if (threadIdx.x < MOST) x_absmax[threadIdx.x] = 0;
   if (threadIdx.x == 0) *any = 0;
-  for (int i = threadIdx.x; i < mask_words; i += THREADS) mask[i] = 0;
+  for (int i = threadIdx.x; i < 2 * mask_words; i += THREADS) mask[i] = 0;
   __syncthreads();
+  if (fixed_count) {
+    for (int i = threadIdx.x; i < fixed_count; i += THREADS) atomicOr(taken + fixed[i] / 32, 1u << fixed[i] % 32);
+    __syncthreads();
+  }
   for (int m = 0; m < tokens; ++m) {
     uint32_t largest = 0;
     for (int column = threadIdx.x * 8; column < columns; column += THREADS * 8) {
       float values[8];
       load8_kept(x + (long long)m * columns + column, values);
+      const uint32_t apart = taken[column / 32] >> column % 32;
       uint32_t found = 0;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const bool outlier = threshold > 0.0f && fabsf(values[i]) >= threshold;
+        const bool rounded = !(apart >> i & 1);
+        const bool outlier = rounded && threshold > 0.0f && fabsf(values[i]) >= threshold;
         found |= uint32_t(outlier) << i;
-        if (!outlier) largest = max(largest, magnitude(values[i]));
+        if (rounded && !outlier) largest = max(largest, magnitude(values[i]));
       }
       if (found) {
         atomicOr(mask + column / 32, found << column % 32);
@@ -68,7 +76,7 @@ KERNEL void __launch_bounds__(THREADS, 2)
     for (int column = threadIdx.x * 8; column < columns; column += THREADS * 8) {
       float values[8];
       load8_kept(x + (long long)m * columns + column, values);
-      const uint32_t outliers = mask[column / 32] >> column % 32;
+      const uint32_t outliers = (mask[column / 32] | taken[column / 32]) >> column % 32;
       uint32_t words[2] = {0, 0};
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -79,7 +87,7 @@ KERNEL void __launch_bounds__(THREADS, 2)
   }
   __syncthreads();
 
-  const bool decompose = *any != 0;
+  const bool decompose = *any != 0 || fixed_count;
   int parity = 0;
   for (long long tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     int total[4] = {0, 0, 0, 0};
@@ -113,6 +121,13 @@ KERNEL void __launch_bounds__(THREADS, 2)
           for (int m = 0; m < MOST; ++m) {
             if (m < tokens) sum[m] = fmaf(to_float(x[(long long)m * columns + column]), value, sum[m]);
           }
+        }
+      }
+      for (int j = part; j < fixed_count; j += PARTS) {
+        const float value = to_float(original[row * fixed_count + j]);
+#pragma unroll
+        for (int m = 0; m < MOST; ++m) {
+          if (m < tokens) sum[m] = fmaf(to_float(x[(long long)m * columns + fixed[j]]), value, sum[m]);
         }
       }
 #pragma unroll

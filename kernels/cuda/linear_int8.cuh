@@ -1,11 +1,13 @@
 // Shared by the kernels of LLM.int8() (arXiv:2208.07339, equation 8):
 //
-//   y = int32(q_x q_w^T) * absmax_x * absmax_w / 127^2  +  x[:, outliers] W[:, outliers]^T  +  bias
+//   y = int32(q_x q_w^T) * absmax_x * absmax_w / 127^2  +  x[:, outliers] W[:, outliers]^T  +  x[:, fixed] original^T  +  bias
 //
-//   x       DTYPE [tokens, columns]
-//   weight  int8 [rows, columns], scale float32 [rows], the absmax of its rows
-//   bias    BIAS [rows], or null; BIAS is one of the types that DTYPE may be
-//   y       DTYPE [tokens, rows]
+//   x         DTYPE [tokens, columns]
+//   weight    int8 [rows, columns], scale float32 [rows], the absmax of its rows
+//   bias      BIAS [rows], or null; BIAS is one of the types that DTYPE may be
+//   fixed     int32 [fixed_count], columns that are never rounded, and no outliers; null without any
+//   original  DTYPE [rows, fixed_count], those columns of the unquantized weight; null without any
+//   y         DTYPE [tokens, rows]
 //
 // W's outlier columns are its int8 columns, dequantized to DTYPE. Integer products are exact, all other sums are float32.
 #pragma once

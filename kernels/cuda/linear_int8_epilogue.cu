@@ -8,7 +8,7 @@
 // stays on the device: later kernels loop up to it. The list has room for every column.
 //
 // linear_int8_epilogue: a block takes 32 tokens of 128 rows, a thread four of each. It copies x and W of 16 outlier columns at a
-// time to shared memory. Bytes moved: 4 + sizeof(DTYPE) per element of y, far less than the product needs.
+// time to shared memory, and of the fixed columns after them. Bytes moved: 4 + sizeof(DTYPE) per element of y, far less than the product needs.
 // prebuilt: DTYPE={float,__half,__nv_bfloat16}
 #include "linear_int8.cuh"
 
@@ -44,25 +44,31 @@ KERNEL void __launch_bounds__(256)
     linear_int8_epilogue(const int* __restrict__ product, const float* __restrict__ x_absmax, const float* __restrict__ scale,
                          const Scalar* __restrict__ x, const int8_t* __restrict__ weight, const int* __restrict__ list,
                          const int* __restrict__ count, const Bias* __restrict__ bias, long long tokens, long long rows,
-                         int columns, Scalar* __restrict__ y) {
+                         int columns, const int* __restrict__ fixed, const Scalar* __restrict__ original, int fixed_count,
+                         Scalar* __restrict__ y) {
   __shared__ float x_kept[DEPTH][TOKENS + 1];
   __shared__ __align__(16) float w_kept[DEPTH][ROWS + 4];  // read four at a time
   const long long first_token = (long long)blockIdx.x * TOKENS, first_row = (long long)blockIdx.y * ROWS;
   const int across = threadIdx.x % ACROSS, down = threadIdx.x / ACROSS;
   float sum[EACH][EACH] = {};
-  const int outliers = count ? *count : 0;
-  for (int first = 0; first < outliers; first += DEPTH) {
+  const int outliers = count ? *count : 0, apart = outliers + fixed_count;
+  for (int first = 0; first < apart; first += DEPTH) {
     for (int i = threadIdx.x; i < DEPTH * TOKENS; i += 256) {
       const int j = first + i % DEPTH;
       const long long token = first_token + i / DEPTH;
-      const bool valid = j < outliers && token < tokens;
-      x_kept[i % DEPTH][i / DEPTH] = valid ? to_float(x[token * columns + list[j]]) : 0.0f;
+      const bool valid = j < apart && token < tokens;
+      x_kept[i % DEPTH][i / DEPTH] = valid ? to_float(x[token * columns + (j < outliers ? list[j] : fixed[j - outliers])]) : 0.0f;
     }
     for (int i = threadIdx.x; i < DEPTH * ROWS; i += 256) {
       const int j = first + i % DEPTH;
       const long long row = first_row + i / DEPTH;
-      const bool valid = j < outliers && row < rows;
-      w_kept[i % DEPTH][i / DEPTH] = valid ? to_float(dequantized(weight[row * columns + list[j]], scale[row])) : 0.0f;
+      float value = 0.0f;
+      if (j < outliers && row < rows) {
+        value = to_float(dequantized(weight[row * columns + list[j]], scale[row]));
+      } else if (j < apart && row < rows) {
+        value = to_float(original[row * fixed_count + j - outliers]);
+      }
+      w_kept[i % DEPTH][i / DEPTH] = value;
     }
     __syncthreads();
 #pragma unroll

@@ -7,7 +7,7 @@
 // A block of eight warps makes 128 tokens x 128 rows of y, a warp makes 64 x 32. cp.async copies a stage of 64 columns at a time,
 // STAGES - 1 stages ahead of the tensor cores (mma m16n8k32); ldmatrix loads it. A stage's rows have 64 bytes, four pieces of 16.
 // The position of a piece within its row is XORed with half the row's number, so the eight rows of an ldmatrix are in all banks.
-// The outlier columns are a product too, of 16-bit values over 16 columns at a time (mma m16n8k16), added to the same registers.
+// The outlier columns, and after them the fixed ones, are a product too, of 16-bit values over 16 columns at a time (mma m16n8k16), added to the same registers.
 // Neighbouring blocks share the weight's rows, so device memory delivers each row once.
 //
 // Operations: 2 tokens rows columns, at the int8 rate. Bytes: x, W and y once each, without an int32 result in between.
@@ -46,7 +46,8 @@ KERNEL void __launch_bounds__(THREADS, 2)
     linear_int8_gemm(const int8_t* __restrict__ q, const float* __restrict__ x_absmax, const int8_t* __restrict__ weight,
                      const float* __restrict__ scale, const Scalar* __restrict__ x, const int* __restrict__ list,
                      const int* __restrict__ count, const Bias* __restrict__ bias, long long tokens, long long rows,
-                     uint32_t columns, Scalar* __restrict__ y) {
+                     uint32_t columns, const int* __restrict__ fixed, const Scalar* __restrict__ original, uint32_t fixed_count,
+                     Scalar* __restrict__ y) {
   DYNAMIC_SHARED(unsigned char, stages);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int warp_m = warp % 2 * WARP_M, warp_n = warp / 2 * WARP_N;
@@ -115,15 +116,17 @@ KERNEL void __launch_bounds__(THREADS, 2)
   wait_for_copies<0>();
   Scalar* x_kept = reinterpret_cast<Scalar*>(stages);    // [TILE_M][KEPT_PITCH]
   Scalar* w_kept = x_kept + TILE_M * KEPT_PITCH;         // [TILE_N][KEPT_PITCH]
-  const uint32_t outliers = count ? *count : 0;
-  for (uint32_t first = 0; first < outliers; first += KEPT) {
+  const uint32_t outliers = count ? *count : 0, apart = outliers + fixed_count;
+  for (uint32_t first = 0; first < apart; first += KEPT) {
     __syncthreads();  // the stages, or the previous columns, have been read
     for (uint32_t i = threadIdx.x; i < TILE_M * KEPT; i += THREADS) {
-      const uint32_t row = i / KEPT, column = first + i % KEPT < outliers ? list[first + i % KEPT] : columns;
+      const uint32_t row = i / KEPT, j = first + i % KEPT;
+      const uint32_t column = j < outliers ? list[j] : j < apart ? fixed[j - outliers] : columns;
       Scalar value = from_float<Scalar>(0.0f), factor = value;
       if (column < columns && row < of_x.rows) value = x[first_token * columns + row * columns + column];
       if (column < columns && row < of_w.rows) {
-        factor = dequantized(of_w.first[row * columns + column], __ldg(scale + first_row + row));
+        factor = j < outliers ? dequantized(of_w.first[row * columns + column], __ldg(scale + first_row + row))
+                              : original[(first_row + row) * fixed_count + j - outliers];
       }
       x_kept[row * KEPT_PITCH + i % KEPT] = value;
       w_kept[row * KEPT_PITCH + i % KEPT] = factor;

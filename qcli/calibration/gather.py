@@ -6,7 +6,7 @@ states nor the sums depend on the number of threads.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -19,15 +19,22 @@ from qcli.streaming.run import Pass, same_tensor
 
 
 class Gatherer:
-    """Statistics of the linear `modules` of a block, by their names. Those of `with_hessian` get a Hessian. Each keeps
-    `kept_tokens` tokens of every batch.
+    """Statistics of the linear `modules` of a block, by their names. Those of `with_hessian` get a Hessian, those of `with_sample`
+    a sample of magnitudes. Each keeps `kept_tokens` tokens of every batch.
 
     Modules that read the same tensor, as q, k and v do, share one object. Which do is seen in the first batch, which is taken
     alone; modules that it does not reach share with none.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], with_hessian: set[str], device: torch.device, kept_tokens: int = 0):
-        self.modules, self._with_hessian, self._device = modules, with_hessian, device
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        with_hessian: Set[str],
+        device: torch.device,
+        kept_tokens: int = 0,
+        with_sample: Set[str] = frozenset(),
+    ):
+        self.modules, self._with_hessian, self._with_sample, self._device = modules, with_hessian, with_sample, device
         self._kept_tokens = kept_tokens
         self.found: dict[str, Statistics] = {}
         self._leader: dict[str, str] = {}  # of each module that the first batch reached
@@ -97,7 +104,8 @@ class Gatherer:
         with self._making:
             if leader not in self.found:
                 members = {leader, *(name for name, its in self._leader.items() if its == leader)}
-                made = Statistics(in_features, bool(members & self._with_hessian), self._device, self._kept_tokens)
+                hessian, sample = bool(members & self._with_hessian), bool(members & self._with_sample)
+                made = Statistics(in_features, hessian, self._device, self._kept_tokens, sample)
                 for name in members:
                     self.found[name] = made
             return self.found[leader]

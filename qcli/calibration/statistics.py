@@ -2,7 +2,7 @@
 
 x [tokens, in_features] are the activations. `Moments` has sum x_j^2, sum |x_j| and max |x_j| of each channel. `Hessian` has
 sum x x^T besides, whose half the squared error of the outputs is measured by: for an error E of the weight, [out_features,
-in_features], the outputs are off by ||E x||^2, which sums up to tr(E H E^T).
+in_features], the outputs are off by ||E x||^2, which sums up to tr(E H E^T). `Sample` keeps the magnitudes of some tokens.
 
 Threads bring the tokens of batches. A sum is added to in the order of the batches, panel after panel, so that the same bits come
 out for any number of threads.
@@ -14,10 +14,12 @@ from contextlib import contextmanager
 
 import torch
 
+from qcli.calibration.outlier_columns import choose
 from qcli.methods._factors import Inputs
 
 _GOLDEN = 0.6180339887498949
 PANEL = 512  # rows of a Hessian that are added at a time
+SAMPLE = 2048  # tokens that a sample has at most
 
 
 class Statistics:
@@ -25,16 +27,20 @@ class Statistics:
 
     square, mean_sum float64 [in_features], absmax float32 [in_features]; hessian float32 [in_features, in_features], of which only
     the blocks on and above the diagonal are summed until `symmetric` fills the rest; None without `with_hessian`. Of each batch
-    `kept_tokens` are kept as they are, evenly spaced, each batch with other distances from its start.
+    `kept_tokens` are kept as they are, evenly spaced, each batch with other distances from its start. magnitudes: see Sample; None
+    without `with_sample`.
     """
 
-    def __init__(self, in_features: int, with_hessian: bool, device: torch.device, kept_tokens: int = 0):
+    def __init__(self, in_features: int, with_hessian: bool, device: torch.device, kept_tokens: int = 0, with_sample: bool = False):
         self.tokens = 0
         self._kept_tokens, self._kept = kept_tokens, [torch.empty(0, in_features, device=device)]
         self.square = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.magnitude = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.absmax = torch.zeros(in_features, device=device)
         self.hessian = torch.zeros(in_features, in_features, device=device) if with_hessian else None
+        self.magnitudes = Sample(in_features, device) if with_sample else None
+        self._chosen: dict[int, torch.Tensor] = {}
+        self._choosing = threading.Lock()
 
     @property
     def panels(self) -> int:
@@ -54,6 +60,8 @@ class Statistics:
             if count := min(self._kept_tokens, len(x)):
                 start = len(self._kept) * _GOLDEN % 1
                 self._kept.append(x[[int((place + start) * len(x) / count) for place in range(count)]])
+            if self.magnitudes is not None:
+                self.magnitudes.add(magnitude)
         if self.hessian is not None:
             first, last = panel * PANEL, (panel + 1) * PANEL
             self.hessian[first:last, first:].addmm_(x[:, first:last].t(), x[:, first:])
@@ -65,6 +73,15 @@ class Statistics:
             first, last = panel * PANEL, (panel + 1) * PANEL
             self.hessian[first:last, :first] = self.hessian[:first, first:last].t()
         return self.hessian
+
+    def chosen(self, count: int) -> torch.Tensor:
+        """The columns int32 [count] that are to stay in 16 bits, by the sample. The first call makes the choice for all modules
+        that share these statistics."""
+        assert self.magnitudes is not None
+        with self._choosing:
+            if count not in self._chosen:
+                self._chosen[count] = choose(self.magnitudes.magnitude, count)
+            return self._chosen[count]
 
     @property
     def mean_square(self) -> torch.Tensor:
@@ -97,6 +114,31 @@ class Statistics:
     def is_finite(self) -> bool:
         """Whether no activation was NaN or infinite."""
         return bool(self.square.isfinite().all())
+
+
+class Sample:
+    """Magnitudes of tokens at even distances: of all at first, and of every second one that is kept whenever there are too many.
+
+    Bfloat16, since they are compared with each other alone.
+    """
+
+    def __init__(self, in_features: int, device: torch.device):
+        self._kept = torch.empty(0, in_features, dtype=torch.bfloat16, device=device)
+        self._distance, self._seen = 1, 0
+
+    def add(self, magnitude: torch.Tensor) -> None:
+        """Takes tokens of magnitude float32 [tokens, in_features], in their order."""
+        some = magnitude[-self._seen % self._distance :: self._distance]
+        self._seen += len(magnitude)
+        self._kept = torch.cat((self._kept, some.to(torch.bfloat16)))
+        while len(self._kept) > SAMPLE:
+            self._kept = self._kept[::2].clone()
+            self._distance *= 2
+
+    @property
+    def magnitude(self) -> torch.Tensor:
+        """bfloat16 [at most SAMPLE, in_features]."""
+        return self._kept
 
 
 class Turns:

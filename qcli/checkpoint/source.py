@@ -158,7 +158,7 @@ class Source:
             return
         elsewhere = Counter(f for n, f in self.index.items() if n in self.tensors and self.tensors[n].file != f)
         lost = [name for name in self.index if name not in self.tensors]
-        unlisted = [name for name in self.tensors if name not in self.index]
+        unlisted = [n for n, info in self.tensors.items() if n not in self.index and info.file != weight_files.OUTLIERS]
         for file, count in elsewhere.items():
             self.notes.append(f"the index places {count:,} tensors in {file} that are in another of its files")
         if lost:

@@ -14,6 +14,7 @@ from qcli.files.foreign_json import TEXT, Required, check, map_of
 _NAMED = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 _VARIANT_INDEX = re.compile(r"[^/]+\.safetensors\.index(\.[\w-]+)?\.json")
 _LOOSE = re.compile(r"(?!adapter_|optimizer)[^/]+\.safetensors")
+OUTLIERS = "outliers.safetensors"  # tensors that other readers must not meet, if the index's metadata names it
 _ADAPTER = "adapter_config.json"
 _OTHER_FORMS = {"gguf": "GGUF", "onnx": "ONNX", "h5": "TensorFlow", "msgpack": "Flax", "pth": "torch's own"}
 
@@ -51,8 +52,16 @@ def has_safetensors(names: Sequence[str]) -> bool:
 def _shards(index: str, present: set[str], read_json: Callable[[str], dict], label: str) -> tuple[list[str], dict]:
     value = read_json(index)
     check(value, {"weight_map": Required(map_of(TEXT))}, f"{label}/{index}", "Mend it, or fetch the model again.")
-    weight_map = value["weight_map"]
+    weight_map, metadata = value["weight_map"], value.get("metadata")
+    beside = metadata.get("outlier_columns") if isinstance(metadata, dict) else None
     files = sorted(set(weight_map.values()))
+    if beside == OUTLIERS and OUTLIERS not in files and files:
+        if OUTLIERS not in present:
+            raise CheckpointError(
+                f"{label}/{index} names {OUTLIERS} for columns in 16 bits, and it is not there",
+                "Fetch it, or quantize the model again.",
+            )
+        files.append(OUTLIERS)
     if not files:
         raise CheckpointError(f"{label}/{index}: weight_map is empty, expected tensor names and their files")
     for file in files:

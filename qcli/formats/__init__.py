@@ -133,6 +133,11 @@ class Format(Protocol):
         where columns do not lie in the order of their groups, `group_of_column` [in_features]."""
         ...
 
+    def file_apart(self, tensor: str) -> str | None:
+        """The file in which the stored tensor `tensor` lies where other readers must not meet it: one that the index does not
+        name. None where it lies among the others."""
+        ...
+
     def config(self, choice: Choice, compute_dtype: str) -> dict[str, Any]:
         """The `quantization_config` of config.json. What it cannot express goes to the choice's problems, what some reader
         will not like to its notes. `compute_dtype` is a torch name."""
@@ -198,6 +203,10 @@ class Plain:
         return self.name
 
     def refuses_mixture(self, schemes: Sequence[Scheme]) -> str | None:
+        """See Format."""
+        return None
+
+    def file_apart(self, tensor: str) -> str | None:
         """See Format."""
         return None
 

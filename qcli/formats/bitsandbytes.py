@@ -7,6 +7,8 @@
   P.nested_absmax, P.nested_quant_map  F32 [ceil(blocks/256)], F32 [256]   with double quantization only
   P.quant_state.bitsandbytes__TYPE     U8  [length]            UTF-8 JSON
 8-bit: P I8 [out_features, in_features], SCB F32 [out_features] (row absmax), weight_format U8 [] = 0 ("row").
+Beside 8 bits, where texts have chosen columns, in a file of their own that the index does not name (qcli/formats/_outliers.py):
+outlier_columns I32 [n], outlier_weight BF16 or F16 [out_features, n].
 
 When a checkpoint is read, the headers decide which module is quantized and how. The config only says how to compute. Every stored
 field that changes what bytes mean is compared with what qcli's kernels do with them.
@@ -22,7 +24,7 @@ from qcli.checkpoint import dtypes
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.files.foreign_json import FLAG, NUMBER, TEXT, Kind, Required, at_least, check, list_of, one_of, parse_object, whole
-from qcli.formats import Choice, Format, Piece, Plain, Stored, Weight
+from qcli.formats import Choice, Format, Piece, Plain, Stored, Weight, _outliers
 from qcli.formats._quant_state import quant_state
 from qcli.formats._selection import fused_notes, skip_list, straddling_notes
 from qcli.schemes import NAMED, NESTED_BLOCK_SIZE, PAPER_THRESHOLD, Scheme
@@ -97,6 +99,7 @@ class Bitsandbytes(Plain):
                 TensorSpec(name, "I8", self.codes_shape(weight.out_features, weight.in_features)),
                 TensorSpec(f"{module}SCB", "F32", (weight.out_features,)),
                 TensorSpec(f"{module}weight_format", "U8", ()),
+                *_outliers.tensors(weight, scheme),
             ]
         blocks = scheme.scales(weight.out_features, weight.in_features)
         state = quant_state(weight, scheme, 0.0)
@@ -124,6 +127,7 @@ class Bitsandbytes(Plain):
         if scheme.bits == 8:
             yield Piece(f"{module}SCB", 0, parts["scale"])
             yield Piece(f"{module}weight_format", 0, torch.tensor(_ROW_FORMAT, dtype=torch.uint8))
+            yield from (Piece(f"{module}{role}", 0, parts[role]) for role in _outliers.ROLES if role in parts)
             return
         offset = float(parts["nested_offset"]) if scheme.double_quant else None
         state = bytearray(quant_state(weight, scheme, offset))
@@ -147,7 +151,10 @@ class Bitsandbytes(Plain):
         if stored.nested_offset is not None:
             parts["nested_scale"] = tensors["weight_nested_absmax"].view(-1)
             parts["nested_offset"] = torch.tensor(stored.nested_offset, dtype=torch.float64)
-        return parts
+        return parts | {role: tensors[role] for role in _outliers.ROLES if role in tensors}
+
+    def file_apart(self, tensor: str) -> str | None:
+        return _outliers.FILE if tensor.endswith(_outliers.ROLES) else None
 
     def config(self, choice: Choice, compute_dtype: str) -> dict[str, Any]:
         """With the fields that transformers writes. For 8 bits the 4-bit fields hold transformers' defaults."""
@@ -193,13 +200,13 @@ class Bitsandbytes(Plain):
             if ".weight." in name and weight in tensors:
                 owners[name] = weight
             base, _, last = name.rpartition(".")
-            if last in ("SCB", "weight_format") and f"{base}.weight" in tensors:
+            if last in ("SCB", "weight_format", *_outliers.ROLES) and f"{base}.weight" in tensors:
                 owners[name] = f"{base}.weight"
         return owners
 
     def scheme_of(self, codes: str, tensors: "Mapping[str, TensorInfo]", config: Mapping[str, Any] | None) -> Scheme | None:
-        if f"{codes.removesuffix('weight')}SCB" in tensors:
-            return NAMED["llm-int8"]
+        if f"{(base := codes.removesuffix('weight'))}SCB" in tensors:
+            return replace(NAMED["llm-int8"], outlier_share=_outliers.share(base, tensors))
         for codebook in _CODEBOOKS:
             if f"{codes}{_STATE}{codebook}" in tensors:
                 return NAMED[codebook if f"{codes}.nested_absmax" in tensors else f"{codebook}-plain"]
@@ -251,7 +258,12 @@ def _read_8bit(config: Mapping[str, Any], source: "Source", linear: Linear, shap
         if any(data) or len(data) > 8:
             raise Problem(f"{row_format} is {list(data[:8])}, and only {_ROW_FORMAT}, plain rows, is read")
     threshold = config.get("llm_int8_threshold")
-    scheme = replace(NAMED["llm-int8"], threshold=PAPER_THRESHOLD if threshold is None else float(threshold))
+    names |= _outliers.read(source, linear)
+    scheme = replace(
+        NAMED["llm-int8"],
+        threshold=PAPER_THRESHOLD if threshold is None else float(threshold),
+        outlier_share=_outliers.share(base, source.tensors),
+    )
     return Stored(Bitsandbytes.name, scheme, linear.out_features, linear.in_features, present(source, names))
 
 

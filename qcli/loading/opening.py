@@ -7,7 +7,7 @@ from qcli import formats
 from qcli.checkpoint.source import Source, open_source
 from qcli.errors import CheckpointError, QcliWarning, UsageError
 from qcli.files.foreign_json import TEXT, check
-from qcli.methods.choosing import methods_of, recipe_in_force
+from qcli.methods.choosing import methods_of, needs_of, recipe_in_force
 from qcli.recipe import Recipe
 
 
@@ -53,5 +53,10 @@ def asked_recipe(
             raise UsageError(f"--{given[0].replace('_', '-')} was given without --bits, --method or --recipe", "Add one of them.")
         return None
     found, _ = recipe_in_force(recipe, bits, method, options, skip, None, settings, head=head)
+    if any(needs_of(each) == "tokens" for each in methods_of(found)):
+        raise UsageError(
+            "outlier_share: texts choose the columns, and none are read while a model is loaded",
+            "Leave it out, or run qcli quantize --calibrate first.",
+        )
     formats.holding([each.scheme for each in methods_of(found)], found.format)  # raises for what no format holds
     return found

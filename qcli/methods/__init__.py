@@ -56,6 +56,7 @@ def options_of(method: "Method") -> dict[str, object]:
     hidden = {"form"} | ({"search"} if own.get("search") == SEARCHES[0] else set())
     hidden |= {"rounding", "damping"} if own.get("rounding") == ROUNDINGS[0] else set()
     hidden |= {"transform"} if own.get("transform") == TRANSFORMS[0] else set()
+    hidden |= {"outlier_share"} if not own.get("outlier_share") else set()
     return {name: value for name, value in own.items() if name not in hidden}
 
 

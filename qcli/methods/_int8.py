@@ -41,7 +41,11 @@ def round_to_rows(rows: torch.Tensor, absmax: float) -> Rounded:
 
 
 def decode_rows(parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
-    """The weight float32 [out_features, in_features] of codes with as many scales as rows, or with one."""
+    """The weight float32 [out_features, in_features] of codes with as many scales as rows, or with one, and of columns that stand
+    beside them in 16 bits."""
     scale = parts["scale"]
     codes = parts["codes"].view(len(scale), -1)
-    return dequantize_int8(codes, scale, torch.float32).view(out_features, in_features)
+    weight = dequantize_int8(codes, scale, torch.float32).view(out_features, in_features)
+    if "outlier_columns" in parts:
+        weight.index_copy_(1, parts["outlier_columns"].long(), parts["outlier_weight"].float())
+    return weight

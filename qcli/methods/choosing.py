@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from qcli import formats, methods
 from qcli.errors import UsageError
-from qcli.methods._calibrated import Calibrated, Needs
+from qcli.methods._calibrated import Needs
 from qcli.methods._method import Method
 from qcli.recipe import KEEP, Choice, Recipe
 from qcli.schemes import BY_BITS, NAMED, by_bits, head_bits, named
@@ -37,19 +37,22 @@ def calibrated(choice: Choice) -> Choice:
     if choice.keeps:
         return choice
     method = made(choice)
-    if (by_texts := getattr(method, "with_texts", None)) is not None:
-        choice = Choice(by_texts)
+    if (with_texts := getattr(method, "with_texts", None)) is not None:
+        choice = Choice(with_texts)
         method = made(choice)
-    if not isinstance(method, Calibrated):
+    by_texts = getattr(method, "by_texts", None)
+    if by_texts is None:
         return choice
-    own, by_texts = dict(choice.options), vars(method.by_texts())
-    added = {name: by_texts[name] for name in ("search", "rounding", "transform") if name in by_texts and name not in own}
+    own, given = dict(choice.options), vars(by_texts())
+    names = ("search", "rounding", "transform", "outlier_share")
+    added = {name: given[name] for name in names if name in given and name not in own}
     return Choice(choice.method, tuple((own | added).items()))
 
 
 def needs_of(method: Method) -> Needs:
     """What a method must know of the inputs of a module."""
-    return method.needs if isinstance(method, Calibrated) else "nothing"
+    found: Needs = getattr(method, "needs", "nothing")
+    return found
 
 
 def head_choice(bits: int | None, body: Choice) -> Choice | None:

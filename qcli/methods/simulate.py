@@ -79,22 +79,25 @@ class _Decomposed(Simulated):
 
     A column of X is an outlier where any token of the sequence has |x| >= threshold in it. It multiplies unrounded, and the
     tokens' scales leave its large values out. `original` is the 16-bit weight, or None where outlier columns come from the int8
-    one.
+    one. `fixed` int64 [n] are columns that always multiply unrounded, and that `weight` has in 16 bits.
     """
 
     keeps_columns = True
 
-    def __init__(self, weight: torch.Tensor, original: torch.Tensor | None, threshold: float):
+    def __init__(self, weight: torch.Tensor, original: torch.Tensor | None, threshold: float, fixed: torch.Tensor | None = None):
         super().__init__(weight)
-        self._original, self._threshold = original, threshold
+        self._original, self._threshold, self._fixed = original, threshold, fixed
 
     def activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not x.numel():
             return super().activations(x)
         sequences = x.reshape(-1, *x.shape[-2:]).float()
-        found = [quantize_int8(sequence, self._threshold) for sequence in sequences]
+        entering = sequences if self._fixed is None else sequences.index_fill(2, self._fixed, 0.0)
+        found = [quantize_int8(sequence, self._threshold) for sequence in entering]
         q, absmax, kept = (torch.cat(parts) for parts in zip(*found))
         rounded, kept = dequantize_int8(q, absmax, torch.float32).view(sequences.shape), kept.view(len(sequences), -1)
+        if self._fixed is not None:
+            kept[:, self._fixed] = True
         for rows, columns in _alike(kept):
             rounded[rows, :, columns] = sequences[rows, :, columns]
         return rounded.view(x.shape), kept.view(*x.shape[:-2], -1)
@@ -118,6 +121,11 @@ class _Decomposed(Simulated):
         for rows, columns in _alike(kept.reshape(-1, kept.shape[-1])):
             outputs[rows] += _times_transposed(x[rows][..., columns], self._kept(columns, dtype))
         return y
+
+
+def with_fixed_columns(weight: torch.Tensor, columns: torch.Tensor, threshold: float) -> Simulated:
+    """LLM.int8() with `columns` int32 [n] that are always kept in 16 bits. `weight` is what its codes and they stand for."""
+    return _Decomposed(weight, None, threshold, columns.long())
 
 
 def simulate(method: Method, weight: torch.Tensor) -> Simulated:

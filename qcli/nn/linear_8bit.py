@@ -15,11 +15,12 @@ from qcli.ops.linear_w8a16 import PreparedW8A16, linear_w8a16
 
 class Linear8bit(FastPath, QuantizedLinear):
     """An LLM.int8() weight: int8 [out_features, in_features], or those codes in one column, and SCB float32 [out_features], its
-    rows' absmax.
+    rows' absmax. Where texts have chosen columns, outlier_columns int32 [n] has their numbers and outlier_weight [out_features, n]
+    those columns of the weight in 16 bits: they are never rounded, and the threshold then guards against all others.
 
     With `rounds_activations` false the input is not rounded to int8 either (W8A16): nearer to the unquantized model. With
     `rounds_few` false that holds on a CPU for the few tokens of a decoding step alone. There the product is bound by memory, and
-    rounding saves nothing.
+    rounding saves nothing. In both cases all columns come from the codes.
     """
 
     rounds_activations = True
@@ -88,18 +89,27 @@ class Linear8bit(FastPath, QuantizedLinear):
     def _codes(self) -> torch.Tensor:
         return self.weight.view(self.out_features, self.in_features)
 
+    @property
+    def _fixed(self) -> tuple[torch.Tensor, ...]:
+        """The columns that texts have chosen, and the weight there; empty without any."""
+        columns = getattr(self, "outlier_columns", None)
+        return () if columns is None else (columns, self.outlier_weight)
+
     def _arguments(self) -> tuple:
         weight = self._codes, self.SCB.view(-1), self.bias
-        return (*weight, self.threshold) if self.rounds_activations else weight
+        return (*weight, self.threshold, *self._fixed) if self.rounds_activations else weight
 
     def _few_arguments(self) -> tuple:
         weight = self._codes, self.SCB.view(-1), self.bias
-        return (*weight, self.threshold) if self._prepare is PreparedInt8 else weight
+        return (*weight, self.threshold, *self._fixed) if self._prepare is PreparedInt8 else weight
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out_features, in_features]."""
         self.arrange()
-        return dequantize_int8(self._codes, self.SCB.view(-1), dtype)
+        weight = dequantize_int8(self._codes, self.SCB.view(-1), dtype)
+        for columns, kept in [self._fixed] if self._fixed else []:
+            weight = weight.index_copy(1, columns.long(), kept.to(dtype))
+        return weight
 
     def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows of the weight."""

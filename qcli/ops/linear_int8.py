@@ -3,9 +3,13 @@
   y = int32(q_x q_w^T) * absmax_x * absmax_w / 127^2  +  x[:, outliers] W[:, outliers]^T  +  bias
 
 A column of x is an outlier if any of its |x| >= threshold in this call. A row's absmax excludes those elements. W's outlier
-columns are its int8 columns, dequantized to x's dtype, as in bitsandbytes; nothing else is stored for them. x has any float
-dtype. No value is cast to float16, the integer product is exact, sums are float32, and y is rounded once. bitsandbytes casts x
-to float16 first, also rounds intermediate results to it, and its CPU constant exceeds 1/127^2 by 1.8e-5.
+columns are its int8 columns, dequantized to x's dtype, as in bitsandbytes; nothing else is stored for them.
+
+`fixed` columns are taken out of x first, whatever they hold in this call. For them the product is that of the unquantized weight,
+as in the paper: x[:, fixed] original^T is added, with `original` rounded to x's dtype.
+
+x has any float dtype. No value is cast to float16, the integer product is exact, sums are float32, and y is rounded once.
+bitsandbytes casts x to float16 first, also rounds intermediate results to it, and its CPU constant exceeds 1/127^2 by 1.8e-5.
 """
 
 import time
@@ -13,29 +17,42 @@ from functools import cache
 
 import torch
 
+from qcli.ops._int8_arguments import kernel_arguments
 from qcli.ops._library import blocks, define, differentiate, persistent_grid
+from qcli.ops._prepared_int8 import LONGEST, PreparedInt8
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.quantize_int8 import quantize_int8
 from qcli.runtime import cpu, cuda
 
-_LONGEST = 1 << 17  # columns: from this number on, a sum of int8 products may overflow int32
 _EXACT_IN_FLOAT32 = 1024  # int8 products that float32 adds without rounding: 1024 * 128^2 = 2^24
 
 
 def _reference(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    threshold: float,
+    fixed: torch.Tensor | None = None,
+    original: torch.Tensor | None = None,
 ) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    q, absmax, outliers = quantize_int8(rows, threshold)
+    q, absmax, outliers = quantize_int8(_without(rows, fixed), threshold)
     y = int8_product(q, weight).float()
     y.mul_((absmax * (1 / 127**2)).unsqueeze(1)).mul_(scale.float())
     columns = outliers.nonzero().view(-1)
     if columns.numel():
         kept = dequantize_int8(weight[:, columns], scale, x.dtype)
         y += rows[:, columns].float() @ kept.float().t()
+    if fixed is not None and original is not None:
+        y += rows[:, fixed].float() @ original.to(x.dtype).float().t()
     if bias is not None:
         y += bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def _without(rows: torch.Tensor, fixed: torch.Tensor | None) -> torch.Tensor:
+    return rows if fixed is None else rows.index_fill(1, fixed.long(), 0.0)
 
 
 def int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -91,60 +108,24 @@ def _int_mm_is_exact() -> bool:
     return all(torch.equal(torch._int_mm(signs[:m], signs.t()), expected[:m]) for m in (1, 64))
 
 
-def _fake(x, weight, scale, bias, threshold):
+def _fake(x, weight, scale, bias, threshold, fixed=None, original=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-_few = cpu.kernel("linear_int8", "piqpp")
 _epilogue = cpu.kernel("linear_int8_epilogue", "ppqpqppip")
 
 
-class PreparedInt8:
-    """A weight, checked and prepared for the CPU kernels. Its arguments after in_features are those of the op after x. It raises
-    the same errors as the op."""
-
-    MOST_TOKENS = 16  # up to this number the weight is read once, and torch's product is slower
-    STEP = "linear_int8_step"
-
-    def __init__(self, in_features: int, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float):
-        op, self.in_features, self.out_features = "linear_int8", in_features, weight.shape[0]
-        if in_features >= _LONGEST:
-            raise ValueError(f"{op}: x has {in_features} columns, expected fewer than {_LONGEST}: int32 sums would overflow")
-        weight = cpu.require(op, "weight", weight, torch.int8, self.out_features * in_features)
-        scale = cpu.require(op, "scale", scale.float(), torch.float32, self.out_features)
-        if bias is not None:
-            bias = cpu.require(op, "bias", bias, bias.dtype, self.out_features)
-        self.weight = cpu.Record(
-            "pppqqqf",
-            weight,
-            scale,
-            bias,
-            0 if bias is None else cpu.dtype_code(op, bias, "bias"),
-            self.out_features,
-            self.in_features,
-            threshold,
-        )
-        self.address, self.addresses = self.weight.address, self.weight.addresses
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] to [..., out_features]."""
-        y = x.new_empty((*x.shape[:-1], self.out_features))
-        tokens = x.numel() // self.in_features
-        _few(x.contiguous(), cpu.dtype_code("linear_int8", x), tokens, self.address, y)
-        return y
-
-
-def _cpu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float) -> torch.Tensor:
+def _cpu(x, weight, scale, bias, threshold, fixed=None, original=None) -> torch.Tensor:
     in_features = x.shape[-1]
     if not in_features:
-        return _reference(x, weight, scale, bias, threshold)
-    prepared = PreparedInt8(in_features, weight, scale, bias, threshold)
+        return _reference(x, weight, scale, bias, threshold, fixed, original)
+    prepared = PreparedInt8(in_features, weight, scale, bias, threshold, fixed, original)
     if x.numel() <= prepared.MOST_TOKENS * in_features:
         return prepared(x)
     rows = x.reshape(-1, in_features)
-    q, absmax, outliers = quantize_int8(rows, threshold)
+    q, absmax, outliers = quantize_int8(_without(rows, fixed), threshold)
     columns = outliers.nonzero().view(-1)
-    kept = rows.index_select(1, columns).float()
+    kept = rows.index_select(1, columns if fixed is None else torch.cat((columns, fixed))).float()
     y = torch.empty(*x.shape[:-1], prepared.out_features, dtype=x.dtype)
     _epilogue(
         int8_product(q, weight),
@@ -161,21 +142,25 @@ def _cpu(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch
 
 
 _FEW = 8  # the most tokens of the kernel that does everything in one launch
-_few_cuda = cuda.kernel("linear_int8", "pipppqifp")
+_few_cuda = cuda.kernel("linear_int8", "pipppqifppip")
 _list_cuda = cuda.kernel("linear_int8_epilogue", "pipp", "list_outliers")
-_gemm_cuda = cuda.kernel("linear_int8_gemm", "ppppppppqqip")
-_epilogue_cuda = cuda.kernel("linear_int8_epilogue", "ppppppppqqip")
+_gemm_cuda = cuda.kernel("linear_int8_gemm", "ppppppppqqippip")
+_epilogue_cuda = cuda.kernel("linear_int8_epilogue", "ppppppppqqippip")
 
 
-def _cuda(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float) -> torch.Tensor:
+def _cuda(x, weight, scale, bias, threshold, fixed=None, original=None) -> torch.Tensor:
     op, device, (out_features, in_features) = "linear_int8", x.device, weight.shape
-    if in_features >= _LONGEST:
-        raise ValueError(f"{op}: x has {in_features} columns, expected fewer than {_LONGEST}: int32 sums would overflow")
+    if in_features >= LONGEST:
+        raise ValueError(f"{op}: x has {in_features} columns, expected fewer than {LONGEST}: int32 sums would overflow")
     tokens = x.numel() // in_features if in_features else 0
     if not tokens or not out_features:
-        return _reference(x, weight, scale, bias, threshold)
+        return _reference(x, weight, scale, bias, threshold, fixed, original)
     constants, weight, scale, bias = kernel_arguments(op, x, weight, scale, bias)
-    rows = cuda.aligned(x.reshape(-1, in_features))
+    rows, apart = cuda.aligned(x.reshape(-1, in_features)), (0, 0, 0)
+    if fixed is not None:
+        fixed = cuda.require(op, "fixed", fixed, torch.int32, fixed.numel(), device)
+        original = cuda.require(op, "original", original.to(x.dtype), x.dtype, out_features * fixed.numel(), device)
+        apart = fixed, original, fixed.numel()
     y = x.new_empty((*x.shape[:-1], out_features))
     shared = _few_shared(tokens, in_features)
     if tokens <= _FEW and in_features % 16 == 0 and shared <= cuda.shared_memory(x) - 1024:
@@ -193,15 +178,16 @@ def _cuda(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torc
             out_features,
             in_features,
             threshold,
+            *apart,
             y,
         )
         return y
-    q, absmax, outliers = quantize_int8(rows, threshold)
+    q, absmax, outliers = quantize_int8(_without(rows, fixed), threshold)
     found = count = 0
     if threshold > 0:
         found, count = (torch.empty(n, dtype=torch.int32, device=device) for n in (in_features, 1))
         _list_cuda(constants[:1], (1,), 1024, 0, outliers, in_features, found, count)
-    rest = (bias, tokens, out_features, in_features, y)
+    rest = (bias, tokens, out_features, in_features, *apart, y)
     if _fuses(x, in_features):
         grid = (blocks(tokens, 128), blocks(out_features, 128))
         # Two blocks share a multiprocessor. They have four stages if its shared memory allows, else three.
@@ -222,39 +208,36 @@ def _fuses(x: torch.Tensor, columns: int) -> bool:
     return capability >= (8, 0) and major != 9 and x.dtype != torch.float32 and columns % 16 == 0
 
 
-def kernel_arguments(
-    op: str, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, groups: int = 1
-) -> tuple[tuple[str, ...], torch.Tensor, torch.Tensor, torch.Tensor | int]:
-    """(the constants that CUDA kernels of an int8 weight are compiled with, weight, scale, bias), checked for the kernels. A row
-    has `groups` scales. bias is 0 if there is none. Raises TypeError, ValueError."""
-    constants, rows = (f"DTYPE={cuda.type_name(op, x)}",), weight.shape[0]
-    weight = cuda.require(op, "weight", weight, torch.int8, rows * x.shape[-1], x.device)
-    scale = cuda.require(op, "scale", scale.float(), torch.float32, rows * groups, x.device)
-    if bias is None:
-        return constants, weight, scale, 0
-    if bias.dtype != x.dtype:
-        constants += (f"BIAS={cuda.type_name(op, bias, 'bias')}",)
-    return constants, weight, scale, cuda.require(op, "bias", bias, bias.dtype, rows, x.device)
-
-
 def _few_shared(tokens: int, columns: int) -> int:
-    """Bytes of shared memory of linear_int8.cu: sums of products, sums of outliers, absmax, q, the mask of outliers."""
+    """Bytes of shared memory of linear_int8.cu: sums of products, sums of outliers, absmax, q, the masks of columns."""
     pitch = (columns + 63) // 128 * 128 + 64
-    return 2 * 8 * 8 * 20 * 4 + 16 * 8 * 16 * 4 + 32 + 16 + tokens * pitch + blocks(columns, 32) * 4
+    return 2 * 8 * 8 * 20 * 4 + 16 * 8 * 16 * 4 + 32 + 16 + tokens * pitch + 2 * blocks(columns, 32) * 4
 
 
 _op = define(
-    "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, float threshold) -> Tensor", _reference, _fake, _cpu, _cuda
+    "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, float threshold, Tensor? fixed=None, Tensor? original=None)"
+    " -> Tensor",
+    _reference,
+    _fake,
+    _cpu,
+    _cuda,
 )
 differentiate("linear_int8", lambda x, weight, scale, bias, threshold: dequantize_int8(weight, scale, x.dtype))
 
 
 def linear_int8(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    threshold: float,
+    fixed: torch.Tensor | None = None,
+    original: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [..., K] float; weight int8 [N, K]; scale float32 [N], the absmax of its rows; bias [N] or None. Returns [..., N] in x's
-    dtype. Autograd differentiates with respect to x alone, as if x were not rounded."""
-    return _op(x, weight, scale, bias, threshold)
+    dtype. fixed int32 [n] are distinct columns, from 0 to K - 1, which is not checked, and original [N, n] float are those columns
+    of the unquantized weight; both or neither. Autograd differentiates with respect to x alone, as if x were not rounded."""
+    return _op(x, weight, scale, bias, threshold, fixed, original)
 
 
 def cases():
@@ -284,3 +267,19 @@ def cases():
     for threshold in (0.0, 6.0):
         arguments = {"x": large.bfloat16(), "weight": weight, "scale": scale, "bias": None}
         yield f"beyond-float16-{threshold}", {**arguments, "threshold": threshold}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for threshold, shape, out_features, count in (
+            (0.0, (2, 848), 37, 40),
+            (6.0, (3, 1280), 20, 24),
+            (6.0, (130, 400), 140, 17),
+        ):
+            whole = torch.randn(out_features, shape[-1], generator=generator)
+            weight, scale, _ = quantize_int8(whole, 0.0)
+            x = torch.randn(shape, generator=generator)
+            x[..., [5, 9]] *= 30
+            fixed = torch.cat(
+                (torch.tensor([5]), torch.randperm(shape[-1] - 10, generator=generator)[: count - 1].sort().values + 10)
+            )
+            arguments = {"x": x.to(dtype), "weight": weight, "scale": scale, "bias": None, "threshold": threshold}
+            kept = {"fixed": fixed.int(), "original": whole[:, fixed].bfloat16()}
+            yield f"fixed-{str(dtype)[6:]}-{threshold}-{'x'.join(map(str, shape))}x{out_features}", arguments | kept

@@ -9,9 +9,9 @@ elements, and y is rounded once to x's dtype.
 
 import torch
 
+from qcli.ops._int8_arguments import kernel_arguments
 from qcli.ops._library import blocks, define, differentiate, persistent_grid
 from qcli.ops.dequantize_int8 import dequantize_int8
-from qcli.ops.linear_int8 import kernel_arguments
 from qcli.ops.quantize_int8 import quantize_int8
 from qcli.runtime import cpu, cuda
 

@@ -20,6 +20,7 @@ from typing import Any
 from qcli.calibration.gather import Crew, Gatherer
 from qcli.calibration.settings import PARALLEL
 from qcli.errors import NonFiniteError
+from qcli.methods.choosing import needs_of
 from qcli.progress import Advance
 from qcli.quantization.absmax import AbsmaxReader
 from qcli.quantization.plan import Plan, Work
@@ -128,9 +129,10 @@ class _Blocks(Observer):
         transforming = any(changes_inputs(work) for work in self.works[unit.name])
         seen = self.works[unit.name] if transforming else works  # factors are decided again by all that decided them
         modules = {w.linear.module: self.skeleton.model.get_submodule(w.linear.module) for w in seen if w.linear}
-        hessians = {w.linear.module for w in seen if w.linear and w.method and _needs(w) == "hessian"}
+        needs = {w.linear.module: needs_of(w.method) for w in seen if w.linear and w.method}
+        hessians, samples = ({name for name, need in needs.items() if need == wanted} for wanted in ("hessian", "tokens"))
         kept_tokens = -(-SAMPLE_TOKENS // len(passes)) if transforming else 0
-        gatherer = Gatherer(modules, hessians, self.skeleton.device, kept_tokens)
+        gatherer = Gatherer(modules, hessians, self.skeleton.device, kept_tokens, samples)
         try:
             outputs = self.crew.gather(passes, gatherer, keep)
         finally:
@@ -184,7 +186,3 @@ class _Blocks(Observer):
             module = self.skeleton.model.get_submodule(work.linear.module)
             weight = self.staged.weight(work)
             module.weight.data.copy_(weight.t() if work.linear.transposed else weight)
-
-
-def _needs(work: Work) -> str:
-    return getattr(work.method, "needs", "nothing")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from qcli.errors import together
 from qcli.evaluation.score import Contender, score_all
 from qcli.evaluation.statistics import mean, perplexity
 from qcli.methods._gptq import nearest
-from qcli.methods.simulate import simulated
+from qcli.methods.choosing import needs_of
+from qcli.methods.simulate import Simulated, simulate, simulated, with_fixed_columns
 from qcli.progress import Advance
 from qcli.quantization.absmax import AbsmaxReader
 from qcli.quantization.calibrating import Calibrated, calibrate
 from qcli.quantization.calibration_report import CalibrationReport, Checked, KindError
+from qcli.quantization.decoding import decode
 from qcli.quantization.plan import Plan, Work
 from qcli.quantization.rounding import read_weight
 from qcli.quantization.staged import StagedWeights
@@ -154,7 +157,8 @@ def _kinds(done: Calibrated) -> list[KindError]:
 
 class _Swapped(Observer):
     """While the calls of a variant pass a block, its quantized modules have the weights of that variant, and round activations as
-    readers of the result do. With the result, other vectors of the block are those of the output, too.
+    readers of the result do; with columns that texts chose, as qcli does. With the result, other vectors of the block are those of
+    the output, too.
 
     `rounds_sequences` says whether the activations of a whole sequence are rounded together.
     """
@@ -178,6 +182,10 @@ class _Swapped(Observer):
             for work in self.plan.quantized if name != _SOURCE and unit.index is not None else ():
                 if work.linear and work.linear.module.startswith(f"{unit.name}."):
                     module = self.model.get_submodule(work.linear.module)
+                    if work.method and needs_of(work.method) == "tokens":
+                        module.forward = partial(_forward, module, self._simulated(work, name))
+                        rounding.append(module)
+                        continue
                     weight = self._weight(work, name)
                     if work.method and work.method.scheme.activations:
                         layer = simulated(work.method.scheme, weight.to(module.weight.device))
@@ -194,9 +202,22 @@ class _Swapped(Observer):
             for module in rounding:
                 del module.forward
 
+    def _simulated(self, work: Work, name: str) -> Simulated:
+        method: Any = work.method
+        if name == _PLAIN:
+            return simulate(method.without_texts(), read_weight(self.plan, work))
+        stored, tensors = self.staged.stored(work)
+        columns = tensors.get("outlier_columns", torch.empty(0, dtype=torch.int32))
+        return with_fixed_columns(decode(stored, tensors), columns, method.scheme.threshold)
+
     def _weight(self, work: Work, name: str) -> torch.Tensor:
         method: Any = work.method
         if name == _RESULT or work not in self.plan.calibrated:
             return self.staged.weight(work)
         weight = read_weight(self.plan, work)
         return nearest(weight.float(), method.without_texts().grid(weight, None, self.absmax.of(work))).values
+
+
+def _forward(module: torch.nn.Module, simulated: Simulated, x: torch.Tensor) -> torch.Tensor:
+    bias: Any = module.bias
+    return simulated.linear(x, bias)

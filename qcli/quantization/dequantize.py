@@ -173,7 +173,7 @@ def _plan(source: Source, output: Path, dtype: str) -> Decoding:
                 info.name, _unquantized_dtype(info.dtype, layout.stays_fp32(info.name, code), code), tuple(info.shape)
             )
         planned.append(Planned(info, None, None, (spec,)))
-    work, shards = outputs.place_outputs(planned, _SHARD_BYTES)
+    work, shards = outputs.place_outputs(planned, _SHARD_BYTES, format)
     recipe = Recipe(Choice(KEEP))
     plan = Decoding(source, recipe, format, layout.decided_by, output, code, dtypes.TORCH_NAMES[code], {}, work, shards)
     plan.problems += problems

@@ -91,7 +91,7 @@ class WorkTasks:
         self.advance, self.fd, self.work = advance, fd, work
         self.lock = threading.Lock()
         self.nonfinite = self.overflowed = 0
-        self.places = {o.name: o.start for o in work.outputs}
+        self.places = {o.name: o for o in work.outputs}
         self.bands: dict[str, Bands] = {}
         self.encoder: Encoder | None = None
         self.scales = block_scales(plan.source, work.info)
@@ -196,13 +196,14 @@ class WorkTasks:
         if stride and tensor.numel():
             self._band(output, stride).add(offset, tensor)
         else:
-            self.staging.write(self.work.outputs[0].file, self.places[output] + offset, _bytes(tensor))
+            place = self.places[output]
+            self.staging.write(place.file, place.start + offset, _bytes(tensor))
 
     def _band(self, output: str, stride: int) -> Bands:
         """What collects columns of `output`, whose rows have `stride` bytes: for each output row of the weight as many."""
 
         def write(offset: int, data: memoryview, row: int) -> None:
-            self.staging.write_rows(self.work.outputs[0].file, self.places[output] + offset, data, row, stride)
+            self.staging.write_rows(self.places[output].file, self.places[output].start + offset, data, row, stride)
 
         with self.lock:
             if output not in self.bands:

@@ -121,27 +121,33 @@ def weight_of(info: TensorInfo, linear: Linear, method: Method, dtype: str) -> W
     return Weight(info.name, linear.out_features, linear.in_features, entering_dtype(method, info.dtype, dtype))
 
 
-def place_outputs(planned: list[Planned], max_shard_size: int) -> tuple[list[Work], list[Shard]]:
-    """Places every output. A weight and its companions share a shard. Within a shard wider elements come first, so that every
-    tensor is aligned to its element."""
-    groups: list[list[Planned]] = [[]]
+def place_outputs(planned: list[Planned], max_shard_size: int, format: Format) -> tuple[list[Work], list[Shard]]:
+    """Places every output. A weight and its companions share a shard, but for what `format` keeps in a file apart. Within a shard
+    wider elements come first, so that every tensor is aligned to its element."""
+    groups: list[list[TensorSpec]] = [[]]
+    apart: dict[str, list[TensorSpec]] = {}
     size = 0
     for each in planned:
-        nbytes = sum(spec.nbytes for spec in each.specs)
+        beside = {spec: file for spec in each.specs if (file := format.file_apart(spec.name))}
+        for spec, file in beside.items():
+            apart.setdefault(file, []).append(spec)
+        nbytes = sum(spec.nbytes for spec in each.specs if spec not in beside)
         if groups[-1] and size + nbytes > max_shard_size:
             groups.append([])
             size = 0
-        groups[-1].append(each)
+        groups[-1] += [spec for spec in each.specs if spec not in beside]
         size += nbytes
-    work: list[Work] = []
+    # A file named model.safetensors would be preferred to an index, and an index has to leave out what lies apart.
+    several = len(groups) > 1 or apart
+    names = [
+        f"model-{n:05d}-of-{len(groups):05d}.safetensors" if several else "model.safetensors" for n in range(1, len(groups) + 1)
+    ]
     shards = []
-    for number, group in enumerate(groups, 1):
-        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
-        specs = [spec for each in group for spec in each.specs]
+    placed: dict[str, Output] = {}
+    for name, specs in (*zip(names, groups), *apart.items()):
         specs.sort(key=lambda spec: -dtypes.ITEMSIZE.get(spec.dtype, 1))  # stable: source order within a width
         header, starts = build_header([(s.name, s.dtype, s.shape) for s in specs], {"format": "pt"})
-        for each in group:
-            outputs = tuple(Output(s.name, s.dtype, s.shape, name, starts[s.name], starts[s.name] + s.nbytes) for s in each.specs)
-            work.append(Work(len(work), each.info, each.linear, each.method, outputs))
+        placed |= {s.name: Output(s.name, s.dtype, s.shape, name, starts[s.name], starts[s.name] + s.nbytes) for s in specs}
         shards.append(Shard(name, header, len(header) + sum(s.nbytes for s in specs)))
+    work = [Work(i, p.info, p.linear, p.method, tuple(placed[spec.name] for spec in p.specs)) for i, p in enumerate(planned)]
     return work, shards

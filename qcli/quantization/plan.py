@@ -18,6 +18,7 @@ from qcli.checkpoint import config_json, dtypes
 from qcli.checkpoint.layout import Linear
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import Source, open_source
+from qcli.checkpoint.weight_files import OUTLIERS
 from qcli.errors import CheckpointError, PlanError
 from qcli.formats import Format
 from qcli.methods._method import Method
@@ -207,13 +208,14 @@ class Plan:
 
     @cached_property
     def index(self) -> bytes | None:
-        """model.safetensors.index.json, or None for a single file."""
+        """model.safetensors.index.json, or None for a single file. Of a file apart only its metadata speaks."""
         if len(self.shards) == 1:
             return None
-        outputs = [o for w in self.work for o in w.outputs]
+        outputs = [o for w in self.work for o in w.outputs if o.file != OUTLIERS]
         total = sum(o.end - o.start for o in outputs)
+        apart = {"outlier_columns": OUTLIERS} if any(s.name == OUTLIERS for s in self.shards) else {}
         index = {
-            "metadata": {"total_parameters": self.parameters, "total_size": total},
+            "metadata": {"total_parameters": self.parameters, "total_size": total, **apart},
             "weight_map": {o.name: o.file for o in sorted(outputs, key=lambda o: o.name)},
         }
         return (json.dumps(index, indent=2) + "\n").encode()

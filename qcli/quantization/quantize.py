@@ -131,7 +131,7 @@ def make_plan(
         quantized = [(linear, each.scheme) for tensor, each in chosen.items() if (linear := layout.linear(tensor))]
         problems += tensor_parallel_problems(tensor_parallel, quantized, format_.rows_together)
     planned = outputs.plan_tensors(source, layout, chosen, format_, code, problems)
-    work, shards = outputs.place_outputs(planned, parse_size(run.max_shard_size))
+    work, shards = outputs.place_outputs(planned, parse_size(run.max_shard_size), format_)
     plan = Plan(
         source=source,
         recipe=recipe,
@@ -151,6 +151,9 @@ def make_plan(
         plan.calibration = calibration_on(text, tokens, run.sequence_length or None, check, run.order)
         if run.modules == "rules":
             problems.append("texts pass a model as transformers runs it, whose modules rules do not know; leave out modules=rules")
+        counts = [w.method.scheme.outlier_columns(w.linear.in_features) for w in plan.calibrated if w.method and w.linear]
+        if all(w.method and w.method.scheme.outlier_share for w in plan.calibrated) and not any(counts):
+            problems.append("the outlier_share is fewer than 8 columns in every module; give a larger one by --set outlier_share")
     elif calibrate or text is not None or tokens is not None:
         problems.append(
             f"no text decides how {plan.method_name or 'these modules'} is rounded; choose a method that texts help, such as "

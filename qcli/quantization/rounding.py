@@ -10,7 +10,8 @@ from qcli.checkpoint import dtypes
 from qcli.errors import NonFiniteError
 from qcli.methods._calibrated import Calibratable
 from qcli.methods._gptq import Found, factorized, gptq, nearest, output_error, refitted
-from qcli.methods._method import Parts
+from qcli.methods._method import Method, Parts
+from qcli.methods.choosing import needs_of
 from qcli.methods.errors import ErrorSums
 from qcli.methods.simulate import rounding as activation_rounding
 from qcli.quantization.decoding import block_scales, read_tensor
@@ -82,10 +83,29 @@ def round_weight(
     it then has. Without any it is what the method makes of the weight alone."""
     assert work.linear is not None and work.method is not None
     weight = read_weight(plan, work).to(device)
-    found, rounding = _found(weight, cast(Any, work.method), statistics, absmax, changed or Changed())
-    _write(plan, staging, work, found.grid.all_parts(found.codes))
+    if needs_of(work.method) == "tokens":
+        parts, rounding = _with_columns(weight, work.method, statistics)
+    else:
+        found, rounding = _found(weight, cast(Any, work.method), statistics, absmax, changed or Changed())
+        parts = found.grid.all_parts(found.codes)
+    _write(plan, staging, work, parts)
     staging.finish_work(work.index, rounding.errors)
     return rounding
+
+
+def _with_columns(weight: torch.Tensor, method: Method, statistics: Statistics | None) -> tuple[Parts, Rounding]:
+    """The parts of a weight with columns that stay in 16 bits. Without statistics they are those of the largest norm."""
+    rows, columns = weight.shape
+    encoder = method.encoder(rows, columns, weight.device)
+    parts = encoder.feed(weight, 0)
+    parts |= encoder.finish()[0]
+    if count := method.scheme.outlier_columns(columns):
+        chosen = statistics.chosen(count) if statistics else weight.float().square().sum(0).topk(count).indices.sort().values.int()
+        stored = method.scheme.parts(rows, columns, dtypes.CODES[str(weight.dtype).removeprefix("torch.")])["outlier_weight"].dtype
+        parts["outlier_columns"] = chosen
+        parts["outlier_weight"] = weight[:, chosen.long()].to(dtypes.torch_dtype(stored))
+    errors = _sums(weight.float(), method.decode(parts, rows, columns))
+    return parts, Rounding(errors, statistics.tokens if statistics else 0)
 
 
 def _found(

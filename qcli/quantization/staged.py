@@ -10,6 +10,7 @@ import torch
 
 from qcli.checkpoint.safetensors_file import TensorInfo
 from qcli.checkpoint.source import Source
+from qcli.formats import Stored
 from qcli.quantization.decoding import decode, read_tensor
 from qcli.quantization.plan import Plan, Work
 from qcli.quantization.staging import Staging
@@ -48,6 +49,10 @@ class StagedWeights:
 
     def weight(self, work: Work) -> torch.Tensor:
         """The weight float32 [out_features, in_features] that is stored. Raises CheckpointError."""
+        return decode(*self.stored(work))
+
+    def stored(self, work: Work) -> tuple[Stored, dict[str, Any]]:
+        """What is stored of a weight, and its tensors by attribute. Raises CheckpointError."""
         assert work.linear is not None
         format, source = self._plan.format, cast(Source, self)
         codes = next(o.name for o in work.outputs if format.weight_name(o.name) == work.info.name)
@@ -57,4 +62,4 @@ class StagedWeights:
         tensors: dict[str, Any] = {
             attribute: read_tensor(source, self.tensors[names[attribute]]) for attribute in stored.tensors if attribute in names
         }
-        return decode(stored, tensors)
+        return stored, tensors

@@ -74,7 +74,14 @@ def layer_8bit(tokens, out_features, in_features, dtype, *, outliers=0, threshol
 
 def w8a16(arguments: dict) -> dict:
     """The arguments of linear_w8a16, from those of linear_int8."""
-    return {name: value for name, value in arguments.items() if name != "threshold"}
+    return {name: value for name, value in arguments.items() if name not in ("threshold", "fixed", "original")}
+
+
+def with_fixed(arguments: dict, count: int) -> dict:
+    """Arguments of linear_int8 with `count` fixed columns, in no order."""
+    x, rows = arguments["x"], len(arguments["weight"])
+    columns = torch.randperm(x.shape[-1], device=x.device)[:count].int()
+    return arguments | {"fixed": columns, "original": torch.randn(rows, count, device=x.device).bfloat16()}
 
 
 def hostile(name: str, dtypes=DTYPES) -> Iterator[tuple[str, dict]]:
@@ -213,6 +220,8 @@ def _linear_int8(dtype):
     for tokens in (1, 8, 40):
         for outliers in (0, 1, 16, 17, 300, 512):
             yield f"{tokens}-outliers-{outliers}", layer_8bit(tokens, 48, 512, dtype, outliers=outliers)
+        for fixed in (1, 16, 17, 512):
+            yield f"{tokens}-fixed-{fixed}", with_fixed(layer_8bit(tokens, 48, 512, dtype, outliers=6), fixed)
         spoiled = layer_8bit(tokens, 24, 256, dtype)
         spoiled["x"] = _spoiled(spoiled["x"])
         yield f"{tokens}-spoiled", spoiled

@@ -13,10 +13,14 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
-def oracle(x, weight, scale, bias, threshold):
-    """Equation 8 in integers and float64: the integer part, the outlier part and the bias, and the sum of all terms'
-    magnitudes."""
+def oracle(x, weight, scale, bias, threshold, fixed=None, original=None):
+    """Equation 8 in integers and float64: the integer part, the outlier part, that of fixed columns and the bias, and the sum of
+    all terms' magnitudes."""
     rows = x.double().numpy().reshape(-1, x.shape[-1])
+    fixed = np.zeros(0, np.int64) if fixed is None else fixed.numpy().astype(np.int64)
+    beside = np.zeros((len(weight), 0)) if original is None else original.to(x.dtype).double().numpy()
+    of_fixed, rows = rows[:, fixed], rows.copy()
+    rows[:, fixed] = 0
     q_w, s_w = weight.numpy().astype(np.int64), scale.numpy()
     outlier = np.abs(rows) >= threshold if threshold else np.zeros(rows.shape, bool)
     columns = outlier.any(0)
@@ -31,8 +35,12 @@ def oracle(x, weight, scale, bias, threshold):
     parts = (
         (q_x @ q_w.T) * step,
         rows[:, columns] @ kept.T,
+        of_fixed @ beside.T,
         np.broadcast_to(added, step.shape),
-        (np.abs(q_x) @ np.abs(q_w).T) * step + np.abs(rows[:, columns]) @ np.abs(kept).T + np.abs(added),
+        (np.abs(q_x) @ np.abs(q_w).T) * step
+        + np.abs(rows[:, columns]) @ np.abs(kept).T
+        + np.abs(of_fixed) @ np.abs(beside).T
+        + np.abs(added),
     )
     return [torch.from_numpy(part.copy()).view(*x.shape[:-1], len(q_w)) for part in parts]
 
@@ -157,7 +165,7 @@ def test_close_to_bitsandbytes(threshold, rows):
     with torch.no_grad():
         theirs = layer(x).double()
     assert torch.equal(layer.state.SCB, scale)
-    integer, outliers, added, _ = oracle(x, q, scale, bias, threshold)
+    integer, outliers, _, added, _ = oracle(x, q, scale, bias, threshold)
     first, result = (integer + added).abs(), (integer + added + outliers).abs()
     bound = 1.81e-5 * integer.abs() + 1.01 * 2.0**-11 * (first + 2 * result) + 1e-6
     ours = linear_int8(x, q, scale, bias, threshold).double()
