@@ -13,7 +13,7 @@ from qcli.ops.linear_w8a16 import linear_w8a16
 from qcli.ops.rope_append import rope_append, tables
 from qcli.runtime import cuda
 from tests.gpu.checks import WAYS, kernel, moved, noting, same_bits
-from tests.gpu.inputs import activations, cache, hostile, layer_4bit, layer_8bit, w8a16
+from tests.gpu.inputs import activations, cache, hostile, layer_4bit, layer_8bit, w8a16, with_fixed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error::qcli.errors.QcliWarning")]
 
@@ -65,6 +65,14 @@ def test_linear_4bit(tokens, nested, device):
 def test_linear_int8_with_other_outliers_each_time(tokens, device, product):
     arguments = layer_8bit(tokens, N, K, torch.bfloat16, outliers=3, bias=torch.float32, device=device)
     inputs = [activations(tokens, K, torch.bfloat16, count, device) for count in (0, 5, 300, K, 0, 17)]
+    replays(linear_int8, arguments, inputs, device)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("tokens", [1, 8, 100])
+def test_linear_int8_with_fixed_columns(tokens, threshold, device, product):
+    arguments = with_fixed(layer_8bit(tokens, N, K, torch.bfloat16, threshold=threshold, device=device), 24)
+    inputs = [activations(tokens, K, torch.bfloat16, count, device) for count in (0, 5, 300)]
     replays(linear_int8, arguments, inputs, device)
 
 
