@@ -15,8 +15,11 @@ SMALLEST = 1e-5  # SmoothQuant's own bound of a factor
 
 @dataclass(frozen=True)
 class Inputs:
-    """What texts say of x [tokens, in_features]. magnitude, absmax and mean_square float32 [in_features] are mean |x_j|, max |x_j|
-    and E[x_j^2]. `sample` float32 [some tokens, in_features]. `hessian` float32 [in_features, in_features] is sum x x^T, or None."""
+    """What texts say of x [tokens, in_features].
+
+    magnitude, absmax, mean_square: mean |x_j|, max |x_j| and E[x_j^2], float32 [in_features]. sample: some of the tokens, float32
+    [tokens, in_features]. hessian: sum x x^T float32 [in_features, in_features], or None.
+    """
 
     magnitude: torch.Tensor
     absmax: torch.Tensor
