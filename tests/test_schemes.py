@@ -50,7 +50,7 @@ def test_scales_of_a_weight_whose_size_nothing_divides(share, scales):
 def test_names_mean_one_thing_everywhere():
     """What quantize writes, what generate takes and what estimate-memory counts are rows of the same table."""
     of_bitsandbytes = {"llm-int8", "nf4", "nf4-plain", "fp4", "fp4-plain"}
-    assert set(formats.written()) == of_bitsandbytes | {"int8", "rtn", "hqq", "fp8", "mxfp4", "nvfp4"}
+    assert set(formats.written()) == of_bitsandbytes | {"int8", "rtn", "hqq", "fp8", "mxfp4", "nvfp4", "smoothquant", "awq"}
     assert set(METHODS) - {"bfloat16", "float16", "float32", "stored"} == set(NAMED) - {"unquantized"}
     for name, scheme in NAMED.items():
         method = methods.make(scheme)
