@@ -99,9 +99,8 @@ def _show_all(found: list[dict[str, Any]], measured: dict[str, Any]) -> None:
         )
     console.table("", columns, rows, left=(0, 1, 2, 3, 4))
     console.out(measured["about"])
-    console.out(
-        f"{' and '.join(BY_TEXTS)} need texts, and are measured by the run that makes them. What no format holds, `qcli evaluate --methods` simulates. Options: qcli methods NAME"
-    )
+    console.out(f"{' and '.join(BY_TEXTS)} need texts, and are measured by the run that makes them.")
+    console.out("What no format holds, `qcli evaluate --methods` simulates. Options: qcli methods NAME")
 
 
 def _show_one(found: dict[str, Any], measured: dict[str, Any]) -> None:
