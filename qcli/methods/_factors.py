@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 SMALLEST = 1e-5  # SmoothQuant's own bound of a factor
+ROWS = 256  # of a weight, evenly spaced, whose outputs' error is measured: rows are rounded one by one, so a part speaks for all
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ def awq_weight_mean(weights: Sequence[torch.Tensor], group_size: int) -> torch.T
         total += (groups / (groups.amax(1, keepdim=True) + 1e-6)).view(weight.shape).sum(0)
         rows += len(weight)
     return total / rows
+
+
+def measured_rows(weight: torch.Tensor) -> torch.Tensor:
+    """The rows of a weight [out_features, in_features] whose outputs' error is measured."""
+    if len(weight) <= ROWS:
+        return weight
+    return weight[torch.arange(ROWS, device=weight.device) * len(weight) // ROWS]
 
 
 def best_factors(candidates: Iterable[tuple[float, torch.Tensor]], error: Callable[[torch.Tensor | None], float]) -> Factors:

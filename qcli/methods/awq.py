@@ -80,15 +80,16 @@ class Awq(Calibrated):
 
     def factors(self, inputs: Inputs, weights: Sequence[torch.Tensor]) -> Factors:
         """The best factors of inputs that modules with these weights [out_features, in_features] read."""
-        from qcli.methods._factors import best_factors
+        from qcli.methods._factors import best_factors, measured_rows
         from qcli.methods._gptq import nearest, output_error
 
         assert inputs.hessian is not None
         hessian = inputs.hessian
+        measured = [measured_rows(weight) for weight in weights]
 
         def error(scale: torch.Tensor | None) -> float:
             total = 0.0
-            for weight in weights:
+            for weight in measured:
                 wide = weight.float()
                 changed = wide if scale is None else wide * scale
                 importance = inputs.mean_square if scale is None else inputs.mean_square / scale.square()
