@@ -52,7 +52,7 @@ def test_scales_of_a_weight_whose_size_nothing_divides(share, scales):
 def test_names_mean_one_thing_everywhere():
     """What quantize writes, what generate takes and what estimate-memory counts are rows of the same table."""
     of_bitsandbytes = {"llm-int8", "nf4", "nf4-plain", "fp4", "fp4-plain"}
-    of_others = of_bitsandbytes | {"int8", "rtn", "hqq", "fp8", "mxfp4", "nvfp4"}
+    of_others = of_bitsandbytes | {"int8", "rtn", "hqq", "fp8", "mxfp4", "nvfp4", "smoothquant", "awq"}
     others = [each for each in formats.all_formats() if each.name != "qcli"]
     assert of_others == {name for name in QUANTIZED if any(each.refuses(NAMED[name]) is None for each in others)}
     assert set(formats.written()) == set(QUANTIZED) - {"llm-int8-paper"}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from qcli import console, formats, schemes
-from qcli.schemes import NAMED, Scheme
+from qcli.schemes import BY_TEXTS, NAMED, Scheme
 
 _SHARES = {
     "flat": "{size} weights of the flattened matrix",
@@ -52,7 +52,7 @@ def _summary(scheme: Scheme, measured: dict[str, Any]) -> dict[str, Any]:
         "scale_for": _SHARES[scheme.share].format(size=scheme.size),
         "codes": _FLOATS.get(scheme.codebook or "", scheme.codebook or f"int{scheme.bits}"),
         "activations": _activations(scheme),
-        "needs_calibration": False,
+        "needs_calibration": scheme.name in BY_TEXTS,
         "formats": [name for name in formats.NAMES if name in held],
         "runs": "CPU and CUDA" if held else "evaluate alone",
         "measured": {model: of[scheme.name] for model, of in measured["models"].items() if scheme.name in of},
@@ -99,7 +99,8 @@ def _show_all(found: list[dict[str, Any]], measured: dict[str, Any]) -> None:
         )
     console.table("", columns, rows, left=(0, 1, 2, 3, 4))
     console.out(measured["about"])
-    console.out("None needs texts. What no format holds, `qcli evaluate --methods` simulates. Options: qcli methods NAME")
+    console.out(f"{' and '.join(BY_TEXTS)} need texts, and are measured by the run that makes them.")
+    console.out("What no format holds, `qcli evaluate --methods` simulates. Options: qcli methods NAME")
 
 
 def _show_one(found: dict[str, Any], measured: dict[str, Any]) -> None:

@@ -11,15 +11,19 @@ from dataclasses import dataclass
 import torch
 
 from qcli.methods._calibrated import Calibratable
+from qcli.schemes import Scheme
 
 SMALLEST = 1e-5  # SmoothQuant's own bound of a factor
+ROWS = 256  # of a weight, evenly spaced, whose outputs' error is measured: rows are rounded one by one, so a part speaks for all
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What texts say of x [tokens, in_features]. magnitude, absmax and mean_square float32 [in_features] are mean |x_j|,
-    max |x_j| and E[x_j^2]; `sample` float32 [some tokens, in_features]; `hessian` float32 [in_features, in_features] is sum x x^T,
-    or None."""
+    """What texts say of x [tokens, in_features].
+
+    magnitude, absmax, mean_square: mean |x_j|, max |x_j| and E[x_j^2], float32 [in_features]. sample: some of the tokens, float32
+    [tokens, in_features]. hessian: sum x x^T float32 [in_features, in_features], or None.
+    """
 
     magnitude: torch.Tensor
     absmax: torch.Tensor
@@ -67,6 +71,13 @@ def awq_weight_mean(weights: Sequence[torch.Tensor], group_size: int) -> torch.T
     return total / rows
 
 
+def measured_rows(weight: torch.Tensor) -> torch.Tensor:
+    """The rows of a weight [out_features, in_features] whose outputs' error is measured."""
+    if len(weight) <= ROWS:
+        return weight
+    return weight[torch.arange(ROWS, device=weight.device) * len(weight) // ROWS]
+
+
 def best_factors(candidates: Iterable[tuple[float, torch.Tensor]], error: Callable[[torch.Tensor | None], float]) -> Factors:
     """Of (exponent, s) the one with the least `error`, which takes s, or None for 1."""
     plain = error(None)
@@ -85,10 +96,11 @@ def awq_factors(method: Calibratable, inputs: Inputs, weights: Sequence[torch.Te
 
     hessian = inputs.hessian
     assert hessian is not None
+    measured = [measured_rows(weight) for weight in weights]
 
     def error(scale: torch.Tensor | None) -> float:
         total = 0.0
-        for weight in weights:
+        for weight in measured:
             wide = weight.float()
             changed = wide if scale is None else wide * scale
             importance = inputs.mean_square if scale is None else inputs.mean_square / scale.square()
@@ -96,10 +108,14 @@ def awq_factors(method: Calibratable, inputs: Inputs, weights: Sequence[torch.Te
             total += output_error(wide, values if scale is None else values / scale, hessian)
         return total
 
+    return best_factors(awq_candidates(method.scheme, inputs, weights, steps), error)
+
+
+def awq_candidates(scheme: Scheme, inputs: Inputs, weights: Sequence[torch.Tensor], steps: int) -> list[tuple[float, torch.Tensor]]:
+    """(r, s) of AWQ's two forms for `steps` exponents r from 0 up to 1."""
     magnitude, columns = inputs.magnitude.double(), weights[0].shape[1]
-    size = method.scheme.size if method.scheme.size and columns % method.scheme.size == 0 else columns
+    size = scheme.size if scheme.size and columns % scheme.size == 0 else columns
     weight_mean = awq_weight_mean([weight.double() for weight in weights], size)
     exponents = [step / steps for step in range(steps)]
     candidates = [(r, awq_scale(magnitude, None, r).float()) for r in exponents[1:]]  # 0 is the identity
-    candidates += [(r, awq_scale(magnitude, weight_mean, r).float()) for r in exponents]
-    return best_factors(candidates, error)
+    return [*candidates, *((r, awq_scale(magnitude, weight_mean, r).float()) for r in exponents)]

@@ -73,13 +73,14 @@ class SmoothQuant(Calibrated):
         """The best factors of inputs that modules with these weights [out_features, in_features] read."""
         import torch
 
-        from qcli.methods._factors import best_factors, smooth_scale
+        from qcli.methods._factors import best_factors, measured_rows, smooth_scale
         from qcli.methods.simulate import round_rows
 
         x = inputs.sample
+        weight_absmax = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).float()
+        weights = [measured_rows(weight) for weight in weights]
         wide = [weight.float() for weight in weights]
         wanted = [x @ w.t() for w in wide]
-        weight_absmax = torch.stack([w.abs().amax(0) for w in wide]).amax(0)
 
         def error(scale: torch.Tensor | None) -> float:
             rounded = round_rows(x if scale is None else x / scale)

@@ -222,7 +222,15 @@ _op = define(
     _cpu,
     _cuda,
 )
-differentiate("linear_int8", lambda x, weight, scale, bias, threshold: dequantize_int8(weight, scale, x.dtype))
+
+
+def _weight(x, weight, scale, bias, threshold, fixed=None, original=None):
+    """The weight by which the gradient with respect to x is made."""
+    found = dequantize_int8(weight, scale, x.dtype)
+    return found if fixed is None else found.index_copy(1, fixed.long(), original.to(x.dtype))
+
+
+differentiate("linear_int8", _weight)
 
 
 def linear_int8(

@@ -94,6 +94,6 @@ def test_never_worse_than_no_factors_by_its_own_measure(name, seed):
 
 def test_what_factors_gain_where_channels_are_large():
     x, weights = problem()
-    for name, most in (("awq", 0.8), ("smoothquant", 0.1)):
+    for name, most in (("awq", 0.8), ("smoothquant", 0.2)):
         found = methods.make(NAMED[name]).factors(inputs_of(x), weights)
         assert found.error < most * found.plain_error
