@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qcli import methods
-from qcli.methods._factors import Inputs, awq_scale, awq_weight_mean, smooth_scale
+from qcli.methods._factors import Inputs, awq_candidates, awq_scale, awq_weight_mean, smooth_scale
 from qcli.methods._gptq import nearest, output_error
 from qcli.methods.simulate import round_rows
 from qcli.schemes import NAMED
@@ -56,8 +56,8 @@ def test_the_grid_is_autoawqs(duo):
 
 def test_every_step_of_the_grid_is_tried():
     x, weights = problem()
-    candidates = list(methods.make(NAMED["awq"])._candidates(inputs_of(x), weights))
-    assert [r for r, _ in candidates] == [0.0, *(step / 20 for step in range(1, 20) for _ in range(2))]
+    candidates = awq_candidates(NAMED["awq"], inputs_of(x), weights, 20)
+    assert [r for r, _ in candidates] == [*(step / 20 for step in range(1, 20)), *(step / 20 for step in range(20))]
 
 
 @pytest.mark.parametrize("alpha", [0.3, 0.5, 0.85])
