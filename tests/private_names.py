@@ -177,6 +177,8 @@ PRIVATE = (
         _TIED,
         "which parameters are one",
     ),
+    Private("torch.nn.Module: _parameters", ("nn/quantized_linear.py",), _REPLACED, "what a step reads, without a look-up"),
+    Private("torch.nn.Module: _buffers", ("nn/quantized_linear.py",), _REPLACED, "likewise"),
     Private("torch.nn.Module: _non_persistent_buffers_set", ("streaming/units.py",), _STREAMING, "buffers that no file holds"),
     Private("torch._C._len_torch_dispatch_stack", ("runtime/cpu.py",), _SEEN, "whether a mode sees the call"),
     Private("torch._C._len_torch_function_stack", ("runtime/cpu.py",), _SEEN, "likewise"),

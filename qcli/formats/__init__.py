@@ -193,32 +193,6 @@ class Format(Protocol):
         ...
 
 
-class Plain:
-    """What holds of most formats: modules of their own, several schemes in one model, no codes of 4 bits two a byte."""
-
-    name: str
-
-    def layout_of(self, scheme: Scheme) -> str:
-        """See Format."""
-        return self.name
-
-    def refuses_mixture(self, schemes: Sequence[Scheme]) -> str | None:
-        """See Format."""
-        return None
-
-    def file_apart(self, tensor: str) -> str | None:
-        """See Format."""
-        return None
-
-    def pairs(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
-        """See Format."""
-        return None
-
-    def planes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
-        """See Format."""
-        return None
-
-
 @cache
 def get(name: str) -> Format:
     """The format of that name. Raises UsageError."""
@@ -263,10 +237,10 @@ def holding(schemes: Sequence[Scheme], wanted: str | None = None, head: Scheme |
 
 
 def misfit(scheme: Scheme, out_features: int, in_features: int) -> str | None:
-    """Why no format that holds `scheme` can hold a weight of that shape, as a sentence without its end; None where one can, or
-    where no format holds the scheme at all."""
-    reasons = [each.refuses_shape(scheme, out_features, in_features) for each in all_formats() if each.refuses(scheme) is None]
-    return reasons[0] if reasons and all(reasons) else None
+    """Why the format that is taken for `scheme` cannot hold a weight of that shape, as a sentence without its end; None where it
+    can, or where no format holds the scheme at all."""
+    taken = next((each for each in all_formats() if each.refuses(scheme) is None), None)
+    return taken.refuses_shape(scheme, out_features, in_features) if taken else None
 
 
 def written() -> list[str]:

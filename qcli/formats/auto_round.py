@@ -15,7 +15,8 @@ from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.errors import CheckpointError
 from qcli.files.foreign_json import FLAG, TEXT, Kind, Required, check, either, list_of, one_of, whole
-from qcli.formats import Choice, Format, Piece, Plain, Stored, Weight, _columns
+from qcli.formats import Choice, Format, Piece, Stored, Weight, _columns
+from qcli.formats._plain import Plain
 from qcli.schemes import Scheme
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.errors import CheckpointError
 from qcli.files.foreign_json import FLAG, TEXT, Kind, Required, check, list_of, one_of, whole
-from qcli.formats import Choice, Format, Piece, Plain, Stored, Weight, _columns
+from qcli.formats import Choice, Format, Piece, Stored, Weight, _columns
+from qcli.formats._plain import Plain
 from qcli.formats._selection import fused_notes
 from qcli.schemes import WHOLE_ROW, Scheme
 

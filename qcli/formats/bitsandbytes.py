@@ -24,7 +24,8 @@ from qcli.checkpoint import dtypes
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.files.foreign_json import FLAG, NUMBER, TEXT, Kind, Required, at_least, check, list_of, one_of, parse_object, whole
-from qcli.formats import Choice, Format, Piece, Plain, Stored, Weight, _outliers
+from qcli.formats import Choice, Format, Piece, Stored, Weight, _outliers
+from qcli.formats._plain import Plain
 from qcli.formats._quant_state import quant_state
 from qcli.formats._selection import fused_notes, skip_list, straddling_notes
 from qcli.schemes import NAMED, NESTED_BLOCK_SIZE, PAPER_THRESHOLD, Scheme

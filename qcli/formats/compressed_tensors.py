@@ -24,8 +24,9 @@ from qcli.checkpoint.dtypes import CODES, MODEL_DTYPES, TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.errors import CheckpointError
 from qcli.files.foreign_json import OBJECT, TEXT, Kind, Required, check, list_of, map_of, one_of
-from qcli.formats import Choice, Format, Piece, Plain, Stored, Weight
+from qcli.formats import Choice, Format, Piece, Stored, Weight
 from qcli.formats import _ct_config as groups
+from qcli.formats._plain import Plain
 from qcli.formats._selection import fused_notes
 from qcli.schemes import Scheme
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.files.foreign_json import TEXT, Kind, Required, check, list_of, one_of, whole
-from qcli.formats import Choice, Format, Piece, Plain, Stored, Weight, _columns
+from qcli.formats import Choice, Format, Piece, Stored, Weight, _columns
+from qcli.formats._plain import Plain
 from qcli.schemes import FP8_BLOCK, NAMED, Scheme
 
 if TYPE_CHECKING:

@@ -91,32 +91,14 @@ _op = define(
 )
 
 
-class _Differentiable(torch.autograd.Function):
-    """The op with gradients of y and of x."""
-
-    @staticmethod
-    def forward(ctx, y, x, values, columns, offsets):
-        ctx.save_for_backward(values, columns, offsets)
-        ctx.x = x.dtype, x.shape[-1]
-        _op(y, x, values, columns, offsets)
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, of_result):
-        values, columns, offsets = ctx.saved_tensors
-        dtype, in_features = ctx.x
-        matrix = of_result.new_zeros(len(offsets) - 1, in_features)
-        matrix.index_put_((_rows(columns, offsets), columns.long()), values.to(matrix.dtype), accumulate=True)
-        return of_result, (of_result @ matrix).to(dtype), None, None, None
-
-
 def add_sparse(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, offsets: torch.Tensor) -> None:
     """y [..., N] and x [..., K] float; values [count] float; columns int32 [count], of x; offsets int32 [N + 1]: the elements of
     row n are those from offsets[n] on, up to offsets[n + 1]. Changes y. Raises ValueError for offsets and columns outside, on a
     CPU. Autograd differentiates with respect to y and x."""
     if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad):
-        _Differentiable.apply(y, x, values, columns, offsets)
+        matrix = y.new_zeros(len(offsets) - 1, x.shape[-1], dtype=torch.float32)
+        matrix = matrix.index_put((_rows(columns, offsets), columns.long()), values.float(), accumulate=True)
+        y += (x.float() @ matrix.t()).to(y.dtype)
     else:
         _op(y, x, values, columns, offsets)
 

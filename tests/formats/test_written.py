@@ -259,7 +259,7 @@ def test_what_a_format_does_not_hold(sources, tmp_path):
     [
         ("rtn", {"bits": 5}, "bits is 5, expected one of 2, 3, 4, 8"),
         ("rtn", {"group_size": 0}, "group_size is 0"),
-        ("rtn", {"search": "best"}, "search is 'best', expected none or mse"),
+        ("rtn", {"search": "best"}, "search is 'best', expected none, mse or imatrix"),
         ("nf4", {"search": "best"}, "search is 'best'"),
         ("hqq", {"iterations": -1}, "iterations is -1"),
         ("fp8", {"share": "group"}, "share is 'group', expected row, block or tensor"),

@@ -35,6 +35,11 @@ MORE = {
     "linear_int8": _with_other_bias(_ALL, FULL=(0, 1)),
     "linear_int8_epilogue": _with_other_bias(_ALL),
     "linear_int8_gemm": _with_other_bias(_HALF, STAGES=(3, 4)),
+    "linear_table": [
+        ("DTYPE=__half", f"BITS={bits}", *form)
+        for bits in (2, 3, 4)
+        for form in (("GROUP=0", "OWN=1", "ZERO=1"), ("GROUP=1", "OWN=1", "ZERO=1"), ("GROUP=3", "OWN=0"))
+    ],
     "linear_w8a16": _with_other_bias(_HALF, FULL=(0, 1)),
 }
 

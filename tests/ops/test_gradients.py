@@ -24,7 +24,10 @@ def _table(a):
 
 
 def _int8(a):
-    return a["weight"].float() * (a["scale"].unsqueeze(1) / 127)
+    weight = a["weight"].float() * (a["scale"].unsqueeze(1) / 127)
+    if a.get("fixed") is not None:
+        weight[:, a["fixed"].long()] = a["original"].float()
+    return weight
 
 
 def _w8a16(a):

@@ -245,7 +245,7 @@ def test_activations_that_are_not_finite_are_named(tmp_path, text):
 
 
 def test_what_texts_do_not_decide_is_refused(llama, tmp_path, text):
-    plan = make_plan(str(llama), tmp_path / "out", method="int8", calibrate=True)
+    plan = make_plan(str(llama), tmp_path / "out", method="zeropoint", calibrate=True)
     assert any("no text decides" in problem for problem in plan.problems)
     plan = make_plan(str(llama), tmp_path / "out", bits=4, text=text)
     assert any("no text decides" in problem for problem in plan.problems)
