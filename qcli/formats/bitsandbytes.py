@@ -7,8 +7,7 @@
   P.nested_absmax, P.nested_quant_map  F32 [ceil(blocks/256)], F32 [256]   with double quantization only
   P.quant_state.bitsandbytes__TYPE     U8  [length]            UTF-8 JSON
 8-bit: P I8 [out_features, in_features], SCB F32 [out_features] (row absmax), weight_format U8 [] = 0 ("row").
-Beside 8 bits, where texts have chosen columns, in a file of their own that the index does not name (qcli/formats/_outliers.py):
-outlier_columns I32 [n], outlier_weight BF16 or F16 [out_features, n].
+Beside 8 bits, where texts have chosen columns, a file of their own: outlier_columns, outlier_weight (qcli/formats/_outliers.py).
 
 When a checkpoint is read, the headers decide which module is quantized and how. The config only says how to compute. Every stored
 field that changes what bytes mean is compared with what qcli's kernels do with them.

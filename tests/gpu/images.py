@@ -36,7 +36,8 @@ MORE = {
     "linear_int8_epilogue": _with_other_bias(_ALL),
     "linear_int8_gemm": _with_other_bias(_HALF, STAGES=(3, 4)),
     "linear_table": [
-        ("DTYPE=__half", f"BITS={bits}", *form)
+        (f"DTYPE={x}", f"BITS={bits}", *form)
+        for x in _HALF
         for bits in (2, 3, 4)
         for form in (("GROUP=0", "OWN=1", "ZERO=1"), ("GROUP=1", "OWN=1", "ZERO=1"), ("GROUP=3", "OWN=0"))
     ],
