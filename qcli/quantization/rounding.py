@@ -110,7 +110,7 @@ def _found(
         if calibrated.rounding == "gptq"
         else nearest(wide, grid)
     )
-    plain = nearest(wide, method.without_texts().grid(weight, None, absmax))
+    plain = nearest(weight.float(), method.without_texts().grid(weight, None, absmax))
     tokens, plain_values = statistics.tokens, changed.of(plain.values)
     rounding = Rounding(
         _sums(wide, found.values),
