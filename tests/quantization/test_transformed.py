@@ -77,6 +77,17 @@ def test_what_it_gains_on_planted_outliers(options, most, llama, tmp_path, text)
     assert "not transformed" in note and "layers.0.self_attn.o_proj" in note and "down_proj" not in note
 
 
+def test_the_error_without_texts_is_that_of_the_unchanged_weight(llama, tmp_path, text):
+    """It is the same whatever is done beside it: int8 to nearest, of the weight and the input as they were."""
+    found = [
+        qcli.quantize(str(llama), tmp_path / str(number), text=text, tokens=2000, **options).calibration.kinds
+        for number, options in enumerate((SMOOTH, SMOOTH | {"calibrate": True}))
+    ]
+    for nearest, gptq in zip(*found):
+        assert gptq.plain_relative_error == pytest.approx(nearest.plain_relative_error, rel=0.05)
+        assert gptq.relative_error < 1.02 * nearest.relative_error
+
+
 def test_int8_with_texts_is_smoothquant_and_gptq(llama, tmp_path, text):
     plan = make_plan(str(llama), tmp_path / "out", method="int8", calibrate=True, text=text)
     (method,) = {work.method for work in plan.quantized}
