@@ -12,6 +12,8 @@ from qcli.commands._model import asked_model
 from qcli.commands._settings import pairs
 from qcli.errors import Interrupted
 
+WORSE = 4  # the exit code where calibration made the result worse
+
 
 def quantize(
     model: Annotated[str | None, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)] = None,
@@ -150,4 +152,4 @@ def quantize(
         console.warn(warning)
     console.json(report.summary()) if json else tables.show_report(report)
     if report.calibration and report.calibration.checked and report.calibration.checked.is_worse:
-        raise typer.Exit(4)
+        raise typer.Exit(WORSE)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 @dataclass(frozen=True)
 class Checked:
     """What held-out windows say: perplexities, and KL divergences from the source in nats a token, of the result and of the same
-    schemes without texts, with standard errors."""
+    schemes without texts, with standard errors. `change_error` is that of their difference, paired token by token."""
 
     tokens: int
     source_perplexity: float
@@ -15,11 +15,12 @@ class Checked:
     kl_error: float
     plain_kl: float
     plain_kl_error: float
+    change_error: float
 
     @property
     def is_worse(self) -> bool:
-        """Whether the texts made it worse than rounding without them."""
-        return self.kl > self.plain_kl
+        """Whether the texts made it worse than rounding without them, by more than two standard errors."""
+        return self.kl - self.plain_kl > 2 * self.change_error
 
 
 @dataclass

@@ -88,7 +88,9 @@ class CalibrationRun:
 
         base, result, plain = score_all(runs([self.skeleton], self.held_out, len(names)), read)
         size = sum(window.scored_bytes for window in self.held_out)
-        ours, theirs = (mean(scores.divergence) for scores in (result, plain) if scores.divergence is not None)
+        with_texts, without = result.divergence, plain.divergence
+        assert with_texts is not None and without is not None
+        ours, theirs = mean(with_texts), mean(without)
         return Checked(
             len(base.loss),
             perplexity(base.loss, size).perplexity.value,
@@ -97,6 +99,7 @@ class CalibrationRun:
             ours.error,
             theirs.value,
             theirs.error,
+            mean(with_texts - without).error,
         )
 
 

@@ -244,6 +244,13 @@ def test_activations_that_are_not_finite_are_named(tmp_path, text):
         qcli.quantize(str(tmp_path / "model"), tmp_path / "out", bits=4, calibrate=True, text=text, tokens=1000)
 
 
+@pytest.mark.parametrize("kl, worse", [(0.09, False), (0.11, False), (0.13, True)])
+def test_worse_is_more_than_two_standard_errors(kl, worse):
+    from qcli.quantization.calibration_report import Checked
+
+    assert Checked(100, 5.0, 5.1, kl, 0.02, 0.1, 0.02, 0.01).is_worse == worse
+
+
 def test_what_texts_do_not_decide_is_refused(llama, tmp_path, text):
     plan = make_plan(str(llama), tmp_path / "out", method="zeropoint", calibrate=True)
     assert any("no text decides" in problem for problem in plan.problems)
