@@ -180,6 +180,10 @@ class Format(Protocol):
         """Module to what is stored of it. Every field that changes what bytes mean is checked. Raises CheckpointError."""
         ...
 
+    def config_of(self, config: Mapping[str, Any], tensor: str) -> Mapping[str, Any]:
+        """What a `quantization_config` would be of a model in which the weight `tensor` alone is quantized, for `read`."""
+        ...
+
     def attribute(self, name: str) -> str:
         """The attribute of a module for a stored tensor's name relative to the module."""
         ...

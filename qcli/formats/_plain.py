@@ -1,7 +1,7 @@
 """What most formats answer alike."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qcli.formats import Stored
 from qcli.schemes import Scheme
@@ -26,6 +26,10 @@ class Plain:
     def file_apart(self, tensor: str) -> str | None:
         """See Format."""
         return None
+
+    def config_of(self, config: Mapping[str, Any], tensor: str) -> Mapping[str, Any]:
+        """See Format."""
+        return config
 
     def pairs(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor | None":
         """See Format."""

@@ -171,6 +171,11 @@ class Qcli(Bitsandbytes):
                 )
         return found
 
+    def config_of(self, config: Mapping[str, Any], tensor: str) -> Mapping[str, Any]:
+        entries = [entry for entry in config.get("schemes") or () if tensor in entry["weights"]]
+        alone = [entry | {"weights": {tensor: entry["weights"][tensor]}} for entry in entries]
+        return {**config, "schemes": alone} if "schemes" in config else config
+
     def renamings(self) -> list[tuple[str, str]]:
         return [*super().renamings(), *((f"weight.{part}$", f"weight_{part}") for part in _PARTS)]
 

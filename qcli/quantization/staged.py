@@ -57,7 +57,8 @@ class StagedWeights:
         format, source = self._plan.format, cast(Source, self)
         codes = next(o.name for o in work.outputs if format.weight_name(o.name) == work.info.name)
         linear = replace(work.linear, tensor=codes)
-        stored = format.read(source, [linear], self._plan.quantization_config)[linear.module]
+        config = format.config_of(self._plan.quantization_config, codes)
+        stored = format.read(source, [linear], config)[linear.module]
         names = {format.attribute(o.name.removeprefix(work.info.name.removesuffix("weight"))): o.name for o in work.outputs}
         tensors: dict[str, Any] = {
             attribute: read_tensor(source, self.tensors[names[attribute]]) for attribute in stored.tensors if attribute in names

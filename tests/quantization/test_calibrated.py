@@ -118,6 +118,9 @@ def test_architectures(name, tmp_path, text):
         ("fp8", {}, None),
         ("mxfp4", {}, None),
         ("nvfp4", {}, None),
+        ("nf3", {}, None),
+        ("rtn", {"bits": 3, "group_size": 32}, "qcli"),
+        ("nf4", {}, "qcli"),
     ],
 )
 def test_every_scheme_that_holds_the_result(method, options, format, llama, tmp_path, text):
