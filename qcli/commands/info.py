@@ -8,6 +8,8 @@ from qcli import console
 from qcli.commands._model import asked_model
 from qcli.errors import PlanError
 
+_LONGEST = 200  # characters of a field of the config that are shown
+
 
 def info(
     model: Annotated[str | None, typer.Argument(help="A folder, or a model id on the hub.", show_default=False)] = None,
@@ -38,7 +40,8 @@ def info(
         rows = [(p.kind, p.scheme, p.tensors, f"{p.parameters:,}", f"{p.bytes:,}") for p in found.parts]
         console.table("", ("module kind", "stored as", "tensors", "parameters", "bytes"), rows, left=(0, 1))
         for name, value in (found.quantization_config or {}).items():
-            console.out(f"{name}: {value}")
+            short = value if len(str(value)) <= _LONGEST else f"{len(value)} entries, in config.json"
+            console.out(f"{name}: {short}")
         if not found.problems:
             console.out("files: whole by their headers")
     if found.problems:
