@@ -120,8 +120,10 @@ class _Blocks(Observer):
         started = time.monotonic()
         if works:
             self._replace(unit, works)
-        yield from self.crew.results([each.run for each in passes])
-        self.found.seconds["quantized block"] += time.monotonic() - started
+        try:
+            yield from self.crew.results([each.run for each in passes])
+        finally:  # nobody asks for more than the last output
+            self.found.seconds["quantized block"] += time.monotonic() - started
 
     def _round(self, unit: Unit, passes: Sequence[Pass], works: Sequence[Work], keep: bool) -> list[Any]:
         """Rounds the weights of a block. What its passes gave, if that is to be kept."""

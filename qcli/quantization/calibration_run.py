@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qcli.calibration.settings import CHECK_SHARE, CHECK_TOKENS, DEFAULT_TOKENS, Calibration
+from qcli.devices import pick_device
 from qcli.errors import together
 from qcli.evaluation.score import Contender, score_all
 from qcli.evaluation.statistics import mean, perplexity
@@ -44,7 +45,9 @@ class CalibrationRun:
         self.plan, self.staging, settings = plan, staging, plan.calibration
         source = plan.source
         options: dict[str, Any] = {"revision": source.revision} if source.is_hub else {}
-        self.skeleton = Skeleton(source.label, dtype=_dtype(plan), device=device, trust_remote_code=source.trusted, **options)
+        self.skeleton = Skeleton(
+            source.label, dtype=_dtype(plan, device), device=device, trust_remote_code=source.trusted, **options
+        )
         self.corpus = read_corpus(self.skeleton, settings)
         self.used, self.held_out = split(self.corpus.windows, settings.check)
 
@@ -103,9 +106,9 @@ class CalibrationRun:
         )
 
 
-def _dtype(plan: Plan) -> str:
-    """float32, unless this machine multiplies in the model's 16 bits."""
-    fast = torch.cuda.is_available() or (plan.dtype == "BF16" and cpu.native_bfloat16())
+def _dtype(plan: Plan, device: str) -> str:
+    """float32, unless the device multiplies in the model's 16 bits."""
+    fast = pick_device(device).type == "cuda" or (plan.dtype == "BF16" and cpu.native_bfloat16())
     return "auto" if fast else "float32"
 
 
