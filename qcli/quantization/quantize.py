@@ -155,10 +155,11 @@ def make_plan(
         if all(w.method and w.method.scheme.outlier_share for w in plan.calibrated) and not any(counts):
             problems.append("the outlier_share is fewer than 8 columns in every module; give a larger one by --set outlier_share")
     elif calibrate or text is not None or tokens is not None:
-        problems.append(
-            f"no text decides how {plan.method_name or 'these modules'} is rounded; choose a method that texts help, such as "
-            "nf4 or rtn, or leave out --calibrate"
-        )
+        what = f"no text decides how {plan.method_name or 'these modules'} is rounded"
+        if calibrate:
+            problems.append(f"{what}; choose a method that texts help, such as nf4 or rtn, or leave out --calibrate")
+        else:
+            problems.append(f"{what} without --calibrate; add it, or leave out --text and --tokens")
     check_output(plan, overwrite)
     available, needed = available_memory(), plan.working_memory + calibration_memory(plan)
     if available is not None and needed > available:
