@@ -24,6 +24,7 @@ import torch
 
 from qcli.errors import NonFiniteError
 from qcli.methods._grid import Grid
+from qcli.ops.gptq_columns import divisors, gptq_columns
 
 BLOCK = 128
 _LARGEST_DAMPING = 1e3
@@ -46,9 +47,8 @@ class Found:
 
 def nearest(weight: torch.Tensor, grid: Grid) -> Found:
     """Rounds weight float32 [out_features, in_features] to nearest."""
-    scale = grid.spread(weight.shape[1])
     zero = None if grid.zero_point is None else grid.zero_point.repeat_interleave(grid.size, 1)[:, : weight.shape[1]]
-    codes, entries = grid.entries(weight / scale.clamp(min=2.0**-126) if grid.scheme.codebook else weight / scale, zero)
+    codes, entries = grid.entries(weight / divisors(grid.spread(weight.shape[1]), grid.scheme.codebook or ""), zero)
     return Found(grid, codes, grid.values(entries))
 
 
@@ -114,27 +114,29 @@ def factorized(hessian: torch.Tensor, damping: float) -> Factor:
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, factor: Factor) -> Found:
     """Rounds weight float32 [out_features, in_features] under H float32 [in_features, in_features]."""
-    upper, order = factor.upper, factor.order
+    upper, order, scheme = factor.upper, factor.order, grid.scheme
     columns = weight.t()[order].contiguous()  # [in_features, out_features]: a column is contiguous
-    codes: torch.Tensor | None = None
-    values = torch.empty_like(columns)
-    places = order.tolist()
+    scale, groups = grid.scale.t().contiguous(), (order // grid.size).int()
+    zero = None if grid.zero_point is None else grid.zero_point.t().contiguous()
+    parts = []
     for first in range(0, len(columns), BLOCK):
-        last = min(first + BLOCK, len(columns))
-        errors = torch.empty_like(columns[first:last])
-        for j in range(first, last):
-            code, value = grid.round(columns[j], places[j])
-            if codes is None:
-                codes = torch.empty(columns.shape, dtype=code.dtype, device=code.device)
-            codes[j], values[j] = code, value
-            errors[j - first] = (columns[j] - value) / upper[j, j]
-            if j + 1 < last:
-                columns[j + 1 : last].addr_(upper[j, j + 1 : last], errors[j - first], alpha=-1)
-        if last < len(columns):
-            columns[last:].addmm_(upper[first:last, last:].t(), errors, alpha=-1)
-    assert codes is not None
+        block = slice(first, min(first + BLOCK, len(columns)))
+        owed = upper[block, block.stop :]
+        codes, values, errors = gptq_columns(
+            columns[block],
+            upper[block, block],
+            scale,
+            zero,
+            groups[block],
+            scheme.codebook or "",
+            scheme.bits,
+            grid.dtype or torch.float32,
+        )
+        columns[block.stop :].addmm_(owed.t(), errors, alpha=-1)
+        parts.append((codes, values))
     back = order.argsort()
-    found = Found(grid, codes[back].t().contiguous(), values[back].t().contiguous(), factor.damping, int(factor.dead.sum()))
+    codes, values = (torch.cat(each)[back].t().contiguous() for each in zip(*parts))
+    found = Found(grid, codes, values, factor.damping, int(factor.dead.sum()))
     return best_of(weight, hessian, found, nearest(weight, grid))
 
 
