@@ -18,14 +18,14 @@ from qcli.calibration.outlier_columns import choose
 from qcli.methods._factors import Inputs
 
 _GOLDEN = 0.6180339887498949
-PANEL = 512  # rows of a Hessian that are added at a time
+PANEL = 256  # rows of a Hessian that are added at a time
 SAMPLE = 2048  # tokens that a sample has at most
 
 
 class Statistics:
     """Sums over the tokens that a linear module has seen. `tokens` counts them.
 
-    square, mean_sum float64 [in_features], absmax float32 [in_features]; hessian float32 [in_features, in_features], of which only
+    square, magnitude float64 [in_features], absmax float32 [in_features]; hessian float32 [in_features, in_features], of which only
     the blocks on and above the diagonal are summed until `symmetric` fills the rest; None without `with_hessian`. Of each batch
     `kept_tokens` are kept as they are, evenly spaced, each batch with other distances from its start. magnitudes: see Sample; None
     without `with_sample`.
@@ -34,7 +34,7 @@ class Statistics:
     def __init__(self, in_features: int, with_hessian: bool, device: torch.device, kept_tokens: int = 0, with_sample: bool = False):
         self.tokens = 0
         self._kept_tokens, self._kept = kept_tokens, [torch.empty(0, in_features, device=device)]
-        self.square = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._square = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.magnitude = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.absmax = torch.zeros(in_features, device=device)
         self.hessian = torch.zeros(in_features, in_features, device=device) if with_hessian else None
@@ -45,16 +45,17 @@ class Statistics:
     @property
     def panels(self) -> int:
         """Into how many parts `add` is divided."""
-        return -(-len(self.square) // PANEL) if self.hessian is not None else 1
+        return -(-len(self.hessian) // PANEL) if self.hessian is not None else 1
 
     def add(self, x: torch.Tensor, panel: int) -> None:
         """Counts activations x float32 [tokens, in_features] in: the rows of one panel of the Hessian, and with the first panel
         all the rest."""
         if panel == 0:
             self.tokens += len(x)
-            self.square += x.square().sum(0, dtype=torch.float64)
+            if self.hessian is None:
+                self._square += x.square().sum(0)
             magnitude = x.abs()
-            self.magnitude += magnitude.sum(0, dtype=torch.float64)
+            self.magnitude += magnitude.sum(0)
             if len(x):
                 self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
             if count := min(self._kept_tokens, len(x)):
@@ -84,6 +85,11 @@ class Statistics:
             return self._chosen[count]
 
     @property
+    def square(self) -> torch.Tensor:
+        """sum x_j^2: the diagonal of the Hessian where there is one."""
+        return self._square if self.hessian is None else self.hessian.diagonal().double()
+
+    @property
     def mean_square(self) -> torch.Tensor:
         """E[x_j^2] float32 [in_features]."""
         return (self.square / max(self.tokens, 1)).float()
@@ -104,7 +110,7 @@ class Statistics:
     def divide(self, scale: torch.Tensor) -> None:
         """Makes them those of x / scale, float32 [in_features]. The Hessian must be symmetric already."""
         wide = scale.double()
-        self.square, self.magnitude, self.absmax = self.square / wide.square(), self.magnitude / wide, self.absmax / scale
+        self._square, self.magnitude, self.absmax = self._square / wide.square(), self.magnitude / wide, self.absmax / scale
         self._kept = [self.sample / scale]
         if self.hessian is not None:
             self.hessian /= scale

@@ -36,13 +36,14 @@ _OF_MEAN = 0.01  # of the damping
 @dataclass
 class Found:
     """Codes [out_features, in_features] under `grid`, and what they stand for, float32 of that shape. `dead` counts the channels
-    that no token reached."""
+    that no token reached. `errors` are the `row_errors`, where they are known."""
 
     grid: Grid
     codes: torch.Tensor
     values: torch.Tensor
     damping: float = 0.0
     dead: int = 0
+    errors: torch.Tensor | None = None
 
 
 def nearest(weight: torch.Tensor, grid: Grid) -> Found:
@@ -66,9 +67,10 @@ def output_error(weight: torch.Tensor, values: torch.Tensor, hessian: torch.Tens
 
 def best_of(weight: torch.Tensor, hessian: torch.Tensor, first: Found, second: Found) -> Found:
     """For each row the codes of whichever has the smaller error under H. Both have the same grid."""
-    better = (row_errors(weight, second.values, hessian) < row_errors(weight, first.values, hessian)).unsqueeze(1)
+    ours, theirs = (row_errors(weight, found.values, hessian) for found in (first, second))
+    better = (theirs < ours).unsqueeze(1)
     codes, values = (torch.where(better, b, a) for a, b in ((first.codes, second.codes), (first.values, second.values)))
-    return replace(first, codes=codes, values=values)
+    return replace(first, codes=codes, values=values, errors=torch.minimum(ours, theirs))
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,10 @@ def refitted(weight: torch.Tensor, hessian: torch.Tensor, found: Found) -> Found
         scale[part] = _least_squares(weight[part], hessian, entries[part], grid.scale[part], grid.size)
     better = grid.with_scale(scale)
     values = better.values(entries)
-    if output_error(weight, values, hessian) < output_error(weight, found.values, hessian):
-        return replace(found, grid=better, values=values)
+    before = row_errors(weight, found.values, hessian) if found.errors is None else found.errors
+    after = row_errors(weight, values, hessian)
+    if after.sum() < before.sum():
+        return replace(found, grid=better, values=values, errors=after)
     return found
 
 

@@ -36,6 +36,7 @@ from qcli.streaming.skeleton import Skeleton
 from qcli.streaming.units import Unit
 
 FEWEST_TOKENS = 256  # that must reach a module before its statistics are used
+TRIAL_TOKENS = 128  # on which folds are tried
 
 
 @dataclass
@@ -64,7 +65,10 @@ def calibrate(plan: Plan, staging: Staging, skeleton: Skeleton, windows: Sequenc
             return found
         head = Head(skeleton)
         # Without padding, so that no token of a statistic is one of padding.
-        calls = [Call(head.below(batch), batch=batch) for batch in make_batches([window.ids for window in windows], None)]
+        batches = make_batches([window.ids for window in windows], None)
+        if blocks.trial:
+            batches = make_batches([windows[0].ids[:TRIAL_TOKENS]], None) + batches
+        calls = [Call(head.below(batch), batch=batch) for batch in batches]
         try:
             with head.stopping():
                 run_calls(skeleton, calls, blocks)
@@ -80,7 +84,8 @@ class _Finished(Exception):
 
 
 class _Blocks(Observer):
-    """`last` is the name of the last block in which a weight is left to be rounded; it is empty where none is."""
+    """`last` is the name of the last block in which a weight is left to be rounded; it is empty where none is. With `trial` the
+    first call is a short one, which is in no statistic: on it folds are tried."""
 
     def __init__(
         self, plan: Plan, staging: Staging, skeleton: Skeleton, crew: Crew, found: Calibrated, advance: Callable[[int, str], None]
@@ -98,6 +103,7 @@ class _Blocks(Observer):
             if unit is not None:
                 self.works[unit.name].append(work)
         self.last = next((u.name for u in reversed(skeleton.blocks) if self._left(u)), "")
+        self.trial = any(changes_inputs(work) for works in self.works.values() for work in works)
 
     def _left(self, unit: Unit) -> list[Work]:
         return [work for work in self.works[unit.name] if work.index not in self.staging.done]
@@ -109,34 +115,37 @@ class _Blocks(Observer):
     def _pass(self, unit: Unit, passes: Sequence[Pass]) -> Iterator[Any]:
         works = self.works[unit.name]
         parallel = self.plan.calibration is not None and self.plan.calibration.order == PARALLEL
-        outputs = None
+        kept = None
         if left := self._left(unit):
-            outputs = self._round(unit, passes, left, keep=parallel and unit.name != self.last)
+            kept = self._round(unit, passes, left, keep=parallel and unit.name != self.last)
         if unit.name == self.last:
             raise _Finished
         if parallel:
-            yield from outputs or self.crew.results([each.run for each in passes])
+            yield from kept or self.crew.results([each.run for each in passes])
             return
         started = time.monotonic()
         if works:
             self._replace(unit, works)
-        try:
-            yield from self.crew.results([each.run for each in passes])
-        finally:  # nobody asks for more than the last output
+        outputs = self.crew.results([each.run for each in passes])
+        for _ in passes:
+            output = next(outputs)
             self.found.seconds["quantized block"] += time.monotonic() - started
+            yield output
+            started = time.monotonic()
 
     def _round(self, unit: Unit, passes: Sequence[Pass], works: Sequence[Work], keep: bool) -> list[Any]:
         """Rounds the weights of a block. What its passes gave, if that is to be kept."""
         started = time.monotonic()
+        trial, passes = passes[:1] if self.trial else (), passes[1:] if self.trial else passes
         transforming = any(changes_inputs(work) for work in self.works[unit.name])
         seen = self.works[unit.name] if transforming else works  # factors are decided again by all that decided them
         modules = {w.linear.module: self.skeleton.model.get_submodule(w.linear.module) for w in seen if w.linear}
         needs = {w.linear.module: needs_of(w.method) for w in seen if w.linear and w.method}
         hessians, samples = ({name for name, need in needs.items() if need == wanted} for wanted in ("hessian", "tokens"))
         kept_tokens = -(-SAMPLE_TOKENS // len(passes)) if transforming else 0
-        gatherer = Gatherer(modules, hessians, self.skeleton.device, kept_tokens, samples)
+        gatherer = Gatherer(modules, hessians, self.skeleton.device, kept_tokens, samples, whole=keep)
         try:
-            outputs = self.crew.gather(passes, gatherer, keep)
+            outputs = [*self.crew.results([each.run for each in trial if keep]), *self.crew.gather(passes, gatherer, keep)]
         finally:
             gatherer.close()
         self.found.seconds["statistics"] += time.monotonic() - started
@@ -149,7 +158,7 @@ class _Blocks(Observer):
                 statistics.symmetric()
         changed: dict[str, Changed] = {}
         if transforming:
-            decided = self.transforms.decide(unit, passes[0], gatherer, seen, self._fewest)
+            decided = self.transforms.decide(unit, trial[0], gatherer, seen, self._fewest)
             self.transforms.write(decided)
             changed = decided.changed
             self.found.seconds["factors"] = self.found.seconds.get("factors", 0.0) + time.monotonic() - started
