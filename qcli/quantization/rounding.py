@@ -24,7 +24,7 @@ from qcli.schemes import Scheme
 
 @dataclass
 class Rounding:
-    """What rounding a weight cost. `output_error` is tr(E H E^T) per token over the outputs that are measured, some 256,
+    """What rounding a weight cost. `output_error` is tr(E H E^T) per token over the outputs that are measured, 128 at most,
     `plain_error` that of the same method without texts, `output_norm` tr(W H W^T) per token; all None without a Hessian. Where a
     scheme rounds activations, these are sums over a sample of tokens, and hold what that costs. `damping` is the one that was
     used."""
