@@ -1,9 +1,9 @@
 """The calibration pass: texts go through the model block by block, and each block is quantized as they reach it.
 
-In the order "sequential" a block is passed twice. First the texts go through it as it was, and leave their statistics at the inputs
-of its linear modules. Where a method divides inputs by factors, these are decided, and what makes the inputs is written with them
-folded in. The weights are then rounded, written and read back. Then the texts go through the rounded block, so that the next one
-sees what it will see when the quantized model runs. In the order "parallel" they go through each block once, as it was. Memory
+The texts go through a block as it was, and leave their statistics at the inputs of its linear modules. Where a method divides
+inputs by factors, these are decided, and what makes the inputs is written with them folded in. The weights are then rounded and
+written. In the order "parallel" what the block gave is what the next one sees. In the order "sequential" the texts go through the
+block again, with the weights that were written, so that the next one sees what it will see when the quantized model runs. Memory
 holds one block, its statistics and the hidden states of all tokens.
 
 A module's weight is a unit of the journal. After a stop, blocks whose weights are all there are passed with these, and not rounded

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from qcli.calibration.settings import DEFAULT_TOKENS
+from qcli.calibration.settings import DEFAULT_TOKENS, PARALLEL
 from qcli.errors import UsageError
 from qcli.memory.model.config import ModelConfig
 from qcli.quantization.plan import Plan
@@ -21,7 +21,7 @@ _STATES = 3  # of each token: as it entered the model, as it entered the block, 
 _ITEMSIZE = 4  # of hidden states and of a block that is computed in float32
 _COPIES = 8  # float32 copies of the largest weight while it is rounded
 _FACTORS = 4  # float64 copies of the largest Hessian
-_PRODUCTS = 16  # of a weight with its Hessian: errors before and after, compensation, scales
+_PRODUCTS = 10  # floating-point operations of a weight and a channel: compensation, errors before and after, scales
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def calibration_needs(plan: Plan, threads: int) -> CalibrationNeeds:
             blocks[found[1]] += work.info.numel
     sites: dict[tuple[str, int], str] = {}
     largest_weight = largest_site = 0
-    operations = 4.0 * sum(blocks.values()) * likely
+    passes = 1 if plan.calibration.order == PARALLEL else 2
+    operations = 2.0 * passes * sum(blocks.values()) * likely
     for work in plan.calibrated:
         if work.linear is None or work.method is None:
             continue
