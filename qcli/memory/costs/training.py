@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from qcli.errors import UsageError
 from qcli.memory.costs.layer_moments import attends, has_feed_forward, is_gated
 
-KINDS = ("qlora", "lora")
+KINDS = ("qlora", "lora", "finetune")
 # Bytes per token for each (f, h, a, g): what the backward pass of one layer holds at its peak, and what one layer keeps for
 # it. The stream of "qlora" is float32. That of "lora" has 16 bits, and adapters read float32 copies of it.
-_PEAK = {"qlora": (24, 16, 8, 8), "lora": (14, 40, 8, 4)}
-_KEPT = {"qlora": (16, 16, 8, 8), "lora": (10, 28, 8, 4)}
-_LAST = {"qlora": (8, 2, 0, 0), "lora": (0, 20, 0, 0)}  # without checkpoints: what the last layer holds beyond what it keeps
-_STREAM = {"qlora": 4, "lora": 2}
+_PEAK = {"qlora": (24, 16, 8, 8), "lora": (14, 40, 8, 4), "finetune": (14, 20, 8, 4)}
+_KEPT = {"qlora": (16, 16, 8, 8), "lora": (10, 28, 8, 4), "finetune": (8, 14, 4, 4)}
+_LAST = {"qlora": (8, 2, 0, 0), "lora": (0, 20, 0, 0), "finetune": (6, 6, 0, 0)}  # without checkpoints: what the last layer holds beyond what it keeps
+_STREAM = {"qlora": 4, "lora": 2, "finetune": 2}
 # Bytes for each logit: itself, a float32 copy, its softmax and their gradients. The training loop holds the logits.
-_LOGITS = {"qlora": 16, "lora": 14}
+_LOGITS = {"qlora": 16, "lora": 14, "finetune": 14}
 _ADAPTER_BYTES = {"adapters": 4, "gradients of adapters": 4, "AdamW's moments": 8}
 
 

@@ -1,0 +1,91 @@
+"""The order in which rows are read, and the batches in which they pass the model.
+
+An epoch's order follows from the seed and the epoch's number, so that a run can go on at any step. A step takes the next rows of
+that order; the last step of an epoch takes what is left. The rows of a step pass the model a few at a time: packed one behind the
+other, where the model keeps packed rows apart, else one below the other and padded. Both give the same sums.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qcli.finetuning.encoding import Row
+
+
+@dataclass(frozen=True)
+class Order:
+    """Of `rows` rows in steps of `batch`, from `seed`."""
+
+    rows: int
+    batch: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows // self.batch)
+
+    def step(self, number: int) -> list[int]:
+        """The rows that step `number` reads, counted from 0."""
+        epoch, place = divmod(number, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+        return torch.randperm(self.rows, generator=generator)[place * self.batch : (place + 1) * self.batch].tolist()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What passes the model at once: `ids` int64 [sequences, tokens], `trained` bool of the same shape, and either `positions`
+    int64, which begin anew with each packed row, or `mask` bool, False at padding."""
+
+    ids: torch.Tensor
+    trained: torch.Tensor
+    positions: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Keyword arguments of the model."""
+        found = {"input_ids": self.ids.to(device)}
+        if self.positions is not None:
+            found["position_ids"] = self.positions.to(device)
+        if self.mask is not None:
+            found["attention_mask"] = self.mask.to(device).long()
+        return found
+
+
+def batches_of(rows: Sequence[Row], packs: bool, most_tokens: int, most_rows: int | None) -> list[Batch]:
+    """Batches of at most `most_tokens` tokens, padding included, and of `most_rows` rows, or of one row. Longest rows come first."""
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    groups: list[list[int]] = []
+    sizes: list[int] = []
+    for i in order:
+        size = len(rows[i])
+        if packs:
+            fits = (g for g, used in enumerate(sizes) if used + size <= most_tokens and len(groups[g]) < (most_rows or len(rows)))
+        else:  # the first row of a group is its longest
+            last = len(groups) - 1
+            room = last >= 0 and (len(groups[last]) + 1) * len(rows[groups[last][0]]) <= most_tokens
+            fits = iter([last] if room and len(groups[last]) < (most_rows or len(rows)) else [])
+        if (at := next(fits, None)) is None:
+            groups.append([i])
+            sizes.append(size)
+        else:
+            groups[at].append(i)
+            sizes[at] += size
+    make = _packed if packs else _padded
+    return [make([rows[i] for i in group]) for group in groups]
+
+
+def _packed(rows: Sequence[Row]) -> Batch:
+    ids, trained = (torch.cat([torch.from_numpy(each) for each in all_]) for all_ in zip(*((r.ids, r.trained) for r in rows)))
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    return Batch(ids.long().unsqueeze(0), trained.unsqueeze(0), positions.unsqueeze(0) if len(rows) > 1 else None)
+
+
+def _padded(rows: Sequence[Row]) -> Batch:
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    trained, mask = torch.zeros(2, len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], trained[i, : len(row)] = torch.from_numpy(row.ids).long(), torch.from_numpy(row.trained)
+        mask[i, : len(row)] = True
+    return Batch(ids, trained, mask=None if bool(mask.all()) else mask)
