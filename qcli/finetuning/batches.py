@@ -1,11 +1,12 @@
 """The order in which rows are read, and the batches in which they pass the model.
 
 An epoch's order follows from the seed and the epoch's number, so that a run can go on at any step. A step takes the next rows of
-that order; the last step of an epoch takes what is left. The rows of a step pass the model a few at a time: packed one behind the
-other, where the model keeps packed rows apart, else one below the other and padded. Both give the same sums.
+that order; the last step of an epoch takes what is left. The rows of a step pass the model a few at a time: one below the other and
+padded, or, where the model keeps such rows apart, packed one behind the other. Both give the same sums. Padding costs products, and
+packing costs attention between rows that is masked out again, so that the lengths of a step's rows decide.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,27 +53,34 @@ class Batch:
         return found
 
 
-def batches_of(rows: Sequence[Row], packs: bool, most_tokens: int, most_rows: int | None) -> list[Batch]:
-    """Batches of at most `most_tokens` tokens, padding included, and of `most_rows` rows, or of one row. Longest rows come first."""
+def batches_of(rows: Sequence[Row], packs: bool, most_tokens: int, most_rows: int | None, width: int = 1024) -> list[Batch]:
+    """Batches of at most `most_tokens` tokens, padding included, and of `most_rows` rows, or of one row. Longest rows come first.
+    `packs` allows packing. `width` is the model's hidden size, by which attention is weighed against products."""
+    most_rows = most_rows or len(rows)
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-    groups: list[list[int]] = []
-    sizes: list[int] = []
+    padded = _groups(rows, order, most_rows, lambda group, row: (len(group) + 1) * len(group[0]) <= most_tokens)
+    if packs:
+        packed = _groups(rows, order, most_rows, lambda group, row: sum(map(len, group)) + len(row) <= most_tokens)
+        if _cost([(1, sum(map(len, group))) for group in packed], width) < _cost([(len(g), len(g[0])) for g in padded], width):
+            return [_packed(group) for group in packed]
+    return [_padded(group) for group in padded]
+
+
+def _groups(rows: Sequence[Row], order: Sequence[int], most_rows: int, fits: Callable[[list[Row], Row], bool]) -> list[list[Row]]:
+    """Each row in the first group that it fits."""
+    groups: list[list[Row]] = []
     for i in order:
-        size = len(rows[i])
-        if packs:
-            fits = (g for g, used in enumerate(sizes) if used + size <= most_tokens and len(groups[g]) < (most_rows or len(rows)))
-        else:  # the first row of a group is its longest
-            last = len(groups) - 1
-            room = last >= 0 and (len(groups[last]) + 1) * len(rows[groups[last][0]]) <= most_tokens
-            fits = iter([last] if room and len(groups[last]) < (most_rows or len(rows)) else [])
-        if (at := next(fits, None)) is None:
-            groups.append([i])
-            sizes.append(size)
+        room = (group for group in groups if len(group) < most_rows and fits(group, rows[i]))
+        if (group := next(room, None)) is None:
+            groups.append([rows[i]])
         else:
-            groups[at].append(i)
-            sizes[at] += size
-    make = _packed if packs else _padded
-    return [make([rows[i] for i in group]) for group in groups]
+            group.append(rows[i])
+    return groups
+
+
+def _cost(shapes: Iterable[tuple[int, int]], width: int) -> float:
+    """Of batches of (sequences, tokens): a token takes about 12 width^2 products in a layer, and its attention to n tokens 2 n width."""
+    return sum(sequences * tokens * (1 + tokens / (6 * width)) for sequences, tokens in shapes)
 
 
 def _packed(rows: Sequence[Row]) -> Batch:

@@ -45,7 +45,7 @@ class Row:
 
 
 class Encoding:
-    """Makes rows of examples of one `form`. `label` names the model in messages, `loss` is one of LOSSES or None for the form's own.
+    """Makes rows of examples of one `form`. `label` names the model in messages. `loss` is one of LOSSES or None for the form's own.
 
     `ends` are the ids that end a text when the model generates. `apart` counts prompts whose last token would have changed with
     the completion behind it; their completions have been read alone. `unended` counts conversations that the template closes with

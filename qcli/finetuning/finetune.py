@@ -4,7 +4,6 @@
 plan is trained again, and ends with the same adapter.
 """
 
-import sys
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -179,8 +178,7 @@ def _notes(rows: Rows, options: Options, asked: int) -> list[str]:
         notes.append(f"{encoding.unended:,} conversations end with no token that ends the model's texts: check its chat template")
     if not rows.held_out:
         notes.append("no rows are held out: the loss on new text will not be known, and the last adapter is kept")
-    for place in rows.counts.dropped[:5]:
-        notes.append(f"left out: {place}")
+    notes += [f"left out: {sentence}" for sentence in rows.counts.dropped[:5]]
     if len(rows.counts.dropped) > 5:
         notes.append(f"left out: {len(rows.counts.dropped) - 5:,} more rows")
     return notes

@@ -112,6 +112,7 @@ def attach(model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dr
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")  # it finds the sizes all the same
+        warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
         return get_peft_model(model, config)
 
 

@@ -25,7 +25,7 @@ class _Reached(Exception):
 
 
 class Loss:
-    """Of `model`, a causal language model of transformers, on `device`. With `checkpointing` a block keeps its input alone, and runs
+    """Of `model`, a causal language model of transformers, on `device`. With `checkpointing` a block keeps its input alone and runs
     again for its gradient. `label` names the model in messages."""
 
     def __init__(self, model: nn.Module, device: torch.device, label: str, checkpointing: bool):
@@ -96,8 +96,8 @@ def _checkpointed(forward):
 
 
 def packs_rows(loss: Loss) -> bool:
-    """Whether the model keeps rows apart that lie one behind the other in a sequence and differ in their positions alone. A row that
-    sees another has a gradient with respect to the other's embeddings; a row that does not, none at all."""
+    """Whether the model keeps rows apart that lie one behind the other in a sequence and differ in their positions alone. A row
+    that sees another has a gradient with respect to the other's embeddings; a row that does not, none at all."""
     rows, tokens = 2, 8
     ids = torch.arange(rows * tokens).view(1, -1) % 64
     positions = torch.arange(tokens).repeat(rows).view(1, -1)

@@ -37,7 +37,5 @@ def estimated(plan: Plan) -> tuple[list[Component], int | None]:
 def most_tokens(plan: Plan) -> int:
     """The tokens of the largest batch that passes the model."""
     rows, options = [*plan.rows.train, *plan.rows.held_out], plan.options
-    together = options.rare.sequences_at_a_time
-    longest = sorted(rows, key=len)[-(together or options.batch) :]
-    limit = together * len(longest[-1]) if together else options.max_tokens
-    return max(batch.ids.numel() for batch in batches_of(longest, True, limit, together or None))
+    longest = sorted(rows, key=len)[-(options.rare.sequences_at_a_time or options.batch) :]
+    return max(batch.ids.numel() for batch in batches_of(longest, False, *options.at_a_time(longest)))

@@ -1,4 +1,4 @@
-"""Data parallel training: the processes that torchrun has started, if any. Each has the whole model and a part of every step's rows.
+"""Data parallel training: the processes that torchrun has started, if any. Each has the whole model and a part of a step's rows.
 
 Only the gradients of adapters are exchanged, in one buffer, as sums. All processes know all rows, so that the order of data, and
 with it the result, does not depend on their number beyond rounding.

@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass
 @dataclass
 class Finetuned:
     """`before`, `after` are held-out losses in nats a token, of the base and of the adapter that was kept, that of step `best`;
-    None without held-out rows. `losses` are (step, loss, held-out loss or None) of every step that was logged. `samples` are (prompt,
-    continuation before, continuation after). `base_hash` is the SHA-256 over all tensors of the base, which training has left as
-    they were."""
+    None without held-out rows. `losses` are (step, loss, held-out loss or None) of every step. `samples` are (prompt, continuation
+    before, continuation after). `base_hash` is the SHA-256 over all tensors of the base, which training has left as they were."""
 
     output: str
     base: str

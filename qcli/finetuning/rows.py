@@ -101,9 +101,7 @@ def _divided(rows: list[Row], share: Fraction, seed: int, asked: bool) -> tuple[
     return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
 
 
-def _rows(
-    examples: Sequence[Example], encoding: Encoding, max_tokens: int, too_long: str | None, counts: Counts
-) -> list[Row]:
+def _rows(examples: Sequence[Example], encoding: Encoding, max_tokens: int, too_long: str | None, counts: Counts) -> list[Row]:
     found: list[Row] = []
     rule = too_long or ("split" if encoding.form == TEXT else "error")
     longer: list[Row] = []

@@ -61,12 +61,12 @@ class Run:
             with self._stoppable():
                 self._steps(progress)
             return self._finish(started)
-        except (*out_of_memory.KINDS,) as e:
+        except out_of_memory.KINDS as e:
             if not out_of_memory.is_out_of_memory(e):
                 raise
             raise QcliError(
                 f"out of memory while training {self.plan.skeleton.source.label}",
-                "Try a smaller --max-tokens, or --set checkpointing=true; the run goes on where it stopped if the plan is the same.",
+                "Try --set checkpointing=true, --set sequences_at_a_time=1, or a smaller --max-tokens.",
             ) from e
 
     def _load(self) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, fields
 
 from qcli.errors import UsageError, one_of
@@ -14,6 +14,7 @@ OPTIMIZERS = ("adamw", "paged-adamw-8bit")
 CHECKPOINTING = ("auto", "true", "false")
 LOSSES = ("auto", "all", "completion", "assistant")
 _MOST_RANK = 4096
+_TOKENS = 1024  # that pass the model together, of shorter rows: enough for products at full speed
 
 
 def _within(name: str, value: float, good: bool, expected: str) -> None:
@@ -31,7 +32,7 @@ class Rare:
     schedule: str = SCHEDULES[0]  # to a tenth of the learning rate, or constant
     weight_decay: float = 0.0
     grad_norm: float = 1.0  # gradients are scaled down to that norm; 0 leaves them
-    sequences_at_a_time: int = 0  # rows that pass the model together; 0: as many as have --max-tokens tokens
+    sequences_at_a_time: int = 0  # rows that pass the model together; 0: as many as have 1,024 tokens
     checkpointing: str = CHECKPOINTING[0]  # whether blocks run twice and keep less; auto: on a GPU
     loss: str = LOSSES[0]  # which tokens are learnt; auto: the text, the completion, the assistant's
     optimizer: str = OPTIMIZERS[0]  # the other is bitsandbytes'
@@ -81,6 +82,11 @@ class Options:
             _within("--steps", self.steps, self.steps >= 1, "1 or more")
         if self.too_long is not None:
             one_of("--too-long", self.too_long, TOO_LONG)
+
+    def at_a_time(self, rows: Sequence[Sized]) -> tuple[int, int | None]:
+        """(tokens, rows) that pass the model together at most, of those of a step. A row passes whole, however long it is."""
+        longest, asked = max(map(len, rows), default=0), self.rare.sequences_at_a_time
+        return (asked * longest, asked) if asked else (max(longest, _TOKENS), None)
 
     def learning_rate(self, step: int, steps: int) -> float:
         """Of step `step`, counted from 0, of `steps`."""

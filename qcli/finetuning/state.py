@@ -38,7 +38,11 @@ class Progress:
 
 
 def save_state(
-    path: Path, progress: Progress, adapters: Mapping[str, torch.Tensor], best: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+    path: Path,
+    progress: Progress,
+    adapters: Mapping[str, torch.Tensor],
+    best: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
 ) -> int:
     """Writes the file. Returns its bytes. Raises CheckpointError where there is no room for it."""
     moments, plain = _flat(optimizer.state_dict()["state"])

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qcli.errors import UsageError
-from qcli.finetuning.batches import batches_of
+from qcli.finetuning.batches import Batch, batches_of
 from qcli.finetuning.encoding import Row
 from qcli.finetuning.loss import Loss
 from qcli.finetuning.ranks import Ranks
@@ -81,14 +81,16 @@ class Trainer:
 
     def _sum(self, rows: Sequence[Row], scale: float | None) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.loss.device)
-        most = self.rare.sequences_at_a_time
-        # As many tokens as the longest row may have, unless a number of rows was asked for.
-        tokens = most * max(map(len, rows), default=0) if most else self.options.max_tokens
-        for batch in batches_of(rows, self.packs, tokens, most or None):
+        for batch in self.batches(rows):
             if self.ranks.count == 1 and self.stopping():  # several end after a step, together
                 raise Stopped
             total += self.loss(batch, scale)
         return total
+
+    def batches(self, rows: Sequence[Row]) -> list[Batch]:
+        """The batches in which rows pass the model."""
+        width = self.model.config.get_text_config(decoder=True).hidden_size
+        return batches_of(rows, self.packs, *self.options.at_a_time(rows), width)
 
     def _drop(self, on: bool) -> None:
         """Turns the adapters' own dropout on or off, and no other."""

@@ -173,6 +173,8 @@ _op = define(
     _cpu,
     _cuda,
 )
+
+
 def _rows(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype, zero_point):
     """See differentiate. A panel begins at a whole block, and so at a whole byte."""
     in_features = x.shape[1]

@@ -159,6 +159,8 @@ _op = define(
     _cpu,
     _cuda,
 )
+
+
 def _rows(x, packed, table, absmax, zero_point, bias, bits, block_size, out_features, compute_dtype):
     """See differentiate."""
     codes = packed.view(out_features, -1)

@@ -221,6 +221,8 @@ _op = define(
     _cpu,
     _cuda,
 )
+
+
 def _rows(x, weight, scale, bias, group_size, zero_point):
     """See differentiate."""
     zeros = None if zero_point is None else zero_point.view(len(weight), -1)

@@ -17,7 +17,11 @@ KINDS = ("qlora", "lora", "finetune")
 # it. The stream of "qlora" is float32. That of "lora" has 16 bits, and adapters read float32 copies of it.
 _PEAK = {"qlora": (24, 16, 8, 8), "lora": (14, 40, 8, 4), "finetune": (14, 20, 8, 4)}
 _KEPT = {"qlora": (16, 16, 8, 8), "lora": (10, 28, 8, 4), "finetune": (8, 14, 4, 4)}
-_LAST = {"qlora": (8, 2, 0, 0), "lora": (0, 20, 0, 0), "finetune": (6, 6, 0, 0)}  # without checkpoints: what the last layer holds beyond what it keeps
+_LAST = {
+    "qlora": (8, 2, 0, 0),
+    "lora": (0, 20, 0, 0),
+    "finetune": (6, 6, 0, 0),
+}  # without checkpoints: what the last layer holds beyond what it keeps
 _STREAM = {"qlora": 4, "lora": 2, "finetune": 2}
 # Bytes for each logit: itself, a float32 copy, its softmax and their gradients. The training loop holds the logits.
 _LOGITS = {"qlora": 16, "lora": 14, "finetune": 14}
