@@ -79,7 +79,7 @@ def _groups(rows: Sequence[Row], order: Sequence[int], most_rows: int, fits: Cal
 
 
 def _cost(shapes: Iterable[tuple[int, int]], width: int) -> float:
-    """Of batches of (sequences, tokens): a token takes about 12 width^2 products in a layer, and its attention to n tokens 2 n width."""
+    """Of batches of (sequences, tokens): a token takes about 12 width^2 products a layer, its attention to n tokens 2 n width."""
     return sum(sequences * tokens * (1 + tokens / (6 * width)) for sequences, tokens in shapes)
 
 

@@ -45,7 +45,7 @@ class Row:
 
 
 class Encoding:
-    """Makes rows of examples of one `form`. `label` names the model in messages. `loss` is one of LOSSES or None for the form's own.
+    """Makes rows of examples of one `form`. `label` names the model in messages. `loss` is one of LOSSES or None: the form's own.
 
     `ends` are the ids that end a text when the model generates. `apart` counts prompts whose last token would have changed with
     the completion behind it; their completions have been read alone. `unended` counts conversations that the template closes with
@@ -90,7 +90,7 @@ class Encoding:
         trained = [self.loss == ALL] * len(ids)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for i in answers[-1:] if self.loss == OF_COMPLETION else answers if self.loss == OF_ASSISTANT else ():
-            first = self._place_in(ids, self._rendered(messages[:i], example, answer_next=True), i, example.place)
+            first = self._answer(ids, messages[:i], example)
             last = self._place_in(ids, self._rendered(messages[: i + 1], example), i + 1, example.place)
             last = max((at + 1 for at in range(first, last) if ids[at] in self._special), default=last)
             trained[first:last] = [True] * (last - first)
@@ -98,6 +98,12 @@ class Encoding:
         if learnt and self.ends and not self.ends.intersection(ids[learnt[-1] :]):
             self.unended += 1
         return _row(ids, trained, example.place)
+
+    def _answer(self, ids: list[int], before: list[dict], example: Example) -> int:
+        """Where an answer begins: where the prompt for it ends, or where the conversation departs from that prompt."""
+        least = self._place_in(ids, self._rendered(before, example), len(before), example.place) if before else 0
+        prompt = self._bare(self._rendered(before, example, answer_next=True), example.place)
+        return max(least, next((at for at, (a, b) in enumerate(zip(prompt, ids)) if a != b), min(len(prompt), len(ids))))
 
     def _place_in(self, ids: list[int], text: str, messages: int, place: str) -> int:
         """How many tokens of the conversation the text of its first messages takes."""

@@ -2,7 +2,8 @@
 
 PEFT lets a library bring its own adapter layer for its own modules (`LoraConfig._register_custom_module`, which PEFT's maintainers
 recommend and call experimental). Ours computes in the dtype of its input where PEFT's casts every input to float32, folds the
-scaling into the narrow product, and adds onto the base's result in place. Weights of adapters are float32. Files are plain PEFT.
+scaling into the narrow product, and adds the wide one onto the base's result as it is made. Weights of adapters are float32. Files
+are plain PEFT.
 """
 
 import json
@@ -42,7 +43,7 @@ class LoraLinear(PeftLinear):
         for name in self.active_adapters:
             if name in self.lora_A:
                 narrow = linear(self.lora_dropout[name](x), self.lora_A[name].weight.to(x.dtype)) * self.scaling[name]
-                rows = rows.addmm_(narrow.view(-1, narrow.shape[-1]), self.lora_B[name].weight.to(x.dtype).t())
+                rows = torch.addmm(rows, narrow.view(-1, narrow.shape[-1]), self.lora_B[name].weight.to(x.dtype).t())
         return rows.view(result.shape)
 
     @property

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import signal
 import threading
 import time
@@ -89,7 +90,12 @@ class Run:
         if found is None:
             self.state = State(base_hash=self._base_hash())
             if self.plan.rows.held_out:
-                self.state.before = self.trainer.held_out(self.plan.rows.held_out)
+                self.state.before = before = self.trainer.held_out(self.plan.rows.held_out)
+                if not math.isfinite(before):
+                    raise NonFiniteError(
+                        f"{self.plan.skeleton.source.label}: its held-out loss is {before} before any step",
+                        "Try --dtype float32; where that does not help, a weight is damaged.",
+                    )
                 self.state.samples = samples.continued(self.model, self.tokenizer, self._prompts())
             self.best = self._copy()
             self._save()
