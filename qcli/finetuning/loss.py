@@ -14,10 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from qcli.errors import UsageError
 from qcli.finetuning.batches import Batch
+from qcli.memory.costs.training import LOGITS_AT_A_TIME
 from qcli.streaming.head import containers, head_alone, hidden_states
 from qcli.streaming.units import find_units
-
-_LOGITS = 1 << 24  # at a time, at most; 16 tokens at least
 
 
 class _Reached(Exception):
@@ -65,7 +64,7 @@ class Loss:
 
     def _rows(self) -> int:
         vocabulary = getattr(self.head, "out_features", None) or self.head.weight.shape[0]
-        return max(_LOGITS // vocabulary, 16)
+        return max(LOGITS_AT_A_TIME // vocabulary, 16)
 
     def below(self, batch: Batch) -> tuple[nn.Module, Any]:
         """(the module below the head, what it returns for `batch`)."""
