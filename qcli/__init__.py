@@ -11,11 +11,22 @@ _EXPORTS = {
     "load": "qcli.loading.load",
     "evaluate": "qcli.evaluation.evaluate",
     "estimate_memory": "qcli.memory.estimate",
+    "finetune": "qcli.finetuning.finetune",
     "inspect_outliers": "qcli.outliers.inspect_outliers",
     "QcliError": "qcli.errors",
 }
 
-__all__ = ["QcliError", "__version__", "dequantize", "estimate_memory", "evaluate", "inspect_outliers", "load", "quantize"]
+__all__ = [
+    "QcliError",
+    "__version__",
+    "dequantize",
+    "estimate_memory",
+    "evaluate",
+    "finetune",
+    "inspect_outliers",
+    "load",
+    "quantize",
+]
 
 
 def _version() -> str:

@@ -128,11 +128,32 @@ def _cut(pieces: list[tuple[str, str]], at: int) -> list[tuple[str, str]]:
     return marked
 
 
+def marked(parts: Sequence[tuple[str, bool]], *, talk: bool = False) -> None:
+    """Writes texts one after another, those that are marked in green, or between brackets where there is no colour. They go to
+    stderr when `talk`, else to stdout."""
+    stream = sys.stderr if talk else sys.stdout
+    if stream.isatty():
+        from rich.console import Console
+        from rich.text import Text
+
+        text = Text.assemble(*((text, "green" if is_marked else "dim") for text, is_marked in parts))
+        Console(file=stream, highlight=False, soft_wrap=True).print(text)
+        return
+    plain = "".join(f"[[{text}]]" if is_marked else text for text, is_marked in parts)
+    say(plain) if talk else out(plain)
+
+
 class Progress:
     """Progress of a run counted in source bytes: one live line on a terminal, else a plain line every few seconds."""
 
     PLAIN_SECONDS = 5.0
     LIVE_SECONDS = 0.1
+
+    def amount(self, count: float) -> str:
+        """`count` in words."""
+        from qcli.sizes import format_bytes
+
+        return format_bytes(count)
 
     def __init__(self, total: int, done: int = 0):
         self.total, self.done, self.first = total, done, done
@@ -150,14 +171,12 @@ class Progress:
         self._show(name, now)
 
     def _show(self, name: str, now: float) -> None:
-        from qcli.sizes import format_bytes, format_seconds
+        from qcli.sizes import format_seconds
 
         rate = (self.done - self.first) / max(now - self.started, 1e-9)
         left = format_seconds((self.total - self.done) / rate) if rate > 0 else "?"
         percent = 100 * self.done / max(self.total, 1)
-        line = (
-            f"{percent:5.1f}%  {format_bytes(self.done)} of {format_bytes(self.total)}  {format_bytes(rate)}/s  {left} left  {name}"
-        )
+        line = f"{percent:5.1f}%  {self.amount(self.done)} of {self.amount(self.total)}  {self.amount(rate)}/s  {left} left  {name}"
         if self.live:
             columns = os.get_terminal_size(sys.stderr.fileno()).columns
             sys.stderr.write("\r\x1b[K" + line[: columns - 1])
@@ -171,6 +190,24 @@ class Progress:
         if self.live and self.printed:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
+
+
+class TokenProgress(Progress):
+    """Progress of a run counted in tokens."""
+
+    def amount(self, count: float) -> str:
+        """`count` in words."""
+        return f"{count:,.0f} tokens"
+
+
+@contextmanager
+def token_progress(total: int, done: int = 0):
+    """A `TokenProgress` over `total` tokens. An earlier run has finished `done` of them."""
+    shown = TokenProgress(total, done)
+    try:
+        yield shown
+    finally:
+        shown.close()
 
 
 @contextmanager

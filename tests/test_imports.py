@@ -59,6 +59,7 @@ FLOORS = (
     {"streaming", "generation"},
     {"calibration", "evaluation"},
     {"quantization", "outliers", "doctor"},
+    {"finetuning"},
     {"console"},
     {"commands"},
     {"cli"},

@@ -46,7 +46,10 @@ def estimate_memory(
         int | None, typer.Option(help="Bits of a quantized model's output head: 16, 8 or 4. Default 16.", show_default=False)
     ] = None,
     runtime: Annotated[str, typer.Option(help="What runs the model: transformers or vllm.")] = "transformers",
-    train: Annotated[str | None, typer.Option(help="Train the model instead: qlora or lora.", show_default=False)] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(help="Train adapters instead: finetune (as qcli does), qlora or lora (as PEFT does).", show_default=False),
+    ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapters that are trained.")] = 16,
     quantizing: Annotated[
         bool, typer.Option("--quantizing", help="Also show what `qcli quantize` would take on this machine.")

@@ -22,7 +22,7 @@ MOST_BATCH = 1 << 20  # sequences at a time, where memory sets no limit
 MOST_CONTEXT = 1 << 24  # tokens, for models that set no limit themselves
 _BY_BITS = {"32": "float32", **{str(bits): name for bits, name in BY_BITS.items()}}
 RUNTIMES = ("transformers", "vllm")
-TRAINING = ("qlora", "lora")
+TRAINING = ("finetune", "qlora", "lora")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def estimate_memory(
     gpu: sizes or names, as `--gpu` takes them. context: tokens of prompt and answer together; 8,192 by default, or the model's
     limit if that is less. batch: sequences. bits: 32, 16, 8, 4 or methods; by default those that the stored weights can become.
     head: bits of the output head, and of an embedding tied to it, where the rest is quantized: 16, 8 or 4.
-    train: None, "qlora" or "lora", with adapters of `rank` on every linear layer.
+    train: None, or training adapters of `rank` on every linear layer: "finetune" as `qcli finetune` does; "qlora" or "lora" as PEFT
+    does by its own ways.
 
     Raises UsageError, CheckpointError, HubError, DeviceError.
     """
@@ -214,10 +215,10 @@ def _methods(model: Model, bits: Sequence[str], train: str | None) -> list[str]:
     half = _sixteen_bit(model)
     if not bits:
         if train:
-            return ["nf4"] if train == "qlora" else [half]
+            return {"qlora": ["nf4"], "lora": [half], "finetune": [half, "nf4"]}[train]
         return ["float32"] * (model.config.dtype == "float32") + [half, "llm-int8", "nf4"]
     found = method_names(bits, half)
-    if train and any((method in ITEMSIZE) == (train == "qlora") for method in found):
+    if train in ("qlora", "lora") and any((method in ITEMSIZE) == (train == "qlora") for method in found):
         raise _wrong_training(train, f"--bits {', '.join(bits)} was given")
     return found
 

@@ -88,7 +88,7 @@ def recipe_in_force(
         twice = next((name for name, value in {"bits": bits, "method": method, **given}.items() if value is not None), None)
         if twice:
             raise UsageError(f"--recipe and --{twice.replace('_', '-')} were both given", "Leave out one, or put it in the recipe.")
-        _, rest = _split("a recipe", {}, settings or {}, others or {})
+        _, rest = sorted_settings("a recipe", {}, settings or {}, others or {})
         of_head = recipe.head if head is None else head_choice(head, recipe.default)
         recipe = replace(recipe, rules=(*kept, *recipe.rules), head=of_head, format=format or recipe.format)
         if calibrate:
@@ -99,7 +99,7 @@ def recipe_in_force(
     if method is None and format in _OF_INTEGERS:
         scheme, bits = NAMED["rtn"], bits or 4
         settings = _OF_INTEGERS[format or ""] | dict(settings or {})
-    own, rest = _split(scheme.name, methods.option_types(scheme), settings or {}, others or {})
+    own, rest = sorted_settings(scheme.name, methods.option_types(scheme), settings or {}, others or {})
     own |= given
     if bits is not None and bits != scheme.bits:
         if "bits" not in methods.option_types(scheme):
@@ -115,10 +115,10 @@ def recipe_in_force(
     return Recipe(calibrated(body) if calibrate else body, kept, of_head, format), rest
 
 
-def _split(
+def sorted_settings(
     what: str, of_method: Mapping[str, type], settings: Mapping[str, object], others: Mapping[str, type]
 ) -> tuple[dict[str, object], dict[str, object]]:
-    """Sorts name=value settings into the method's options and the others. Raises UsageError."""
+    """Sorts name=value settings into the options `of_method` and the `others`, with values of their types. Raises UsageError."""
     own: dict[str, object] = {}
     rest: dict[str, object] = {}
     every = {**of_method, **others}

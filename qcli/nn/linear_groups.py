@@ -116,7 +116,8 @@ class LinearGroups(FastPath, QuantizedLinear):
         self.arrange()
         few = x.is_cpu and x.numel() <= self._prepare.MOST_TOKENS * self.in_features
         if self.rounds_activations and (self.rounds_few or not few):
-            x = self._rounded(x)
+            rounded = self._rounded(x.detach())
+            x = _Straight.apply(x, rounded) if x.requires_grad else rounded
         if self.columns is not None:
             x = x.index_select(-1, self.columns)
         if self._dense:
@@ -186,6 +187,18 @@ class LinearGroups(FastPath, QuantizedLinear):
         if (scale := getattr(self, "input_global_scale", None)) is not None:
             return rounding(scheme, scale.float())(wide).to(x.dtype)
         return rounding(scheme)(wide).to(x.dtype)
+
+
+class _Straight(torch.autograd.Function):
+    """`rounded` in the place of `x`. Gradients pass straight through: those of rounding itself are zero almost everywhere."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx, of_result: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return of_result, None
 
 
 def order_of_columns(parts: dict[str, torch.Tensor]) -> torch.Tensor | None:

@@ -30,11 +30,15 @@ def define(schema: str, reference: Callable, fake: Callable, cpu: Callable | Non
     return getattr(torch.ops.qcli, name).default
 
 
-def differentiate(name: str, weight: Callable) -> None:
+def differentiate(name: str, weight: Callable, rows: Callable) -> None:
     """Makes a product x W^T + bias differentiable with respect to x, its first argument, alone: the gradient is that of the result,
-    times W. An op that rounds x passes the gradient through as if it did not (straight-through). weight(x, *rest) returns W
-    [out_features, in_features] in the dtype of the product; `x` is [0, in_features] of x's dtype, and `rest` are the op's other
-    arguments."""
+    times W. An op that rounds x passes the gradient through as if it did not (straight-through).
+
+    weight(x, *rest) returns W [out_features, in_features] in the dtype of the product; `x` is [0, in_features] of x's dtype, and
+    `rest` are the op's other arguments. A large W is decoded a panel at a time, and never stands in memory whole: rows(x, *rest)
+    returns (grain, take), where take(start, stop) is `rest` of the op whose weight is rows `start` to `stop` of W, and panels begin
+    at multiples of `grain`.
+    """
 
     def keep(ctx, inputs, output) -> None:
         x, *rest = inputs
@@ -47,10 +51,34 @@ def differentiate(name: str, weight: Callable) -> None:
         x, *tensors = ctx.saved_tensors
         for i, tensor in zip(ctx.places, tensors):
             rest[i] = tensor
-        w = weight(x, *rest)
-        return (of_result.to(w.dtype) @ w).to(x.dtype), *(None for _ in rest)
+        return _of_input(of_result, x, rest, weight, rows), *(None for _ in rest)
 
     torch.library.register_autograd(f"qcli::{name}", gradient, setup_context=keep, lib=_LIBRARY)
+
+
+# Bytes of W that are decoded at a time for a gradient. On a GPU a panel must keep all multiprocessors busy.
+_PANEL_BYTES, _PANEL_BYTES_CUDA = 16 << 20, 64 << 20
+
+
+def _of_input(of_result: torch.Tensor, x: torch.Tensor, rest: list, weight: Callable, rows: Callable) -> torch.Tensor:
+    """The gradient with respect to x, in x's dtype. Several panels are added in float32."""
+    out_features, row_bytes = of_result.shape[-1], x.shape[-1] * x.element_size()
+    most = _PANEL_BYTES_CUDA if x.is_cuda else _PANEL_BYTES
+    if out_features * row_bytes <= most:
+        return _times(of_result, weight(x, *rest)).to(x.dtype)
+    grain, take = rows(x, *rest)
+    step = max(1, most // (row_bytes * grain)) * grain
+    total = of_result.new_zeros((*of_result.shape[:-1], x.shape[-1]), dtype=torch.float32)
+    for start in range(0, out_features, step):
+        stop = min(start + step, out_features)
+        total += _times(of_result[..., start:stop], weight(x, *take(start, stop)))
+    return total.to(x.dtype)
+
+
+def _times(of_result: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    if w.is_cpu and w.dtype == torch.bfloat16 and not cpu_runtime.native_bfloat16():
+        w = w.float()  # torch would widen it for every few rows of the result again
+    return of_result.to(w.dtype) @ w
 
 
 def _on_cuda(cuda: Callable, reference: Callable) -> Callable:

@@ -4,6 +4,8 @@ The weight is in blocks of the flattened matrix: NF4 and FP4, and if blocks divi
 row.
 """
 
+import math
+
 import torch
 
 from qcli import codebooks
@@ -171,7 +173,25 @@ _op = define(
     _cpu,
     _cuda,
 )
-differentiate("linear_4bit", _weight)
+
+
+def _rows(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype, zero_point):
+    """See differentiate. A panel begins at a whole block, and so at a whole byte."""
+    in_features = x.shape[1]
+    decoded = decoded_absmax(absmax, nested_absmax, offset, quant_type) * (1 / codebooks.UNITS[quant_type])
+
+    def take(start: int, stop: int) -> tuple:
+        begin, end = start * in_features, stop * in_features
+        of_blocks = slice(begin // block_size, blocks(end, block_size))
+        zeros = None if zero_point is None else zero_point.reshape(-1)[of_blocks]
+        codes = packed.reshape(-1, 1)[begin // 2 : (end + 1) // 2]
+        scales = decoded.view(-1)[of_blocks]
+        return codes, scales, None, 0.0, None, block_size, quant_type, stop - start, compute_dtype, zeros
+
+    return block_size // math.gcd(in_features, block_size), take
+
+
+differentiate("linear_4bit", _weight, _rows)
 
 
 def linear_4bit(

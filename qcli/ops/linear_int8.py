@@ -230,7 +230,17 @@ def _weight(x, weight, scale, bias, threshold, fixed=None, original=None):
     return found if fixed is None else found.index_copy(1, fixed.long(), original.to(x.dtype))
 
 
-differentiate("linear_int8", _weight)
+def _rows(x, weight, scale, bias, threshold, fixed=None, original=None):
+    """See differentiate."""
+
+    def take(start: int, stop: int) -> tuple:
+        kept = None if original is None else original[start:stop]
+        return weight[start:stop], scale[start:stop], None, threshold, fixed, kept
+
+    return 1, take
+
+
+differentiate("linear_int8", _weight, _rows)
 
 
 def linear_int8(

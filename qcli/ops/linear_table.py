@@ -159,7 +159,22 @@ _op = define(
     _cpu,
     _cuda,
 )
-differentiate("linear_table", _weight)
+
+
+def _rows(x, packed, table, absmax, zero_point, bias, bits, block_size, out_features, compute_dtype):
+    """See differentiate."""
+    codes = packed.view(out_features, -1)
+    scales = [None if each is None else each.view(out_features, -1) for each in (absmax, zero_point)]
+
+    def take(start: int, stop: int) -> tuple:
+        entries = table if table.dim() == 1 else table[start:stop]
+        of_groups = (None if each is None else each[start:stop] for each in scales)
+        return codes[start:stop], entries, *of_groups, None, bits, block_size, stop - start, compute_dtype
+
+    return 1, take
+
+
+differentiate("linear_table", _weight, _rows)
 
 
 def linear_table(

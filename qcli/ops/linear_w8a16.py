@@ -221,7 +221,19 @@ _op = define(
     _cpu,
     _cuda,
 )
-differentiate("linear_w8a16", _weight)
+
+
+def _rows(x, weight, scale, bias, group_size, zero_point):
+    """See differentiate."""
+    zeros = None if zero_point is None else zero_point.view(len(weight), -1)
+
+    def take(start: int, stop: int) -> tuple:
+        return weight[start:stop], scale[start:stop], None, group_size, None if zeros is None else zeros[start:stop]
+
+    return 1, take
+
+
+differentiate("linear_w8a16", _weight, _rows)
 
 
 def linear_w8a16(

@@ -11,14 +11,15 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from qcli.errors import CheckpointError, PlanError
 from qcli.files.foreign_json import Kind, Required, check, is_number, parse_object, read_object, whole
 from qcli.files.whole import sync_folder, write_file
 from qcli.methods.errors import ErrorSums
-from qcli.quantization.plan import Plan
+from qcli.quantization.plan import Shard, Work
 from qcli.sizes import format_bytes
 
 SYNC_BYTES = 256_000_000  # data written between two syncs, at most
@@ -37,10 +38,26 @@ _ENTRY = {
 }
 
 
+class Staged(Protocol):
+    """What a folder is staged for, as a Plan is: where it comes to stand, what tells it from other runs (JSON), the bytes of its
+    weights, and the units of work and shards that are planned in it."""
+
+    @property
+    def output(self) -> Path: ...
+    @property
+    def identity(self) -> Mapping[str, object]: ...
+    @property
+    def output_bytes(self) -> int: ...
+    @property
+    def work(self) -> Sequence[Work]: ...
+    @property
+    def shards(self) -> Sequence[Shard]: ...
+
+
 class Staging:
     """The staged output of one plan. Use as a context manager; leaving it syncs what is finished and drops the lock."""
 
-    def __init__(self, plan: Plan, *, overwrite: bool = False):
+    def __init__(self, plan: Staged, *, overwrite: bool = False):
         self.plan, self.overwrite = plan, overwrite
         self.final = plan.output
         self.folder = self.final.with_name(self.final.name + ".partial")
@@ -54,6 +71,11 @@ class Staging:
         self._unsynced, self._synced_at = 0, time.monotonic()
         self._noting, self._syncing = threading.Lock(), threading.Lock()
         self._failed: CheckpointError | None = None
+
+    @property
+    def state(self) -> Path:
+        """What is in it goes on with the run, and never reaches OUT."""
+        return self.folder / _STATE
 
     @property
     def downloads(self) -> Path:

@@ -42,20 +42,8 @@ class Head:
                 "Mend the number of layers there.",
             )
         self.unit: Unit = units[id(module)]
-        blocks = {id(unit.module) for unit in skeleton.blocks}
-        self._containers = [
-            m
-            for m in self.model.modules()
-            if m is not self.model
-            and any(id(c) in blocks for c in m.modules())
-            and id(m) not in blocks
-            and not isinstance(m, nn.ModuleList)
-            and not self._within_a_block(m)
-        ]
+        self._containers = containers(self.model, [unit.module for unit in skeleton.blocks])
         self._body: nn.Module | None = None
-
-    def _within_a_block(self, module: nn.Module) -> bool:
-        return any(module is inner for block in self.skeleton.blocks for inner in block.module.modules())
 
     def below(self, batch: Batch) -> Callable[[], Any]:
         """A function for Call.run. It returns the output of what is below the head for `batch`."""
@@ -96,18 +84,31 @@ class Head:
         The head's unit must be loaded.
         """
         chunk = torch.cat([hidden_states(output)[row : row + 1, first:last] for output, row, first, last in places], 1)
-        body, still = self._body, _with_hidden_states(places[0][0], chunk)
-        original = body.__dict__.get("forward")
-        body.forward = lambda *args, **kwargs: still
-        try:
-            ids = torch.zeros(chunk.shape[:2], dtype=torch.long, device=chunk.device)
-            with torch.inference_mode():
-                return self.model(input_ids=ids, use_cache=False).logits[0]
-        finally:
-            if original is None:
-                del body.forward
-            else:
-                body.forward = original
+        with torch.inference_mode():
+            return head_alone(self.model, self._body, places[0][0], chunk)[0]
+
+
+def containers(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules of `model`, without itself, that hold its blocks and return hidden states."""
+    inside = {id(inner) for block in blocks for inner in block.modules()}
+    holds = (m for m in model.modules() if m is not model and id(m) not in inside and not isinstance(m, nn.ModuleList))
+    return [m for m in holds if any(id(c) in inside for c in m.modules())]
+
+
+def head_alone(model: nn.Module, body: nn.Module, output: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [sequences, tokens, vocabulary] of hidden states [sequences, tokens, channels]. `body` is the module of `model` below
+    its head, and `output` what it has returned before."""
+    still = _with_hidden_states(output, hidden)
+    original = body.__dict__.get("forward")
+    body.forward = lambda *args, **kwargs: still
+    try:
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        return model(input_ids=ids, use_cache=False).logits
+    finally:
+        if original is None:
+            del body.forward
+        else:
+            body.forward = original
 
 
 def hidden_states(output: Any) -> torch.Tensor:

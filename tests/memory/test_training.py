@@ -6,6 +6,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, masking_utils
 
 from qcli.errors import UsageError
+from qcli.finetuning import lora
+from qcli.finetuning.batches import Batch
+from qcli.finetuning.loss import Loss
 from qcli.memory.costs.training import training
 from qcli.memory.model.config import ModelConfig
 from tests.memory.live import Live, fused_attention
@@ -122,6 +125,42 @@ def test_activations_are_within_5_percent_of_what_autograd_keeps(monkeypatch, tr
     assert found.total == pytest.approx(measured(train, checkpointing, 2048, fields), rel=0.05)
 
 
+def finetuned(checkpointing: bool, tokens: int, fields: dict, rank: int) -> int:
+    """Bytes beyond weights, adapters and their gradients at the peak of one step of qcli's own."""
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**LLAMA | fields), dtype=torch.bfloat16)
+    lora.attach(model, lora.linear_modules(model), rank, 1, 0.0, False, 0)
+    model.eval()
+    loss = Loss(model, torch.device("cpu"), "m", checkpointing)
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool))
+    loss(Batch(ids[:, :4], batch.trained[:, :4]), 1.0)  # makes the gradients of adapters
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    with Live([*model.parameters(), *model.buffers(), *gradients]) as live:
+        loss(batch, 1.0)
+    return live.peak
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "fields", "rank"),
+    [
+        (True, {}, 1),
+        (True, {"num_hidden_layers": 3, "intermediate_size": 2048, "num_key_value_heads": 8}, 16),
+        (True, {"num_hidden_layers": 2, "vocab_size": 16384}, 1),
+        (False, {}, 16),
+        (False, {"hidden_size": 1024, "intermediate_size": 2048, "head_dim": 64}, 1),
+        (False, {"num_hidden_layers": 2, "vocab_size": 98304}, 1),
+    ],
+)
+def test_qclis_own_activations_are_within_5_percent_of_what_autograd_keeps(monkeypatch, checkpointing, fields, rank):
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", fused_attention)
+    config = llama(**fields)
+    linears = shapes(config.layers, config.hidden_size, config.intermediate_size, config.kv_heads * config.head_dim)
+    found = training(config, linears, 0, 256, rank=rank, train="finetune", checkpointing=checkpointing).components
+    others = ("adapters", "gradients of adapters", "AdamW's moments", "one weight expanded")
+    passing = sum(size for name, size in found.items() if name not in others)
+    assert passing == pytest.approx(finetuned(checkpointing, 256, fields, rank), rel=0.05)
+
+
 def test_one_weight_is_expanded_for_the_backward_pass():
     found = training(llama(), shapes(32, 4096, 14336, 1024), 0, 1)
     assert found.components["one weight expanded"] == 4096 * 14336 * 2
@@ -129,7 +168,7 @@ def test_one_weight_is_expanded_for_the_backward_pass():
 
 
 def test_what_is_asked_wrongly():
-    with pytest.raises(UsageError, match="train is 'full', expected one of qlora, lora"):
+    with pytest.raises(UsageError, match="train is 'full', expected one of qlora, lora, finetune"):
         training(llama(), [], 0, 1, train="full")
     with pytest.raises(UsageError, match="rank is 0"):
         training(llama(), [], 0, 1, rank=0)

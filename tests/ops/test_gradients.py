@@ -5,6 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 
+from qcli.ops import _library
 from qcli.ops.dequantize_4bit import decoded_absmax, dequantize_4bit
 from qcli.ops.dequantize_table import dequantize_table
 from qcli.ops.linear_w8a16 import widened
@@ -61,6 +62,29 @@ def test_equals_that_of_the_dequantized_product(name):
         # Of the weight and the result's gradient to the compute dtype, of sums, and of the gradient to x's dtype.
         bound = (2 * HALF_ULP[computed] + 2.0**-20) * (of_result.double().abs() @ weight.abs()) + HALF_ULP[x.dtype] * expected.abs()
         assert ((found.double() - expected).abs() <= bound + 1e-7).all(), case
+
+
+@pytest.mark.parametrize("panel", [1, 3000])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_panels_of_rows_add_up_to_the_whole(name, panel, monkeypatch):
+    gradients, most = {}, 0
+    for bytes_ in (1 << 30, panel):
+        monkeypatch.setattr(_library, "_PANEL_BYTES", bytes_)
+        for case, arguments in some_cases(name):
+            x = arguments["x"].clone().requires_grad_()
+            y = function(name)(**arguments | {"x": x})
+            of_result = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
+            (found,) = torch.autograd.grad(y, x, of_result)
+            whole = gradients.setdefault(case, found)
+            size = (of_result.float().abs() @ WEIGHTS[name](arguments).abs()).clamp_(min=1e-7)
+            most = max(most, ((found.float() - whole.float()).abs() / size).max().item())
+            assert ((found.float() - whole.float()).abs() <= 4 * HALF_ULP[min_dtype(x, arguments)] * size).all(), case
+    assert most > 0  # the panels were panels
+
+
+def min_dtype(x, arguments):
+    """The coarser of x's dtype and the one that the product is made in."""
+    return max((x.dtype, arguments.get("compute_dtype", x.dtype)), key=HALF_ULP.get)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
