@@ -191,6 +191,7 @@ NAMED: Mapping[str, Scheme] = {
         _FP4,
         Scheme("nf3", "nf3", 3, "group", 64, codebook="nf3", scale="model"),
         Scheme("kmeans", "kmeans", 4, "row", codebook="table", scale="float16"),
+        Scheme("squeezellm", "squeezellm", 4, "row", codebook="table", scale="float16", sparse=0.005),
         Scheme("rtn", "rtn", 4, "group", 128, scale="model"),
         Scheme("hqq", "hqq", 4, "group", 64, zero_point=True, scale="model"),
         Scheme("fp8", "fp8", 8, "row", codebook="e4m3", scale="model", activations="token", activation_codebook="e4m3"),
@@ -201,7 +202,7 @@ NAMED: Mapping[str, Scheme] = {
     )
 }
 # Methods that change what is quantized by what texts say, and the ones that store the same without texts.
-BY_TEXTS: Mapping[str, str] = {"smoothquant": "int8", "awq": "rtn"}
+BY_TEXTS: Mapping[str, str] = {"squeezellm": "kmeans", "smoothquant": "int8", "awq": "rtn"}
 QUANTIZED = tuple(name for name, scheme in NAMED.items() if scheme.bits)
 BY_BITS: Mapping[int, str] = {4: "nf4", 8: "llm-int8"}
 _INTEGER_BITS = (3, 2)  # for which integers in groups are the one method

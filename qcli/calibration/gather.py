@@ -126,7 +126,7 @@ class Crew:
     """The threads that take batches through blocks. Kernels run on one thread in each of them. Use as a context manager."""
 
     def __init__(self, device: torch.device):
-        self.threads = torch.get_num_threads() if device.type == "cpu" else 1
+        self.device, self.threads = device, torch.get_num_threads() if device.type == "cpu" else 1
 
     def __enter__(self) -> "Crew":
         self._before = torch.get_num_threads()

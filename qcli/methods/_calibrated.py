@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from qcli.methods._factors import Factors, Inputs
     from qcli.methods._grid import Grid
 
-Needs = Literal["nothing", "moments", "hessian", "tokens"]
-"""What a method must know of the inputs of a module: nothing, E[x^2] of each channel, or sum x x^T besides, or the inputs of some
-tokens."""
+Needs = Literal["nothing", "moments", "hessian", "tokens", "fisher"]
+"""What a method must know of a module: nothing; of its inputs E[x^2] of each channel, or sum x x^T besides, or the inputs of some
+tokens; or the Fisher information of its weight."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,8 @@ def calibrated(choice: Choice) -> Choice:
         return choice
     method = made(choice)
     if (with_texts := getattr(method, "with_texts", None)) is not None:
-        choice = Choice(with_texts)
+        name, options = with_texts
+        choice = Choice(name, tuple(options.items()))
         method = made(choice)
     by_texts = getattr(method, "by_texts", None)
     if by_texts is None:

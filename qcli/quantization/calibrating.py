@@ -23,6 +23,7 @@ from qcli.errors import NonFiniteError
 from qcli.methods.choosing import needs_of
 from qcli.progress import Advance
 from qcli.quantization.absmax import AbsmaxReader
+from qcli.quantization.gradient_needs import fisher_works
 from qcli.quantization.plan import Plan, Work
 from qcli.quantization.rounding import Changed, Rounding, round_weight
 from qcli.quantization.staged import StagedWeights
@@ -51,14 +52,18 @@ class Calibrated:
     folded: Folded = field(default_factory=Folded)
 
 
-def calibrate(plan: Plan, staging: Staging, skeleton: Skeleton, windows: Sequence[Window], advance: Advance) -> Calibrated:
-    """Rounds every module of the plan that needs statistics and lies in a block that the texts reach. What it leaves is left to
-    `execute`. `advance` hears of source bytes as they are finished.
+def calibrate(
+    plan: Plan, staging: Staging, skeleton: Skeleton, windows: Sequence[Window], advance: Advance, found: Calibrated | None = None
+) -> Calibrated:
+    """Rounds every module of the plan that needs statistics of its inputs and lies in a block that the texts reach. What it leaves
+    is left to `execute`. `advance` hears of source bytes as they are finished. `found` is what was done before, to which it adds.
 
     Raises NonFiniteError where an activation is NaN or infinite, CheckpointError for what fails on disk.
     """
     staging.open_shards()
-    found = Calibrated(tokens=sum(len(window.ids) for window in windows))
+    found = found or Calibrated()
+    if len(fisher_works(plan)) < len(plan.calibrated):
+        found.tokens = sum(len(window.ids) for window in windows)
     with Crew(skeleton.device) as crew:
         blocks = _Blocks(plan, staging, skeleton, crew, found, advance)
         if not blocks.last:
@@ -84,8 +89,8 @@ class _Finished(Exception):
 
 
 class _Blocks(Observer):
-    """`last` is the name of the last block in which a weight is left to be rounded; it is empty where none is. With `trial` the
-    first call is a short one, which is in no statistic: on it folds are tried."""
+    """`last` is the name of the last block in which a weight is left to be rounded; it is empty where none is. What gradients
+    decide is written already. With `trial` the first call is a short one, which is in no statistic: on it folds are tried."""
 
     def __init__(
         self, plan: Plan, staging: Staging, skeleton: Skeleton, crew: Crew, found: Calibrated, advance: Callable[[int, str], None]
@@ -98,10 +103,11 @@ class _Blocks(Observer):
         found.folded = self.transforms.found
         self.locked = threading.Lock()
         self.works: dict[str, list[Work]] = {unit.name: [] for unit in skeleton.blocks}
+        self.by_gradients: dict[str, list[Work]] = {unit.name: [] for unit in skeleton.blocks}
         for work in plan.calibrated:
             unit = next((u for u in skeleton.blocks if work.linear and work.linear.module.startswith(f"{u.name}.")), None)
-            if unit is not None:
-                self.works[unit.name].append(work)
+            if unit is not None and work.method:
+                (self.by_gradients if needs_of(work.method) == "fisher" else self.works)[unit.name].append(work)
         self.last = next((u.name for u in reversed(skeleton.blocks) if self._left(u)), "")
         self.trial = any(changes_inputs(work) for works in self.works.values() for work in works)
 
@@ -124,8 +130,7 @@ class _Blocks(Observer):
             yield from kept or self.crew.results([each.run for each in passes])
             return
         started = time.monotonic()
-        if works:
-            self._replace(unit, works)
+        self._replace(unit, works)
         outputs = self.crew.results([each.run for each in passes])
         for _ in passes:
             output = next(outputs)
@@ -192,7 +197,7 @@ class _Blocks(Observer):
         """Puts what was written in the place of the block's own."""
         if any(changes_inputs(work) for work in works):
             self.transforms.replace(unit)
-        for work in works:
+        for work in (*works, *self.by_gradients[unit.name]):
             assert work.linear is not None
             module = self.skeleton.model.get_submodule(work.linear.module)
             weight = self.staged.weight(work)

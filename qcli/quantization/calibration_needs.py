@@ -5,7 +5,6 @@ leave a block stand beside those that enter it; transformers keeps the ones that
 equally wide are taken to read one input.
 """
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,6 +13,8 @@ from pathlib import Path
 from qcli.calibration.settings import DEFAULT_TOKENS, PARALLEL
 from qcli.errors import UsageError
 from qcli.memory.model.config import ModelConfig
+from qcli.methods.choosing import needs_of
+from qcli.quantization.gradient_needs import block_of, fisher_works, gradient_memory, gradient_operations, gradient_tokens
 from qcli.quantization.plan import Plan
 
 _BYTES_A_TOKEN = 3
@@ -42,14 +43,18 @@ def calibration_needs(plan: Plan, threads: int) -> CalibrationNeeds:
     tokens, likely = min(limit, size), min(limit, size // _BYTES_A_TOKEN)
     blocks: dict[str, int] = defaultdict(int)
     for work in plan.work:
-        if found := re.match(r"(.*?\.\d+)\.", work.info.name):
-            blocks[found[1]] += work.info.numel
+        if block := block_of(work.info.name):
+            blocks[block] += work.info.numel
     sites: dict[tuple[str, int], str] = {}
     largest_weight = largest_site = 0
+    hidden = int(ModelConfig(plan.source.config, f"config.json of {plan.source.label}").hidden_size)
+    gradients, operations = gradient_memory(plan, hidden, tokens, threads), gradient_operations(plan, likely)
+    if len(fisher_works(plan)) == len(plan.calibrated):
+        return CalibrationNeeds(gradient_tokens(plan, tokens), gradients, operations)
     passes = 1 if plan.calibration.order == PARALLEL else 2
-    operations = 2.0 * passes * sum(blocks.values()) * likely
+    operations += 2.0 * passes * sum(blocks.values()) * likely
     for work in plan.calibrated:
-        if work.linear is None or work.method is None:
+        if work.linear is None or work.method is None or needs_of(work.method) == "fisher":
             continue
         rows, columns = work.linear.out_features, work.linear.in_features
         sites[work.linear.module.rpartition(".")[0], columns] = work.info.name
@@ -57,17 +62,15 @@ def calibration_needs(plan: Plan, threads: int) -> CalibrationNeeds:
         operations += _PRODUCTS * rows * columns**2
     of_block: dict[str, int] = defaultdict(int)
     for (_, columns), name in sites.items():
-        found = re.match(r"(.*?\.\d+)\.", name)
-        of_block[found[1] if found else name] += 4 * columns**2
+        of_block[block_of(name) or name] += 4 * columns**2
         operations += columns**2 * likely
-    hidden = int(ModelConfig(plan.source.config, f"config.json of {plan.source.label}").hidden_size)
     memory = (
         _STATES * _ITEMSIZE * hidden * tokens
         + _ITEMSIZE * max(blocks.values(), default=0)
         + max(of_block.values(), default=0)
         + threads * (4 * _COPIES * largest_weight + 8 * _FACTORS * largest_site**2)
     )
-    return CalibrationNeeds(tokens, memory, operations)
+    return CalibrationNeeds(tokens, max(memory, gradients), operations)
 
 
 def _text_size(plan: Plan) -> int:

@@ -19,6 +19,7 @@ from qcli.methods.choosing import needs_of
 from qcli.methods.simulate import Simulated, simulate, simulated, with_fixed_columns
 from qcli.progress import Advance
 from qcli.quantization.absmax import AbsmaxReader
+from qcli.quantization.by_gradients import round_by_gradients
 from qcli.quantization.calibrating import Calibrated, calibrate
 from qcli.quantization.calibration_report import CalibrationReport, Checked, KindError
 from qcli.quantization.decoding import decode
@@ -53,7 +54,8 @@ class CalibrationRun:
 
     def round(self, advance: Advance) -> CalibrationReport:
         """Rounds what the texts decide and writes it."""
-        done = calibrate(self.plan, self.staging, self.skeleton, self.used, advance)
+        done = round_by_gradients(self.plan, self.staging, self.skeleton, self.used, advance)
+        done = calibrate(self.plan, self.staging, self.skeleton, self.used, advance, done)
         report = CalibrationReport(
             self.corpus.name,
             done.tokens,
@@ -221,6 +223,8 @@ class _Swapped(Observer):
         if name == _RESULT or work not in self.plan.calibrated:
             return self.staged.weight(work)
         weight = read_weight(self.plan, work)
+        if needs_of(method) == "fisher":
+            return simulate(method.without_texts(), weight).weight
         return nearest(weight.float(), method.without_texts().grid(weight, None, self.absmax.of(work))).values
 
 

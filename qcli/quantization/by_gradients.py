@@ -1,0 +1,108 @@
+"""The pass of methods that need Fisher information: texts go forward through the model as it was, and their gradients come back
+through it block by block, the last block first. Each block is rounded as they have left it.
+
+So Fisher information is never stored: that of one block is in memory, as large as its weights in float32. After a stop, the texts
+go forward again, and gradients pass finished blocks without anything being summed. They end at the first block in which a weight is
+left.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from qcli.calibration.backward import Backward
+from qcli.calibration.fisher import Fisher, FisherGatherer
+from qcli.calibration.gather import Crew
+from qcli.calibration.settings import GRADIENT_TOKENS
+from qcli.errors import NonFiniteError
+from qcli.progress import Advance
+from qcli.quantization.calibrating import FEWEST_TOKENS, Calibrated
+from qcli.quantization.gradient_needs import fisher_works
+from qcli.quantization.plan import Plan, Work
+from qcli.quantization.rounding import round_by_fisher
+from qcli.quantization.staging import Staging
+from qcli.streaming.corpus import Window
+from qcli.streaming.skeleton import Skeleton
+from qcli.streaming.units import Unit
+
+
+def round_by_gradients(plan: Plan, staging: Staging, skeleton: Skeleton, windows: Sequence[Window], advance: Advance) -> Calibrated:
+    """Rounds every module of the plan whose method needs Fisher information and which lies in a block that the texts reach. What it
+    leaves is left to `execute`. `advance` hears of source bytes as they are finished.
+
+    Raises NonFiniteError where a gradient is NaN or infinite, CheckpointError for what fails on disk.
+    """
+    found = Calibrated()
+    works = {work.linear.module: work for work in fisher_works(plan) if work.linear}
+    if not works:
+        return found
+    used = windows if plan.calibration and plan.calibration.tokens else first_tokens(windows, GRADIENT_TOKENS)
+    found.tokens = sum(len(window.ids) for window in used)
+    left = {name: work for name, work in works.items() if work.index not in staging.done}
+    if not any(_within(unit, left) for unit in skeleton.blocks):
+        return found
+    staging.open_shards()
+    started = time.monotonic()
+    with Crew(skeleton.device) as crew:
+        backward = Backward(skeleton, used, crew)
+        backward.through_head()
+        found.seconds["gradients"] = time.monotonic() - started
+        gathered: dict[str, FisherGatherer] = {}
+        while any(_within(entered.unit, left) for entered in backward.entered):
+            entered = backward.entered.pop()
+            started, unit, works = time.monotonic(), entered.unit, _within(entered.unit, left)
+            modules = {name: skeleton.model.get_submodule(name) for name in works}
+            gatherer = gathered.setdefault(unit.name, FisherGatherer(skeleton.device))
+            skeleton.load(unit)
+            with gatherer.listening(modules):
+                backward.through(entered, gatherer.batch)
+            skeleton.unload(unit)
+            found.seconds["gradients"] += time.monotonic() - started
+            if not any(each.unit is unit for each in backward.entered):  # else gradients come through it once more
+                _round(plan, staging, crew, works, gathered.pop(unit.name), found, advance)
+                left = {name: work for name, work in left.items() if name not in works}
+    staging.sync()
+    return found
+
+
+def _within(unit: Unit, works: Mapping[str, Work]) -> dict[str, Work]:
+    return {name: work for name, work in works.items() if name.startswith(f"{unit.name}.")}
+
+
+def _round(
+    plan: Plan,
+    staging: Staging,
+    crew: Crew,
+    works: Mapping[str, Work],
+    gatherer: FisherGatherer,
+    found: Calibrated,
+    advance: Advance,
+) -> None:
+    """Rounds the weights of a block, by module, and notes them in the journal."""
+    started, fewest = time.monotonic(), min(FEWEST_TOKENS, found.tokens)
+    seen: dict[str, Fisher | None] = {}
+    for name in works:
+        fisher = gatherer.found.get(name)
+        if fisher and not fisher.is_finite:
+            raise NonFiniteError(f"{name}: a gradient of its weight is NaN or infinite", "Try --dtype float32.")
+        tokens = fisher.tokens if fisher else 0
+        seen[name] = fisher if tokens >= fewest else None
+        if tokens < fewest:
+            found.unseen[name] = tokens
+    tasks = [partial(round_by_fisher, plan, staging, work, seen[name], crew.device) for name, work in works.items()]
+    for (name, work), rounding in zip(works.items(), crew.results(tasks)):
+        found.roundings[name] = rounding
+        advance(work.info.nbytes, work.info.name)
+    staging.sync()
+    found.seconds["rounding"] += time.monotonic() - started
+
+
+def first_tokens(windows: Sequence[Window], tokens: int) -> list[Window]:
+    """The first windows, of so many tokens at most, and one at least."""
+    found: list[Window] = []
+    for window in windows:
+        tokens -= len(window.ids)
+        if found and tokens < 0:
+            break
+        found.append(window)
+    return found
