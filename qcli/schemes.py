@@ -23,6 +23,7 @@ MOST_SPARSE = 0.5  # of a row that may be kept beside the codes
 # How a scale is found: from the absmax alone, by the least squared error, or with each column's error weighted by E[x^2] of texts.
 SEARCHES = ("none", "mse", "imatrix")
 ROUNDINGS = ("nearest", "gptq")  # how codes are chosen under their scales
+TOKEN_WEIGHTS = ("none", "fisher")  # by what tokens count in what is summed over them: alike, or by squared gradients
 TRANSFORMS = ("none", "awq")  # what inputs are divided by before their modules are rounded
 PAPER_THRESHOLD = 6.0  # LLM.int8() (arXiv:2208.07339, section 3.2)
 OUTLIER_SHARE = 0.05  # of the columns of a weight, those that a calibrated LLM.int8() stores in 16 bits, at most

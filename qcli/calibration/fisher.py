@@ -11,14 +11,11 @@ by windows 0.222; tables of 4 bits were alike. By positions no gradient of a wei
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
 
 import torch
-from torch import nn
 
-from qcli.calibration.statistics import PANEL, Turns
+from qcli.calibration.listening import GradientListener, Met
+from qcli.calibration.statistics import PANEL
 
 
 class Fisher:
@@ -47,50 +44,20 @@ class Fisher:
         return bool(self.square.isfinite().all())
 
 
-class FisherGatherer:
+class FisherGatherer(GradientListener):
     """Fisher information of linear modules of a block, by their names, summed up while the block's gradients are taken through it.
-    A module that no token reaches is not in `found`."""
+    A module that no gradient reaches is not in `found`."""
 
     def __init__(self, device: torch.device):
+        super().__init__()
         self.found: dict[str, Fisher] = {}
-        self._device, self._turns, self._here, self._making = device, Turns(), threading.local(), threading.Lock()
+        self._device, self._making = device, threading.Lock()
 
-    @contextmanager
-    def listening(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """While this lasts, what passes the `modules` counts. Every batch passes once."""
-        self._turns = Turns()
-        handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, name: str) -> Callable:
-        def hook(module, args, output):
-            seen = getattr(self._here, "seen", None)
-            if seen is not None and output.requires_grad:
-                output.register_hook(partial(_note, seen.setdefault(name, []), args[0].detach()))
-
-        return hook
-
-    @contextmanager
-    def batch(self, number: int) -> Iterator[None]:
-        """While this lasts, what passes in this thread, forward and backward, is the batch `number`. Then its squares are added."""
-        self._here.seen = {}
-        with self._turns.batch(number):
-            try:
-                yield
-                self._add(number, self._here.seen)
-            finally:
-                self._here.seen = None
-
-    def _add(self, number: int, seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]) -> None:
+    def _add(self, number: int, seen: dict[str, Met]) -> None:
         for name, met in seen.items():
-            if not met:
-                continue
             inputs, gradients = (
-                torch.cat([each.reshape(-1, each.shape[-1]).float() for each in side]).square_() for side in zip(*met)
+                torch.cat([each.reshape(-1, each.shape[-1]).float() for each in side]).square_()
+                for side in zip(*(each for each in met if len(each) > 1))
             )
             fisher = self._fisher(name, gradients.shape[1], inputs.shape[1])
             for panel in range(fisher.panels):
@@ -103,7 +70,3 @@ class FisherGatherer:
             if name not in self.found:
                 self.found[name] = Fisher(out_features, in_features, self._device)
             return self.found[name]
-
-
-def _note(met: list[tuple[torch.Tensor, torch.Tensor]], inputs: torch.Tensor, gradient: torch.Tensor) -> None:
-    met.append((inputs, gradient.detach()))

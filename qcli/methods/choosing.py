@@ -56,6 +56,11 @@ def needs_of(method: Method) -> Needs:
     return found
 
 
+def weighs_tokens(method: Method) -> bool:
+    """Whether tokens count by squared gradients in what a method knows of the inputs of a module."""
+    return getattr(method, "weights", "none") == "fisher" and needs_of(method) in ("moments", "hessian")
+
+
 def head_choice(bits: int | None, body: Choice) -> Choice | None:
     """What `--head` asks for beside `body`, the choice for the other modules: the same method, if it stores that many bits, else
     NF4 or LLM.int8(). None for 16 bits. Raises UsageError."""

@@ -1,5 +1,6 @@
-"""The pass of methods that need Fisher information: texts go forward through the model as it was, and their gradients come back
-through it block by block, the last block first. Each block is rounded as they have left it.
+"""The pass of methods that need gradients: texts go forward through the model as it was, and the gradients of their loss come back
+through it block by block, the last block first. Of methods that need Fisher information each block is rounded as they have left it.
+For those that weigh tokens a number for each token and module is kept.
 
 So Fisher information is never stored: that of one block is in memory, as large as its weights in float32. After a stop, the texts
 go forward again, and gradients pass finished blocks without anything being summed. They end at the first block in which a weight is
@@ -7,17 +8,20 @@ left.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+
+from torch import nn
 
 from qcli.calibration.backward import Backward
 from qcli.calibration.fisher import Fisher, FisherGatherer
 from qcli.calibration.gather import Crew
-from qcli.calibration.settings import GRADIENT_TOKENS
+from qcli.calibration.token_weights import TokenWeights
 from qcli.errors import NonFiniteError
 from qcli.progress import Advance
 from qcli.quantization.calibrating import FEWEST_TOKENS, Calibrated
-from qcli.quantization.gradient_needs import fisher_works
+from qcli.quantization.gradient_needs import fisher_works, weighing_works
 from qcli.quantization.plan import Plan, Work
 from qcli.quantization.rounding import round_by_fisher
 from qcli.quantization.staging import Staging
@@ -27,35 +31,40 @@ from qcli.streaming.units import Unit
 
 
 def round_by_gradients(plan: Plan, staging: Staging, skeleton: Skeleton, windows: Sequence[Window], advance: Advance) -> Calibrated:
-    """Rounds every module of the plan whose method needs Fisher information and which lies in a block that the texts reach. What it
-    leaves is left to `execute`. `advance` hears of source bytes as they are finished.
+    """Rounds every module of the plan whose method needs Fisher information and which lies in a block that the texts reach. For
+    modules that `calibrate` rounds, and whose methods weigh tokens, it finds out what these count. `advance` hears of source bytes
+    as they are finished.
 
     Raises NonFiniteError where a gradient is NaN or infinite, CheckpointError for what fails on disk.
     """
-    found = Calibrated()
-    works = {work.linear.module: work for work in fisher_works(plan) if work.linear}
-    if not works:
-        return found
-    used = windows if plan.calibration and plan.calibration.tokens else first_tokens(windows, GRADIENT_TOKENS)
-    found.tokens = sum(len(window.ids) for window in used)
-    left = {name: work for name, work in works.items() if work.index not in staging.done}
-    if not any(_within(unit, left) for unit in skeleton.blocks):
+    found = Calibrated(tokens=sum(len(window.ids) for window in windows))
+    left = {work.linear.module: work for work in fisher_works(plan) if work.linear and work.index not in staging.done}
+    weighing = {work.linear.module: work for work in weighing_works(plan) if work.linear}
+    # Modules that read one input are weighed together, so all of a block, unless all are written.
+    blocks = [_within(unit, weighing) for unit in skeleton.blocks]
+    written = [all(work.index in staging.done for work in works.values()) for works in blocks]
+    later = {name: work for works, done in zip(blocks, written) if not done for name, work in works.items()}
+    if not any(_within(unit, left | later) for unit in skeleton.blocks):
         return found
     staging.open_shards()
     started = time.monotonic()
     with Crew(skeleton.device) as crew:
-        backward = Backward(skeleton, used, crew)
+        backward = Backward(skeleton, windows, crew)
         backward.through_head()
         found.seconds["gradients"] = time.monotonic() - started
+        found.token_weights = weights = TokenWeights() if later else None
         gathered: dict[str, FisherGatherer] = {}
-        while any(_within(entered.unit, left) for entered in backward.entered):
+        while any(_within(entered.unit, left | later) for entered in backward.entered):
             entered = backward.entered.pop()
             started, unit, works = time.monotonic(), entered.unit, _within(entered.unit, left)
-            modules = {name: skeleton.model.get_submodule(name) for name in works}
             gatherer = gathered.setdefault(unit.name, FisherGatherer(skeleton.device))
             skeleton.load(unit)
-            with gatherer.listening(modules):
-                backward.through(entered, gatherer.batch)
+            with gatherer.listening(_modules(skeleton, works)):
+                if weights is None:
+                    backward.through(entered, gatherer.batch)
+                else:
+                    with weights.listening(_modules(skeleton, _within(unit, later))):
+                        backward.through(entered, partial(_both, gatherer, weights))
             skeleton.unload(unit)
             found.seconds["gradients"] += time.monotonic() - started
             if not any(each.unit is unit for each in backward.entered):  # else gradients come through it once more
@@ -63,6 +72,16 @@ def round_by_gradients(plan: Plan, staging: Staging, skeleton: Skeleton, windows
                 left = {name: work for name, work in left.items() if name not in works}
     staging.sync()
     return found
+
+
+@contextmanager
+def _both(gatherer: FisherGatherer, weights: TokenWeights, number: int) -> Iterator[None]:
+    with gatherer.batch(number), weights.batch(number):
+        yield
+
+
+def _modules(skeleton: Skeleton, names: Iterable[str]) -> dict[str, nn.Module]:
+    return {name: skeleton.model.get_submodule(name) for name in names}
 
 
 def _within(unit: Unit, works: Mapping[str, Work]) -> dict[str, Work]:
@@ -95,14 +114,3 @@ def _round(
         advance(work.info.nbytes, work.info.name)
     staging.sync()
     found.seconds["rounding"] += time.monotonic() - started
-
-
-def first_tokens(windows: Sequence[Window], tokens: int) -> list[Window]:
-    """The first windows, of so many tokens at most, and one at least."""
-    found: list[Window] = []
-    for window in windows:
-        tokens -= len(window.ids)
-        if found and tokens < 0:
-            break
-        found.append(window)
-    return found

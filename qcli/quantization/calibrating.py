@@ -19,11 +19,11 @@ from typing import Any
 
 from qcli.calibration.gather import Crew, Gatherer
 from qcli.calibration.settings import PARALLEL
+from qcli.calibration.token_weights import TokenWeights
 from qcli.errors import NonFiniteError
 from qcli.methods.choosing import needs_of
 from qcli.progress import Advance
 from qcli.quantization.absmax import AbsmaxReader
-from qcli.quantization.gradient_needs import fisher_works
 from qcli.quantization.plan import Plan, Work
 from qcli.quantization.rounding import Changed, Rounding, round_weight
 from qcli.quantization.staged import StagedWeights
@@ -43,13 +43,14 @@ TRIAL_TOKENS = 128  # on which folds are tried
 @dataclass
 class Calibrated:
     """What the pass did. `roundings` by module, `unseen` the modules that too few tokens reached, with how many. `folded` says what
-    inputs were divided by."""
+    inputs were divided by, and `token_weights` what tokens count, for methods that weigh them."""
 
     tokens: int = 0
     roundings: dict[str, Rounding] = field(default_factory=dict)
     unseen: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"statistics": 0.0, "rounding": 0.0, "quantized block": 0.0})
     folded: Folded = field(default_factory=Folded)
+    token_weights: TokenWeights | None = None
 
 
 def calibrate(
@@ -61,9 +62,7 @@ def calibrate(
     Raises NonFiniteError where an activation is NaN or infinite, CheckpointError for what fails on disk.
     """
     staging.open_shards()
-    found = found or Calibrated()
-    if len(fisher_works(plan)) < len(plan.calibrated):
-        found.tokens = sum(len(window.ids) for window in windows)
+    found = found or Calibrated(tokens=sum(len(window.ids) for window in windows))
     with Crew(skeleton.device) as crew:
         blocks = _Blocks(plan, staging, skeleton, crew, found, advance)
         if not blocks.last:
@@ -143,12 +142,13 @@ class _Blocks(Observer):
         started = time.monotonic()
         trial, passes = passes[:1] if self.trial else (), passes[1:] if self.trial else passes
         transforming = any(changes_inputs(work) for work in self.works[unit.name])
-        seen = self.works[unit.name] if transforming else works  # factors are decided again by all that decided them
+        # Factors are decided again by all that decided them, and tokens weighed by all that weighed them.
+        seen = self.works[unit.name] if transforming or self.found.token_weights else works
         modules = {w.linear.module: self.skeleton.model.get_submodule(w.linear.module) for w in seen if w.linear}
         needs = {w.linear.module: needs_of(w.method) for w in seen if w.linear and w.method}
         hessians, samples = ({name for name, need in needs.items() if need == wanted} for wanted in ("hessian", "tokens"))
         kept_tokens = -(-SAMPLE_TOKENS // len(passes)) if transforming else 0
-        gatherer = Gatherer(modules, hessians, self.skeleton.device, kept_tokens, samples, whole=keep)
+        gatherer = Gatherer(modules, hessians, self.skeleton.device, kept_tokens, samples, keep, self.found.token_weights)
         try:
             outputs = [*self.crew.results([each.run for each in trial if keep]), *self.crew.gather(passes, gatherer, keep)]
         finally:
@@ -170,6 +170,8 @@ class _Blocks(Observer):
             started = time.monotonic()
         for _ in self.crew.results([partial(self._round_one, work, gatherer, changed) for work in works]):
             pass
+        if self.found.token_weights:
+            self.found.token_weights.forget(list(modules))
         self.staging.sync()
         self.found.seconds["rounding"] += time.monotonic() - started
         return outputs

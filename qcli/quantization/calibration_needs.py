@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from qcli.calibration.settings import DEFAULT_TOKENS, PARALLEL
+from qcli.calibration.settings import PARALLEL
 from qcli.errors import UsageError
 from qcli.memory.model.config import ModelConfig
 from qcli.methods.choosing import needs_of
-from qcli.quantization.gradient_needs import block_of, fisher_works, gradient_memory, gradient_operations, gradient_tokens
+from qcli.quantization.gradient_needs import block_of, default_tokens, fisher_works, gradient_memory, gradient_operations
 from qcli.quantization.plan import Plan
 
 _BYTES_A_TOKEN = 3
@@ -39,7 +39,7 @@ def calibration_needs(plan: Plan, threads: int) -> CalibrationNeeds:
     """See CalibrationNeeds. `threads` round weights at a time. Raises UsageError for a config without a hidden size."""
     assert plan.calibration is not None
     size = _text_size(plan)
-    limit = plan.calibration.tokens or DEFAULT_TOKENS
+    limit = plan.calibration.tokens or default_tokens(plan)
     tokens, likely = min(limit, size), min(limit, size // _BYTES_A_TOKEN)
     blocks: dict[str, int] = defaultdict(int)
     for work in plan.work:
@@ -50,7 +50,7 @@ def calibration_needs(plan: Plan, threads: int) -> CalibrationNeeds:
     hidden = int(ModelConfig(plan.source.config, f"config.json of {plan.source.label}").hidden_size)
     gradients, operations = gradient_memory(plan, hidden, tokens, threads), gradient_operations(plan, likely)
     if len(fisher_works(plan)) == len(plan.calibrated):
-        return CalibrationNeeds(gradient_tokens(plan, tokens), gradients, operations)
+        return CalibrationNeeds(tokens, gradients, operations)
     passes = 1 if plan.calibration.order == PARALLEL else 2
     operations += 2.0 * passes * sum(blocks.values()) * likely
     for work in plan.calibrated:

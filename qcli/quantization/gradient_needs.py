@@ -7,8 +7,8 @@ block with a graph keeps what its linear modules read and give, and their gradie
 import re
 from collections import defaultdict
 
-from qcli.calibration.settings import GRADIENT_TOKENS
-from qcli.methods.choosing import needs_of
+from qcli.calibration.settings import DEFAULT_TOKENS, GRADIENT_TOKENS
+from qcli.methods.choosing import needs_of, weighs_tokens
 from qcli.quantization.plan import Plan, Work
 from qcli.schemes import CHUNK_BYTES
 
@@ -26,21 +26,26 @@ def fisher_works(plan: Plan) -> list[Work]:
     return [work for work in plan.calibrated if work.method and needs_of(work.method) == "fisher"]
 
 
+def weighing_works(plan: Plan) -> list[Work]:
+    """The work on weights whose methods weigh tokens by gradients."""
+    return [work for work in plan.calibrated if work.method and weighs_tokens(work.method)]
+
+
+def default_tokens(plan: Plan) -> int:
+    """How many tokens of a text are read where --tokens does not say."""
+    return GRADIENT_TOKENS if fisher_works(plan) or weighing_works(plan) else DEFAULT_TOKENS
+
+
 def block_of(name: str) -> str | None:
     """The block that a tensor's name begins with; None outside of any."""
     found = re.match(r"(.*?\.\d+)\.", name)
     return found[1] if found else None
 
 
-def gradient_tokens(plan: Plan, tokens: int) -> int:
-    """How many of a text's tokens gradients are taken of, at most."""
-    return tokens if plan.calibration and plan.calibration.tokens else min(tokens, GRADIENT_TOKENS)
-
-
 def gradient_memory(plan: Plan, hidden: int, tokens: int, threads: int) -> int:
     """Bytes beyond what `Plan.working_memory` counts, for a hidden size, and tokens of a text. 0 where nothing needs gradients."""
-    works = fisher_works(plan)
-    if not works:
+    works, weighing = fisher_works(plan), weighing_works(plan)
+    if not works and not weighing:
         return 0
     blocks: dict[str | None, int] = defaultdict(int)
     for work in plan.work:
@@ -54,15 +59,16 @@ def gradient_memory(plan: Plan, hidden: int, tokens: int, threads: int) -> int:
     for work in works:
         sums[block_of(work.info.name)] += work.info.numel
     kept = _KEPT * _ITEMSIZE * _BATCH_TOKENS * max(features.values(), default=0)
-    largest = max(work.info.numel for work in works)
-    states = _ITEMSIZE * hidden * gradient_tokens(plan, tokens) * (len(blocks) + 2)
-    in_block = _ITEMSIZE * (max(blocks.values(), default=0) + max(sums.values()))
-    each = max(kept, _COPIES * _ITEMSIZE * largest + _TABLES * CHUNK_BYTES)
+    largest = max((work.info.numel for work in works), default=0)
+    states = _ITEMSIZE * hidden * tokens * (len(blocks) + 2)
+    in_block = _ITEMSIZE * (max(blocks.values(), default=0) + max(sums.values(), default=0))
+    each = max(kept, _COPIES * _ITEMSIZE * largest + (_TABLES * CHUNK_BYTES if works else 0))
+    states += _ITEMSIZE * tokens * len(weighing)
     return states + max(in_block + threads * each, _ITEMSIZE * around + threads * _LOGITS)
 
 
 def gradient_operations(plan: Plan, tokens: int) -> float:
     """Floating-point operations for tokens of a text. 0 where nothing needs gradients."""
-    if not fisher_works(plan):
+    if not fisher_works(plan) and not weighing_works(plan):
         return 0.0
-    return float(_PASSES) * sum(work.info.numel for work in plan.work) * gradient_tokens(plan, tokens)
+    return float(_PASSES) * sum(work.info.numel for work in plan.work) * tokens

@@ -15,7 +15,7 @@ from qcli.checkpoint.model_dtype import model_dtype
 from qcli.checkpoint.source import Source, open_source
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, PlanError, UsageError, one_of, together
-from qcli.methods.choosing import made, methods_of, recipe_in_force
+from qcli.methods.choosing import made, methods_of, recipe_in_force, weighs_tokens
 from qcli.process import available_memory, peak_memory
 from qcli.progress import Progress, shown
 from qcli.quantization import outputs
@@ -147,6 +147,8 @@ def make_plan(
         problems=problems,
         allow_nonfinite=run.allow_nonfinite,
     )
+    if any(getattr(w.method, "weights", "none") == "fisher" and not (w.method and weighs_tokens(w.method)) for w in plan.quantized):
+        problems.append("weights=fisher weighs the tokens that decide how a weight is rounded, and none do; add --calibrate")
     if plan.calibrated:
         plan.calibration = calibration_on(text, tokens, run.sequence_length or None, check, run.order)
         if run.modules == "rules":
