@@ -61,9 +61,9 @@ class FisherGatherer(GradientListener):
             )
             fisher = self._fisher(name, gradients.shape[1], inputs.shape[1])
             for panel in range(fisher.panels):
-                self._turns.wait(number, (name, panel))
+                self.turns.wait(number, (name, panel))
                 fisher.add(inputs, gradients, panel)
-                self._turns.pass_on(number, (name, panel))
+                self.turns.pass_on(number, (name, panel))
 
     def _fisher(self, name: str, out_features: int, in_features: int) -> Fisher:
         with self._making:

@@ -15,15 +15,16 @@ Met = list[list[torch.Tensor]]
 
 
 class GradientListener:
-    """Hears of the inputs of linear modules, and of the gradients of the loss at their outputs. Subclasses say what is kept."""
+    """Hears of the inputs of linear modules, and of the gradients of the loss at their outputs. Subclasses say what is kept, in the
+    `turns` of the batches where sums depend on their order."""
 
     def __init__(self) -> None:
-        self._turns, self._here = Turns(), threading.local()
+        self.turns, self._here = Turns(), threading.local()
 
     @contextmanager
     def listening(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
         """While this lasts, what passes the `modules` counts. Every batch passes once."""
-        self._turns = Turns()
+        self.turns = Turns()
         handles = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
         try:
             yield
@@ -45,7 +46,7 @@ class GradientListener:
     def batch(self, number: int) -> Iterator[None]:
         """While this lasts, what passes in this thread, forward and backward, is the batch `number`. Then it is added."""
         self._here.seen = {}
-        with self._turns.batch(number):
+        with self.turns.batch(number):
             try:
                 yield
                 self._add(number, {name: met for name, met in self._here.seen.items() if any(len(each) > 1 for each in met)})
