@@ -1,5 +1,7 @@
 """What tokens count for modules, beside the gradients of the whole model, and the sums that they weigh."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -35,8 +37,13 @@ def whole(folder) -> dict[str, list[torch.Tensor]]:
     """Squared norms of the gradients at the outputs of every linear module, by batch."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name, module, args, output):
+        output.retain_grad()
+        outputs[name] = output
+
     for name, module in linears(model).items():
-        module.register_forward_hook(lambda module, args, output, name=name: (output.retain_grad(), outputs.update({name: output})))
+        module.register_forward_hook(partial(keep, name))
     found: dict[str, list[torch.Tensor]] = {name: [] for name in linears(model)}
     for batch in BATCHES:
         ids = torch.tensor([WINDOWS[i].ids for i in batch])
