@@ -36,8 +36,8 @@ def differentiate(name: str, weight: Callable, rows: Callable) -> None:
 
     weight(x, *rest) returns W [out_features, in_features] in the dtype of the product (see product_dtype); `x` is [0, in_features]
     of x's dtype, and `rest` are the op's other arguments. A large W is decoded a panel at a time, and never stands in memory whole:
-    rows(x, *rest) returns (grain, take). take(start, stop) is `rest` of the op whose weight is rows `start` to `stop` of W, and panels
-    begin at multiples of `grain`.
+    rows(x, *rest) returns (grain, take). take(start, stop) is `rest` of the op whose weight is rows `start` to `stop` of W, and
+    panels begin at multiples of `grain`.
     """
 
     def keep(ctx, inputs, output) -> None:
