@@ -45,7 +45,8 @@ def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, OSError):
         return None
-    return folder if (folder / "config.json").exists() else None
+    whole = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    return folder if whole else None
 
 
 class _Repository:
