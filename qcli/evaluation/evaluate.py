@@ -90,7 +90,7 @@ def evaluate(
     base = Skeleton(against, dtype=computing, **running) if against is not None else None
     label, rounding = skeleton.source.label, None
     if adapted is not None:
-        adapted.warn_of_other_base(skeleton.source)
+        adapted.warn_of_other_base(skeleton.source, None)
         attach(skeleton.model, adapted, label)
         label = f"{label}, adapter {adapted.label}"
     of_base = against or label

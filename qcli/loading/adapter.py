@@ -24,6 +24,7 @@ from qcli.checkpoint.source import Source, open_place
 from qcli.errors import CheckpointError, NonFiniteError, QcliWarning, UsageError, together
 from qcli.files.foreign_json import OBJECT, TEXT, Required, check, read_object
 from qcli.loading.adapter_config import CONFIG, WITH_PEFT, check_config, refused
+from qcli.recipe import Recipe, recipe_of
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -68,7 +69,8 @@ class Pair:
 class Adapter:
     """A LoRA adapter whose config and headers are checked. `pairs` maps names of modules in transformers to their matrices.
 
-    `base_model` and `revision` are what adapter_config.json calls its base; `base` is what qcli.json says of it, None without.
+    `base_model` and `revision` are what adapter_config.json calls its base; `base` is what qcli.json says of it, None without, and
+    `recipe` that by which an unquantized base was quantized while it was read, None where it was not.
     """
 
     def __init__(self, place, label: str):
@@ -79,7 +81,7 @@ class Adapter:
         self.config = self.json(CONFIG)
         check_config(self.config, label)
         self.base_model, self.revision = self.config.get("base_model_name_or_path") or None, self.config.get("revision")
-        self.base = self._base()
+        self.base, self.recipe = self._base()
         self.pairs = self._pairs()
 
     def _lacks(self, name: str) -> CheckpointError:
@@ -88,16 +90,18 @@ class Adapter:
         old = " but adapter_model.bin, which may run code when it is read" if "adapter_model.bin" in self.place.names else ""
         return CheckpointError(f"{self.label} has no {WEIGHTS}{old}", "Save it with PEFT's save_pretrained().")
 
-    def _base(self) -> Base | None:
+    def _base(self) -> tuple[Base | None, Recipe | None]:
         if "qcli.json" not in self.place.names:
-            return None
+            return None, None
         label = f"{self.label}/qcli.json"
         made = self.json("qcli.json")
-        check(made, {"base": OBJECT}, label)
-        if made.get("base") is None:
-            return None
-        check(made["base"], _OF_BASE, f"{label}: base")
-        return Base(made["base"]["name"], made["base"].get("revision"), made["base"]["fingerprint"])
+        check(made, {"base": OBJECT, "quantized_as_read": OBJECT}, label)
+        base, recipe = made.get("base"), made.get("quantized_as_read")
+        if base is None:
+            return None, None
+        check(base, _OF_BASE, f"{label}: base")
+        read = None if recipe is None else recipe_of(recipe, f"{label}: quantized_as_read")
+        return Base(base["name"], base.get("revision"), base["fingerprint"]), read
 
     def _pairs(self) -> dict[str, Pair]:
         label, size = f"{self.label}/{WEIGHTS}", self.place.size(WEIGHTS)
@@ -242,10 +246,19 @@ class Adapter:
             f"checkpoint ({source.fingerprint[:12]})"
         )
 
-    def warn_of_other_base(self, source: Source) -> None:
-        """Warns (QcliWarning) of what `other_base` finds."""
+    def warn_of_other_base(self, source: Source, recipe: Recipe | None) -> None:
+        """Warns (QcliWarning) of what `other_base` finds, or where `source`, which is read by `recipe`, was read by another one."""
         if (other := self.other_base(source)) is not None:
             warnings.warn(other, QcliWarning, stacklevel=3)
+        elif self.base is not None and recipe != self.recipe:
+            before, now = (f"quantized to {each.default.method}" if each else "as it is stored" for each in (self.recipe, recipe))
+            options = " by other options" if before == now else ""
+            warnings.warn(
+                f"{self.label} was trained on {source.label} {before}, and it is read {now}{options}: "
+                "quantize it alike, or merge the two",
+                QcliWarning,
+                stacklevel=3,
+            )
 
 
 def open_adapter(adapter: str, revision: str | None = None) -> Adapter:

@@ -109,7 +109,7 @@ def load_source(
         layout = plain_layout(source) or stored_layout(source, built, config)
         check_fits(source, layout)
         if adapter:
-            adapter.warn_of_other_base(source)
+            adapter.warn_of_other_base(source, recipe)
             adapter.check_names(layout, model)
         if recipe:
             _check_recipe(recipe, layout, model)

@@ -1,5 +1,6 @@
-"""Where the base of an adapter is, and what a quantized base was made from."""
+"""Where the base of an adapter is, what a quantized base was made from, and a base as training read it."""
 
+import json
 import warnings
 from pathlib import Path
 
@@ -7,6 +8,9 @@ from qcli.checkpoint.source import Source, open_source
 from qcli.errors import CheckpointError, HubError, QcliWarning
 from qcli.files.foreign_json import OBJECT, TEXT, Kind, Required, check, read_object
 from qcli.loading.adapter import Adapter
+from qcli.progress import Progress
+from qcli.quantization.quantize import make_plan, run_plan
+from qcli.recipe import Recipe
 
 _MADE_FROM: dict[str, Kind | Required] = {"name": Required(TEXT), "revision": TEXT, "fingerprint": Required(TEXT)}
 
@@ -51,3 +55,15 @@ def original_of(base: Source, asked: str | None) -> Source:
     if original.fingerprint != made["source"]["fingerprint"]:
         raise CheckpointError(f"{found} is not the checkpoint that {base.label} was made from: it has changed", hint)
     return original
+
+
+def quantized_as_read(base: Source, recipe: Recipe, folder: Path, progress: Progress | None) -> Source:
+    """The unquantized `base` in `folder`, quantized by `recipe` as `load` does while it reads. What an earlier call has made of the
+    same is taken. Raises PlanError, CheckpointError, HubError, NonFiniteError."""
+    revision = base.revision if base.is_hub else None
+    plan = make_plan(base.label, folder, recipe=recipe, revision=revision, trust_remote_code=base.trusted, overwrite=True)
+    made = folder / "qcli.json"
+    found = read_object(made, str(made), "Delete the folder.").get("identity") if made.exists() else None
+    if found != json.loads(json.dumps(plan.identity)):
+        run_plan(plan, device="cpu", overwrite=True, progress=progress)
+    return open_source(str(folder), trust_remote_code=base.trusted)

@@ -24,7 +24,7 @@ from qcli.methods.errors import ErrorSums
 from qcli.process import peak_memory
 from qcli.progress import Progress, shown
 from qcli.quantization import other_files
-from qcli.quantization.adapter_base import base_of, original_of
+from qcli.quantization.adapter_base import base_of, original_of, quantized_as_read
 from qcli.quantization.dequantize import write_rest
 from qcli.quantization.execute import execute
 from qcli.quantization.merging import Merging, merging_tasks, plan_merging
@@ -90,10 +90,16 @@ def merge(
     target = Path(output) if output is not None else Path(f"{adapted.name}-merged")
     if target.exists() and not overwrite:
         raise exists_error(target)
-    trained_on = base_of(adapted, base, trust_remote_code)
-    source = original_of(trained_on, base) if onto == "original" and trained_on.quantization else trained_on
+    source = stated = trained_on = base_of(adapted, base, trust_remote_code)
+    between = []
+    if onto == "original" and trained_on.quantization:
+        source = stated = original_of(trained_on, base)
+    elif onto == "quantized" and adapted.recipe and not trained_on.quantization:
+        between.append(target.with_name(f".{target.name}.base"))
+        source = trained_on = quantized_as_read(trained_on, adapted.recipe, between[0], progress)
     whole = target if bits == 16 else target.with_name(f".{target.name}.merged")
     plan = plan_merging(source, adapted, whole)
+    plan.stated = stated
     losses = None
     if text is not None:
         losses = {"adapter": _loss(trained_on, text, progress, adapter=adapter)}
@@ -101,22 +107,24 @@ def merge(
     size, dtype = plan.output_bytes, dtypes.TORCH_NAMES[plan.dtype]
     if bits != 16:
         quantizing = make_plan(str(whole), target, bits=bits, trust_remote_code=trust_remote_code, overwrite=overwrite)
-        quantizing.source.name = f"{source.name}-{adapted.name}"
+        quantizing.source.name = f"{stated.name}-{adapted.name}"
         report = run_plan(quantizing, overwrite=overwrite, progress=progress)
         size, dtype = report.output_bytes, report.method
-        shutil.rmtree(whole)
+        between.append(whole)
     if losses is not None and text is not None:
         losses["merged"] = _loss(open_source(str(target), trust_remote_code=trust_remote_code), text, progress)
+    for folder in between:
+        shutil.rmtree(folder)
     return Merged(
         output=str(target),
         adapter=adapted.label,
-        base=source.label,
-        onto="original" if source is not trained_on or not trained_on.quantization else "quantized",
+        base=stated.label,
+        onto="quantized" if source.quantization else "original",
         modules=len(plan.merged),
         relative_change=changed,
         dtype=dtype,
         bits=bits,
-        source_bytes=sum(info.nbytes for info in source.tensors.values()),
+        source_bytes=sum(info.nbytes for info in stated.tensors.values()),
         output_bytes=size,
         losses=losses,
         seconds=time.monotonic() - started,
@@ -177,7 +185,7 @@ def _drop_what_was_begun(whole: Path, final: Path) -> None:
 
 def _provenance(plan: Merging, change: float) -> dict[str, object]:
     """What qcli.json says: where the weights come from."""
-    source, adapter = plan.source, plan.adapter
+    source, adapter = plan.stated, plan.adapter
     return {
         "qcli": __version__,
         "source": {
@@ -190,6 +198,7 @@ def _provenance(plan: Merging, change: float) -> dict[str, object]:
             "revision": adapter.place.revision,
             "fingerprint": adapter.fingerprint,
         },
+        "quantized_as_read": adapter.recipe.summary() if plan.source is not source and adapter.recipe else None,
         "merged_modules": len(plan.merged),
         "relative_change": change,
         "dtype": dtypes.TORCH_NAMES[plan.dtype],

@@ -27,9 +27,10 @@ _PANEL = 1 << 22  # elements of a change in float32 at a time
 
 class Merging(Decoding):
     """A plan whose work adds an adapter. `merged` maps stored tensors of weights to the modules whose matrices they get; of one in
-    `untied` the second output gets them, the first stays."""
+    `untied` the second output gets them, the first stays. `stated` is what the output says that it was made from."""
 
     adapter: Adapter
+    stated: Source
     merged: Mapping[str, str]
     untied: set[str]
 
@@ -57,7 +58,7 @@ def plan_merging(source: Source, adapter: Adapter, output: Path) -> Merging:
     tensors, untied = _tensors(layout, adapter, source.label)
     beside = {tensor: f"{adapter_module}.weight" for tensor, adapter_module in tensors.items() if tensor in untied}
     plan = plan_decoding(Merging, source, format, layout, output, "auto", beside)
-    plan.adapter, plan.merged, plan.untied = adapter, tensors, untied
+    plan.adapter, plan.stated, plan.merged, plan.untied = adapter, source, tensors, untied
     if wrong := [name for name in tensors if name not in plan.stored and source.tensors[name].dtype not in dtypes.FLOATS]:
         plan.problems.append(together("weights to change that are stored as neither floats nor codes", wrong))
     own = adapter.tokenizer_files

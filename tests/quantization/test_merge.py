@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+import warnings
 
 import peft
 import pytest
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 import qcli
 from qcli.checkpoint.source import open_source
 from qcli.errors import CheckpointError, NonFiniteError, QcliError, QcliWarning, UsageError
+from qcli.quantization import adapter_base, merging
 from qcli.quantization import merge as verb
-from qcli.quantization import merging
+from qcli.recipe import Choice, Recipe
 from tests.adapters import change_config, change_tensors, make_adapter
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, example_inputs, make_model, make_tied
@@ -158,6 +160,40 @@ def test_onto_the_original(tmp_path):
     make_model("llama", tmp_path / "model", torch.float16)
     with pytest.raises(CheckpointError, match="is not the checkpoint that .*base was made from"):
         qcli.merge(str(tmp_path / "adapter"), tmp_path / "third", onto="original")
+
+
+def test_a_base_that_was_quantized_while_it_was_read(tmp_path, monkeypatch):
+    """The same bytes as for the same base quantized beforehand; also where an earlier run was stopped behind that."""
+    make_model("llama", tmp_path / "model")
+    qcli.quantize(str(tmp_path / "model"), tmp_path / "base", bits=4)
+    trained(tmp_path, "base")
+    qcli.merge(str(tmp_path / "adapter"), tmp_path / "expected")
+    trained(tmp_path, "model")
+    stated = json.loads((tmp_path / "adapter/qcli.json").read_text())
+    read = Recipe(Choice("nf4")).summary()
+    (tmp_path / "adapter/qcli.json").write_text(json.dumps(stated | {"quantized_as_read": read}))
+    run = verb.execute
+    monkeypatch.setattr(verb, "execute", None)
+    with pytest.raises(TypeError):
+        qcli.merge(str(tmp_path / "adapter"), tmp_path / "out")
+    assert (tmp_path / ".out.base/config.json").exists()
+    monkeypatch.setattr(verb, "execute", run)
+    monkeypatch.setattr(adapter_base, "run_plan", None)
+    made = qcli.merge(str(tmp_path / "adapter"), tmp_path / "out")
+    assert made.onto == "quantized" and made.base == str(tmp_path / "model") and not (tmp_path / ".out.base").exists()
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "expected/model.safetensors").read_bytes()
+    about = json.loads((tmp_path / "out/qcli.json").read_text())
+    assert about["quantized_as_read"] == read and about["source"]["name"] == "model"
+    plain = qcli.merge(str(tmp_path / "adapter"), tmp_path / "plain", onto="original")
+    assert plain.onto == "original"
+    assert (tmp_path / "out/model.safetensors").read_bytes() != (tmp_path / "plain/model.safetensors").read_bytes()
+    with pytest.warns(QcliWarning, match="was trained on .*model quantized to nf4, and it is read as it is stored"):
+        qcli.load(str(tmp_path / "model"), adapter=str(tmp_path / "adapter"), device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", QcliWarning)
+        qcli.load(str(tmp_path / "model"), adapter=str(tmp_path / "adapter"), device="cpu", bits=4)
+    with pytest.warns(QcliWarning, match="quantized to nf4, and it is read quantized to nf4 by other options"):
+        qcli.load(str(tmp_path / "model"), adapter=str(tmp_path / "adapter"), device="cpu", bits=4, block_size=128)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
