@@ -20,6 +20,7 @@ from qcli.quantization import merge as verb
 from qcli.recipe import Choice, Recipe
 from tests.adapters import change_config, change_tensors, make_adapter
 from tests.conftest import ROOT
+from tests.hub_server import COMMIT, running_hub
 from tests.models import add_tokenizer, example_inputs, make_model, make_tied
 
 DEMO, STORIES = ROOT / "examples/demo-model", ROOT / "examples/stories.jsonl"
@@ -361,3 +362,28 @@ def test_what_does_not_fit(made):
 def test_options(options, message, made):
     with pytest.raises(UsageError, match=message):
         qcli.merge(str(made / "adapter"), made / "out", **options)
+
+
+def test_base_and_adapter_on_the_hub(tmp_path, monkeypatch):
+    """Both by their ids, also from the cache alone; with the tokenizer and the template of the adapter."""
+    make_model("llama", tmp_path / "model")
+    add_tokenizer(tmp_path / "model")
+    trained(tmp_path, "model")
+    change_config(tmp_path / "adapter", base_model_name_or_path="org/base", revision=COMMIT)
+    (tmp_path / "adapter/qcli.json").unlink()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = "of the adapter"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    with running_hub() as hub:
+        hub.add_repo("org/base", tmp_path / "model")
+        hub.add_repo("org/adapter", tmp_path / "adapter")
+        hub.serve_this_process(monkeypatch, tmp_path / "home")
+        made = qcli.merge("org/adapter", tmp_path / "out")
+        _, found = qcli.load("org/base", adapter="org/adapter", device="cpu")
+    assert made.base == "org/base" and found.chat_template == "of the adapter"
+    about = json.loads((tmp_path / "out/qcli.json").read_text())
+    assert about["adapter"]["name"] == "org/adapter" and about["adapter"]["revision"] == about["source"]["revision"] == COMMIT
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "of the adapter"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    again = qcli.merge("org/adapter", tmp_path / "again")
+    assert again.modules == made.modules == 14
