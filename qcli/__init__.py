@@ -7,6 +7,7 @@ from importlib import import_module
 
 _EXPORTS = {
     "dequantize": "qcli.quantization.dequantize",
+    "merge": "qcli.quantization.merge",
     "quantize": "qcli.quantization.quantize",
     "load": "qcli.loading.load",
     "evaluate": "qcli.evaluation.evaluate",
@@ -25,6 +26,7 @@ __all__ = [
     "finetune",
     "inspect_outliers",
     "load",
+    "merge",
     "quantize",
 ]
 

@@ -68,6 +68,12 @@ PRIVATE = (
         "tests/formats/test_foreign.py::test_decodes_as_its_writer",
         "and that in which they lay their tensors out",
     ),
+    Private(
+        "transformers.quantizers.HfQuantizer._dequantize",
+        ("loading/transformers_quantizer.py",),
+        "tests/loading/test_dequantizing.py::test_it_is_the_plain_model_of_the_same_weights",
+        "what its model.dequantize() calls",
+    ),
     Private("transformers.quantizers.register_quantizer", ("loading/transformers_quantizer.py",), _LOADING, "makes it known"),
     Private(
         "transformers.quantizers.register_quantization_config", ("loading/transformers_quantizer.py",), _LOADING, "and its config"
@@ -136,8 +142,13 @@ PRIVATE = (
         _INT8_CACHE,
         "the masks of that attention",
     ),
-    Private("torch.nn.Module: _forward_hooks", ("generation/structure.py",), _READ, "what changes the output of a linear layer"),
-    Private("torch.nn.Module: _forward_pre_hooks", ("generation/structure.py",), _READ, "what changes its input"),
+    Private(
+        "torch.nn.Module: _forward_hooks",
+        ("generation/linears.py", "nn/low_rank.py"),
+        _READ,
+        "what changes the output of a linear layer; which of it an adapter is",
+    ),
+    Private("torch.nn.Module: _forward_pre_hooks", ("generation/linears.py",), _READ, "what changes its input"),
     Private(
         "torch._subclasses.fake_tensor.FakeTensorMode",
         ("checkpoint/torch_file.py",),
