@@ -161,14 +161,14 @@ class Crew:
             for future in waiting:
                 future.cancel()
 
-    def gather(self, passes: Sequence[Pass], gatherer: Gatherer, keep: bool = False) -> list[Any]:
-        """Runs every pass and adds what reaches the modules. The outputs of the passes, if they are to be kept."""
+    def gather(self, passes: Sequence[Pass], gatherer: Gatherer, keep: Callable[[int, Any], Any] | None = None) -> list[Any]:
+        """Runs every pass and adds what reaches the modules. What `keep` makes of the number and output of each pass."""
 
         def counted(number: int) -> Any:
             output = None
             with gatherer.batch(number):
                 output = passes[number].run()
-            return output if keep else None
+            return keep(number, output) if keep else None
 
         tasks = [lambda n=n: counted(n) for n in range(len(passes))]
         return [*self.results(tasks[:1]), *self.results(tasks[1:])]

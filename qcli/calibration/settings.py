@@ -18,7 +18,8 @@ class Calibration:
     """`text` is the path of a file, None the bundled text. `tokens` None takes what there is, up to DEFAULT_TOKENS.
     `sequence_length` None is the model's, up to 2048. `check` holds a part out. `order`: whether a block's inputs come from the
     blocks before it as they are rounded ("sequential") or as they were ("parallel"). `text_hash` is the SHA-256 of the text.
-    `statistics` is a file to read statistics from, `save_statistics` one to write them to."""
+    `statistics` is a file to read statistics from, `save_statistics` one to write them to. `states_on_disk`: hidden states wait
+    beside the output, since memory has no room for them."""
 
     text: str | None = None
     tokens: int | None = None
@@ -28,6 +29,7 @@ class Calibration:
     text_hash: str = ""
     statistics: str | None = None
     save_statistics: str | None = None
+    states_on_disk: bool = False
 
     @property
     def identity(self) -> dict[str, object]:

@@ -13,7 +13,7 @@ again. Nothing here depends on the number of threads: see qcli.calibration.gathe
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 from qcli.calibration.gather import Crew, Gathered, Gatherer
 from qcli.calibration.settings import PARALLEL
 from qcli.calibration.stored import StatisticsWriter, StoredStatistics
+from qcli.calibration.waiting import WaitingStates
 from qcli.errors import NonFiniteError
 from qcli.methods.choosing import needs_of
 from qcli.progress import Advance
@@ -73,7 +74,7 @@ def calibrate(plan: Plan, staging: Staging, skeleton: Skeleton, windows: Sequenc
         if blocks.trial:
             batches = make_batches([windows[0].ids[:TRIAL_TOKENS]], None) + batches
         calls = [Call(head.below(batch), batch=batch) for batch in batches]
-        with blocks.saving():
+        with blocks.saving(), blocks.waiting():
             try:
                 with head.stopping():
                     run_calls(skeleton, calls, blocks)
@@ -107,6 +108,7 @@ class _Blocks(Observer):
         self.watched: dict[str, list[Work]] = {}  # all whose statistics are saved
         self.stored: StoredStatistics | None = None
         self._writer: StatisticsWriter | None = None
+        self._states: WaitingStates | None = None
         settings = plan.calibration
         assert settings is not None
         self.parallel = settings.order == PARALLEL
@@ -129,6 +131,24 @@ class _Blocks(Observer):
                 found[unit.name].append(work)
         return found
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While this lasts, hidden states wait on the disk if the plan says so."""
+        settings = self.plan.calibration
+        if settings is None or not settings.states_on_disk:
+            yield
+            return
+        with WaitingStates(self.staging.state) as self._states, self._states.of_embedding(self.skeleton.embedding.module):
+            yield
+
+    def _kept(self, number: int, output: Any) -> Any:
+        """What a block gave the call of this number, where it waits for the next block."""
+        return output if self._states is None else self._states.keep(number, output)
+
+    def _run(self, passes: Sequence[Pass], first: int = 0) -> Iterator[Any]:
+        """What the passes give, of which the first is that of the call `first`."""
+        return self.crew.results([lambda n=n, each=each: self._kept(n, each.run()) for n, each in enumerate(passes, first)])
+
     def saving(self) -> AbstractContextManager:
         """While this lasts, the file of statistics that is asked for is written."""
         return self._writer or nullcontext()
@@ -147,12 +167,12 @@ class _Blocks(Observer):
         if unit.name == self.last:
             raise _Finished
         if self.parallel:
-            yield from kept or self.crew.results([each.run for each in passes])
+            yield from kept or self._run(passes)
             return
         started = time.monotonic()
         if works:
             self._replace(unit, works)
-        outputs = self.crew.results([each.run for each in passes])
+        outputs = self._run(passes)
         for _ in passes:
             output = next(outputs)
             self.found.seconds["quantized block"] += time.monotonic() - started
@@ -194,7 +214,7 @@ class _Blocks(Observer):
         """What the passes of a block gave, if that is to be kept, and the statistics of the modules of `seen`, and of all that are
         watched."""
         trial, passes = passes[:1] if self.trial else (), passes[1:] if self.trial else passes
-        outputs = list(self.crew.results([each.run for each in trial if keep]))
+        outputs = list(self._run(trial if keep else ()))
         if self.stored:
             sizes = {work.linear.module: work.linear.in_features for work in seen if work.linear}
             return outputs, self.stored.gathered(sizes, self.skeleton.device)
@@ -207,7 +227,8 @@ class _Blocks(Observer):
         kept_tokens = -(-SAMPLE_TOKENS // len(passes)) if kept else 0
         gatherer = Gatherer(modules, hessians, self.skeleton.device, kept_tokens, samples, whole=keep)
         try:
-            return outputs + self.crew.gather(passes, gatherer, keep), gatherer
+            kept_as = (lambda number, output: self._kept(len(trial) + number, output)) if keep else None
+            return outputs + self.crew.gather(passes, gatherer, kept_as), gatherer
         finally:
             gatherer.close()
 

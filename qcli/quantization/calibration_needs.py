@@ -1,4 +1,4 @@
-"""What a calibration will take, from headers and the size of its text: tokens, memory, operations. No torch.
+"""What a calibration will take, from headers and the size of its text: tokens, memory, operations.
 
 Estimates from above. A token of a text is a byte or more. The hidden states of all tokens wait between two blocks, and those that
 leave a block stand beside those that enter it; transformers keeps the ones that entered the model. Modules of one parent that are
@@ -16,12 +16,15 @@ from qcli.calibration.settings import DEFAULT_TOKENS, PARALLEL
 from qcli.errors import UsageError, together
 from qcli.files.whole import check_place
 from qcli.memory.model.config import ModelConfig
+from qcli.methods.choosing import needs_of
 from qcli.quantization.plan import Plan
 from qcli.sizes import format_bytes
 
 _BYTES_A_TOKEN = 3
 _STATES = 3  # of each token: as it entered the model, as it entered the block, as it leaves it
 _ITEMSIZE = 4  # of hidden states and of a block that is computed in float32
+BATCH = 2048  # tokens: BATCH_TOKENS of qcli.streaming.batches, which loads torch
+_INSIDE = 4  # copies of what passes a block's widest module, and of hidden states, while a batch is inside
 _COPIES = 8  # float32 copies of the largest weight while it is rounded
 _FACTORS = 4  # float64 copies of the largest Hessian
 _A_CHANNEL = 2048 * 2 + 1024 * 4 + 24  # bytes of its samples and sums in a file of statistics
@@ -30,13 +33,15 @@ _PRODUCTS = 10  # floating-point operations of a weight and a channel: compensat
 
 @dataclass(frozen=True)
 class CalibrationNeeds:
-    """`tokens` at most; bytes of memory beyond what `Plan.working_memory` counts; floating-point operations for a third as many
-    tokens as the text has bytes, which is nearer to what tokenizers make of it; bytes of a file of `statistics`."""
+    """`tokens` at most; bytes of memory beyond what `Plan.working_memory` counts, of which the `states` may wait on the disk;
+    floating-point operations for a third as many tokens as the text has bytes, which is nearer to what tokenizers make of it; bytes
+    of a file of `statistics`."""
 
     tokens: int
     memory: int
     operations: float
     statistics: int = 0
+    states: int = 0
 
 
 def calibration_needs(plan: Plan, threads: int) -> CalibrationNeeds:
@@ -50,16 +55,19 @@ def calibration_needs(plan: Plan, threads: int) -> CalibrationNeeds:
         if found := re.match(r"(.*?\.\d+)\.", work.info.name):
             blocks[found[1]] += work.info.numel
     sites: dict[tuple[str, int], str] = {}
-    largest_weight = largest_site = 0
+    largest_weight = largest_site = widest = 0
     passes = 1 if plan.calibration.order == PARALLEL else 2
     operations = 2.0 * passes * sum(blocks.values()) * likely
     for work in plan.calibrated:
         if work.linear is None or work.method is None:
             continue
         rows, columns = work.linear.out_features, work.linear.in_features
-        sites[work.linear.module.rpartition(".")[0], columns] = work.info.name
-        largest_weight, largest_site = max(largest_weight, rows * columns), max(largest_site, columns)
-        operations += _PRODUCTS * rows * columns**2
+        largest_weight, widest = max(largest_weight, rows * columns), max(widest, rows + columns)
+        if needs_of(work.method) == "hessian":
+            largest_site = max(largest_site, columns)
+            operations += _PRODUCTS * rows * columns**2
+        if needs_of(work.method) == "hessian" or plan.calibration.save_statistics:
+            sites[work.linear.module.rpartition(".")[0], columns] = work.info.name
     of_block: dict[str, int] = defaultdict(int)
     stored = sum((4 * columns + _A_CHANNEL) * columns for _, columns in sites)
     for (_, columns), name in sites.items():
@@ -67,13 +75,16 @@ def calibration_needs(plan: Plan, threads: int) -> CalibrationNeeds:
         of_block[found[1] if found else name] += 4 * columns**2
         operations += columns**2 * likely
     hidden = int(ModelConfig(plan.source.config, f"config.json of {plan.source.label}").hidden_size)
+    states = (_STATES - 1) * _ITEMSIZE * hidden * tokens
     memory = (
-        _STATES * _ITEMSIZE * hidden * tokens
+        states
+        + _ITEMSIZE * hidden * tokens
         + _ITEMSIZE * max(blocks.values(), default=0)
         + max(of_block.values(), default=0)
         + threads * (4 * _COPIES * largest_weight + 8 * _FACTORS * largest_site**2)
+        + threads * _ITEMSIZE * _INSIDE * min(tokens, BATCH) * (hidden + widest)
     )
-    return CalibrationNeeds(tokens, memory, operations, stored)
+    return CalibrationNeeds(tokens, memory, operations, stored, states)
 
 
 def stated_by(plan: Plan, dtype: str | None = None) -> dict[str, object]:

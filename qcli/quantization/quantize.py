@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,17 +165,33 @@ def make_plan(
             problems.append(f"{what}; choose a method that texts help, such as nf4 or rtn, or leave out --calibrate")
         else:
             problems.append(f"{what} without --calibrate; add it, or leave out --text, --tokens and statistics")
+    _find_memory(plan)
     check_output(plan, overwrite)
-    available, needed = available_memory(), plan.working_memory + calibration_memory(plan)
-    if available is not None and needed > available:
-        fewer = "; calibrate on fewer --tokens" if plan.calibration else ""
-        problems.append(f"the run needs {format_bytes(needed)} of memory, and {format_bytes(available)} are free{fewer}")
     return plan
+
+
+def _find_memory(plan: Plan) -> None:
+    """Lets hidden states wait on the disk where memory has no room for them. What it has no room for even then is a problem."""
+    available, needed = available_memory(), plan.working_memory + calibration_memory(plan)
+    if available is None or needed <= available:
+        return
+    if plan.calibration and (states := calibration_needs(plan, 1).states):
+        plan.calibration = replace(plan.calibration, states_on_disk=True)
+        needed -= states
+        plan.notes.append(
+            f"hidden states of {format_bytes(states)} wait on the disk, since {format_bytes(available)} of memory are free"
+        )
+    if needed > available:
+        fewer = "; calibrate on fewer --tokens" if plan.calibration else ""
+        plan.problems.append(f"the run needs {format_bytes(needed)} of memory, and {format_bytes(available)} are free{fewer}")
 
 
 def calibration_memory(plan: Plan) -> int:
     """Bytes that the calibration of a plan takes beside `Plan.working_memory`."""
-    return calibration_needs(plan, os.cpu_count() or 1).memory if plan.calibration else 0
+    if not plan.calibration:
+        return 0
+    needs = calibration_needs(plan, os.cpu_count() or 1)
+    return needs.memory - (needs.states if plan.calibration.states_on_disk else 0)
 
 
 def _take_scales(source: Source) -> None:
@@ -215,7 +232,9 @@ def check_output(plan: Plan, overwrite: bool) -> None:
     parent = next(p for p in [final.absolute().parent, *final.absolute().parents] if p.exists())
     staged = sum(_allocated(final.with_name(final.name + ".partial") / s.name) for s in plan.shards)
     carried = sum(plan.source.place.size(name) for name in plan.source.carried.files)
-    needed = plan.disk_bytes = plan.output_bytes + carried - staged + DISK_RESERVE + plan.source.download_bytes(parent)
+    states = calibration_needs(plan, 1).states if plan.calibration and plan.calibration.states_on_disk else 0
+    waiting = states * 3 // 2  # what transformers keeps of them, too
+    needed = plan.disk_bytes = plan.output_bytes + carried - staged + DISK_RESERVE + plan.source.download_bytes(parent) + waiting
     free = shutil.disk_usage(parent).free
     if needed > free:
         plan.problems.append(
