@@ -58,6 +58,12 @@ QCLI_INLINE F32x16 magnitudes(F32x16 x) {
 
 #endif
 
+// x where v is a number, else other.
+QCLI_INLINE F32x16 where_number(F32x16 v, F32x16 x, F32x16 other) {
+  const F32x16 infinity = all(from_bits(kInfinity));
+  return where_less(v, infinity, x, where_less(all(0.0f), v, x, other));
+}
+
 // The first `count` values, with zeros in the other lanes.
 template <class T>
 QCLI_INLINE F32x16 load_some(const T* p, int64_t count) {

@@ -74,12 +74,6 @@ QCLI_INLINE constexpr float most_scale(const float*) { return 1e36f; }
 QCLI_INLINE constexpr float most_scale(const bf16*) { return 1e36f; }
 QCLI_INLINE constexpr float most_scale(const f16*) { return 255.0f; }
 
-// x where v is a number, else other.
-QCLI_INLINE F32x16 where_number(F32x16 v, F32x16 x, F32x16 other) {
-  const F32x16 infinity = all(from_bits(kInfinity));
-  return where_less(v, infinity, x, where_less(all(0.0f), v, x, other));
-}
-
 struct Sums {
   F64x16 error, norm;
   int64_t nonfinite;

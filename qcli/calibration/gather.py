@@ -6,9 +6,9 @@ states nor the sums depend on the number of threads.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -18,12 +18,33 @@ from qcli.calibration.statistics import Statistics, Turns
 from qcli.streaming.run import Pass, same_tensor
 
 
-class Gatherer:
+class Seen(Exception):
+    """Every module has been reached: what is left of a pass changes no statistic."""
+
+
+class Gathered:
+    """Statistics `found` of the inputs of `modules`, by their names; those that read the same input share one object."""
+
+    def __init__(self, modules: Iterable[str], found: dict[str, Statistics]):
+        self.names, self.found = list(modules), found
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """The modules that share statistics, which read the same tensor, in the order of `names`."""
+        found: dict[int, list[str]] = {}
+        for name in self.names:
+            if name in self.found:
+                found.setdefault(id(self.found[name]), []).append(name)
+        return [tuple(names) for names in found.values()]
+
+
+class Gatherer(Gathered):
     """Statistics of the linear `modules` of a block, by their names. Those of `with_hessian` get a Hessian, those of `with_sample`
     a sample of magnitudes. Each keeps `kept_tokens` tokens of every batch.
 
     Modules that read the same tensor, as q, k and v do, share one object. Which do is seen in the first batch, which is taken
-    alone; modules that it does not reach share with none.
+    alone; modules that it does not reach share with none. Where it reached each module once, and `whole` is false, a later batch
+    ends with Seen at the last module that it reaches: the product of down_proj is a fifth of a block.
     """
 
     def __init__(
@@ -33,10 +54,12 @@ class Gatherer:
         device: torch.device,
         kept_tokens: int = 0,
         with_sample: Set[str] = frozenset(),
+        whole: bool = True,
     ):
+        self._whole, self._once = whole, False  # once: every module is reached by every batch, one time
         self.modules, self._with_hessian, self._with_sample, self._device = modules, with_hessian, with_sample, device
         self._kept_tokens = kept_tokens
-        self.found: dict[str, Statistics] = {}
+        super().__init__(modules, {})
         self._leader: dict[str, str] = {}  # of each module that the first batch reached
         self._turns = Turns()
         self._here = threading.local()
@@ -53,6 +76,8 @@ class Gatherer:
             seen = getattr(self._here, "seen", None)
             if seen is not None:
                 seen.setdefault(name, []).append(args[0])
+                if self._once and len(seen) == len(self.modules):
+                    raise Seen
 
         return hook
 
@@ -62,7 +87,8 @@ class Gatherer:
         self._here.seen = {}
         with self._turns.batch(number):
             try:
-                yield
+                with suppress(Seen):
+                    yield
                 self._add(number, self._here.seen)
             finally:
                 self._here.seen = None
@@ -90,15 +116,7 @@ class Gatherer:
                 if len(theirs) == len(inputs) and all(same_tensor(a, b) for a, b in zip(inputs, theirs))
             )
             self._leader[name] = next(same)
-
-    @property
-    def groups(self) -> list[tuple[str, ...]]:
-        """The modules that share statistics, which read the same tensor, in the order of `modules`."""
-        found: dict[int, list[str]] = {}
-        for name in self.modules:
-            if name in self.found:
-                found.setdefault(id(self.found[name]), []).append(name)
-        return [tuple(names) for names in found.values()]
+        self._once = not self._whole and all(len(seen.get(name, ())) == 1 for name in self.modules)
 
     def _statistics(self, leader: str, in_features: int) -> Statistics:
         with self._making:
@@ -143,13 +161,14 @@ class Crew:
             for future in waiting:
                 future.cancel()
 
-    def gather(self, passes: Sequence[Pass], gatherer: Gatherer, keep: bool = False) -> list[Any]:
-        """Runs every pass and adds what reaches the modules. The outputs of the passes, if they are to be kept."""
+    def gather(self, passes: Sequence[Pass], gatherer: Gatherer, keep: Callable[[int, Any], Any] | None = None) -> list[Any]:
+        """Runs every pass and adds what reaches the modules. What `keep` makes of the number and output of each pass."""
 
         def counted(number: int) -> Any:
+            output = None
             with gatherer.batch(number):
                 output = passes[number].run()
-            return output if keep else None
+            return keep(number, output) if keep else None
 
         tasks = [lambda n=n: counted(n) for n in range(len(passes))]
         return [*self.results(tasks[:1]), *self.results(tasks[1:])]

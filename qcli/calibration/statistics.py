@@ -9,7 +9,7 @@ out for any number of threads.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -18,14 +18,14 @@ from qcli.calibration.outlier_columns import choose
 from qcli.methods._factors import Inputs
 
 _GOLDEN = 0.6180339887498949
-PANEL = 512  # rows of a Hessian that are added at a time
+PANEL = 256  # rows of a Hessian that are added at a time
 SAMPLE = 2048  # tokens that a sample has at most
 
 
 class Statistics:
     """Sums over the tokens that a linear module has seen. `tokens` counts them.
 
-    square, mean_sum float64 [in_features], absmax float32 [in_features]; hessian float32 [in_features, in_features], of which only
+    square, magnitude float64 [in_features], absmax float32 [in_features]; hessian float32 [in_features, in_features], of which only
     the blocks on and above the diagonal are summed until `symmetric` fills the rest; None without `with_hessian`. Of each batch
     `kept_tokens` are kept as they are, evenly spaced, each batch with other distances from its start. magnitudes: see Sample; None
     without `with_sample`.
@@ -42,19 +42,46 @@ class Statistics:
         self._chosen: dict[int, torch.Tensor] = {}
         self._choosing = threading.Lock()
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of it, by name. The Hessian must be symmetric already."""
+        found = {"tokens": torch.tensor(self.tokens), "square": self.square, "magnitude": self.magnitude, "absmax": self.absmax}
+        found["sample"] = self.sample
+        if self.hessian is not None:
+            found["hessian"] = self.hessian
+        if self.magnitudes is not None:
+            found["magnitudes"] = self.magnitudes.magnitude
+        return found
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> "Statistics":
+        """What `tensors` gave, on their device."""
+        square, magnitudes = tensors["square"], tensors.get("magnitudes")
+        made = cls(len(square), False, square.device)
+        made.tokens, made.square, made.magnitude, made.absmax = (
+            int(tensors["tokens"]),
+            square,
+            tensors["magnitude"],
+            tensors["absmax"],
+        )
+        made._kept, made.hessian = [tensors["sample"]], tensors.get("hessian")
+        if magnitudes is not None:
+            made.magnitudes = Sample(len(square), square.device)
+            made.magnitudes.add(magnitudes)
+        return made
+
     @property
     def panels(self) -> int:
         """Into how many parts `add` is divided."""
-        return -(-len(self.square) // PANEL) if self.hessian is not None else 1
+        return -(-len(self.hessian) // PANEL) if self.hessian is not None else 1
 
     def add(self, x: torch.Tensor, panel: int) -> None:
         """Counts activations x float32 [tokens, in_features] in: the rows of one panel of the Hessian, and with the first panel
         all the rest."""
         if panel == 0:
             self.tokens += len(x)
-            self.square += x.square().sum(0, dtype=torch.float64)
+            self.square += x.square().sum(0)
             magnitude = x.abs()
-            self.magnitude += magnitude.sum(0, dtype=torch.float64)
+            self.magnitude += magnitude.sum(0)
             if len(x):
                 self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
             if count := min(self._kept_tokens, len(x)):

@@ -32,7 +32,8 @@ def evaluate(
     text: Annotated[
         Path | None,
         typer.Option(
-            help='A .txt file, or .jsonl: {"text": ...} in each line. Default: a text that comes with qcli.', show_default=False
+            help='A .txt file, or .jsonl: {"text": ...} or {"messages": [...]} in each line. Default: a text that comes with qcli.',
+            show_default=False,
         ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of it to read. Default: up to 16,384.", show_default=False)] = None,

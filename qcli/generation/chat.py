@@ -1,7 +1,8 @@
 """Turns a conversation into token ids with the model's chat template. A template is code of the model and may raise anything."""
 
-from qcli.errors import CheckpointError, first_line
+from qcli.errors import CheckpointError
 from qcli.generation.prompt import check_text, tokenized
+from qcli.loading.chat_template import ChatTemplate
 from qcli.loading.tokenizer import check_ids
 
 _WORD = "marmalade"  # no template contains it, and templates that trim or quote leave it unchanged
@@ -16,60 +17,26 @@ class Chat:
 
     def __init__(self, tokenizer, label: str):
         self.tokenizer, self.label = tokenizer, label
-        template = getattr(tokenizer, "chat_template", None)
-        if not template:
-            raise CheckpointError(f"{label} has no chat template", "Leave out --chat to continue the prompt as plain text.")
-        if isinstance(template, dict) and "default" not in template:
-            raise CheckpointError(
-                f"{label} has no default among its chat templates: {', '.join(sorted(map(str, template)))}",
-                "Leave out --chat to continue the prompt as plain text.",
-            )
-        self.in_parts = self._wants_parts()
+        self._template = ChatTemplate(tokenizer, label, "Leave out --chat to continue the prompt as plain text.")
+        self.in_parts = self._template.in_parts
         self.turn_end = self._turn_end()
 
     def ids(self, model, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation up to the point where the answer begins. A message is {"role": ..., "content": ...}."""
         for message in messages:
             check_text(message["content"])
-        ids = tokenized(self.tokenizer, self._text(messages, self.in_parts), add_special_tokens=False)
+        ids = tokenized(self.tokenizer, self._template.text(messages, answer_next=True), add_special_tokens=False)
         if not ids:
             raise CheckpointError(f"the chat template of {self.label} returns an empty text for the conversation")
         check_ids(model, self.tokenizer, ids)
         return ids
-
-    def _text(self, messages: list[dict[str, str]], in_parts: bool, answer_next: bool = True) -> str:
-        if in_parts:
-            messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=answer_next, tokenize=False)
-        except Exception as e:  # Jinja's own errors, the template's, and those of its expressions
-            raise CheckpointError(
-                f"the chat template of {self.label} rejects the conversation: {first_line(e)}",
-                "Leave out --chat to continue the prompt as plain text.",
-            ) from e
-        if not isinstance(text, str):
-            raise CheckpointError(f"the chat template of {self.label} returns {type(text).__name__}, expected text")
-        return text
-
-    def _wants_parts(self) -> bool:
-        """Whether a message's content must be a list of parts: the template drops or rejects a plain text."""
-        messages, refusal = [{"role": "user", "content": _WORD}], None
-        for in_parts in (False, True):
-            try:
-                if _WORD in self._text(messages, in_parts).lower():
-                    return in_parts
-            except CheckpointError as e:
-                refusal = refusal or e
-        raise refusal or CheckpointError(
-            f"the chat template of {self.label} drops the user's message", "Leave out --chat to continue the prompt as plain text."
-        )
 
     def _turn_end(self) -> int | None:
         """The special token that follows an answer at the end of a conversation, else the one before the user's next message."""
         answered = [{"role": "user", "content": "Yes?"}, {"role": "assistant", "content": _WORD}]
         for more in ([], [{"role": "user", "content": "No."}]):
             try:
-                text = self._text(answered + more, self.in_parts, answer_next=False)
+                text = self._template.text(answered + more)
             except CheckpointError:  # some templates accept no answers
                 return None
             before, word, after = text.rpartition(_WORD)

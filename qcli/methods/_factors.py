@@ -14,7 +14,7 @@ from qcli.methods._calibrated import Calibratable
 from qcli.schemes import Scheme
 
 SMALLEST = 1e-5  # SmoothQuant's own bound of a factor
-ROWS = 256  # of a weight, evenly spaced, whose outputs' error is measured: rows are rounded one by one, so a part speaks for all
+ROWS = 128  # of a weight, evenly spaced, whose outputs' error is measured: rows are rounded one by one, so a part speaks for all
 
 
 @dataclass(frozen=True)

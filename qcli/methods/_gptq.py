@@ -24,6 +24,7 @@ import torch
 
 from qcli.errors import NonFiniteError
 from qcli.methods._grid import Grid
+from qcli.ops.gptq_columns import divisors, gptq_columns
 
 BLOCK = 128
 _LARGEST_DAMPING = 1e3
@@ -35,20 +36,20 @@ _OF_MEAN = 0.01  # of the damping
 @dataclass
 class Found:
     """Codes [out_features, in_features] under `grid`, and what they stand for, float32 of that shape. `dead` counts the channels
-    that no token reached."""
+    that no token reached. `errors` are the `row_errors`, where they are known."""
 
     grid: Grid
     codes: torch.Tensor
     values: torch.Tensor
     damping: float = 0.0
     dead: int = 0
+    errors: torch.Tensor | None = None
 
 
 def nearest(weight: torch.Tensor, grid: Grid) -> Found:
     """Rounds weight float32 [out_features, in_features] to nearest."""
-    scale = grid.spread(weight.shape[1])
     zero = None if grid.zero_point is None else grid.zero_point.repeat_interleave(grid.size, 1)[:, : weight.shape[1]]
-    codes, entries = grid.entries(weight / scale.clamp(min=2.0**-126) if grid.scheme.codebook else weight / scale, zero)
+    codes, entries = grid.entries(weight / divisors(grid.spread(weight.shape[1]), grid.scheme.codebook or ""), zero)
     return Found(grid, codes, grid.values(entries))
 
 
@@ -66,9 +67,10 @@ def output_error(weight: torch.Tensor, values: torch.Tensor, hessian: torch.Tens
 
 def best_of(weight: torch.Tensor, hessian: torch.Tensor, first: Found, second: Found) -> Found:
     """For each row the codes of whichever has the smaller error under H. Both have the same grid."""
-    better = (row_errors(weight, second.values, hessian) < row_errors(weight, first.values, hessian)).unsqueeze(1)
+    ours, theirs = (row_errors(weight, found.values, hessian) for found in (first, second))
+    better = (theirs < ours).unsqueeze(1)
     codes, values = (torch.where(better, b, a) for a, b in ((first.codes, second.codes), (first.values, second.values)))
-    return replace(first, codes=codes, values=values)
+    return replace(first, codes=codes, values=values, errors=torch.minimum(ours, theirs))
 
 
 @dataclass(frozen=True)
@@ -114,27 +116,29 @@ def factorized(hessian: torch.Tensor, damping: float) -> Factor:
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, factor: Factor) -> Found:
     """Rounds weight float32 [out_features, in_features] under H float32 [in_features, in_features]."""
-    upper, order = factor.upper, factor.order
+    upper, order, scheme = factor.upper, factor.order, grid.scheme
     columns = weight.t()[order].contiguous()  # [in_features, out_features]: a column is contiguous
-    codes: torch.Tensor | None = None
-    values = torch.empty_like(columns)
-    places = order.tolist()
+    scale, groups = grid.scale.t().contiguous(), (order // grid.size).int()
+    zero = None if grid.zero_point is None else grid.zero_point.t().contiguous()
+    parts = []
     for first in range(0, len(columns), BLOCK):
-        last = min(first + BLOCK, len(columns))
-        errors = torch.empty_like(columns[first:last])
-        for j in range(first, last):
-            code, value = grid.round(columns[j], places[j])
-            if codes is None:
-                codes = torch.empty(columns.shape, dtype=code.dtype, device=code.device)
-            codes[j], values[j] = code, value
-            errors[j - first] = (columns[j] - value) / upper[j, j]
-            if j + 1 < last:
-                columns[j + 1 : last].addr_(upper[j, j + 1 : last], errors[j - first], alpha=-1)
-        if last < len(columns):
-            columns[last:].addmm_(upper[first:last, last:].t(), errors, alpha=-1)
-    assert codes is not None
+        block = slice(first, min(first + BLOCK, len(columns)))
+        owed = upper[block, block.stop :]
+        codes, values, errors = gptq_columns(
+            columns[block],
+            upper[block, block],
+            scale,
+            zero,
+            groups[block],
+            scheme.codebook or "",
+            scheme.bits,
+            grid.dtype or torch.float32,
+        )
+        columns[block.stop :].addmm_(owed.t(), errors, alpha=-1)
+        parts.append((codes, values))
     back = order.argsort()
-    found = Found(grid, codes[back].t().contiguous(), values[back].t().contiguous(), factor.damping, int(factor.dead.sum()))
+    codes, values = (torch.cat(each)[back].t().contiguous() for each in zip(*parts))
+    found = Found(grid, codes, values, factor.damping, int(factor.dead.sum()))
     return best_of(weight, hessian, found, nearest(weight, grid))
 
 
@@ -152,8 +156,10 @@ def refitted(weight: torch.Tensor, hessian: torch.Tensor, found: Found) -> Found
         scale[part] = _least_squares(weight[part], hessian, entries[part], grid.scale[part], grid.size)
     better = grid.with_scale(scale)
     values = better.values(entries)
-    if output_error(weight, values, hessian) < output_error(weight, found.values, hessian):
-        return replace(found, grid=better, values=values)
+    before = row_errors(weight, found.values, hessian) if found.errors is None else found.errors
+    after = row_errors(weight, values, hessian)
+    if after.sum() < before.sum():
+        return replace(found, grid=better, values=values, errors=after)
     return found
 
 

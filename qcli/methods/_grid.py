@@ -9,17 +9,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qcli.codebooks import CODEBOOKS, E2M1, NF3, NF3_THRESHOLDS, ORDER, THRESHOLDS, ZERO_CODE
+from qcli.codebooks import CODEBOOKS, E2M1, NF3, ZERO_CODE
 from qcli.methods._groups import Rounded
 from qcli.methods._method import Parts
 from qcli.ops.dequantize_absmax import dequantize_absmax
+from qcli.ops.gptq_columns import divisors, round_entries
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
-from qcli.ops.round_floats import e2m1_codes, to_e4m3
 from qcli.packing import pack_4bit
 from qcli.runtime.arguments import table
 from qcli.schemes import Scheme
 
-_TINY = 2.0**-126
 _VALUES = {"nf4": CODEBOOKS["nf4"], "fp4": CODEBOOKS["fp4"], "nf3": NF3, "e2m1": E2M1}
 
 
@@ -45,30 +44,14 @@ class Grid:
     def entries(self, v: torch.Tensor, zero: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The nearest codes of values v float32 in units of their scales, and what they stand for in these units, float32. `zero`
         has the zero points. Codes are int8 for integers, uint8 for codebooks, and float8 for E4M3."""
-        scheme = self.scheme
-        if scheme.codebook == "e4m3":
-            codes = to_e4m3(v)
-            return codes, codes.float()
-        if scheme.codebook == "e2m1":
-            codes = e2m1_codes(v)
-            return codes, table(E2M1, v.device)[codes.int()]
-        if scheme.codebook:
-            thresholds = NF3_THRESHOLDS if scheme.codebook == "nf3" else THRESHOLDS[scheme.codebook]
-            codes = torch.bucketize(v, table(thresholds, v.device), out_int32=True).to(torch.uint8)
-            if scheme.codebook != "nf3":
-                codes = table(ORDER[scheme.codebook], v.device)[codes.int()]
-            return codes, table(_VALUES[scheme.codebook], v.device)[codes.int()]
-        most = 2 ** (scheme.bits - 1) - 1
-        codes = v.round() if zero is None else v.round() + zero
-        codes = codes.clamp_(-most - 1, most).nan_to_num_(0.0)
-        return codes.to(torch.int8), codes if zero is None else codes - zero
+        return round_entries(v, zero, self.scheme.codebook or "", self.scheme.bits)
 
     def round(self, w: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and values float32 nearest to w float32 [out_features], the column `column` of a weight."""
         group = self.group(column)
         scale = self.scale[:, group]
         zero = None if self.zero_point is None else self.zero_point[:, group]
-        codes, entries = self.entries(w / scale.clamp(min=_TINY) if self.scheme.codebook else w / scale, zero)
+        codes, entries = self.entries(w / divisors(scale, self.scheme.codebook or ""), zero)
         return codes, self._product(entries, scale)
 
     def entries_of(self, codes: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,7 @@ def _factors(codebook: str, bits: int, zero_point: bool) -> tuple[np.ndarray, np
 
 
 @cache
-def _ranked(codebook: str) -> tuple[np.ndarray, np.ndarray]:
+def ranked(codebook: str) -> tuple[np.ndarray, np.ndarray]:
     """The 15 thresholds of a codebook, and its 16 values in their order. Of NF3, the last value is repeated, above thresholds that
     nothing passes."""
     if codebook == "nf3":
@@ -145,7 +145,7 @@ class _Search:
         v = self.w * (1.0 / scale).unsqueeze(1)
         if not self.codebook:
             return v.clamp_((self.least - zero).unsqueeze(1), (self.most - zero).unsqueeze(1)).round_()
-        thresholds, values = (torch.from_numpy(t).to(v.device) for t in _ranked(self.codebook))
+        thresholds, values = (torch.from_numpy(t).to(v.device) for t in ranked(self.codebook))
         return values[torch.bucketize(v, thresholds)]
 
     def _consider(self, scale: torch.Tensor, zero: torch.Tensor, factor: torch.Tensor) -> None:
@@ -218,7 +218,7 @@ def _cpu(
         cpu.dtype_code("fit_scale", x),
         x.numel(),
         size,
-        *(cpu.address(table) if codebook else None for table in (_ranked(codebook) if codebook else (None, None))),
+        *(cpu.address(table) if codebook else None for table in (ranked(codebook) if codebook else (None, None))),
         bits,
         zero_point and not codebook,
         scale_dtype,

@@ -9,6 +9,7 @@ from qcli.calibration.statistics import Statistics
 from qcli.checkpoint import dtypes
 from qcli.errors import NonFiniteError
 from qcli.methods._calibrated import Calibratable
+from qcli.methods._factors import measured_rows
 from qcli.methods._gptq import Found, factorized, gptq, nearest, output_error, refitted
 from qcli.methods._method import Method, Parts
 from qcli.methods.choosing import needs_of
@@ -23,9 +24,10 @@ from qcli.schemes import Scheme
 
 @dataclass
 class Rounding:
-    """What rounding a weight cost. `output_error` is tr(E H E^T) per token, `plain_error` that of the same method without texts,
-    `output_norm` tr(W H W^T) per token; all None without a Hessian. Where a scheme rounds activations, these are sums over a
-    sample of tokens, and hold what that costs. `damping` is the one that was used."""
+    """What rounding a weight cost. `output_error` is tr(E H E^T) per token over the outputs that are measured, 128 at most,
+    `plain_error` that of the same method without texts, `output_norm` tr(W H W^T) per token; all None without a Hessian. Where a
+    scheme rounds activations, these are sums over a sample of tokens, and hold what that costs. `damping` is the one that was
+    used."""
 
     errors: ErrorSums
     tokens: int = 0
@@ -129,12 +131,13 @@ def _found(
     found = refitted(wide, hessian, gptq(wide, hessian, grid, factor)) if factor else nearest(wide, grid)
     plain = nearest(weight.float(), method.without_texts().grid(weight, None, absmax))
     tokens, plain_values = statistics.tokens, changed.of(plain.values)
+    some = measured_rows(wide)
     rounding = Rounding(
         _sums(wide, found.values),
         tokens,
-        output_error(wide, found.values, hessian) / tokens,
-        output_error(wide, plain_values, hessian) / tokens,
-        output_error(wide, torch.zeros_like(wide), hessian) / tokens,
+        output_error(some, measured_rows(found.values), hessian) / tokens,
+        output_error(some, measured_rows(plain_values), hessian) / tokens,
+        output_error(some, torch.zeros_like(some), hessian) / tokens,
         found.damping,
         found.dead,
     )

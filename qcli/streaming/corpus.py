@@ -19,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from qcli.errors import UsageError
+from qcli.streaming.conversations import MESSAGES, Conversations
 
 DEFAULT_TOKENS = 16_384
 DEFAULT_SEQUENCE_LENGTH = 2048
@@ -81,11 +82,13 @@ def read_windows(
 ) -> Corpus:
     """The first `tokens` tokens of a text, in windows.
 
-    `text` is the path of a file. A name that ends in .jsonl means JSON lines, each with a document as "text"; any other file is one
-    document. None is the text that comes with qcli. `tokens` None takes all tokens, up to `default_tokens`. The sequence length is
-    at most `model_limit` (None: no limit); its default is 2048. The default stride is the sequence length.
+    `text` is the path of a file. A name that ends in .jsonl means JSON lines, each with a document as "text", or a conversation as
+    "messages", which the tokenizer's chat template makes a document; any other file is one document. None is the text that comes
+    with qcli. `tokens` None takes all tokens, up to `default_tokens`. The sequence length is at most `model_limit` (None: no
+    limit); its default is 2048. The default stride is the sequence length.
 
-    Raises UsageError for a file that cannot be read, a text with too little in it, and options out of range.
+    Raises UsageError for a file that cannot be read, a text with too little in it, and options out of range; CheckpointError for
+    conversations without a chat template.
     """
     prefix = _prefix(tokenizer)
     if model_limit is not None and model_limit <= 0:  # how some configs state that there is no limit
@@ -97,10 +100,13 @@ def read_windows(
     name = BUNDLED if text is None else Path(text).name
     limit = default_tokens if tokens is None else tokens
     windows, documents, read, kept = [], 0, 0, 0
-    for document in _documents(text):
+    conversations = Conversations(tokenizer)
+    for document in _documents(text, conversations):
         if read == limit:
             break
         ids, ends = _tokenize(tokenizer, document, limit - read)
+        if conversations.kind == MESSAGES:
+            ids, ends = _without(prefix, ids, ends)
         cut = list(_cut(prefix, ids, ends, sequence_length, stride))
         read += len(ids)
         kept += sum(new for _, new in cut)
@@ -136,7 +142,7 @@ def _count(tokens: int) -> str:
     return f"{tokens:,} token" + ("" if tokens == 1 else "s")
 
 
-def _documents(text: str | Path | None) -> Iterator[str]:
+def _documents(text: str | Path | None, conversations: Conversations) -> Iterator[str]:
     """The documents of a file, one after another."""
     if text is None:
         yield files("qcli").joinpath("data", "corpus.txt").read_bytes().decode()
@@ -145,7 +151,7 @@ def _documents(text: str | Path | None) -> Iterator[str]:
     try:
         with path.open("rb") as file:
             if path.suffix == ".jsonl":
-                yield from (_document(path, i, line) for i, line in enumerate(file, 1) if line.strip())
+                yield from (_document(path, i, line, conversations) for i, line in enumerate(file, 1) if line.strip())
             else:
                 yield file.read().decode("utf-8-sig")
     except OSError as e:
@@ -154,19 +160,26 @@ def _documents(text: str | Path | None) -> Iterator[str]:
         raise UsageError(f"{path} is not UTF-8: {e}", "Convert it first.") from None
 
 
-def _document(path: Path, number: int, line: bytes) -> str:
+def _document(path: Path, number: int, line: bytes, conversations: Conversations) -> str:
+    place = f"{path}, line {number}"
     try:
         value = json.loads(line)
     except UnicodeDecodeError as e:
-        raise UsageError(f"{path}, line {number} is not UTF-8: {e}", "Convert it first.") from None
+        raise UsageError(f"{place} is not UTF-8: {e}", "Convert it first.") from None
     except ValueError as e:
-        raise UsageError(f"{path}, line {number} is not valid JSON: {e}", "Mend that line.") from None
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        raise UsageError(f'{path}, line {number} has no text, expected an object such as {{"text": "..."}}', "Mend that line.")
+        raise UsageError(f"{place} is not valid JSON: {e}", "Mend that line.") from None
+    text = conversations.document(value, place)
     if any("\ud800" <= c <= "\udfff" for c in text):
-        raise UsageError(f"{path}, line {number}: the text has half a surrogate pair", "Mend that line.")
+        raise UsageError(f"{place}: the text has half a surrogate pair", "Mend that line.")
     return text
+
+
+def _without(prefix: tuple[int, ...], ids: list[int], ends: list[int]) -> tuple[list[int], list[int]]:
+    """A document's ids and ends without the prefix that its template wrote, since every window begins with it."""
+    if not prefix or tuple(ids[: len(prefix)]) != prefix:
+        return ids, ends
+    start = ends[len(prefix) - 1]
+    return ids[len(prefix) :], [end - start for end in ends[len(prefix) :]]
 
 
 def _prefix(tokenizer) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ NAMES = [
     "error_4bit",
     "error_int8",
     "fit_scale",
+    "gptq_columns",
     "hqq_terms",
     "linear_4bit",
     "linear_float",

@@ -6,7 +6,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from qcli.errors import UsageError
+from qcli.errors import CheckpointError, UsageError
 from qcli.streaming.corpus import read_windows
 from tests.conftest import ROOT
 from tests.models import add_tokenizer
@@ -204,3 +204,63 @@ def test_text_that_cannot_be_used(with_bos, tmp_path, name, content, message):
 def test_a_file_that_is_not_there(with_bos, tmp_path, name):
     with pytest.raises(UsageError, match="cannot read the text"):
         read_windows(with_bos, tmp_path / name)
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+CHAT = [{"role": "user", "content": "Who runs?"}, {"role": "assistant", "content": "The dog runs in the park."}]
+
+
+def chat_file(folder, *lines):
+    path = folder / "chat.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_conversations_become_what_the_template_writes(tmp_path):
+    """The template's BOS is not doubled, and the bytes are those of the text that it writes."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "examples/demo-model")
+    tokenizer.chat_template = TEMPLATE
+    path = chat_file(tmp_path, {"messages": CHAT}, {"messages": CHAT[:1], "id": 7})
+    corpus = read_windows(tokenizer, path, sequence_length=256)
+    expected = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in (CHAT, CHAT[:1])]
+    assert [window.ids for window in corpus.windows] == [
+        tuple(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in expected
+    ]
+    assert corpus.windows[0].ids.count(tokenizer.bos_token_id) == 1 and corpus.documents == 2
+    assert corpus.scored_bytes == sum(len(text.removeprefix(tokenizer.bos_token).encode()) for text in expected)
+
+
+def test_a_template_that_wants_parts_gets_them(without_bos, tmp_path):
+    without_bos.chat_template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}|{% endfor %}{% endfor %}"
+    try:
+        corpus = read_windows(without_bos, chat_file(tmp_path, {"messages": CHAT}), sequence_length=64)
+    finally:
+        without_bos.chat_template = None
+    assert without_bos.decode(corpus.windows[0].ids) == "Who runs?|The dog runs in the park.|"
+
+
+@pytest.mark.parametrize(
+    "template, lines, message",
+    [
+        (None, [{"messages": CHAT}], "has no chat template"),
+        ("{{ raise_exception('Odd roles.') }}", [{"messages": CHAT}], "chat template of .* rejects the conversation: Odd roles"),
+        (TEMPLATE, [{"messages": CHAT}, {"text": "a b c"}], 'line 2 has "text", and .*line 1 has "messages"'),
+        (TEMPLATE, [{"text": "a b c"}, {"messages": CHAT}], 'line 2 has "messages", and .*line 1 has "text"'),
+        (TEMPLATE, [{"messages": []}], "line 1: its messages are no conversation"),
+        (TEMPLATE, [{"messages": CHAT}, {"messages": [{"content": "x"}]}], "line 2: its messages are no conversation"),
+        (TEMPLATE, [{"messages": "hello"}], "line 1: its messages are no conversation"),
+        (TEMPLATE + "{{ messages[1].role + 1 }}", [{"messages": CHAT[:1]}], "rejects the conversation"),
+        (
+            "{% if messages|length > 1 %}{{ raise_exception('too many') }}{% endif %}" + TEMPLATE,
+            [{"messages": CHAT[:1]}, {"messages": CHAT}],
+            "line 2: the chat template of .* rejects the conversation: too many",
+        ),
+    ],
+)
+def test_conversations_that_do_not_do(template, lines, message, without_bos, tmp_path):
+    without_bos.chat_template = template
+    try:
+        with pytest.raises((UsageError, CheckpointError), match=message):
+            read_windows(without_bos, chat_file(tmp_path, *lines), sequence_length=64)
+    finally:
+        without_bos.chat_template = None
