@@ -1,10 +1,10 @@
 """qcli's methods beside other libraries: KL to the unquantized model, bits of a weight, and what quantizing takes, in one run.
 
-    python benchmarks/peers.py [MODEL ...] [--peer NAME=PYTHON ...] [--text FILE] [--calibration FILE] [--tokens N] [--only WORDS]
+    python benchmarks/peers.py [MODEL ...] [--peer NAME=PYTHON ...] [--text FILE] [--calibration FILE] [--only PATTERN ...] [--add]
 
 Each peer runs in the environment of its own interpreter, which `--peer` names: bitsandbytes, hqq, torchao, quanto, llm-compressor,
-auto-round, llama.cpp (the package xllamacpp). Peers without one are left out, and the result says so. A MODEL is a folder. The
-demo model is always among them.
+auto-round, llama.cpp (the package xllamacpp). Peers without one are left out, and the result says so. A MODEL is a folder; without
+any, the demo model is measured. With --add, rows go to those that are saved, in the place of any of the same name.
 
 A row is what a library made of the linear layers that `qcli quantize` takes. benchmarks/peers_run.py quantizes them and writes what
 the codes stand for, as float32. All rows are measured here, by the protocol of `qcli evaluate`, on the same tokens: float32,
@@ -17,6 +17,7 @@ Writes benchmarks/results/peers-MODEL.json. Seconds are those of one thread unle
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,14 +34,14 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from benchmarks.measure import machine  # noqa: E402
-from benchmarks.rows import save  # noqa: E402
+from benchmarks.rows import result_path, save  # noqa: E402
 from qcli import console  # noqa: E402
 from qcli.evaluation.statistics import mean, perplexity  # noqa: E402
 from qcli.evaluation.tokens import TokenScores, log_probabilities  # noqa: E402
 from qcli.streaming.corpus import BUNDLED, Corpus, read_windows  # noqa: E402
 from qcli.streaming.skeleton import Skeleton  # noqa: E402
 
-CALIBRATION = {"tokens": 16_384, "sequence_length": 256}
+CALIBRATION_LENGTH = 256  # tokens of a window to calibrate on
 SECONDS = 900  # for a row
 
 # What a row is called, and the options of qcli.quantize.
@@ -52,7 +53,9 @@ QCLI: list[tuple[str, dict]] = [
     *(
         (
             f"rtn, {bits} bits, groups of {group_size}{', zero points' * zero_point}{', --search mse' * (search == 'mse')}",
-            {"method": "rtn", "bits": bits, "group_size": group_size, "search": search, "settings": {"zero_point": zero_point}},
+            # In a format whose groups need not divide rows.
+            {"method": "rtn", "bits": bits, "group_size": group_size, "search": search, "format": "qcli"}
+            | {"settings": {"zero_point": zero_point}},
         )
         for bits in (3, 4, 8)
         for group_size in (64, 128)
@@ -61,6 +64,10 @@ QCLI: list[tuple[str, dict]] = [
     ),
     ("hqq, 3 bits", {"method": "hqq", "bits": 3}),
     ("hqq, 4 bits", {"method": "hqq"}),
+    ("nf3", {"method": "nf3"}),
+    ("nf3 --search mse", {"method": "nf3", "search": "mse"}),
+    *((f"kmeans, {bits} bits", {"method": "kmeans", "bits": bits}) for bits in (3, 4)),
+    ("kmeans, 3 bits, sparse 0.005", {"method": "kmeans", "bits": 3, "settings": {"sparse": 0.005}}),
     ("mxfp4", {"method": "mxfp4"}),
     ("nvfp4", {"method": "nvfp4"}),
     ("fp8", {"method": "fp8"}),
@@ -68,11 +75,17 @@ QCLI: list[tuple[str, dict]] = [
     ("llm-int8", {"method": "llm-int8"}),
     ("nf4 --calibrate", {"method": "nf4", "calibrate": True}),
     ("nf4-plain --calibrate", {"method": "nf4-plain", "calibrate": True}),
+    ("nf3 --calibrate", {"method": "nf3", "calibrate": True}),
     ("nvfp4 --calibrate", {"method": "nvfp4", "calibrate": True}),
     *(
-        (f"rtn, {bits} bits, groups of 64, --calibrate", {"method": "rtn", "bits": bits, "group_size": 64, "calibrate": True})
-        for bits in (3, 4, 8)
+        (
+            f"rtn, {bits} bits, groups of {group_size}, --calibrate",
+            {"method": "rtn", "bits": bits, "group_size": group_size, "calibrate": True, "format": "qcli"},
+        )
+        for bits, group_size in ((3, 64), (4, 64), (4, 128), (8, 64))
     ),
+    ("awq, groups of 64", {"method": "awq", "group_size": 64}),
+    ("awq, groups of 64, --calibrate", {"method": "awq", "group_size": 64, "calibrate": True}),
 ]
 
 
@@ -237,8 +250,8 @@ def measure(model: str, args: argparse.Namespace, folder: Path, log) -> Iterator
     limit = skeleton.model.config.max_position_embeddings
     of_text, of_calibration = texts(args, folder)
     measured = Measured(model, read_windows(tokenizer, of_text, default_tokens=args.tokens, model_limit=limit))
-    short = CALIBRATION["sequence_length"]
-    corpus = read_windows(tokenizer, of_calibration, default_tokens=CALIBRATION["tokens"], sequence_length=short)
+    short = CALIBRATION_LENGTH
+    corpus = read_windows(tokenizer, of_calibration, default_tokens=args.calibration_tokens, sequence_length=short)
     windows = [list(window.ids) for window in corpus.windows if len(window.ids) == short]
     (folder / "calibration.json").write_text(json.dumps(windows))
     save_file(measured.moments(linears, windows), folder / "moments.safetensors")
@@ -271,12 +284,35 @@ def measure(model: str, args: argparse.Namespace, folder: Path, log) -> Iterator
 def _asked(args: argparse.Namespace, log, versions: dict) -> Iterator[tuple[str, str, dict, Peer]]:
     """(tool, row, arguments, peer) of all rows to measure. Notes the versions of each tool."""
     for name, python in {"qcli": sys.executable, **args.peer}.items():
-        rows = [row for row in (QCLI if name == "qcli" else PEERS[name]) if args.only in f"{name} {row[0]}"]
+        known = QCLI if name == "qcli" else PEERS[name]
+        rows = [row for row in known if any(re.search(pattern, f"{name}: {row[0]}") for pattern in args.only)]
         if rows:
             peer = Peer(name, python, log)
             versions[name] = peer.versions
             yield from ((name, *row, peer) for row in rows if "error" not in peer.versions)
             peer.close()
+
+
+def added(model: str, result: dict) -> dict:
+    """The saved result for a model with the rows of another one added. Exits where the two were not measured alike."""
+    path = result_path("peers", model)
+    if not path.exists():
+        return result
+    saved = json.loads(path.read_text())
+    for field in ("text", "tokens", "sequence_length", "bos", "calibration", "linears"):
+        if saved[field] != result[field]:
+            raise SystemExit(f"{path.name}: {field} is {saved[field]}, expected {result[field]}; measure it again without --add")
+    new = {(row["tool"], row["row"]) for row in result["rows"]}
+    kept = [row for row in saved["rows"] if (row["tool"], row["row"]) not in new]
+    left_out = [name for name in saved["left_out"] if name not in result["versions"]]
+    rows = sorted(kept + result["rows"], key=_order)
+    return saved | {"versions": saved["versions"] | result["versions"], "left_out": left_out, "rows": rows}
+
+
+def _order(row: dict) -> tuple[int, int]:
+    """The place of a row in the tables above."""
+    tables = {"qcli": QCLI, **PEERS}
+    return list(tables).index(row["tool"]), [name for name, _ in tables[row["tool"]]].index(row["row"])
 
 
 def show(model: str, result: dict) -> None:
@@ -323,16 +359,22 @@ def main() -> None:
     parser.add_argument("--text", help="a text to measure on; by default the bundled one")
     parser.add_argument("--calibration", help="a text to calibrate on; by default the second half of that text")
     parser.add_argument("--tokens", type=int, default=4096, help="of the text, at most")
-    parser.add_argument("--only", default="", help="rows whose tool and name have this in them; not saved")
+    parser.add_argument("--calibration-tokens", type=int, default=16_384, help="of the text to calibrate on, at most")
+    only = {"action": "append", "metavar": "PATTERN"}
+    parser.add_argument("--only", **only, help="rows with one of these in 'TOOL: ROW'; not saved without --add")
+    parser.add_argument("--add", action="store_true", help="add to the rows that are saved, if they were measured so")
     args = parser.parse_args()
-    args.peer = dict(args.peer)
+    args.peer, save_all = dict(args.peer), args.add or not args.only
+    args.only = args.only or [""]
     (ROOT / "build").mkdir(exist_ok=True)
-    for model in (str(ROOT / "examples" / "demo-model"), *args.models):
+    for model in args.models or (str(ROOT / "examples" / "demo-model"),):
+        name = Path(model).name
         with tempfile.TemporaryDirectory() as folder, open(ROOT / "build/peers.log", "w") as log:
-            for result in measure(model, args, Path(folder), log):
-                if not args.only:
-                    save("peers", Path(model).name, result)
-        show(Path(model).name, result)
+            for found in measure(model, args, Path(folder), log):
+                result = added(name, found) if args.add else found
+                if save_all:
+                    save("peers", name, result)
+        show(name, result)
 
 
 if __name__ == "__main__":

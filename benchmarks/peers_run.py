@@ -87,14 +87,17 @@ def qcli(run: Run) -> Weights:
     from qcli.quantization.quantize import make_plan, run_plan
 
     folder = f"{run.output}.checkpoint"
-    texts = {"text": run.text, "tokens": sum(map(len, run.windows())), "check": False} if run.arguments.get("calibrate") else {}
+    reads = run.arguments.get("calibrate") or run.arguments["method"] == "awq"
+    texts = {"text": run.text, "tokens": sum(map(len, run.windows())), "check": False} if reads else {}
     plan = make_plan(run.model, folder, overwrite=True, **run.arguments, **texts)
     with run.timed():
         run_plan(plan, overwrite=True)
-    found = {}
-    for name, module in qcli.load(folder, dtype="float32")[0].named_modules():
+    model, found = qcli.load(folder, dtype="float32")[0], {}
+    for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             found[name] = module.dequantize(torch.float32)
+    before = dict(run.transformer(torch.float32).named_parameters())
+    run.others = {name: p for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
     schemes = {work.linear.module: work.method.scheme for work in plan.quantized}
     run.spent(sum(8 * schemes[name].stored_bytes(*w.shape) for name, w in found.items()), found)
     return found
