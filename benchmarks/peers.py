@@ -302,10 +302,12 @@ def added(model: str, result: dict) -> dict:
     for field in ("text", "tokens", "sequence_length", "bos", "calibration", "linears"):
         if saved[field] != result[field]:
             raise SystemExit(f"{path.name}: {field} is {saved[field]}, expected {result[field]}; measure it again without --add")
+    cpu = result["machine"]["cpu"]
+    elsewhere = {} if cpu == saved["machine"]["cpu"] else {"cpu": cpu}  # where the seconds of a row were taken
     new = {(row["tool"], row["row"]) for row in result["rows"]}
     kept = [row for row in saved["rows"] if (row["tool"], row["row"]) not in new]
     left_out = [name for name in saved["left_out"] if name not in result["versions"]]
-    rows = sorted(kept + result["rows"], key=_order)
+    rows = sorted([*kept, *(row | elsewhere for row in result["rows"])], key=_order)
     return saved | {"versions": saved["versions"] | result["versions"], "left_out": left_out, "rows": rows}
 
 

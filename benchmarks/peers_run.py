@@ -96,8 +96,10 @@ def qcli(run: Run) -> Weights:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             found[name] = module.dequantize(torch.float32)
-    before = dict(run.transformer(torch.float32).named_parameters())
-    run.others = {name: p for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
+    now = dict(model.named_parameters())
+    for name, p in run.transformer(torch.float32).named_parameters():
+        if name.removesuffix(".weight") not in found and not torch.equal(p, now[name]):
+            run.others[name] = now[name].detach()
     schemes = {work.linear.module: work.method.scheme for work in plan.quantized}
     run.spent(sum(8 * schemes[name].stored_bytes(*w.shape) for name, w in found.items()), found)
     return found

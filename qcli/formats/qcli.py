@@ -28,7 +28,7 @@ from qcli.errors import CheckpointError
 from qcli.formats import Choice, Format, Piece, Stored, Weight
 from qcli.formats import _schemes_config as listed
 from qcli.formats.bitsandbytes import Bitsandbytes
-from qcli.packing import pack_planes, plane_bytes, to_signed, to_unsigned, unpack_planes
+from qcli.packing import plane_bytes, to_signed, unpack_planes
 from qcli.schemes import PAPER_THRESHOLD, Scheme
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class Qcli(Bitsandbytes):
             return
         import torch
 
+        from qcli.ops.pack_codes import pack_codes
+
         columns = weight.in_features
         for role, part in parts.items():
             if role != "codes":
@@ -97,9 +99,8 @@ class Qcli(Bitsandbytes):
             elif scheme.bits == 8:
                 yield Piece(weight.name, start, part)
             else:
-                codes = part.view(-1, columns)
-                codes = codes if scheme.codebook else to_unsigned(codes, scheme.bits)
-                yield Piece(weight.name, start // columns * _row_bytes(scheme, columns), pack_planes(codes, scheme.bits))
+                codes = pack_codes(part.view(-1, columns), scheme.bits, "planes")  # those of a codebook are unsigned
+                yield Piece(weight.name, start // columns * _row_bytes(scheme, columns), codes)
 
     def codes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
         codes, scheme = tensors["weight"], stored.scheme
