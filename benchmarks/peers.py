@@ -62,8 +62,8 @@ QCLI: list[tuple[str, dict]] = [
         for zero_point in (False, True)
         for search in ("none", "mse")
     ),
-    ("hqq, 3 bits", {"method": "hqq", "bits": 3}),
-    ("hqq, 4 bits", {"method": "hqq"}),
+    ("hqq, 3 bits", {"method": "hqq", "bits": 3, "format": "qcli"}),
+    ("hqq, 4 bits", {"method": "hqq", "format": "qcli"}),
     ("nf3", {"method": "nf3"}),
     ("nf3 --search mse", {"method": "nf3", "search": "mse"}),
     *((f"kmeans, {bits} bits", {"method": "kmeans", "bits": bits}) for bits in (3, 4)),
@@ -84,8 +84,8 @@ QCLI: list[tuple[str, dict]] = [
         )
         for bits, group_size in ((3, 64), (4, 64), (4, 128), (8, 64))
     ),
-    ("awq, groups of 64", {"method": "awq", "group_size": 64}),
-    ("awq, groups of 64, --calibrate", {"method": "awq", "group_size": 64, "calibrate": True}),
+    ("awq, groups of 64", {"method": "awq", "group_size": 64, "format": "qcli"}),
+    ("awq, groups of 64, --calibrate", {"method": "awq", "group_size": 64, "calibrate": True, "format": "qcli"}),
 ]
 
 
