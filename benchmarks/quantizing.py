@@ -78,7 +78,8 @@ def copy(source: Path, output: Path) -> None:
 
 def timed(run: Callable[[], object], output: Path) -> tuple[float, float]:
     """(seconds, the processor's seconds) of writing into `output`, which is deleted before and after."""
-    shutil.rmtree(output, ignore_errors=True)
+    for left in (output, output.with_name(f"{output.name}.partial")):  # of a run that was stopped
+        shutil.rmtree(left, ignore_errors=True)
     before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     run()
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
