@@ -5,9 +5,10 @@
 The model is a Llama with random weights (103M in its linear layers), in NF4 with double quantization, and one that --model names.
 Adapters have rank 16 and are on all linear layers. A step is a row of 512 tokens, or of 64, all of which are learnt: forward,
 backward, clipping and AdamW. PEFT runs as its documentation has it, in bfloat16 with float32 adapters, with
-prepare_model_for_kbit_training ("prepared") and without. Each contender runs in a process of its own, on one thread, in turn with the
-others. Seconds are the processor's, the median of the steps; of the rounds the least. Memory is what the process's high-water mark
-rises by from its imports to the end of its steps, weights included. Prints a table and writes benchmarks/results/finetuning-NAME.json.
+prepare_model_for_kbit_training ("prepared") and without. Each contender runs in a process of its own, on one thread, in turn with
+the others. Seconds are the processor's, the median of the steps; of the rounds the least. Memory is what the process's high-water
+mark rises by from its imports to the end of its steps, weights included. Prints a table and writes
+benchmarks/results/finetuning-NAME.json.
 """
 
 import argparse

@@ -26,7 +26,7 @@ def give_back() -> None:
 
 @cache
 def give_back_large() -> None:
-    """Returns the pages of every tensor of 4 MB or more as soon as it is freed. By default glibc learns to keep those of up to 32 MB
+    """Returns the pages of tensors of 4 MB or more as soon as they are freed. By default glibc learns to keep those of up to 32 MB
     in the heap, where what a training step keeps lies between them: a process takes two to three times what its tensors do. Does
     nothing if the environment configures malloc."""
     _set(4_000_000, 8_000_000)
