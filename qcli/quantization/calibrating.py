@@ -52,8 +52,12 @@ class Calibrated:
     tokens: int = 0
     roundings: dict[str, Rounding] = field(default_factory=dict)
     unseen: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=lambda: {"statistics": 0.0, "rounding": 0.0, "quantized block": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: {"statistics": 0.0, "rounding": 0.0})
     folded: Folded = field(default_factory=Folded)
+
+    def spent(self, what: str, seconds: float) -> None:
+        """Adds to what a part of the pass took."""
+        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
 
 
 def calibrate(plan: Plan, staging: Staging, skeleton: Skeleton, windows: Sequence[Window], advance: Advance) -> Calibrated:
@@ -175,7 +179,7 @@ class _Blocks(Observer):
         outputs = self._run(passes)
         for _ in passes:
             output = next(outputs)
-            self.found.seconds["quantized block"] += time.monotonic() - started
+            self.found.spent("quantized block", time.monotonic() - started)
             yield output
             started = time.monotonic()
 
@@ -185,7 +189,7 @@ class _Blocks(Observer):
         transforming = any(changes_inputs(work) for work in self.works[unit.name])
         seen = self.works[unit.name] if transforming else works  # factors are decided again by all that decided them
         outputs, gathered = self._gather(unit, passes, seen, keep)
-        self.found.seconds["statistics"] += time.monotonic() - started
+        self.found.spent("statistics", time.monotonic() - started)
         started = time.monotonic()
         for statistics in {id(each): each for each in gathered.found.values()}.values():
             if not statistics.is_finite:
@@ -202,12 +206,12 @@ class _Blocks(Observer):
             decided = self.transforms.decide(unit, passes[0], gathered, seen, self._fewest)
             self.transforms.write(decided)
             changed = decided.changed
-            self.found.seconds["factors"] = self.found.seconds.get("factors", 0.0) + time.monotonic() - started
+            self.found.spent("factors", time.monotonic() - started)
             started = time.monotonic()
         for _ in self.crew.results([partial(self._round_one, work, gathered, changed) for work in works]):
             pass
         self.staging.sync()
-        self.found.seconds["rounding"] += time.monotonic() - started
+        self.found.spent("rounding", time.monotonic() - started)
         return outputs
 
     def _gather(self, unit: Unit, passes: Sequence[Pass], seen: Sequence[Work], keep: bool) -> tuple[list[Any], Gathered]:
@@ -222,7 +226,7 @@ class _Blocks(Observer):
         names = [work.linear.module for work in saved or seen if work.linear]
         needs = {w.linear.module: needs_of(w.method) for w in seen if w.linear and w.method}
         hessians, samples = ({n for n in names if saved or needs.get(n) == wanted} for wanted in ("hessian", "tokens"))
-        kept = bool(saved) or any(changes_inputs(work) for work in seen)
+        kept = bool(saved or samples) or any(changes_inputs(work) for work in seen)
         modules = {name: self.skeleton.model.get_submodule(name) for name in names}
         kept_tokens = -(-SAMPLE_TOKENS // len(passes)) if kept else 0
         gatherer = Gatherer(modules, hessians, self.skeleton.device, kept_tokens, samples, whole=keep)

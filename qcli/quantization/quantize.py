@@ -278,7 +278,10 @@ def run_plan(
                 calibration = run.round(advance)
             execute(plan, staging, target, advance)
         if calibration:
+            began = time.monotonic()
             calibration.checked = run.check()
+            if calibration.checked:
+                calibration.seconds["check"] = time.monotonic() - began
         kinds, worst, nonfinite = sum_up(plan, staging.done)
         warnings = other_files.write_rest(plan, staging, kinds, nonfinite, calibration)
         verify(plan, staging.folder)
