@@ -22,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -105,29 +107,30 @@ def spent(python: str, program: str, *arguments: str, limit: int) -> dict[str, f
     }
 
 
-def measure(model: str, args: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """The rows of one model."""
+def measure(model: str, args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """The result of one model, after each of its rows."""
     limit = AutoConfig.from_pretrained(model).max_position_embeddings
     corpus = read_windows(AutoTokenizer.from_pretrained(model), args.text, default_tokens=args.tokens, model_limit=limit)
     windows = [window.ids for window in corpus.windows if len(window.ids) == corpus.sequence_length]
     (folder / "windows.json").write_text(json.dumps(windows))
     tokens = sum(len(window.ids) - len(corpus.prefix) for window in corpus.windows[: len(windows)])
     pythons = {"qcli": sys.executable, "llm-compressor": args.peer}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    found = {"model": Path(model).name, "text": corpus.name, "tokens": tokens, "windows": len(windows), "rows": rows}
     for tool, name, options in ROWS:
         job = {"model": model, "output": str(folder / "out"), "windows": str(folder / "windows.json")}
         job |= {"text": args.text, "tokens": tokens, "options": options}
         imports = spent(pythons[tool], IMPORTS[tool], limit=args.seconds)
-        found = spent(pythons[tool], QCLI if tool == "qcli" else PEER, json.dumps(job), limit=args.seconds)
-        rows.append({"tool": tool, "settings": name, **found, "import_cpu_seconds": imports.get("cpu_seconds")})
-        console.out(json.dumps(rows[-1]))
+        row: dict[str, Any] = {"tool": tool, "settings": name}
+        row |= spent(pythons[tool], QCLI if tool == "qcli" else PEER, json.dumps(job), limit=args.seconds)
+        row["import_cpu_seconds"] = imports.get("cpu_seconds")
+        rows.append(row)
+        if tool == "qcli" and "error" not in row and "error" not in rows[0]:
+            row["share_of_cpu_seconds"] = round(row["cpu_seconds"] / rows[0]["cpu_seconds"], 3)
+            row["share_of_peak"] = round(row["peak_bytes"] / rows[0]["peak_bytes"], 3)
+        console.out(json.dumps(row))
         shutil.rmtree(folder / "out", ignore_errors=True)
-    first = rows[0]
-    for row in rows[1:]:
-        if "error" not in row and "error" not in first:
-            row["share_of_cpu_seconds"] = round(row["cpu_seconds"] / first["cpu_seconds"], 3)
-            row["share_of_peak"] = round(row["peak_bytes"] / first["peak_bytes"], 3)
-    return {"model": Path(model).name, "text": corpus.name, "tokens": tokens, "windows": len(windows), "rows": rows}
+        yield found
 
 
 def main() -> None:
@@ -141,32 +144,40 @@ def main() -> None:
     args = parser.parse_args()
     versions = "import importlib.metadata as m; print(m.version('llmcompressor'), m.version('torch'), m.version('transformers'))"
     peer = subprocess.run([args.peer, "-c", versions], capture_output=True, text=True, check=True).stdout.split()
-    result: dict[str, object] = {
+    result: dict[str, Any] = {
         "machine": machine() | {"threads": 1},
         "peer": dict(zip(("llmcompressor", "torch", "transformers"), peer)),
         "models": [],
     }
     with tempfile.TemporaryDirectory() as folder:
         for model in args.models:
-            found = measure(str(Path(model).resolve()), args, Path(folder))
-            result["models"].append(found)  # type: ignore[attr-defined]
-            console.table(
-                f"{found['model']}: {found['tokens']:,} tokens",
-                ("tool", "settings", "CPU seconds", "of them imports", "peak"),
-                [
-                    (
-                        r["tool"],
-                        r["settings"],
-                        f"{r['cpu_seconds']}",
-                        f"{r['import_cpu_seconds']}",
-                        f"{r['peak_bytes'] / 1e9:.2f} GB",
-                    )
-                    for r in found["rows"]
-                    if "error" not in r
-                ],
-                left=(0, 1),
+            for found in measure(str(Path(model).resolve()), args, Path(folder)):
+                result["models"] = [each for each in result["models"] if each["model"] != found["model"]] + [found]
+                place = save("calibrating", result["machine"]["cpu"], result)
+            show(found)
+    console.out(str(place))
+
+
+def show(found: dict[str, Any]) -> None:
+    """Prints the rows of a model."""
+    console.table(
+        f"{found['model']}: {found['tokens']:,} tokens",
+        ("tool", "settings", "CPU seconds", "of them imports", "peak", "share of CPU", "share of peak"),
+        [
+            (
+                row["tool"],
+                row["settings"],
+                f"{row['cpu_seconds']}",
+                f"{row['import_cpu_seconds']}",
+                f"{row['peak_bytes'] / 1e9:.2f} GB",
+                f"{row.get('share_of_cpu_seconds', 1):.2f}",
+                f"{row.get('share_of_peak', 1):.2f}",
             )
-            console.out(str(save("calibrating", result["machine"]["cpu"], result)))  # type: ignore[index]
+            for row in found["rows"]
+            if "error" not in row
+        ],
+        left=(0, 1),
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Literal
 
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.errors import UsageError
+from qcli.packing import plane_bytes
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of blocks of the flattened weight that kernels decode
 NESTED_BLOCK_SIZE = 256  # absmax values that share a scale under double quantization (bitsandbytes)
@@ -28,8 +29,6 @@ TRANSFORMS = ("none", "awq")  # what inputs are divided by before their modules 
 PAPER_THRESHOLD = 6.0  # LLM.int8() (arXiv:2208.07339, section 3.2)
 OUTLIER_SHARE = 0.05  # of the columns of a weight, those that a calibrated LLM.int8() stores in 16 bits, at most
 _COLUMNS_TOGETHER = 8  # columns are stored in multiples of it, so that a row of 16-bit values is aligned to 16 bytes
-
-PLANE = 64  # columns whose codes of 2 to 4 bits make a unit (qcli/packing.py); rows are padded to units
 
 CHUNK_BYTES = 1 << 20  # of source data at a time: what bounds the memory of quantizing a checkpoint
 CHUNKS_IN_WORK = 128  # measured: float32 copies of a chunk, and what the allocator keeps of those that were freed
@@ -243,11 +242,6 @@ def by_bits(bits: int | None, method: str | None) -> Scheme:
     if method is None:
         return NAMED["rtn" if bits in _INTEGER_BITS else BY_BITS[bits or 4]]
     return named(method)
-
-
-def plane_bytes(columns: int, bits: int) -> int:
-    """Bytes of a row of codes in planes of 64 columns."""
-    return -(-columns // PLANE) * PLANE * bits // 8
 
 
 def head_bits(asked: int | None) -> int | None:

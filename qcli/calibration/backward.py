@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from qcli.calibration.gather import Crew
+from qcli.calibration.waiting import WaitingStates
 from qcli.errors import NonFiniteError
 from qcli.streaming.batches import make_batches
 from qcli.streaming.corpus import Window
@@ -45,20 +46,20 @@ class Backward:
     """Windows that have passed a model forward. `entered` are the blocks, in the order in which they were entered, and `loss` has
     the loss of all of them, in nats, once `through_head` was called.
 
-    Raises NonFiniteError where it is NaN or infinite.
+    With `states`, hidden states wait there for the gradients. Raises NonFiniteError where the loss is NaN or infinite.
     """
 
-    def __init__(self, skeleton: Skeleton, windows: Sequence[Window], crew: Crew):
-        self.skeleton, self.crew, self.head = skeleton, crew, Head(skeleton)
+    def __init__(self, skeleton: Skeleton, windows: Sequence[Window], crew: Crew, states: WaitingStates | None = None):
+        self.skeleton, self.crew, self.head, self._states = skeleton, crew, Head(skeleton), states
         self.entered: list[Entered] = []
         self.loss = 0.0
         self._windows = windows
         self._batches = make_batches([window.ids for window in windows], None)  # without padding, which would count
         calls = [Call(self.head.below(batch), batch=batch) for batch in self._batches]
-        handle = skeleton.embedding.module.register_forward_hook(_begun)
+        handle = skeleton.embedding.module.register_forward_hook(partial(_begun, states))
         try:
             with self.head.stopping():
-                self._outputs = run_calls(skeleton, calls, _Taping(crew, self.entered), grad=True)
+                self._outputs = run_calls(skeleton, calls, _Taping(crew, self.entered, states), grad=True)
         finally:
             handle.remove()
 
@@ -114,13 +115,16 @@ class Backward:
             back = {key: gradient for key, gradient in zip(fresh, found) if gradient is not None}
             # The code between blocks may lie on the way of several.
             torch.autograd.backward([entering[key] for key in back], list(back.values()), retain_graph=True)
+        if self._states:
+            for tensor in inputs:
+                self._states.release(tensor)
 
 
 class _Taping(Observer):
     """Keeps what enters each block, and lets autograd start anew from what it gives."""
 
-    def __init__(self, crew: Crew, entered: list[Entered]):
-        self.crew, self.entered = crew, entered
+    def __init__(self, crew: Crew, entered: list[Entered], states: WaitingStates | None):
+        self.crew, self.entered, self._states = crew, entered, states
 
     def through(self, unit: Unit) -> Callable[[Sequence[Pass]], Iterator[Any]] | None:
         """See Observer."""
@@ -129,14 +133,20 @@ class _Taping(Observer):
     def _pass(self, unit: Unit, passes: Sequence[Pass]) -> Iterator[Any]:
         self.entered.append(Entered(unit, list(passes), []))
         outputs = self.entered[-1].outputs
-        for output in self.crew.results([partial(_without_graph, each) for each in passes]):
+        for output in self.crew.results([partial(_without_graph, each, self._states) for each in passes]):
             outputs.append(mapped(output, _leaf))
             yield outputs[-1]
 
 
-def _without_graph(each: Pass) -> Any:
+def _without_graph(each: Pass, states: WaitingStates | None) -> Any:
     with torch.inference_mode(False), torch.no_grad():
-        return each.run()
+        output = each.run()
+        if states is None:
+            return output
+        output = states.apart(output)
+        for tensor in tensors((each.args, each.kwargs)):
+            states.release(tensor)
+        return output
 
 
 @contextmanager
@@ -146,9 +156,10 @@ def _recording() -> Iterator[None]:
         yield
 
 
-def _begun(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+def _begun(states: WaitingStates | None, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
     """What the embedding gives, from where a graph begins: so the first block's inputs have a gradient as those of the others."""
-    return output.detach().requires_grad_(True) if torch.is_grad_enabled() else output
+    output = output.detach()
+    return (output if states is None else states.apart(output)).requires_grad_(True)
 
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:

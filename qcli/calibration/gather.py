@@ -6,7 +6,7 @@ states nor the sums depend on the number of threads.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -23,7 +23,23 @@ class Seen(Exception):
     """Every module has been reached: what is left of a pass changes no statistic."""
 
 
-class Gatherer:
+class Gathered:
+    """Statistics `found` of the inputs of `modules`, by their names; those that read the same input share one object."""
+
+    def __init__(self, modules: Iterable[str], found: dict[str, Statistics]):
+        self.names, self.found = list(modules), found
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """The modules that share statistics, which read the same tensor, in the order of `names`."""
+        found: dict[int, list[str]] = {}
+        for name in self.names:
+            if name in self.found:
+                found.setdefault(id(self.found[name]), []).append(name)
+        return [tuple(names) for names in found.values()]
+
+
+class Gatherer(Gathered):
     """Statistics of the linear `modules` of a block, by their names. Those of `with_hessian` get a Hessian, those of `with_sample`
     a sample of magnitudes. Each keeps `kept_tokens` tokens of every batch.
 
@@ -46,7 +62,7 @@ class Gatherer:
         self._whole, self._once = whole, False  # once: every module is reached by every batch, one time
         self.modules, self._with_hessian, self._with_sample, self._device = modules, with_hessian, with_sample, device
         self._kept_tokens, self._token_weights = kept_tokens, token_weights
-        self.found: dict[str, Statistics] = {}
+        super().__init__(modules, {})
         self._leader: dict[str, str] = {}  # of each module that the first batch reached
         self._turns = Turns()
         self._here = threading.local()
@@ -116,15 +132,6 @@ class Gatherer:
             self._leader[name] = next(same)
         self._once = not self._whole and all(len(seen.get(name, ())) == 1 for name in self.modules)
 
-    @property
-    def groups(self) -> list[tuple[str, ...]]:
-        """The modules that share statistics, which read the same tensor, in the order of `modules`."""
-        found: dict[int, list[str]] = {}
-        for name in self.modules:
-            if name in self.found:
-                found.setdefault(id(self.found[name]), []).append(name)
-        return [tuple(names) for names in found.values()]
-
     def _statistics(self, leader: str, in_features: int) -> Statistics:
         with self._making:
             if leader not in self.found:
@@ -168,14 +175,14 @@ class Crew:
             for future in waiting:
                 future.cancel()
 
-    def gather(self, passes: Sequence[Pass], gatherer: Gatherer, keep: bool = False) -> list[Any]:
-        """Runs every pass and adds what reaches the modules. The outputs of the passes, if they are to be kept."""
+    def gather(self, passes: Sequence[Pass], gatherer: Gatherer, keep: Callable[[int, Any], Any] | None = None) -> list[Any]:
+        """Runs every pass and adds what reaches the modules. What `keep` makes of the number and output of each pass."""
 
         def counted(number: int) -> Any:
             output = None
             with gatherer.batch(number):
                 output = passes[number].run()
-            return output if keep else None
+            return keep(number, output) if keep else None
 
         tasks = [lambda n=n: counted(n) for n in range(len(passes))]
         return [*self.results(tasks[:1]), *self.results(tasks[1:])]

@@ -18,7 +18,9 @@ CHECK_TOKENS = 8192
 class Calibration:
     """`text` is the path of a file, None the bundled text. `tokens` None takes what there is, up to DEFAULT_TOKENS.
     `sequence_length` None is the model's, up to 2048. `check` holds a part out. `order`: whether a block's inputs come from the
-    blocks before it as they are rounded ("sequential") or as they were ("parallel"). `text_hash` is the SHA-256 of the text."""
+    blocks before it as they are rounded ("sequential") or as they were ("parallel"). `text_hash` is the SHA-256 of the text.
+    `statistics` is a file to read statistics from, `save_statistics` one to write them to. `states_on_disk`: hidden states wait
+    beside the output, since memory has no room for them."""
 
     text: str | None = None
     tokens: int | None = None
@@ -26,6 +28,9 @@ class Calibration:
     check: bool = True
     order: str = PARALLEL
     text_hash: str = ""
+    statistics: str | None = None
+    save_statistics: str | None = None
+    states_on_disk: bool = False
 
     @property
     def identity(self) -> dict[str, object]:
@@ -45,11 +50,22 @@ def calibration_on(
     sequence_length: int | None = None,
     check: bool = True,
     order: str = ORDERS[0],
+    statistics: str | Path | None = None,
+    save_statistics: str | Path | None = None,
 ) -> Calibration:
-    """The calibration on a text. Raises UsageError where it cannot be read."""
+    """The calibration on a text. Raises UsageError where it cannot be read, and for options that do not go together."""
     if tokens is not None and tokens < 2:
         raise UsageError(f"--tokens is {tokens:,}, expected 2 or more")
-    return Calibration(None if text is None else str(text), tokens, sequence_length, check, order, _hash(text))
+    for name, file in (("--statistics", statistics), ("--save-statistics", save_statistics)):
+        if file is not None and order != PARALLEL:
+            raise UsageError(
+                f"{name} is of the original model's activations, and order={order} needs those of rounded blocks",
+                "Leave out one of the two.",
+            )
+    if statistics is not None and save_statistics is not None:
+        raise UsageError("--statistics and --save-statistics were both given", "Copy the file instead.")
+    files_ = (None if path is None else str(path) for path in (statistics, save_statistics))
+    return Calibration(None if text is None else str(text), tokens, sequence_length, check, order, _hash(text), *files_)
 
 
 def _hash(text: str | Path | None) -> str:

@@ -9,7 +9,7 @@ out for any number of threads.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -34,13 +34,40 @@ class Statistics:
     def __init__(self, in_features: int, with_hessian: bool, device: torch.device, kept_tokens: int = 0, with_sample: bool = False):
         self.tokens = 0
         self._kept_tokens, self._kept = kept_tokens, [torch.empty(0, in_features, device=device)]
-        self._square = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.square = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.magnitude = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.absmax = torch.zeros(in_features, device=device)
         self.hessian = torch.zeros(in_features, in_features, device=device) if with_hessian else None
         self.magnitudes = Sample(in_features, device) if with_sample else None
         self._chosen: dict[int, torch.Tensor] = {}
         self._choosing = threading.Lock()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of it, by name. The Hessian must be symmetric already."""
+        found = {"tokens": torch.tensor(self.tokens), "square": self.square, "magnitude": self.magnitude, "absmax": self.absmax}
+        found["sample"] = self.sample
+        if self.hessian is not None:
+            found["hessian"] = self.hessian
+        if self.magnitudes is not None:
+            found["magnitudes"] = self.magnitudes.magnitude
+        return found
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> "Statistics":
+        """What `tensors` gave, on their device."""
+        square, magnitudes = tensors["square"], tensors.get("magnitudes")
+        made = cls(len(square), False, square.device)
+        made.tokens, made.square, made.magnitude, made.absmax = (
+            int(tensors["tokens"]),
+            square,
+            tensors["magnitude"],
+            tensors["absmax"],
+        )
+        made._kept, made.hessian = [tensors["sample"]], tensors.get("hessian")
+        if magnitudes is not None:
+            made.magnitudes = Sample(len(square), square.device)
+            made.magnitudes.add(magnitudes)
+        return made
 
     @property
     def panels(self) -> int:
@@ -53,8 +80,7 @@ class Statistics:
         weighted = x if weighted is None else weighted
         if panel == 0:
             self.tokens += len(x)
-            if self.hessian is None:
-                self._square += weighted.square().sum(0)
+            self.square += weighted.square().sum(0)
             magnitude = x.abs()
             self.magnitude += magnitude.sum(0)
             if len(x):
@@ -86,11 +112,6 @@ class Statistics:
             return self._chosen[count]
 
     @property
-    def square(self) -> torch.Tensor:
-        """sum x_j^2: the diagonal of the Hessian where there is one."""
-        return self._square if self.hessian is None else self.hessian.diagonal().double()
-
-    @property
     def mean_square(self) -> torch.Tensor:
         """E[x_j^2] float32 [in_features]."""
         return (self.square / max(self.tokens, 1)).float()
@@ -111,7 +132,7 @@ class Statistics:
     def divide(self, scale: torch.Tensor) -> None:
         """Makes them those of x / scale, float32 [in_features]. The Hessian must be symmetric already."""
         wide = scale.double()
-        self._square, self.magnitude, self.absmax = self._square / wide.square(), self.magnitude / wide, self.absmax / scale
+        self.square, self.magnitude, self.absmax = self.square / wide.square(), self.magnitude / wide, self.absmax / scale
         self._kept = [self.sample / scale]
         if self.hessian is not None:
             self.hessian /= scale

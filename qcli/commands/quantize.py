@@ -52,6 +52,14 @@ def quantize(
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Measure a calibrated model on a part of the text that it has not seen.")
     ] = True,
+    save_statistics: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep what the texts say of the model, to try other methods on it.", show_default=False),
+    ] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Calibrate by what --save-statistics kept of the same texts.", show_default=False),
+    ] = None,
     skip: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Modules to leave as they are, by full name. Repeatable.", show_default=False),
@@ -132,6 +140,8 @@ def quantize(
         text=text,
         tokens=tokens,
         check=check,
+        statistics=statistics,
+        save_statistics=save_statistics,
         settings=pairs(set_),
     )
     if dry_run:

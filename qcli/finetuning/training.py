@@ -18,6 +18,7 @@ from qcli.finetuning.encoding import Row
 from qcli.finetuning.loss import Loss
 from qcli.finetuning.ranks import Ranks
 from qcli.finetuning.settings import Options
+from qcli.runtime.heap import give_back_large
 
 
 class Stopped(BaseException):
@@ -47,6 +48,7 @@ class Trainer:
         self.options, self.rare = options, options.rare
         self.optimizer = _optimizer(list(parameters.values()), options)
         self.stopping = lambda: False
+        give_back_large()
         model.eval()
 
     def step(self, rows: Sequence[Row], lr: float, number: int) -> Step:

@@ -9,7 +9,7 @@ left.
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 from torch import nn
@@ -18,6 +18,7 @@ from qcli.calibration.backward import Backward
 from qcli.calibration.fisher import Fisher, FisherGatherer
 from qcli.calibration.gather import Crew
 from qcli.calibration.token_weights import TokenWeights
+from qcli.calibration.waiting import WaitingStates
 from qcli.errors import NonFiniteError
 from qcli.progress import Advance
 from qcli.quantization.calibrating import FEWEST_TOKENS, Calibrated
@@ -48,8 +49,9 @@ def round_by_gradients(plan: Plan, staging: Staging, skeleton: Skeleton, windows
         return found
     staging.open_shards()
     started = time.monotonic()
-    with Crew(skeleton.device) as crew:
-        backward = Backward(skeleton, windows, crew)
+    on_disk = plan.calibration is not None and plan.calibration.states_on_disk
+    with Crew(skeleton.device) as crew, WaitingStates(staging.state) if on_disk else nullcontext() as states:
+        backward = Backward(skeleton, windows, crew, states)
         backward.through_head()
         found.seconds["gradients"] = time.monotonic() - started
         found.token_weights = weights = TokenWeights() if later else None

@@ -13,17 +13,23 @@ again. Nothing here depends on the number of threads: see qcli.calibration.gathe
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from qcli.calibration.gather import Crew, Gatherer
+from qcli.calibration.gather import Crew, Gathered, Gatherer
 from qcli.calibration.settings import PARALLEL
+from qcli.calibration.stored import StatisticsWriter, StoredStatistics
 from qcli.calibration.token_weights import TokenWeights
+from qcli.calibration.waiting import WaitingStates
 from qcli.errors import NonFiniteError
 from qcli.methods.choosing import needs_of
 from qcli.progress import Advance
 from qcli.quantization.absmax import AbsmaxReader
+from qcli.quantization.calibration_needs import stated_by
+from qcli.quantization.gradient_needs import fisher_works
 from qcli.quantization.plan import Plan, Work
 from qcli.quantization.rounding import Changed, Rounding, round_weight
 from qcli.quantization.staged import StagedWeights
@@ -48,9 +54,13 @@ class Calibrated:
     tokens: int = 0
     roundings: dict[str, Rounding] = field(default_factory=dict)
     unseen: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=lambda: {"statistics": 0.0, "rounding": 0.0, "quantized block": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: {"statistics": 0.0, "rounding": 0.0})
     folded: Folded = field(default_factory=Folded)
     token_weights: TokenWeights | None = None
+
+    def spent(self, what: str, seconds: float) -> None:
+        """Adds to what a part of the pass took."""
+        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
 
 
 def calibrate(
@@ -69,16 +79,17 @@ def calibrate(
             return found
         head = Head(skeleton)
         # Without padding, so that no token of a statistic is one of padding.
-        batches = make_batches([window.ids for window in windows], None)
+        batches = [] if blocks.stored else make_batches([window.ids for window in windows], None)
         if blocks.trial:
             batches = make_batches([windows[0].ids[:TRIAL_TOKENS]], None) + batches
         calls = [Call(head.below(batch), batch=batch) for batch in batches]
-        try:
-            with head.stopping():
-                run_calls(skeleton, calls, blocks)
-        except _Finished:
-            for unit in skeleton.blocks:
-                skeleton.unload(unit)  # its weights are the rounded ones
+        with blocks.saving(), blocks.waiting():
+            try:
+                with head.stopping():
+                    run_calls(skeleton, calls, blocks)
+            except _Finished:
+                for unit in skeleton.blocks:
+                    skeleton.unload(unit)  # its weights are the rounded ones
     staging.sync()
     return found
 
@@ -88,8 +99,9 @@ class _Finished(Exception):
 
 
 class _Blocks(Observer):
-    """`last` is the name of the last block in which a weight is left to be rounded; it is empty where none is. What gradients
-    decide is written already. With `trial` the first call is a short one, which is in no statistic: on it folds are tried."""
+    """`last` is the name of the last block in which something is left to do; it is empty where none is. What gradients decide is
+    written already. With `trial` the first call is a short one, which is in no statistic: on it folds are tried. `stored` are
+    statistics that are read and not gathered; that call alone passes the blocks then."""
 
     def __init__(
         self, plan: Plan, staging: Staging, skeleton: Skeleton, crew: Crew, found: Calibrated, advance: Callable[[int, str], None]
@@ -101,14 +113,55 @@ class _Blocks(Observer):
         self.transforms = Transforms(plan, staging, skeleton, crew)
         found.folded = self.transforms.found
         self.locked = threading.Lock()
-        self.works: dict[str, list[Work]] = {unit.name: [] for unit in skeleton.blocks}
-        self.by_gradients: dict[str, list[Work]] = {unit.name: [] for unit in skeleton.blocks}
-        for work in plan.calibrated:
-            unit = next((u for u in skeleton.blocks if work.linear and work.linear.module.startswith(f"{u.name}.")), None)
-            if unit is not None and work.method:
-                (self.by_gradients if needs_of(work.method) == "fisher" else self.works)[unit.name].append(work)
-        self.last = next((u.name for u in reversed(skeleton.blocks) if self._left(u)), "")
-        self.trial = any(changes_inputs(work) for works in self.works.values() for work in works)
+        self.works = self._of_blocks([work for work in plan.calibrated if work.method and needs_of(work.method) != "fisher"])
+        self.by_gradients = self._of_blocks(fisher_works(plan))
+        self.watched: dict[str, list[Work]] = {}  # all whose statistics are saved
+        self.stored: StoredStatistics | None = None
+        self._writer: StatisticsWriter | None = None
+        self._states: WaitingStates | None = None
+        settings = plan.calibration
+        assert settings is not None
+        self.parallel = settings.order == PARALLEL
+        if settings.save_statistics:
+            self.watched = self._of_blocks(plan.quantized)
+            self._writer = StatisticsWriter(
+                Path(settings.save_statistics), stated_by(plan, str(skeleton.dtype)), len(plan.quantized)
+            )
+        if settings.statistics:
+            self.stored = StoredStatistics(Path(settings.statistics))
+            self.stored.check(stated_by(plan, str(skeleton.dtype)))
+        self.last = next((u.name for u in reversed(skeleton.blocks) if self._left(u) or self.watched.get(u.name)), "")
+        self.trial = bool(self.stored) or any(changes_inputs(work) for works in self.works.values() for work in works)
+
+    def _of_blocks(self, works: Sequence[Work]) -> dict[str, list[Work]]:
+        found: dict[str, list[Work]] = {unit.name: [] for unit in self.skeleton.blocks}
+        for work in works:
+            unit = next((u for u in self.skeleton.blocks if work.linear and work.linear.module.startswith(f"{u.name}.")), None)
+            if unit is not None:
+                found[unit.name].append(work)
+        return found
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While this lasts, hidden states wait on the disk if the plan says so."""
+        settings = self.plan.calibration
+        if settings is None or not settings.states_on_disk:
+            yield
+            return
+        with WaitingStates(self.staging.state) as self._states, self._states.of_embedding(self.skeleton.embedding.module):
+            yield
+
+    def _kept(self, number: int, output: Any) -> Any:
+        """What a block gave the call of this number, where it waits for the next block."""
+        return output if self._states is None else self._states.keep(number, output)
+
+    def _run(self, passes: Sequence[Pass], first: int = 0) -> Iterator[Any]:
+        """What the passes give, of which the first is that of the call `first`."""
+        return self.crew.results([lambda n=n, each=each: self._kept(n, each.run()) for n, each in enumerate(passes, first)])
+
+    def saving(self) -> AbstractContextManager:
+        """While this lasts, the file of statistics that is asked for is written."""
+        return self._writer or nullcontext()
 
     def _left(self, unit: Unit) -> list[Work]:
         return [work for work in self.works[unit.name] if work.index not in self.staging.done]
@@ -118,72 +171,88 @@ class _Blocks(Observer):
         return (lambda passes: self._pass(unit, passes)) if unit.index is not None else None
 
     def _pass(self, unit: Unit, passes: Sequence[Pass]) -> Iterator[Any]:
-        works = self.works[unit.name]
-        parallel = self.plan.calibration is not None and self.plan.calibration.order == PARALLEL
-        kept = None
-        if left := self._left(unit):
-            kept = self._round(unit, passes, left, keep=parallel and unit.name != self.last)
+        works, left, kept = self.works[unit.name], self._left(unit), None
+        if left or self.watched.get(unit.name):
+            kept = self._round(unit, passes, left, keep=self.parallel and unit.name != self.last)
         if unit.name == self.last:
             raise _Finished
-        if parallel:
-            yield from kept or self.crew.results([each.run for each in passes])
+        if self.parallel:
+            yield from kept or self._run(passes)
             return
         started = time.monotonic()
         self._replace(unit, works)
-        outputs = self.crew.results([each.run for each in passes])
+        outputs = self._run(passes)
         for _ in passes:
             output = next(outputs)
-            self.found.seconds["quantized block"] += time.monotonic() - started
+            self.found.spent("quantized block", time.monotonic() - started)
             yield output
             started = time.monotonic()
 
     def _round(self, unit: Unit, passes: Sequence[Pass], works: Sequence[Work], keep: bool) -> list[Any]:
         """Rounds the weights of a block. What its passes gave, if that is to be kept."""
         started = time.monotonic()
-        trial, passes = passes[:1] if self.trial else (), passes[1:] if self.trial else passes
         transforming = any(changes_inputs(work) for work in self.works[unit.name])
         # Factors are decided again by all that decided them, and tokens weighed by all that weighed them.
         seen = self.works[unit.name] if transforming or self.found.token_weights else works
-        modules = {w.linear.module: self.skeleton.model.get_submodule(w.linear.module) for w in seen if w.linear}
-        needs = {w.linear.module: needs_of(w.method) for w in seen if w.linear and w.method}
-        hessians, samples = ({name for name, need in needs.items() if need == wanted} for wanted in ("hessian", "tokens"))
-        kept_tokens = -(-SAMPLE_TOKENS // len(passes)) if transforming else 0
-        gatherer = Gatherer(modules, hessians, self.skeleton.device, kept_tokens, samples, keep, self.found.token_weights)
-        try:
-            outputs = [*self.crew.results([each.run for each in trial if keep]), *self.crew.gather(passes, gatherer, keep)]
-        finally:
-            gatherer.close()
-        self.found.seconds["statistics"] += time.monotonic() - started
+        outputs, gathered = self._gather(unit, passes, seen, keep)
+        self.found.spent("statistics", time.monotonic() - started)
         started = time.monotonic()
-        for statistics in {id(each): each for each in gatherer.found.values()}.values():
+        for statistics in {id(each): each for each in gathered.found.values()}.values():
             if not statistics.is_finite:
-                name = next(name for name, its in gatherer.found.items() if its is statistics)
+                name = next(name for name, its in gathered.found.items() if its is statistics)
                 raise NonFiniteError(f"{name}: an activation that reaches it is NaN or infinite", "Try --dtype float32.")
             if statistics.hessian is not None:
                 statistics.symmetric()
+        if self._writer:
+            self._writer.add(gathered)
+            wanted = [work.linear.module for work in seen if work.linear]
+            gathered = Gathered(wanted, {name: gathered.found[name] for name in wanted if name in gathered.found})
         changed: dict[str, Changed] = {}
-        if transforming:
-            decided = self.transforms.decide(unit, trial[0], gatherer, seen, self._fewest)
+        if transforming and works:
+            decided = self.transforms.decide(unit, passes[0], gathered, seen, self._fewest)
             self.transforms.write(decided)
             changed = decided.changed
-            self.found.seconds["factors"] = self.found.seconds.get("factors", 0.0) + time.monotonic() - started
+            self.found.spent("factors", time.monotonic() - started)
             started = time.monotonic()
-        for _ in self.crew.results([partial(self._round_one, work, gatherer, changed) for work in works]):
+        for _ in self.crew.results([partial(self._round_one, work, gathered, changed) for work in works]):
             pass
         if self.found.token_weights:
-            self.found.token_weights.forget(list(modules))
+            self.found.token_weights.forget([work.linear.module for work in seen if work.linear])
         self.staging.sync()
-        self.found.seconds["rounding"] += time.monotonic() - started
+        self.found.spent("rounding", time.monotonic() - started)
         return outputs
+
+    def _gather(self, unit: Unit, passes: Sequence[Pass], seen: Sequence[Work], keep: bool) -> tuple[list[Any], Gathered]:
+        """What the passes of a block gave, if that is to be kept, and the statistics of the modules of `seen`, and of all that are
+        watched."""
+        trial, passes = passes[:1] if self.trial else (), passes[1:] if self.trial else passes
+        outputs = list(self._run(trial if keep else ()))
+        if self.stored:
+            sizes = {work.linear.module: work.linear.in_features for work in seen if work.linear}
+            return outputs, self.stored.gathered(sizes, self.skeleton.device)
+        saved = self.watched.get(unit.name, [])
+        names = [work.linear.module for work in saved or seen if work.linear]
+        needs = {w.linear.module: needs_of(w.method) for w in seen if w.linear and w.method}
+        hessians, samples = ({n for n in names if saved or needs.get(n) == wanted} for wanted in ("hessian", "tokens"))
+        kept = bool(saved or samples) or any(changes_inputs(work) for work in seen)
+        modules = {name: self.skeleton.model.get_submodule(name) for name in names}
+        kept_tokens = -(-SAMPLE_TOKENS // len(passes)) if kept else 0
+        weights = self.found.token_weights
+        gatherer = Gatherer(modules, hessians, self.skeleton.device, kept_tokens, samples, keep, weights)
+        try:
+            kept_as = (lambda number, output: self._kept(len(trial) + number, output)) if keep else None
+            return outputs + self.crew.gather(passes, gatherer, kept_as), gatherer
+        finally:
+            gatherer.close()
 
     @property
     def _fewest(self) -> int:
         return min(FEWEST_TOKENS, self.found.tokens)
 
-    def _round_one(self, work: Work, gatherer: Gatherer, changed: Mapping[str, Changed]) -> None:
+    def _round_one(self, work: Work, gathered: Gathered, changed: Mapping[str, Changed]) -> None:
         assert work.linear is not None
         module = work.linear.module
-        statistics = gatherer.found.get(module)
+        statistics = gathered.found.get(module)
         tokens = statistics.tokens if statistics else 0
         if tokens < self._fewest:
             statistics = None

@@ -69,6 +69,9 @@ class CalibrationRun:
         if done.folded.left:
             what = "modules are not transformed, since nothing before them can divide their inputs"
             report.notes.append(together(what, done.folded.left))
+        if routed := [each.tokens for each in done.roundings.values() if 0 < each.tokens < done.tokens]:
+            least, most = min(routed), max(routed)
+            report.notes.append(f"{len(routed):,} modules, as of experts, were reached by {least:,} to {most:,} tokens each")
         if done.unseen:
             names = [f"{name} ({count:,})" for name, count in sorted(done.unseen.items())]
             report.notes.append(together("modules that too few tokens reached are rounded without texts", names))

@@ -15,6 +15,7 @@ from qcli.schemes import CHUNK_BYTES
 _ITEMSIZE = 4  # of what is computed in float32
 _KEPT = 3  # of the inputs and outputs of linear modules: as they are, their gradients, and what lies between modules
 _BATCH_TOKENS = 2048
+_BESIDE = 3  # of each token in memory: what leaves the last norm, the gradients before and after a block
 _LOGITS = 4 * (64 << 20)  # bytes of a chunk: logits, two copies, a gradient
 _COPIES = 4  # float32 copies of the largest weight while it is rounded
 _TABLES = 128  # bytes an element while tables are made of a chunk
@@ -42,11 +43,12 @@ def block_of(name: str) -> str | None:
     return found[1] if found else None
 
 
-def gradient_memory(plan: Plan, hidden: int, tokens: int, threads: int) -> int:
-    """Bytes beyond what `Plan.working_memory` counts, for a hidden size, and tokens of a text. 0 where nothing needs gradients."""
+def gradient_memory(plan: Plan, hidden: int, tokens: int, threads: int) -> tuple[int, int]:
+    """Bytes beyond what `Plan.working_memory` counts, for a hidden size and tokens of a text, and how many of them are hidden
+    states that may wait on the disk. 0 where nothing needs gradients."""
     works, weighing = fisher_works(plan), weighing_works(plan)
     if not works and not weighing:
-        return 0
+        return 0, 0
     blocks: dict[str | None, int] = defaultdict(int)
     for work in plan.work:
         blocks[block_of(work.info.name)] += work.info.numel
@@ -60,11 +62,11 @@ def gradient_memory(plan: Plan, hidden: int, tokens: int, threads: int) -> int:
         sums[block_of(work.info.name)] += work.info.numel
     kept = _KEPT * _ITEMSIZE * _BATCH_TOKENS * max(features.values(), default=0)
     largest = max((work.info.numel for work in works), default=0)
-    states = _ITEMSIZE * hidden * tokens * (len(blocks) + 2)
+    states = _ITEMSIZE * hidden * tokens * (len(blocks) + 1)
+    beside = _ITEMSIZE * tokens * (_BESIDE * hidden + len(weighing))
     in_block = _ITEMSIZE * (max(blocks.values(), default=0) + max(sums.values(), default=0))
     each = max(kept, _COPIES * _ITEMSIZE * largest + (_TABLES * CHUNK_BYTES if works else 0))
-    states += _ITEMSIZE * tokens * len(weighing)
-    return states + max(in_block + threads * each, _ITEMSIZE * around + threads * _LOGITS)
+    return states + beside + max(in_block + threads * each, _ITEMSIZE * around + threads * _LOGITS), states
 
 
 def gradient_operations(plan: Plan, tokens: int) -> float:

@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qcli.methods.choosing import made, methods_of, recipe_in_force, weighs_toke
 from qcli.process import available_memory, peak_memory
 from qcli.progress import Progress, shown
 from qcli.quantization import outputs
-from qcli.quantization.calibration_needs import calibration_needs
+from qcli.quantization.calibration_needs import calibration_needs, statistics_problems
 from qcli.quantization.plan import Plan
 from qcli.quantization.report import Report, sum_up
 from qcli.quantization.settings import SETTINGS, run_settings
@@ -69,6 +70,8 @@ def make_plan(
     text: str | Path | None = None,
     tokens: int | None = None,
     check: bool = True,
+    statistics: str | Path | None = None,
+    save_statistics: str | Path | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> Plan:
     """Decides from headers and config alone what a run would do. Its `problems` hold all that stands against it.
@@ -76,7 +79,8 @@ def make_plan(
     `head` is the bits of the output head, and of the embedding that is tied to it: 16 by default, 8 or 4. `tensor_parallel` is the
     number of GPUs over which a server will divide the model; what they cannot share becomes a problem. With `calibrate` texts
     decide how weights are rounded, where a method can use them: the first `tokens` tokens of the file `text`, or of the text that
-    comes with qcli. A part is held out, and measures the result, unless `check` is false.
+    comes with qcli. A part is held out, and measures the result, unless `check` is false. What the texts say of the model is
+    written to the file `save_statistics`, or read from the file `statistics`, which such a run has written.
     """
     options = {
         "double_quant": double_quant,
@@ -150,29 +154,46 @@ def make_plan(
     if any(getattr(w.method, "weights", "none") == "fisher" and not (w.method and weighs_tokens(w.method)) for w in plan.quantized):
         problems.append("weights=fisher weighs the tokens that decide how a weight is rounded, and none do; add --calibrate")
     if plan.calibrated:
-        plan.calibration = calibration_on(text, tokens, run.sequence_length or None, check, run.order)
+        plan.calibration = calibration_on(text, tokens, run.sequence_length or None, check, run.order, statistics, save_statistics)
+        problems += statistics_problems(plan)
         if run.modules == "rules":
             problems.append("texts pass a model as transformers runs it, whose modules rules do not know; leave out modules=rules")
         counts = [w.method.scheme.outlier_columns(w.linear.in_features) for w in plan.calibrated if w.method and w.linear]
         if all(w.method and w.method.scheme.outlier_share for w in plan.calibrated) and not any(counts):
             problems.append("the outlier_share is fewer than 8 columns in every module; give a larger one by --set outlier_share")
-    elif calibrate or text is not None or tokens is not None:
+    elif calibrate or any(each is not None for each in (text, tokens, statistics, save_statistics)):
         what = f"no text decides how {plan.method_name or 'these modules'} is rounded"
         if calibrate:
             problems.append(f"{what}; choose a method that texts help, such as nf4 or rtn, or leave out --calibrate")
         else:
-            problems.append(f"{what} without --calibrate; add it, or leave out --text and --tokens")
+            problems.append(f"{what} without --calibrate; add it, or leave out --text, --tokens and statistics")
+    _find_memory(plan)
     check_output(plan, overwrite)
-    available, needed = available_memory(), plan.working_memory + calibration_memory(plan)
-    if available is not None and needed > available:
-        fewer = "; calibrate on fewer --tokens" if plan.calibration else ""
-        problems.append(f"the run needs {format_bytes(needed)} of memory, and {format_bytes(available)} are free{fewer}")
     return plan
+
+
+def _find_memory(plan: Plan) -> None:
+    """Lets hidden states wait on the disk where memory has no room for them. What it has no room for even then is a problem."""
+    available, needed = available_memory(), plan.working_memory + calibration_memory(plan)
+    if available is None or needed <= available:
+        return
+    if plan.calibration and (states := calibration_needs(plan, 1).states):
+        plan.calibration = replace(plan.calibration, states_on_disk=True)
+        needed -= states
+        plan.notes.append(
+            f"hidden states of {format_bytes(states)} wait on the disk, since {format_bytes(available)} of memory are free"
+        )
+    if needed > available:
+        fewer = "; calibrate on fewer --tokens" if plan.calibration else ""
+        plan.problems.append(f"the run needs {format_bytes(needed)} of memory, and {format_bytes(available)} are free{fewer}")
 
 
 def calibration_memory(plan: Plan) -> int:
     """Bytes that the calibration of a plan takes beside `Plan.working_memory`."""
-    return calibration_needs(plan, os.cpu_count() or 1).memory if plan.calibration else 0
+    if not plan.calibration:
+        return 0
+    needs = calibration_needs(plan, os.cpu_count() or 1)
+    return needs.memory - (needs.states if plan.calibration.states_on_disk else 0)
 
 
 def _take_scales(source: Source) -> None:
@@ -213,7 +234,8 @@ def check_output(plan: Plan, overwrite: bool) -> None:
     parent = next(p for p in [final.absolute().parent, *final.absolute().parents] if p.exists())
     staged = sum(_allocated(final.with_name(final.name + ".partial") / s.name) for s in plan.shards)
     carried = sum(plan.source.place.size(name) for name in plan.source.carried.files)
-    needed = plan.disk_bytes = plan.output_bytes + carried - staged + DISK_RESERVE + plan.source.download_bytes(parent)
+    waiting = calibration_needs(plan, 1).disk if plan.calibration and plan.calibration.states_on_disk else 0
+    needed = plan.disk_bytes = plan.output_bytes + carried - staged + DISK_RESERVE + plan.source.download_bytes(parent) + waiting
     free = shutil.disk_usage(parent).free
     if needed > free:
         plan.problems.append(
@@ -257,7 +279,10 @@ def run_plan(
                 calibration = run.round(advance)
             execute(plan, staging, target, advance)
         if calibration:
+            began = time.monotonic()
             calibration.checked = run.check()
+            if calibration.checked:
+                calibration.seconds["check"] = time.monotonic() - began
         kinds, worst, nonfinite = sum_up(plan, staging.done)
         warnings = other_files.write_rest(plan, staging, kinds, nonfinite, calibration)
         verify(plan, staging.folder)

@@ -16,6 +16,7 @@ from qcli.methods._method import Method, Parts
 from qcli.methods.choosing import needs_of
 from qcli.methods.errors import ErrorSums
 from qcli.methods.simulate import rounding as activation_rounding
+from qcli.methods.simulate import simulate, with_fixed_columns
 from qcli.quantization.decoding import block_scales, read_tensor
 from qcli.quantization.outputs import weight_of
 from qcli.quantization.plan import Plan, Work
@@ -121,8 +122,15 @@ def _with_columns(weight: torch.Tensor, method: Method, statistics: Statistics |
         stored = method.scheme.parts(rows, columns, dtypes.CODES[str(weight.dtype).removeprefix("torch.")])["outlier_weight"].dtype
         parts["outlier_columns"] = chosen
         parts["outlier_weight"] = weight[:, chosen.long()].to(dtypes.torch_dtype(stored))
-    errors = _sums(weight.float(), method.decode(parts, rows, columns))
-    return parts, Rounding(errors, statistics.tokens if statistics else 0)
+    values = method.decode(parts, rows, columns)
+    rounding = Rounding(_sums(weight.float(), values), statistics.tokens if statistics else 0)
+    if statistics and "outlier_columns" in parts:
+        some, x = measured_rows(weight), statistics.sample
+        ours = with_fixed_columns(measured_rows(values), parts["outlier_columns"], method.scheme.threshold)
+        plain = simulate(cast(Any, method).without_texts(), some)
+        wanted = x @ some.float().t()
+        _measure(rounding, wanted, {"output_error": ours.linear(x), "plain_error": plain.linear(x)})
+    return parts, rounding
 
 
 def _found(
@@ -174,12 +182,14 @@ def _measure_products(
     x float32 [tokens, in_features] the changed input, while plain rounding meets x as it was."""
     rounds, wanted = activation_rounding(scheme), x @ weight.t()
     columns = 1.0 if changed.columns is None else changed.columns
-    for name, product in (
-        ("output_error", rounds(x) @ values.t()),
-        ("plain_error", rounds(x * columns) / columns @ plain.t()),
-        ("output_norm", torch.zeros_like(wanted)),
-    ):
-        setattr(rounding, name, float((product - wanted).square_().sum(dtype=torch.float64)) / max(len(x), 1))
+    found = {"output_error": rounds(x) @ values.t(), "plain_error": rounds(x * columns) / columns @ plain.t()}
+    _measure(rounding, wanted, found)
+
+
+def _measure(rounding: Rounding, wanted: torch.Tensor, products: dict[str, torch.Tensor]) -> None:
+    """Puts the errors per token of products float32 [tokens, outputs] in, and the norm of what is `wanted`."""
+    for name, product in {**products, "output_norm": torch.zeros_like(wanted)}.items():
+        setattr(rounding, name, float((product - wanted).square_().sum(dtype=torch.float64)) / max(len(wanted), 1))
 
 
 def _sums(weight: torch.Tensor, values: torch.Tensor) -> ErrorSums:

@@ -80,7 +80,7 @@ class Staging:
     @property
     def downloads(self) -> Path:
         """Where source shards may lie while they are read."""
-        return self.folder / _STATE / "source"
+        return self.state / "source"
 
     def __enter__(self) -> "Staging":
         if self.replaced.exists() and not self.final.exists():

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from qcli.calibration.folding import Fold, Folding
-from qcli.calibration.gather import Crew, Gatherer
+from qcli.calibration.gather import Crew, Gathered
 from qcli.calibration.statistics import Statistics
 from qcli.checkpoint import dtypes
 from qcli.methods._factors import Factors
@@ -61,20 +61,20 @@ class Transforms:
         self._staged = StagedWeights(plan, staging)
         self._carried = {w.info.name: w for w in plan.work if w.linear is None}
 
-    def decide(self, unit: Unit, first: Pass, gatherer: Gatherer, works: Sequence[Work], fewest: int) -> Decided:
+    def decide(self, unit: Unit, first: Pass, gathered: Gathered, works: Sequence[Work], fewest: int) -> Decided:
         """The factors of a block, from the statistics of all its modules, of which those with less than `fewest` tokens decide
         nothing. The statistics become those of the divided inputs. `first` is a pass through the block."""
         by_module = {w.linear.module: w for w in works if w.linear}
         folding = self._folding(unit, by_module, first)
-        wanted = [group for group in gatherer.groups if any(changes_inputs(by_module[name]) for name in group)]
+        wanted = [group for group in gathered.groups if any(changes_inputs(by_module[name]) for name in group)]
         able = [
             group
             for group in wanted
-            if len({by_module[name].method for name in group}) == 1 and gatherer.found[group[0]].tokens >= fewest
+            if len({by_module[name].method for name in group}) == 1 and gathered.found[group[0]].tokens >= fewest
         ]
         folds, left = next(iter(self.crew.results([lambda: folding.find(able)])))
         folds = [fold for fold in folds if self._parameters(fold) is not None]
-        tasks = [lambda fold=fold: self._factors(fold, by_module, gatherer.found[fold.readers[0]]) for fold in folds]
+        tasks = [lambda fold=fold: self._factors(fold, by_module, gathered.found[fold.readers[0]]) for fold in folds]
         decided = Decided()
         for fold, factors in zip(folds, list(self.crew.results(tasks))):
             self.found.exponents[fold.readers] = factors.exponent
@@ -82,7 +82,7 @@ class Transforms:
                 continue
             for name in fold.readers:
                 decided.changed.setdefault(name, Changed()).columns = scale
-            gatherer.found[fold.readers[0]].divide(scale)
+            gathered.found[fold.readers[0]].divide(scale)
         folded = {fold.readers for fold in folds}
         self.found.left += [name for group in wanted if group not in folded for name in group]
         return decided

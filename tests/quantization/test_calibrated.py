@@ -4,15 +4,16 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 
 import bitsandbytes
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qcli
-from qcli.errors import NonFiniteError, PlanError, UsageError
+from qcli.errors import CheckpointError, NonFiniteError, PlanError, UsageError
 from qcli.quantization import staging
 from qcli.quantization.quantize import make_plan
 from qcli.runtime import cpu
@@ -121,6 +122,7 @@ def test_architectures(name, tmp_path, text):
         ("nf3", {}, None),
         ("rtn", {"bits": 3, "group_size": 32}, "qcli"),
         ("nf4", {}, "qcli"),
+        ("nf3", {"group_size": 256}, "qcli"),  # which does not divide rows
     ],
 )
 def test_every_scheme_that_holds_the_result(method, options, format, llama, tmp_path, text):
@@ -220,13 +222,57 @@ def test_modules_that_few_tokens_reach_are_rounded_without_texts(llama, tmp_path
     assert not torch.equal(ours["model.layers.0.mlp.down_proj.weight"], theirs["model.layers.0.mlp.down_proj.weight"])
 
 
-@pytest.mark.parametrize("content, message", [("", "too little"), ("x", "too little"), (b"\xff\xfe\xfa", "not UTF-8")])
-def test_bad_texts(content, message, llama, tmp_path):
-    path = tmp_path / "bad.txt"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UsageError, match=message):
+def test_modules_that_see_a_part_of_the_tokens(llama, tmp_path, text, monkeypatch):
+    """As experts do: how many is shown, and their statistics are of these alone."""
+    from qcli.quantization import calibrating
+
+    add = calibrating.Gatherer._add
+
+    def routed(self, number, seen):
+        add(self, number, {name: [x[:, ::3] for x in xs] if "down_proj" in name else xs for name, xs in seen.items()})
+
+    monkeypatch.setattr(calibrating.Gatherer, "_add", routed)
+    report = qcli.quantize(str(llama), tmp_path / "out", bits=4, calibrate=True, text=text, tokens=1500, check=False)
+    note = next(note for note in report.calibration.notes if "reached by" in note)
+    assert note.startswith("2 modules, as of experts, were reached by ") and all(400 < n < 600 for n in counts(note))
+
+
+def counts(note):
+    return [int(word) for word in note.replace(",", "").split() if word.isdigit() and int(word) > 2]
+
+
+BAD_TEXTS = {
+    "empty": ("txt", b"", "holds 0 tokens, too little"),
+    "one token": ("txt", b"x", "holds 1 token, too little"),
+    "no known encoding": ("txt", b"\xff\xfe\xfa", "not UTF-8"),
+    "a line in no known encoding": ("jsonl", b'{"text": "a b c"}\n{"text": "\xff"}\n', "line 2 is not UTF-8"),
+    "a broken line": ("jsonl", b'{"text": "a b c"}\n{"text": "d\n', "line 2 is not valid JSON"),
+    "no document": ("jsonl", b'{"text": "a b c"}\n{"title": "d"}\n', "line 2 has no text"),
+    "no template": ("jsonl", b'{"messages": [{"role": "user", "content": "Hello."}]}\n', "has no chat template"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEXTS)
+def test_bad_texts(name, llama, tmp_path):
+    suffix, content, message = BAD_TEXTS[name]
+    path = tmp_path / f"bad.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises((UsageError, CheckpointError), match=message):
         qcli.quantize(str(llama), tmp_path / "out", bits=4, calibrate=True, text=path)
     assert not (tmp_path / "out").exists()
+
+
+def test_conversations_calibrate_through_the_template(llama, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(llama, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(model)
+    path = tmp_path / "chat.jsonl"
+    line = json.dumps({"messages": [{"role": "user", "content": STORY}, {"role": "assistant", "content": STORY[30:]}]})
+    path.write_text((line + "\n") * 10)
+    report = qcli.quantize(str(model), tmp_path / "out", bits=4, calibrate=True, text=path)
+    assert report.calibration.tokens > 1000 and report.calibration.checked.kl < report.calibration.checked.plain_kl
 
 
 def test_the_same_token_over_and_over(llama, tmp_path):

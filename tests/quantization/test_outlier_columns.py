@@ -57,6 +57,9 @@ def copy(made, tmp_path):
 def test_what_it_gains(made):
     found = made[1].calibration
     assert found.checked.kl < 0.5 * found.checked.plain_kl and found.modules == 14
+    assert sum(kind.modules for kind in found.kinds) == 14
+    assert all(kind.relative_error < kind.plain_relative_error < 0.2 for kind in found.kinds)
+    assert found.seconds["statistics"] > 0 and found.seconds["check"] > 0
     tensors = load_file(made[0] / "out" / "outliers.safetensors")
     for name, columns in tensors.items():
         if name.endswith("outlier_columns") and ("self_attn.q" in name or "gate" in name):
