@@ -77,9 +77,10 @@ class SqueezeLLM:
         """Takes one weight of the shape of `fisher`, float32 [out_features, in_features]: its Fisher information."""
         from qcli.methods._tables import TableEncoder
 
-        kept = self.scheme.sparse_columns(fisher.shape[1])
+        rows, columns = fisher.shape
+        kept = self.scheme.sparse_columns(columns)
         sensitive = round(kept * self.sensitive / self._sparse) if kept else 0
-        return TableEncoder(self.scheme, *fisher.shape, fisher.device, self.iterations, fisher, sensitive)
+        return TableEncoder(self.scheme, rows, columns, fisher.device, self.iterations, fisher, sensitive)
 
     def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
         """The weight float32 [out_features, in_features] that all parts together stand for."""
