@@ -98,8 +98,18 @@ def short_names(targets: Sequence[str], names: Sequence[str]) -> list[str]:
     return sorted(last) if set(matched) == set(targets) else list(targets)
 
 
-def attach(model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float, rslora: bool, seed: int) -> PeftModel:
-    """Puts adapters on the modules `targets` of `model`, in place: B is zero, A is drawn from `seed`. All else is frozen."""
+def attach(
+    model: nn.Module,
+    targets: Sequence[str] | None = None,
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    seed: int = 0,
+) -> PeftModel:
+    """Puts adapters on the modules `targets` of `model`, or on all linear ones but the head, in place. B is zero, A is drawn from
+    `seed`, and all else is frozen."""
+    targets = linear_modules(model) if targets is None else targets
     everything = [name for name, _ in model.named_modules()]
     config = LoraConfig(
         r=rank,
