@@ -131,7 +131,7 @@ def attach(
 
 @contextmanager
 def as_generated(model: nn.Module) -> Iterator[None]:
-    """While this lasts, `model` has its adapters as `qcli generate --adapter` has them: as hooks, which fast decoding steps know."""
+    """While this lasts, `model` has its adapters as `qcli generate --adapter` has them: as hooks, which decoding steps know."""
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)]
     handles = []
     try:
