@@ -24,6 +24,7 @@ MOST_SPARSE = 0.5  # of a row that may be kept beside the codes
 # How a scale is found: from the absmax alone, by the least squared error, or with each column's error weighted by E[x^2] of texts.
 SEARCHES = ("none", "mse", "imatrix")
 ROUNDINGS = ("nearest", "gptq")  # how codes are chosen under their scales
+TOKEN_WEIGHTS = ("none", "fisher")  # by what tokens count in what is summed over them: alike, or by squared gradients
 TRANSFORMS = ("none", "awq")  # what inputs are divided by before their modules are rounded
 PAPER_THRESHOLD = 6.0  # LLM.int8() (arXiv:2208.07339, section 3.2)
 OUTLIER_SHARE = 0.05  # of the columns of a weight, those that a calibrated LLM.int8() stores in 16 bits, at most
@@ -190,6 +191,7 @@ NAMED: Mapping[str, Scheme] = {
         _FP4,
         Scheme("nf3", "nf3", 3, "group", 64, codebook="nf3", scale="model"),
         Scheme("kmeans", "kmeans", 4, "row", codebook="table", scale="float16"),
+        Scheme("squeezellm", "squeezellm", 4, "row", codebook="table", scale="float16", sparse=0.005),
         Scheme("rtn", "rtn", 4, "group", 128, scale="model"),
         Scheme("hqq", "hqq", 4, "group", 64, zero_point=True, scale="model"),
         Scheme("fp8", "fp8", 8, "row", codebook="e4m3", scale="model", activations="token", activation_codebook="e4m3"),
@@ -200,7 +202,7 @@ NAMED: Mapping[str, Scheme] = {
     )
 }
 # Methods that change what is quantized by what texts say, and the ones that store the same without texts.
-BY_TEXTS: Mapping[str, str] = {"smoothquant": "int8", "awq": "rtn"}
+BY_TEXTS: Mapping[str, str] = {"squeezellm": "kmeans", "smoothquant": "int8", "awq": "rtn"}
 QUANTIZED = tuple(name for name, scheme in NAMED.items() if scheme.bits)
 BY_BITS: Mapping[int, str] = {4: "nf4", 8: "llm-int8"}
 _INTEGER_BITS = (3, 2)  # for which integers in groups are the one method
