@@ -7,7 +7,7 @@ LOCK := locks/tested.txt
 # reads PIP_CONSTRAINT, and later versions read PIP_BUILD_CONSTRAINT.
 PIP := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all test-oldest test-latest test-gpu test-vllm gpu-first check lock kernels sanitize bench bench-gpu clean
+.PHONY: demo demo-finetune test test-all test-oldest test-latest test-gpu test-vllm gpu-first check lock kernels sanitize bench bench-gpu clean
 
 # Quantizes the bundled model to 4 and to 8 bits, measures the errors, and generates a story with each result.
 demo: $(VENV)/installed
@@ -16,6 +16,13 @@ demo: $(VENV)/installed
 	$(BIN)/qcli quantize examples/demo-model --bits 8 --output build/demo-int8 --overwrite
 	$(BIN)/qcli generate build/demo-nf4 "Once upon a time"
 	$(BIN)/qcli generate build/demo-int8 "Once upon a time"
+
+# Trains an adapter on the bundled model: prompts lead to stories. Then it tells one.
+demo-finetune: $(VENV)/installed
+	@mkdir -p build
+	$(BIN)/python examples/prompts.py build/prompts
+	$(BIN)/qcli finetune examples/demo-model build/prompts --bits 4 --lr 2e-3 --output build/story-adapter --overwrite
+	$(BIN)/qcli generate examples/demo-model --bits 4 --adapter build/story-adapter "A story about a fox named Ada and a ring:"
 
 # Files keep their order. Sorted by their number of tests, the emulator's few long tests would run last, on one core.
 test: $(VENV)/tested

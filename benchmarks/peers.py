@@ -1,10 +1,10 @@
 """qcli's methods beside other libraries: KL to the unquantized model, bits of a weight, and what quantizing takes, in one run.
 
-    python benchmarks/peers.py [MODEL ...] [--peer NAME=PYTHON ...] [--text FILE] [--calibration FILE] [--tokens N] [--only WORDS]
+    python benchmarks/peers.py [MODEL ...] [--peer NAME=PYTHON ...] [--text FILE] [--calibration FILE] [--only PATTERN ...] [--add]
 
 Each peer runs in the environment of its own interpreter, which `--peer` names: bitsandbytes, hqq, torchao, quanto, llm-compressor,
-auto-round, llama.cpp (the package xllamacpp). Peers without one are left out, and the result says so. A MODEL is a folder. The
-demo model is always among them.
+auto-round, llama.cpp (the package xllamacpp). Peers without one are left out, and the result says so. A MODEL is a folder; without
+any, the demo model is measured. With --add, rows go to those that are saved, in the place of any of the same name.
 
 A row is what a library made of the linear layers that `qcli quantize` takes. benchmarks/peers_run.py quantizes them and writes what
 the codes stand for, as float32. All rows are measured here, by the protocol of `qcli evaluate`, on the same tokens: float32,
@@ -17,6 +17,7 @@ Writes benchmarks/results/peers-MODEL.json. Seconds are those of one thread unle
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,100 +34,16 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from benchmarks.measure import machine  # noqa: E402
-from benchmarks.rows import save  # noqa: E402
+from benchmarks.peers_rows import TOOLS, order, rows_of  # noqa: E402
+from benchmarks.rows import result_path, save  # noqa: E402
 from qcli import console  # noqa: E402
 from qcli.evaluation.statistics import mean, perplexity  # noqa: E402
 from qcli.evaluation.tokens import TokenScores, log_probabilities  # noqa: E402
 from qcli.streaming.corpus import BUNDLED, Corpus, read_windows  # noqa: E402
 from qcli.streaming.skeleton import Skeleton  # noqa: E402
 
-CALIBRATION = {"tokens": 16_384, "sequence_length": 256}
+CALIBRATION_LENGTH = 256  # tokens of a window to calibrate on
 SECONDS = 900  # for a row
-
-# What a row is called, and the options of qcli.quantize.
-QCLI: list[tuple[str, dict]] = [
-    ("nf4", {"method": "nf4"}),
-    ("nf4-plain", {"method": "nf4-plain"}),
-    ("nf4 --search mse", {"method": "nf4", "search": "mse"}),
-    ("fp4", {"method": "fp4"}),
-    *(
-        (
-            f"rtn, {bits} bits, groups of {group_size}{', zero points' * zero_point}{', --search mse' * (search == 'mse')}",
-            {"method": "rtn", "bits": bits, "group_size": group_size, "search": search, "settings": {"zero_point": zero_point}},
-        )
-        for bits in (3, 4, 8)
-        for group_size in (64, 128)
-        for zero_point in (False, True)
-        for search in ("none", "mse")
-    ),
-    ("hqq, 3 bits", {"method": "hqq", "bits": 3}),
-    ("hqq, 4 bits", {"method": "hqq"}),
-    ("mxfp4", {"method": "mxfp4"}),
-    ("nvfp4", {"method": "nvfp4"}),
-    ("fp8", {"method": "fp8"}),
-    ("int8", {"method": "int8"}),
-    ("llm-int8", {"method": "llm-int8"}),
-    ("nf4 --calibrate", {"method": "nf4", "calibrate": True}),
-    ("nf4-plain --calibrate", {"method": "nf4-plain", "calibrate": True}),
-    ("nvfp4 --calibrate", {"method": "nvfp4", "calibrate": True}),
-    *(
-        (f"rtn, {bits} bits, groups of 64, --calibrate", {"method": "rtn", "bits": bits, "group_size": 64, "calibrate": True})
-        for bits in (3, 4, 8)
-    ),
-]
-
-
-def _compressed(bits: int, symmetric: bool = True, observer: str = "memoryless_minmax", **modifiers: dict) -> dict:
-    """Arguments of a row of llm-compressor, in groups of 64."""
-    weights = {"num_bits": bits, "symmetric": symmetric, "strategy": "group", "group_size": 64, "observer": observer}
-    return {"weights": weights, "modifiers": modifiers}
-
-
-def _rounded(bits: int, iters: int, sym: bool = True, **settings: object) -> dict:
-    """Arguments of a row of auto-round, in groups of 64."""
-    return {"bits": bits, "group_size": 64, "sym": sym, "iters": iters} | settings
-
-
-# The same of the peers. benchmarks/peers_run.py says what the arguments are.
-PEERS: dict[str, list[tuple[str, dict]]] = {
-    "bitsandbytes": [
-        ("NF4, double quantization", {"kind": "nf4", "double_quant": True}),
-        ("NF4", {"kind": "nf4"}),
-        ("FP4", {"kind": "fp4"}),
-        ("int8", {"kind": "int8"}),
-    ],
-    "hqq": [(f"{bits} bits, groups of 64", {"nbits": bits, "group_size": 64}) for bits in (3, 4, 8)],
-    "torchao": [
-        *(
-            (f"int{bits}, groups of {size}", {"config": "IntxWeightOnlyConfig", "bits": bits, "group_size": size})
-            for bits, size in ((3, 64), (4, 64), (4, 128))
-        ),
-        ("W8A8, its weights", {"config": "Int8DynamicActivationInt8WeightConfig"}),
-        ("float8", {"config": "Float8WeightOnlyConfig"}),
-    ],
-    "quanto": [(kind, {"weights": kind}) for kind in ("qint4", "qint8", "qfloat8")],
-    "llm-compressor": [
-        ("RTN, 4 bits", _compressed(4, QuantizationModifier={})),
-        ("RTN, 4 bits, imatrix_mse", _compressed(4, observer="imatrix_mse", QuantizationModifier={})),
-        ("GPTQ, 4 bits", _compressed(4, GPTQModifier={})),
-        ("GPTQ, 4 bits, imatrix_mse", _compressed(4, observer="imatrix_mse", GPTQModifier={})),
-        ("AWQ, 4 bits, zero points", _compressed(4, symmetric=False, AWQModifier={}, QuantizationModifier={})),
-        ("RTN, 3 bits", _compressed(3, QuantizationModifier={})),
-        ("GPTQ, 3 bits, imatrix_mse", _compressed(3, observer="imatrix_mse", GPTQModifier={})),
-    ],
-    "auto-round": [
-        ("RTN, 4 bits", _rounded(4, 0, disable_opt_rtn=True)),
-        ("RTN optimized, 4 bits", _rounded(4, 0)),
-        ("20 steps, 4 bits", _rounded(4, 20)),
-        ("20 steps, 3 bits", _rounded(3, 20)),
-    ],
-    "llama.cpp": [
-        (f"{kind}{', imatrix' * imatrix}", {"type": kind, "imatrix": imatrix})
-        for kind in ("Q3_K", "Q4_0", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-        for imatrix in (False, True)
-        if not (imatrix and kind == "Q8_0")  # it takes none
-    ],
-}
 
 
 class Measured:
@@ -237,8 +154,8 @@ def measure(model: str, args: argparse.Namespace, folder: Path, log) -> Iterator
     limit = skeleton.model.config.max_position_embeddings
     of_text, of_calibration = texts(args, folder)
     measured = Measured(model, read_windows(tokenizer, of_text, default_tokens=args.tokens, model_limit=limit))
-    short = CALIBRATION["sequence_length"]
-    corpus = read_windows(tokenizer, of_calibration, default_tokens=CALIBRATION["tokens"], sequence_length=short)
+    short = CALIBRATION_LENGTH
+    corpus = read_windows(tokenizer, of_calibration, default_tokens=args.calibration_tokens, sequence_length=short)
     windows = [list(window.ids) for window in corpus.windows if len(window.ids) == short]
     (folder / "calibration.json").write_text(json.dumps(windows))
     save_file(measured.moments(linears, windows), folder / "moments.safetensors")
@@ -249,12 +166,13 @@ def measure(model: str, args: argparse.Namespace, folder: Path, log) -> Iterator
     result = {
         "machine": machine() | {"threads": torch.get_num_threads()},
         "versions": versions,
-        "left_out": [name for name in PEERS if name not in args.peer],
+        "left_out": [name for name in TOOLS[1:] if name not in args.peer],
         "text": measured.corpus.name,
         "tokens": measured.corpus.scored,
         "sequence_length": measured.corpus.sequence_length,
         "bos": measured.corpus.bos,
         "calibration": {"text": corpus.name, "tokens": sum(map(len, windows)), "sequence_length": short},
+        "group_size": args.group_size,
         "linears": len(linears),
         "unquantized_perplexity": float(f"{measured.perplexity:.6g}"),
         "rows": [],
@@ -271,12 +189,31 @@ def measure(model: str, args: argparse.Namespace, folder: Path, log) -> Iterator
 def _asked(args: argparse.Namespace, log, versions: dict) -> Iterator[tuple[str, str, dict, Peer]]:
     """(tool, row, arguments, peer) of all rows to measure. Notes the versions of each tool."""
     for name, python in {"qcli": sys.executable, **args.peer}.items():
-        rows = [row for row in (QCLI if name == "qcli" else PEERS[name]) if args.only in f"{name} {row[0]}"]
+        known = rows_of(name, args.group_size)
+        rows = [row for row in known if any(re.search(pattern, f"{name}: {row[0]}") for pattern in args.only)]
         if rows:
             peer = Peer(name, python, log)
             versions[name] = peer.versions
             yield from ((name, *row, peer) for row in rows if "error" not in peer.versions)
             peer.close()
+
+
+def added(model: str, result: dict) -> dict:
+    """The saved result for a model with the rows of another one added. Exits where the two were not measured alike."""
+    path = result_path("peers", model)
+    if not path.exists():
+        return result
+    saved = json.loads(path.read_text())
+    for field in ("text", "tokens", "sequence_length", "bos", "calibration", "group_size", "linears"):
+        if saved[field] != result[field]:
+            raise SystemExit(f"{path.name}: {field} is {saved[field]}, expected {result[field]}; measure it again without --add")
+    cpu = result["machine"]["cpu"]
+    elsewhere = {} if cpu == saved["machine"]["cpu"] else {"cpu": cpu}  # where the seconds of a row were taken
+    new = {(row["tool"], row["row"]) for row in result["rows"]}
+    kept = [row for row in saved["rows"] if (row["tool"], row["row"]) not in new]
+    left_out = [name for name in saved["left_out"] if name not in result["versions"]]
+    rows = sorted([*kept, *(row | elsewhere for row in result["rows"])], key=lambda row: order(row, saved["group_size"]))
+    return saved | {"versions": saved["versions"] | result["versions"], "left_out": left_out, "rows": rows}
 
 
 def show(model: str, result: dict) -> None:
@@ -311,8 +248,8 @@ def show(model: str, result: dict) -> None:
 
 def _peer(text: str) -> tuple[str, str]:
     name, _, python = text.partition("=")
-    if name not in PEERS or not python:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=PYTHON with NAME one of {', '.join(PEERS)}")
+    if name not in TOOLS[1:] or not python:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=PYTHON with NAME one of {', '.join(TOOLS[1:])}")
     return name, python
 
 
@@ -323,16 +260,23 @@ def main() -> None:
     parser.add_argument("--text", help="a text to measure on; by default the bundled one")
     parser.add_argument("--calibration", help="a text to calibrate on; by default the second half of that text")
     parser.add_argument("--tokens", type=int, default=4096, help="of the text, at most")
-    parser.add_argument("--only", default="", help="rows whose tool and name have this in them; not saved")
+    parser.add_argument("--calibration-tokens", type=int, default=16_384, help="of the text to calibrate on, at most")
+    parser.add_argument("--group-size", type=int, default=64, help="of the rows that have groups; 64 by default")
+    only = {"action": "append", "metavar": "PATTERN"}
+    parser.add_argument("--only", **only, help="rows with one of these in 'TOOL: ROW'; not saved without --add")
+    parser.add_argument("--add", action="store_true", help="add to the rows that are saved, if they were measured so")
     args = parser.parse_args()
-    args.peer = dict(args.peer)
+    args.peer, save_all = dict(args.peer), args.add or not args.only
+    args.only = args.only or [""]
     (ROOT / "build").mkdir(exist_ok=True)
-    for model in (str(ROOT / "examples" / "demo-model"), *args.models):
+    for model in args.models or (str(ROOT / "examples" / "demo-model"),):
+        name = Path(model).name
         with tempfile.TemporaryDirectory() as folder, open(ROOT / "build/peers.log", "w") as log:
-            for result in measure(model, args, Path(folder), log):
-                if not args.only:
-                    save("peers", Path(model).name, result)
-        show(Path(model).name, result)
+            for found in measure(model, args, Path(folder), log):
+                result = added(name, found) if args.add else found
+                if save_all:
+                    save("peers", name, result)
+        show(name, result)
 
 
 if __name__ == "__main__":

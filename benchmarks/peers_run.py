@@ -20,6 +20,7 @@ import multiprocessing.connection
 import os
 import resource
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -86,15 +87,20 @@ def qcli(run: Run) -> Weights:
     from qcli.nn.quantized_linear import QuantizedLinear
     from qcli.quantization.quantize import make_plan, run_plan
 
-    folder = f"{run.output}.checkpoint"
-    texts = {"text": run.text, "tokens": sum(map(len, run.windows())), "check": False} if run.arguments.get("calibrate") else {}
+    folder = tempfile.mkdtemp(dir=Path(run.output).parent) + "/checkpoint"
+    reads = run.arguments.get("calibrate") or run.arguments["method"] == "awq"
+    texts = {"text": run.text, "tokens": sum(map(len, run.windows())), "check": False} if reads else {}
     plan = make_plan(run.model, folder, overwrite=True, **run.arguments, **texts)
     with run.timed():
         run_plan(plan, overwrite=True)
-    found = {}
-    for name, module in qcli.load(folder, dtype="float32")[0].named_modules():
+    model, found = qcli.load(folder, dtype="float32")[0], {}
+    for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             found[name] = module.dequantize(torch.float32)
+    now = dict(model.named_parameters())
+    for name, p in run.transformer(torch.float32).named_parameters():
+        if name.removesuffix(".weight") not in found and not torch.equal(p, now[name]):
+            run.others[name] = now[name].detach()
     schemes = {work.linear.module: work.method.scheme for work in plan.quantized}
     run.spent(sum(8 * schemes[name].stored_bytes(*w.shape) for name, w in found.items()), found)
     return found
@@ -113,13 +119,13 @@ def bitsandbytes(run: Run) -> Weights:
         return {name: codes.float() * (scale[:, None] / 127) for name, (codes, scale) in kept.items()}
     double = run.arguments.get("double_quant", False)
     with run.timed():
-        for name, w in weights.items():
-            kept[name] = functional.quantize_4bit(w, blocksize=64, quant_type=kind, compress_statistics=double)
+        for name, w in weights.items():  # in rows that are whole blocks: with others its kernel for AVX-512 decodes wrongly
+            kept[name] = functional.quantize_4bit(w.view(-1, 64), blocksize=64, quant_type=kind, compress_statistics=double)
     found = {}
     for name, (codes, state) in kept.items():
         bits += size(codes, state.absmax, *((state.state2.absmax, state.offset) if state.nested else ()))
         state.dtype = torch.float32
-        found[name] = functional.dequantize_4bit(codes, state)
+        found[name] = functional.dequantize_4bit(codes, state).view(weights[name].shape)
     run.spent(bits, weights)
     return found
 

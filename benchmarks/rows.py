@@ -51,10 +51,15 @@ def show_ratios(ratios: list[tuple[Row, dict[str, object]]]) -> None:
         )
 
 
-def save(prefix: str, name: str, result: dict[str, object]) -> Path:
-    """Writes benchmarks/results/PREFIX-NAME.json and returns its path. `name` is the device's."""
+def result_path(prefix: str, name: str) -> Path:
+    """benchmarks/results/PREFIX-NAME.json. `name` is the device's, or a model's."""
     name = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "")).strip("-")
+    return RESULTS / f"{prefix}-{name}.json"
+
+
+def save(prefix: str, name: str, result: dict[str, object]) -> Path:
+    """Writes that file and returns its path."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{prefix}-{name}.json"
+    path = result_path(prefix, name)
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path

@@ -1,12 +1,16 @@
 """qcli: quantize, run and inspect large language models. The verbs of the command line, in Python.
 
-Names are imported on first use, so `import qcli` loads neither torch nor transformers.
+Names are imported on first use, so `import qcli` loads neither torch nor transformers. Where both qcli and transformers are
+imported, transformers reads the format `qcli`.
 """
 
 from importlib import import_module
 
+from qcli.loading.announcing import announce
+
 _EXPORTS = {
     "dequantize": "qcli.quantization.dequantize",
+    "merge": "qcli.quantization.merge",
     "quantize": "qcli.quantization.quantize",
     "load": "qcli.loading.load",
     "evaluate": "qcli.evaluation.evaluate",
@@ -25,6 +29,7 @@ __all__ = [
     "finetune",
     "inspect_outliers",
     "load",
+    "merge",
     "quantize",
 ]
 
@@ -46,3 +51,6 @@ def __getattr__(name: str):
         raise AttributeError(f"module 'qcli' has no attribute {name!r}")
     import_module("qcli.runtime.threads").settle()  # before the verb imports torch
     return getattr(import_module(_EXPORTS[name]), name)
+
+
+announce()

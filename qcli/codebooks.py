@@ -55,6 +55,8 @@ ZERO_CODE = {"nf4": 7, "fp4": 0}
 
 NF4_THRESHOLDS = (NF4[:-1] + NF4[1:]) / np.float32(2)
 NF3_THRESHOLDS = (NF3[:-1] + NF3[1:]) / np.float32(2)
+# For kernels that search among 15 thresholds: the last of 16 values is repeated, above thresholds that nothing passes.
+NF3_OF_SIXTEEN = np.append(NF3_THRESHOLDS, np.full(8, np.inf, np.float32)), np.append(NF3, np.ones(8, np.float32))
 # For magnitudes, with the literals of bitsandbytes' CUDA kernel: 0.583333 differs from the midpoint by 3.6e-7.
 FP4_THRESHOLDS = np.array([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333], dtype=np.float32)
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.errors import UsageError
+from qcli.packing import plane_bytes
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of blocks of the flattened weight that kernels decode
 NESTED_BLOCK_SIZE = 256  # absmax values that share a scale under double quantization (bitsandbytes)
@@ -23,12 +24,11 @@ MOST_SPARSE = 0.5  # of a row that may be kept beside the codes
 # How a scale is found: from the absmax alone, by the least squared error, or with each column's error weighted by E[x^2] of texts.
 SEARCHES = ("none", "mse", "imatrix")
 ROUNDINGS = ("nearest", "gptq")  # how codes are chosen under their scales
+TOKEN_WEIGHTS = ("none", "fisher")  # by what tokens count in what is summed over them: alike, or by squared gradients
 TRANSFORMS = ("none", "awq")  # what inputs are divided by before their modules are rounded
 PAPER_THRESHOLD = 6.0  # LLM.int8() (arXiv:2208.07339, section 3.2)
 OUTLIER_SHARE = 0.05  # of the columns of a weight, those that a calibrated LLM.int8() stores in 16 bits, at most
 _COLUMNS_TOGETHER = 8  # columns are stored in multiples of it, so that a row of 16-bit values is aligned to 16 bytes
-
-PLANE = 64  # columns whose codes of 2 to 4 bits make a unit (qcli/packing.py); rows are padded to units
 
 CHUNK_BYTES = 1 << 20  # of source data at a time: what bounds the memory of quantizing a checkpoint
 CHUNKS_IN_WORK = 128  # measured: float32 copies of a chunk, and what the allocator keeps of those that were freed
@@ -191,6 +191,7 @@ NAMED: Mapping[str, Scheme] = {
         _FP4,
         Scheme("nf3", "nf3", 3, "group", 64, codebook="nf3", scale="model"),
         Scheme("kmeans", "kmeans", 4, "row", codebook="table", scale="float16"),
+        Scheme("squeezellm", "squeezellm", 4, "row", codebook="table", scale="float16", sparse=0.005),
         Scheme("rtn", "rtn", 4, "group", 128, scale="model"),
         Scheme("hqq", "hqq", 4, "group", 64, zero_point=True, scale="model"),
         Scheme("fp8", "fp8", 8, "row", codebook="e4m3", scale="model", activations="token", activation_codebook="e4m3"),
@@ -201,7 +202,7 @@ NAMED: Mapping[str, Scheme] = {
     )
 }
 # Methods that change what is quantized by what texts say, and the ones that store the same without texts.
-BY_TEXTS: Mapping[str, str] = {"smoothquant": "int8", "awq": "rtn"}
+BY_TEXTS: Mapping[str, str] = {"squeezellm": "kmeans", "smoothquant": "int8", "awq": "rtn"}
 QUANTIZED = tuple(name for name, scheme in NAMED.items() if scheme.bits)
 BY_BITS: Mapping[int, str] = {4: "nf4", 8: "llm-int8"}
 _INTEGER_BITS = (3, 2)  # for which integers in groups are the one method
@@ -241,11 +242,6 @@ def by_bits(bits: int | None, method: str | None) -> Scheme:
     if method is None:
         return NAMED["rtn" if bits in _INTEGER_BITS else BY_BITS[bits or 4]]
     return named(method)
-
-
-def plane_bytes(columns: int, bits: int) -> int:
-    """Bytes of a row of codes in planes of 64 columns."""
-    return -(-columns // PLANE) * PLANE * bits // 8
 
 
 def head_bits(asked: int | None) -> int | None:

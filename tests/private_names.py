@@ -30,6 +30,7 @@ _INT8_CACHE = "tests/evaluation/test_evaluate.py::test_an_int8_cache_is_compared
 _TIED = "tests/loading/test_head.py::test_a_model_with_a_quantized_head_computes_what_is_stored"
 _READ = "tests/generation/test_lean.py::test_a_model_that_computes_something_else_is_found_out"
 _LOADER = "transformers.core_model_loading"
+_ADAPTERS = "tests/finetuning/test_gradients.py::test_float32_gradients_are_those_of_bitsandbytes_to_the_bit"
 
 PRIVATE = (
     Private(
@@ -55,7 +56,25 @@ PRIVATE = (
         _OLD_NAMES,
         "one such rule; ours for the companions of 4-bit weights",
     ),
-    Private("transformers.quantizers.HfQuantizer", ("loading/transformers_quantizer.py",), _LOADING, "the base of our quantizer"),
+    Private(
+        "transformers.quantizers.HfQuantizer",
+        ("loading/transformers_format.py", "loading/transformers_quantizer.py"),
+        _LOADING,
+        "the base of our quantizer",
+    ),
+    Private(
+        "transformers.PretrainedConfig: _commit_hash",
+        ("loading/transformers_format.py",),
+        "tests/loading/test_transformers_format.py::test_in_any_order_of_imports",
+        "which revision of a repository from_pretrained has fetched",
+    ),
+    Private("peft.LoraConfig._register_custom_module", ("finetuning/lora.py",), _ADAPTERS, "puts our adapters on our modules"),
+    Private(
+        "peft.tuners.lora.layer.LoraLayer._move_adapter_to_device_of_base_layer",
+        ("finetuning/lora.py",),
+        "tests/finetuning/test_schemes.py::test_gradients_are_those_on_the_dequantized_weights",
+        "would give adapters the dtype of an 8-bit weight",
+    ),
     Private(
         "transformers.quantizers.HfQuantizer._process_model_before_weight_loading",
         ("loading/transformers_quantizer.py",),
@@ -68,13 +87,27 @@ PRIVATE = (
         "tests/formats/test_foreign.py::test_decodes_as_its_writer",
         "and that in which they lay their tensors out",
     ),
-    Private("transformers.quantizers.register_quantizer", ("loading/transformers_quantizer.py",), _LOADING, "makes it known"),
     Private(
-        "transformers.quantizers.register_quantization_config", ("loading/transformers_quantizer.py",), _LOADING, "and its config"
+        "transformers.quantizers.HfQuantizer._dequantize",
+        ("loading/transformers_quantizer.py",),
+        "tests/loading/test_dequantizing.py::test_it_is_the_plain_model_of_the_same_weights",
+        "what its model.dequantize() calls",
+    ),
+    Private(
+        "transformers.quantizers.register_quantizer",
+        ("loading/transformers_format.py", "loading/transformers_quantizer.py"),
+        _LOADING,
+        "makes it known",
+    ),
+    Private(
+        "transformers.quantizers.register_quantization_config",
+        ("loading/transformers_format.py", "loading/transformers_quantizer.py"),
+        _LOADING,
+        "and its config",
     ),
     Private(
         "transformers.utils.quantization_config.QuantizationConfigMixin",
-        ("loading/transformers_quantizer.py",),
+        ("loading/transformers_format.py", "loading/transformers_quantizer.py"),
         _LOADING,
         "that config's base",
     ),
@@ -136,8 +169,13 @@ PRIVATE = (
         _INT8_CACHE,
         "the masks of that attention",
     ),
-    Private("torch.nn.Module: _forward_hooks", ("generation/structure.py",), _READ, "what changes the output of a linear layer"),
-    Private("torch.nn.Module: _forward_pre_hooks", ("generation/structure.py",), _READ, "what changes its input"),
+    Private(
+        "torch.nn.Module: _forward_hooks",
+        ("generation/linears.py", "nn/low_rank.py"),
+        _READ,
+        "what changes the output of a linear layer; which of it an adapter is",
+    ),
+    Private("torch.nn.Module: _forward_pre_hooks", ("generation/linears.py",), _READ, "what changes its input"),
     Private(
         "torch._subclasses.fake_tensor.FakeTensorMode",
         ("checkpoint/torch_file.py",),

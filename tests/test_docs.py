@@ -8,9 +8,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import transformers
 
 from qcli import formats
 from qcli.schemes import NAMED
+from tests.adapters import make_adapter
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
@@ -228,6 +230,9 @@ CHEAP = {
     "info --json": ("info", "demo", "--json"),
     "generate --json": ("generate", "demo", "hi", "--max-new-tokens", "1", "--json"),
     "evaluate --json": ("evaluate", "demo", "--tokens", "64", "--json"),
+    "finetune --json": ("finetune", "demo", "train.jsonl", "-o", "trained", "--steps", "1", "--batch", "2", "--json"),
+    "finetune --dry-run --json": ("finetune", "demo", "train.jsonl", "-o", "trained", "--dry-run", "--json"),
+    "merge --json": ("merge", "adapter", "--output", "merged", "--base", "demo", "--text", "text.txt", "--json"),
     "inspect-outliers --weights-only --json": ("inspect-outliers", "demo", "--weights-only", "--json"),
 }
 
@@ -235,6 +240,11 @@ CHEAP = {
 @pytest.mark.parametrize("command", CHEAP)
 def test_the_keys_of_json_are_those_of_the_page(command, quick_cli, tmp_path):
     (tmp_path / "demo").symlink_to(ROOT / "examples/demo-model")
+    if "adapter" in CHEAP[command]:
+        make_adapter(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "demo"), tmp_path / "adapter")
+        (tmp_path / "text.txt").write_text("Once upon a time there was a fox.")
+    if "train.jsonl" in CHEAP[command]:
+        (tmp_path / "train.jsonl").write_text('{"prompt": "Once", "completion": " upon a time"}\n' * 9)
     table = {code(row[0])[0]: code(row[1]) for row in rows(DOCS / "stability.md", "command | keys")}
     done = quick_cli(*CHEAP[command])
     assert done.returncode == 0, done.stderr

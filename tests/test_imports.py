@@ -133,6 +133,7 @@ def test_help_loads_no_heavy_library():
     "arguments",
     [
         ("examples/demo-model", "--gpu", "24GB", "--explain"),
+        ("examples/demo-model", *(f"--bits={name}" for name in ("rtn", "awq", "nf3", "kmeans", "nvfp4"))),
         ("--params", "7B", "--train", "qlora"),
         ("--table",),
         ("--gpu", "24GB"),

@@ -98,6 +98,7 @@ def test_private_methods_that_are_overridden_are_listed():
             if isinstance(cls, type) and cls.__module__ == name:
                 foreign = [base for base in cls.__mro__[1:-1] if not base.__module__.startswith("qcli")]
                 own = {name for name, value in vars(cls).items() if is_private(name) and callable(value)}
+                own -= {"_backward_cls"}  # every torch.autograd.Function gets one
                 overridden = {name for name in own if any(name in vars(base) for base in foreign)}
                 assert overridden <= {name for name, _ in LISTED}, cls
 

@@ -7,7 +7,7 @@
 
 namespace {
 
-enum Layout : int { kRows = 0, kColumns = 1, kAwq = 2 };
+enum Layout : int { kRows = 0, kColumns = 1, kAwq = 2, kPlanes = 3 };
 constexpr int64_t kTile = 16;  // rows of words that are transposed together: a cache line of the result
 
 // Eight codes, a byte each, become b bytes. `offset` is the highest of b bits in each byte, which it flips, or 0: that adds 2^(b-1) to
@@ -44,6 +44,38 @@ QCLI_INLINE void pack_row(const uint8_t* codes, int64_t count, uint64_t offset, 
   memcpy(out + whole * kBits, &x, divide_up(rest * kBits, 8));
 }
 
+constexpr int64_t kUnit = 64;  // columns of a unit of planes
+
+// A unit of codes, which are unsigned, into planes: 8 kBits bytes.
+template <int kBits>
+QCLI_INLINE void pack_unit(const uint64_t (&codes)[8], uint8_t* out) {
+  uint64_t words[kBits] = {};
+  if (kBits == 4) {
+    for (int i = 0; i < 4; i++) words[i] = codes[i] | codes[4 + i] << 4;
+  } else {
+    for (int i = 0; i < 8; i++) words[i % 2] |= (codes[i] & 0x0303030303030303u) << (i / 2 * 2);
+  }
+  if (kBits == 3) {  // the product brings the lowest bit of byte i to bit 56 + i
+    for (int i = 0; i < 8; i++) words[2] |= ((codes[i] >> 2 & 0x0101010101010101u) * 0x0102040810204080u >> 56) << (8 * i);
+  }
+  memcpy(out, words, sizeof words);
+}
+
+// A row of codes into units, the last one with zeros behind the codes.
+template <int kBits>
+QCLI_INLINE void pack_planes(const uint8_t* codes, int64_t count, uint64_t offset, uint8_t* out) {
+  constexpr uint64_t kLow = 0x0101010101010101u * ((1u << kBits) - 1);
+  for (int64_t at = 0; at < count; at += kUnit, out += 8 * kBits) {
+    const int64_t some = smaller(kUnit, count - at);
+    uint64_t unit[8] = {};
+    uint8_t* const bytes = reinterpret_cast<uint8_t*>(unit);
+    memcpy(bytes, codes + at, some);
+    for (int i = 0; i < 8; i++) unit[i] = (unit[i] & kLow) ^ offset;
+    if (some < kUnit) memset(bytes + some, 0, kUnit - some);
+    pack_unit<kBits>(unit, out);
+  }
+}
+
 struct Codes {
   const uint8_t* data;
   int64_t rows, columns;
@@ -74,6 +106,18 @@ void pack(const Codes& codes, int layout, uint32_t* out, int threads) {
   const int64_t down = layout == kAwq ? codes.rows / 8 : codes.rows;
   const int64_t width = layout == kAwq ? codes.columns : divide_up(codes.columns * kBits, 32);
   const int64_t grain = divide_up(1 << 16, larger<int64_t>(codes.columns, 1));
+  if constexpr (kBits < 8) {
+    if (layout == kPlanes) {
+      const int64_t bytes = divide_up(codes.columns, kUnit) * 8 * kBits;
+      parallel(down, grain, threads, [=, &codes](int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; r++) {
+          uint8_t* const to = reinterpret_cast<uint8_t*>(out) + r * bytes;
+          pack_planes<kBits>(codes.data + r * codes.columns, codes.columns, codes.offset, to);
+        }
+      });
+      return;
+    }
+  }
   if (layout == kRows) {
     parallel(down, grain, threads, [=, &codes](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; r++) make_row<kBits>(codes, kRows, r, out + r * width);
@@ -97,7 +141,8 @@ void pack(const Codes& codes, int layout, uint32_t* out, int threads) {
 }  // namespace
 
 // codes [rows, columns], a byte each; `offset`, 0 or 2^(bits-1), is added to each. out, for kRows [rows, ceil(columns bits / 32)],
-// for kColumns that transposed, for kAwq [columns, rows / 8] with the rows of `order` [8] in a word.
+// for kColumns that transposed, for kAwq [columns, rows / 8] with the rows of `order` [8] in a word, for kPlanes of 2 to 4 bits
+// [rows, 2 bits ceil(columns / 64)].
 QCLI_KERNEL(pack_codes)
 (const void* codes, int64_t rows, int64_t columns, int bits, int offset, int layout, const int32_t* order, void* out, int threads) {
   const Codes all = {static_cast<const uint8_t*>(codes), rows, columns, uint64_t(offset) * 0x0101010101010101u, order};

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qcli.calibration.statistics import Statistics, Turns
+from qcli.calibration.token_weights import TokenWeights
 from qcli.streaming.run import Pass, same_tensor
 
 
@@ -44,7 +45,8 @@ class Gatherer(Gathered):
 
     Modules that read the same tensor, as q, k and v do, share one object. Which do is seen in the first batch, which is taken
     alone; modules that it does not reach share with none. Where it reached each module once, and `whole` is false, a later batch
-    ends with Seen at the last module that it reaches: the product of down_proj is a fifth of a block.
+    ends with Seen at the last module that it reaches: the product of down_proj is a fifth of a block. With `token_weights` tokens
+    count by these in sums of squares.
     """
 
     def __init__(
@@ -55,10 +57,11 @@ class Gatherer(Gathered):
         kept_tokens: int = 0,
         with_sample: Set[str] = frozenset(),
         whole: bool = True,
+        token_weights: TokenWeights | None = None,
     ):
         self._whole, self._once = whole, False  # once: every module is reached by every batch, one time
         self.modules, self._with_hessian, self._with_sample, self._device = modules, with_hessian, with_sample, device
-        self._kept_tokens = kept_tokens
+        self._kept_tokens, self._token_weights = kept_tokens, token_weights
         super().__init__(modules, {})
         self._leader: dict[str, str] = {}  # of each module that the first batch reached
         self._turns = Turns()
@@ -103,10 +106,21 @@ class Gatherer(Gathered):
             rows = [x.reshape(-1, x.shape[-1]) for x in inputs]
             x = (rows[0] if len(rows) == 1 else torch.cat(rows)).float()
             statistics = self._statistics(leader, x.shape[-1])
+            weighted = self._weighted(leader, number, x)
             for panel in range(statistics.panels):
                 self._turns.wait(number, (leader, panel))
-                statistics.add(x, panel)
+                statistics.add(x, panel, weighted)
                 self._turns.pass_on(number, (leader, panel))
+
+    def _weighted(self, leader: str, number: int, x: torch.Tensor) -> torch.Tensor | None:
+        """x times the square root of what its tokens count. None where they count alike, or where other tokens come here than when
+        gradients were taken, as a router of a block that was rounded before may send an expert."""
+        weights = self._token_weights.of(self._members(leader), number) if self._token_weights else None
+        return None if weights is None or len(weights) != len(x) else x * weights.sqrt().unsqueeze(1)
+
+    def _members(self, leader: str) -> list[str]:
+        """The modules that share the statistics of `leader`."""
+        return [leader, *(name for name, its in self._leader.items() if its == leader and name != leader)]
 
     def _find_leaders(self, seen: dict[str, list[torch.Tensor]]) -> None:
         for name, inputs in seen.items():
@@ -121,7 +135,7 @@ class Gatherer(Gathered):
     def _statistics(self, leader: str, in_features: int) -> Statistics:
         with self._making:
             if leader not in self.found:
-                members = {leader, *(name for name, its in self._leader.items() if its == leader)}
+                members = set(self._members(leader))
                 hessian, sample = bool(members & self._with_hessian), bool(members & self._with_sample)
                 made = Statistics(in_features, hessian, self._device, self._kept_tokens, sample)
                 for name in members:
@@ -133,7 +147,7 @@ class Crew:
     """The threads that take batches through blocks. Kernels run on one thread in each of them. Use as a context manager."""
 
     def __init__(self, device: torch.device):
-        self.threads = torch.get_num_threads() if device.type == "cpu" else 1
+        self.device, self.threads = device, torch.get_num_threads() if device.type == "cpu" else 1
 
     def __enter__(self) -> "Crew":
         self._before = torch.get_num_threads()

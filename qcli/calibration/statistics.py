@@ -74,12 +74,13 @@ class Statistics:
         """Into how many parts `add` is divided."""
         return -(-len(self.hessian) // PANEL) if self.hessian is not None else 1
 
-    def add(self, x: torch.Tensor, panel: int) -> None:
+    def add(self, x: torch.Tensor, panel: int, weighted: torch.Tensor | None = None) -> None:
         """Counts activations x float32 [tokens, in_features] in: the rows of one panel of the Hessian, and with the first panel
-        all the rest."""
+        all the rest. `weighted` is x times the square root of what each token counts in sums of squares; None is x."""
+        weighted = x if weighted is None else weighted
         if panel == 0:
             self.tokens += len(x)
-            self.square += x.square().sum(0)
+            self.square += weighted.square().sum(0)
             magnitude = x.abs()
             self.magnitude += magnitude.sum(0)
             if len(x):
@@ -91,7 +92,7 @@ class Statistics:
                 self.magnitudes.add(magnitude)
         if self.hessian is not None:
             first, last = panel * PANEL, (panel + 1) * PANEL
-            self.hessian[first:last, first:].addmm_(x[:, first:last].t(), x[:, first:])
+            self.hessian[first:last, first:].addmm_(weighted[:, first:last].t(), weighted[:, first:])
 
     def symmetric(self) -> torch.Tensor:
         """The whole Hessian float32 [in_features, in_features]."""

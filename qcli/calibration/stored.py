@@ -42,8 +42,11 @@ class StatisticsWriter:
         self._sums: dict[str, int] = {}
 
     def __enter__(self) -> "StatisticsWriter":
-        self._checked(lambda: setattr(self, "_fd", os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)))
+        self._checked(self._open)
         return self
+
+    def _open(self) -> None:
+        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         try:

@@ -5,7 +5,7 @@ state is mapped, and stays an ordinary tensor for the model's code. Its pages ar
 used, so that they count as no memory of the process, and the system may keep them in its cache as long as there is room.
 
 Each call has two places: what leaves a block is written beside what entered it. What the embedding gives has a place of its own,
-since transformers keeps it.
+since transformers keeps it. Where gradients come back, what leaves each block has one.
 """
 
 import mmap
@@ -32,6 +32,7 @@ class WaitingStates:
         self._end = 0
         self._places: dict[tuple[int, int], mmap.mmap] = {}
         self._turns: dict[int, int] = {}
+        self._apart: dict[int, mmap.mmap] = {}  # by address
         self._growing = threading.Lock()
 
     def __enter__(self) -> "WaitingStates":
@@ -45,6 +46,7 @@ class WaitingStates:
 
     def __exit__(self, *exc: object) -> None:
         self._places.clear()
+        self._apart.clear()
         os.close(self._fd)
 
     def keep(self, call: int, output: Any) -> Any:
@@ -57,6 +59,21 @@ class WaitingStates:
         if (before := self._places.get((call, 1 - turn))) is not None:
             before.madvise(mmap.MADV_DONTNEED)  # what entered the block
         return _moved(output, self._places[call, turn])
+
+    def apart(self, output: Any) -> Any:
+        """`output`, what a block gave, with its hidden states in a place of their own, which is never written again."""
+        if isinstance(output, tuple):
+            return (self.apart(output[0]), *output[1:])
+        place = self._place(output.nbytes)
+        moved = _moved(output, place)
+        with self._growing:
+            self._apart[moved.data_ptr()] = place
+        return moved
+
+    def release(self, tensor: torch.Tensor) -> None:
+        """Gives the pages of a tensor back that `apart` returned, until it is used again. Does nothing to others."""
+        if (place := self._apart.get(tensor.data_ptr())) is not None:
+            place.madvise(mmap.MADV_DONTNEED)
 
     @contextmanager
     def of_embedding(self, module: nn.Module) -> Iterator[None]:

@@ -22,6 +22,7 @@ _IS_TOKENIZER = re.compile(
     r"(tokenizer.*|vocab.*|merges\.txt|.*spiece.*|sentencepiece.*|tekken\.json|.*\.(tiktoken|spm|bpe|codes|tokenizer))",
     re.IGNORECASE,
 )
+_BESIDE_TOKENIZER = re.compile(r"(special_tokens_map|added_tokens)\.json|chat_template\.\w+|additional_chat_templates/[^/]+")
 # `_OWN`: files that the output writes itself. `_NO_PART`: files of the folder that do not belong to the model.
 _OWN = ("config.json", "qcli.json", "README.md")
 _NO_PART = re.compile(r"(^|/)(\.[^/]*|__pycache__)(/|$)|\.(partial|tmp|lock|incomplete)(/|$)")
@@ -79,3 +80,15 @@ def _pooling_folders(place) -> set[str]:
 def has_tokenizer(names: list[str]) -> bool:
     """Whether `names` contain a tokenizer's files."""
     return any("/" not in name and _IS_TOKENIZER.fullmatch(name) for name in names)
+
+
+def tokenizer_files(names: list[str]) -> list[str]:
+    """Those of `names` that are a tokenizer's, its chat templates among them; none where there is no tokenizer."""
+    if not has_tokenizer(names):
+        return []
+    return [name for name in names if ("/" not in name and _IS_TOKENIZER.fullmatch(name)) or _BESIDE_TOKENIZER.fullmatch(name)]
+
+
+def is_chat_template(name: str) -> bool:
+    """Whether a file is a chat template, by its name."""
+    return name.startswith(("chat_template.", "additional_chat_templates/"))

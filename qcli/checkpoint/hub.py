@@ -17,6 +17,7 @@ from qcli.errors import CheckpointError, HubError
 _TRIES = 4
 _WITHOUT_RANGES = 128 << 20  # bytes read at most where a server ignores ranges: enough for any header
 _BACK_OFF = 1.0  # seconds before the second try; doubles
+_CONFIGS = ("config.json", "adapter_config.json")  # one of them says what a repository holds
 
 
 def open_repository(repo: str, revision: str | None, *, stream: bool):
@@ -45,7 +46,8 @@ def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, OSError):
         return None
-    return folder if (folder / "config.json").exists() else None
+    whole = any((folder / name).exists() for name in _CONFIGS)
+    return folder if whole else None
 
 
 class _Repository:
@@ -71,7 +73,7 @@ class _Repository:
         from huggingface_hub import hf_hub_download
 
         with _translated(self.repo, self.revision):
-            if name == "config.json":  # by the user's own revision name: the cache then finds it offline
+            if name in _CONFIGS:  # by the user's own revision name: the cache then finds it offline
                 _retried(lambda: hf_hub_download(self.repo, name, revision=self.asked))
             return Path(_retried(lambda: hf_hub_download(self.repo, name, revision=self.revision)))
 

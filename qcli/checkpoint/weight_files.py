@@ -16,6 +16,7 @@ _VARIANT_INDEX = re.compile(r"[^/]+\.safetensors\.index(\.[\w-]+)?\.json")
 _LOOSE = re.compile(r"(?!adapter_|optimizer)[^/]+\.safetensors")
 OUTLIERS = "outliers.safetensors"  # tensors that other readers must not meet, if the index's metadata names it
 _ADAPTER = "adapter_config.json"
+_WITH_ADAPTER = "with --adapter {0} where the command takes one, or make one model of the two: qcli merge {0}"
 _OTHER_FORMS = {"gguf": "GGUF", "onnx": "ONNX", "h5": "TensorFlow", "msgpack": "Flax", "pth": "torch's own"}
 
 
@@ -96,7 +97,7 @@ def _is_adapter(read_json: Callable[[str], dict], label: str) -> CheckpointError
     known = f" of {base}" if isinstance(base, str) and base else ""
     return CheckpointError(
         f"{label} is an adapter{known}, not a model: it has {_ADAPTER} and no weights of a whole model",
-        f"Give {base if known else 'its base model'}, or merge the adapter into it first with PEFT's merge_and_unload().",
+        f"Give {base if known else 'its base model'} {_WITH_ADAPTER.format(label)}",
     )
 
 
@@ -104,8 +105,7 @@ def no_config(names: Sequence[str], label: str) -> CheckpointError:
     """The error for a place without config.json. Its hint names a folder that may be meant."""
     if _ADAPTER in names:
         return CheckpointError(
-            f"{label} has no config.json: it is an adapter, not a model",
-            "Give its base model, or merge the adapter into it first with PEFT's merge_and_unload().",
+            f"{label} has no config.json: it is an adapter, not a model", f"Give its base model {_WITH_ADAPTER.format(label)}"
         )
     below = sorted((n for n in names if n.endswith("/config.json")), key=lambda n: (n.count("/"), n))
     snapshots = [n for n in below if n.startswith("snapshots/")]

@@ -16,6 +16,9 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(metavar="BASE", help="Compare token by token with this model.", show_default=False)
     ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="A LoRA adapter of MODEL, a folder or a hub id, to run with it.", show_default=False)
+    ] = None,
     methods: Annotated[
         str | None,
         typer.Option(metavar="NAMES", help="Simulate quantization methods: all, or names with commas.", show_default=False),
@@ -64,6 +67,7 @@ def evaluate(
     result = measure(
         model,
         against=against,
+        adapter=adapter,
         methods=methods,
         kv_dtype=cache_dtype(kv_dtype),
         head=head,

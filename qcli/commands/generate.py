@@ -49,6 +49,9 @@ def generate(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Options of the method, such as block_size=128.", show_default=False),
     ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="A LoRA adapter, a folder or a hub id, to run with the model.", show_default=False)
+    ] = None,
     draft: Annotated[
         str | None,
         typer.Option(
@@ -91,6 +94,7 @@ def generate(
     # What needs no library comes first: a wrong option or a damaged folder is refused at once.
     from qcli.devices import never_fails, place
     from qcli.generation.sampling import Sampling
+    from qcli.loading.adapter import open_adapter
     from qcli.loading.opening import asked_recipe, open_checkpoint
     from qcli.recipe import read_recipe
 
@@ -98,6 +102,7 @@ def generate(
     asked = asked_recipe(recipe and read_recipe(recipe), bits, method, {}, skip or (), pairs(set_), head)
     if not never_fails(device, device_map, max_memory):
         place(device, device_map, max_memory)
+    adapted = None if adapter is None else open_adapter(adapter)
     source = open_checkpoint(model, revision, trust_remote_code)
     small = open_checkpoint(draft, None, trust_remote_code) if draft not in (None, "prompt") else None
     source.read_ahead()
@@ -113,7 +118,9 @@ def generate(
     # These checks come before any weight is read.
     check_can_generate(source.config, model, trust_remote_code)
     generation_config.check_source(source)
-    loaded, tokenizer = models.load_source(source, asked, dtype=dtype, placement=placement, int8_activations=int8_activations)
+    loaded, tokenizer = models.load_source(
+        source, asked, dtype=dtype, placement=placement, int8_activations=int8_activations, adapter=adapted
+    )
     if tokenizer is None:
         raise CheckpointError(f"{model} has no tokenizer", "Put its tokenizer files beside config.json.")
     template = Chat(tokenizer, model) if chat else None
@@ -203,9 +210,10 @@ def _answer(decoding, tokenizer, ids: list[int], parts: list[str], json: bool) -
 def _stats(model, result) -> dict[str, object]:
     from qcli.devices import gpus_of
     from qcli.generation import memory_limit
+    from qcli.nn.low_rank import adapter_bytes
     from qcli.process import peak_memory
 
-    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) + adapter_bytes(model)
     peak = peak_memory()
     if gpus := gpus_of(model):
         import torch

@@ -15,7 +15,10 @@ from qcli.evaluation.speed import Speed, measure
 from qcli.evaluation.statistics import comparison, perplexity
 from qcli.evaluation.tokens import TokenScores
 from qcli.formats import Weight
+from qcli.loading.adapter import Adapter, open_adapter
+from qcli.loading.attach import attach
 from qcli.methods.choosing import head_choice, made
+from qcli.nn.low_rank import adapter_bytes
 from qcli.progress import Advance, Progress, shown
 from qcli.recipe import KEEP, Choice
 from qcli.schemes import Scheme
@@ -28,6 +31,7 @@ def evaluate(
     model: str,
     *,
     against: str | None = None,
+    adapter: str | None = None,
     methods: str | Iterable[str] | None = None,
     kv_dtype: str | None = None,
     head: int | None = None,
@@ -45,6 +49,7 @@ def evaluate(
     """Measures `model`, a folder or hub id, quantized or not, on `text`, cut by qcli.streaming.corpus.read_windows.
 
     `against` names a base to compare it with, token by token. Both read what the tokenizer of `model` makes of the text.
+    `adapter`, a folder or hub id, is a LoRA adapter that `model` runs with, and the base does not.
     `kv_dtype` int8 rounds the keys and values of `model` as `generate` does for an int8 cache. `head`, 8 or 4, quantizes the output
     head of an unquantized model as `quantize` does. With either the model is compared with itself, unless `against` names another.
     `methods`, "all" or names of qcli.schemes, compares simulated methods with the unquantized model. A method that does not fit
@@ -59,6 +64,10 @@ def evaluate(
     """
     if against is not None and methods is not None:
         raise UsageError("--against and --methods were both given", "Leave out one: --methods compares with MODEL itself.")
+    if adapter is not None and methods is not None:
+        raise UsageError(
+            "--adapter and --methods were both given", "Leave out one, or make one model of the two first: qcli merge."
+        )
     of_head = head_choice(head, Choice(KEEP))
     for option, given in (("--kv-dtype", kv_dtype), ("--head", of_head)):
         if given is not None and methods is not None:
@@ -68,6 +77,7 @@ def evaluate(
                 f"{option} and --speed were both given", "Leave out one of them: qcli generate times a model as it is run."
             )
     chosen = schemes.chosen(methods) if methods is not None else []
+    adapted = None if adapter is None else open_adapter(adapter)
     running = {"device": device, "trust_remote_code": trust_remote_code}
     computing = "float32" if chosen and dtype == "auto" else dtype
     skeleton = Skeleton(model, dtype=computing, revision=revision, head=of_head, **running)
@@ -79,8 +89,15 @@ def evaluate(
         raise UsageError(f"--head: {model} is quantized already", "Give the unquantized model, or measure this one with --against.")
     base = Skeleton(against, dtype=computing, **running) if against is not None else None
     label, rounding = skeleton.source.label, None
+    if adapted is not None:
+        adapted.warn_of_other_base(skeleton.source, None)
+        attach(skeleton.model, adapted, label)
+        label = f"{label}, adapter {adapted.label}"
+    of_base = against or label
     if base is None and (kv_dtype is not None or of_head is not None):
         base = Skeleton(model, dtype=computing, revision=revision, **running)
+        if adapted is not None:
+            attach(base.model, adapted, base.source.label)
     if kv_dtype is not None:
         one_of("kv_dtype", kv_dtype, ("int8",))
         rounding = round_cache(skeleton.model)
@@ -98,7 +115,10 @@ def evaluate(
     skeletons = [s for s in (base, skeleton) if s is not None]
     work = sum(Reading.work(s) for s in skeletons) * len(runs(skeletons, corpus.windows, max(len(chosen), 1)))
     with shown(progress, work) as advance:
-        rows = _simulated(skeleton, chosen, corpus, advance) if chosen else _measured(skeletons, label, of_head, corpus, advance)
+        if chosen:
+            rows = _simulated(skeleton, chosen, corpus, advance)
+        else:
+            rows = _measured(skeletons, [of_base, label][-len(skeletons) :], of_head, adapted, corpus, advance)
     if rounding is not None and not rounding["calls"]:
         raise UsageError(
             f"--kv-dtype 8: {type(skeleton.model).__name__} does not use transformers' attention interface",
@@ -114,7 +134,7 @@ def evaluate(
         )
     if speed:
         running["dtype"] = dtype
-        _time(result, model, against, revision, corpus, limit, running)
+        _time(result, model, against, adapter, revision, corpus, limit, running)
     return result
 
 
@@ -158,9 +178,15 @@ def _check_same_tokens(model: Skeleton, base: Skeleton) -> None:
         raise UsageError(f"{names[0]} predicts {sizes[0]:,} tokens, {names[1]} {sizes[1]:,}", hint)
 
 
-def _measured(skeletons: Sequence[Skeleton], label: str, of_head: Choice | None, corpus: Corpus, advance: Advance) -> list[Row]:
-    """The model, which is called `label`, after its base where there is one. `of_head` is what its head is quantized by."""
-    labels = [s.source.label for s in skeletons[:-1]] + [label]
+def _measured(
+    skeletons: Sequence[Skeleton],
+    labels: Sequence[str],
+    of_head: Choice | None,
+    adapter: Adapter | None,
+    corpus: Corpus,
+    advance: Advance,
+) -> list[Row]:
+    """The model, after its base where there is one, by their `labels`. `of_head` is what the model's head is quantized by."""
 
     def read(windows: Sequence[Window], before: int) -> tuple[Contender | None, list[Contender]]:
         found = [Contender(name, Reading(s, windows, advance), before=before) for name, s in zip(labels, skeletons)]
@@ -172,6 +198,8 @@ def _measured(skeletons: Sequence[Skeleton], label: str, of_head: Choice | None,
     for name, skeleton, scored in zip(labels, skeletons, scores):
         source, linears = skeleton.source, quantizable(skeleton)
         size = sum(info.nbytes for info in source.tensors.values())
+        if adapter is not None and adapter_bytes(skeleton.model):
+            size += adapter.nbytes
         if skeleton is skeletons[-1] and of_head is not None:
             size += _saved_by_head(skeleton, of_head)
         bits = 8 * _linear_bytes(source, linears) / sum(x.out_features * x.in_features for x in linears)
@@ -241,7 +269,14 @@ def _linear_bytes(source: Source, linears: Sequence[Linear]) -> int:
 
 
 def _time(
-    result: Evaluation, model: str, against: str | None, revision: str | None, corpus: Corpus, limit: int | None, running: dict
+    result: Evaluation,
+    model: str,
+    against: str | None,
+    adapter: str | None,
+    revision: str | None,
+    corpus: Corpus,
+    limit: int | None,
+    running: dict,
 ) -> None:
     """Measures the speed of each row that can be run."""
     ids = corpus.windows[0].ids
@@ -257,7 +292,7 @@ def _time(
                 row.speed = timed(model, method=row.name, revision=revision)
         result.notes.append("speed is that of the methods that qcli runs, each loaded whole")
     else:
-        result.rows[-1].speed = timed(model, revision=revision)
+        result.rows[-1].speed = timed(model, adapter=adapter, revision=revision)
         if against is not None:
             result.rows[0].speed = timed(against)
     first = next(row.speed for row in result.rows if row.speed)

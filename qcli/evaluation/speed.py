@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from qcli.devices import gpus_of
 from qcli.generation import decode
 from qcli.loading import load as model
+from qcli.nn.low_rank import adapter_bytes
 from qcli.process import peak_memory, reset_peak_memory
 
 PROMPT_TOKENS = 256
@@ -50,5 +51,5 @@ def measure(name: str, ids: Sequence[int], limit: int | None, **options: object)
         prefill=done.prefill_rate,
         decode=done.decode_rate,
         peak_memory=sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) if gpus else peak_memory(),
-        weights=sum(t.numel() * t.element_size() for t in [*loaded.parameters(), *loaded.buffers()]),
+        weights=sum(t.numel() * t.element_size() for t in [*loaded.parameters(), *loaded.buffers()]) + adapter_bytes(loaded),
     )

@@ -130,6 +130,8 @@ def planned(
         data=contents,
         notes=_notes(rows, options, max_tokens),
     )
+    if plan.dtype == "float16":
+        plan.notes.append("small gradients vanish in float16: take --dtype bfloat16, or float32 on an old GPU, if the loss stays")
     plan.memory, plan.free = estimated(plan)
     return plan
 
@@ -163,7 +165,8 @@ def _shape(module) -> tuple[int, int]:
 
 def _notes(rows: Rows, options: Options, asked: int) -> list[str]:
     encoding, notes = rows.encoding, []
-    if options.max_tokens < asked:
+    counts = rows.counts
+    if options.max_tokens < asked and (counts.cut or counts.split or counts.dropped):
         notes.append(f"the model's context holds {options.max_tokens:,} tokens: rows are no longer than that")
     if encoding.end is None:
         notes.append("the tokenizer has no token that ends a text, so the model does not learn to stop")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from qcli.formats import Choice
-from qcli.schemes import BLOCK_SIZES
+from qcli.schemes import BLOCK_SIZES, Scheme
 
 # Fused projections of vLLM, which looks a skip list up by its own names.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -50,6 +50,22 @@ def fused_notes(choice: Choice) -> Iterator[str]:
                     f"{parent}: {', '.join(m.rpartition('.')[2] for m in left)} quantized beside skipped members of {fused}:"
                     " vLLM, which fuses them, will not load this"
                 )
+
+
+def conv1d_problems(choice: Choice, label: str) -> list[str]:
+    """The problem of a format, `label`, whose readers know no Conv1D; at most one."""
+    linears = choice.layout.linears.values()
+    module = next((linear.module for linear in linears if linear.transposed and linear.module in choice.schemes), None)
+    return [f"{module} is a Conv1D, and readers of {label} take nn.Linear alone"] if module else []
+
+
+def ragged_groups(scheme: Scheme, in_features: int) -> str | None:
+    """Why groups do not divide rows, as a sentence without its end; None where they do."""
+    if scheme.share != "group" or in_features % scheme.size == 0:
+        return None
+    fitting = [size for size in (128, 64, 32) if in_features % size == 0]
+    advice = f"; a group size of {fitting[0]} does" if fitting and scheme.codebook is None else ""
+    return f"groups of {scheme.size} do not divide rows of {in_features}{advice}"
 
 
 def straddling_notes(choice: Choice) -> Iterator[str]:

@@ -7,16 +7,16 @@ auto_round:llm_compressor    compressed-tensors': MXFP4, MXFP8 or NVFP4
 auto_round:fp8, fp8_static   E4M3 with scales of blocks, or of rows with one scale of activations
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qcli import formats
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
-from qcli.errors import CheckpointError
-from qcli.files.foreign_json import FLAG, TEXT, Kind, Required, check, either, list_of, one_of, whole
-from qcli.formats import Choice, Format, Piece, Stored, Weight, _columns
-from qcli.formats._plain import Plain
+from qcli.files.foreign_json import FLAG, TEXT, Kind, Required, either, list_of, one_of, whole
+from qcli.formats import Format, Stored, Weight
+from qcli.formats._columns import weight_name
+from qcli.formats._plain import ReadOnly
 from qcli.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -45,26 +45,14 @@ _CONFIG: Mapping[str, Kind | Required] = {
 }
 
 
-class AutoRound(Plain):
+class AutoRound(ReadOnly):
     """See the module and qcli.formats.Format."""
 
     name = "auto-round"
     library = "auto-round"
-    rows_together = 1
-
-    def refuses(self, scheme: Scheme) -> str | None:
-        return f"{self.name}'s format is read, not written"
-
-    def refuses_shape(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
-        return None
-
-    def refuses_head(self, head: Scheme, others: Sequence[Scheme], tied: bool) -> str | None:
-        return self.refuses(head)
+    fields = _CONFIG
 
     def tensors(self, weight: Weight, scheme: Scheme) -> list[TensorSpec]:
-        raise NotImplementedError
-
-    def pack(self, weight: Weight, scheme: Scheme, parts: "Mapping[str, torch.Tensor]", start: int) -> Iterator[Piece]:
         raise NotImplementedError
 
     def codes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
@@ -73,14 +61,8 @@ class AutoRound(Plain):
     def scales(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
         raise NotImplementedError
 
-    def config(self, choice: Choice, compute_dtype: str) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def owns(self, config: Mapping[str, Any]) -> bool:
-        return config.get("quant_method") == self.name
-
     def weight_name(self, tensor: str) -> str:
-        return _columns.weight_name(tensor.removesuffix("_packed") if tensor.endswith(".weight_packed") else tensor)
+        return weight_name(tensor.removesuffix("_packed") if tensor.endswith(".weight_packed") else tensor)
 
     def companions(self, tensors: Mapping[str, object]) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -89,26 +71,13 @@ class AutoRound(Plain):
         return found
 
     def scheme_of(self, codes: str, tensors: "Mapping[str, TensorInfo]", config: Mapping[str, Any] | None) -> Scheme | None:
-        if config is None or not self.owns(config):
-            return None
-        try:
-            self.check(config, self.name)
-        except CheckpointError:
+        if config is None or not self.owns(config) or not self.passes(config):
             return None
         other, theirs = _theirs(config)
         return other.scheme_of(codes, tensors, theirs)
 
-    def parameters_in(self, info: "TensorInfo", scheme: Scheme, config: Mapping[str, Any] | None) -> int:
-        return info.nbytes * 8 // scheme.bits
-
-    def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:
-        return True
-
-    def in_module(self, spec: "TensorSpec | TensorInfo") -> bool:
-        return True
-
     def check(self, config: Mapping[str, Any], label: str) -> None:
-        check(config, _CONFIG, label, _columns.LOAD_ELSEWHERE)
+        super().check(config, label)
         other, theirs = _theirs(config)
         other.check(theirs, label)
 

@@ -15,7 +15,6 @@ field that changes what bytes mean is compared with what qcli's kernels do with 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -66,15 +65,14 @@ class Bitsandbytes(Plain):
     """See the module and qcli.formats.Format."""
 
     name = library = "bitsandbytes"
-    rows_together = 1
+    fields = _CONFIG
+    hint = "Mend the file, or fetch it again."
+    skip_list = "llm_int8_skip_modules"
 
     def refuses(self, scheme: Scheme) -> str | None:
         is_4bit = scheme.share == "flat" and scheme.codebook in _CODEBOOKS
         is_8bit = scheme.method == "llm-int8" and not scheme.keeps_original
         return None if is_4bit or is_8bit else f"{self.name} holds nf4, fp4 and llm-int8, not {scheme.name}"
-
-    def refuses_shape(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
-        return None
 
     def refuses_mixture(self, schemes: Sequence[Scheme]) -> str | None:
         several = len({(scheme.bits, scheme.threshold) for scheme in schemes}) > 1
@@ -190,9 +188,6 @@ class Bitsandbytes(Plain):
     def owns(self, config: Mapping[str, Any]) -> bool:
         return bool(config.get("quant_method", self.name) == self.name)
 
-    def weight_name(self, tensor: str) -> str:
-        return tensor
-
     def companions(self, tensors: Mapping[str, object]) -> dict[str, str]:
         owners = {}
         for name in tensors:
@@ -212,34 +207,19 @@ class Bitsandbytes(Plain):
                 return NAMED[codebook if f"{codes}.nested_absmax" in tensors else f"{codebook}-plain"]
         return None
 
-    def parameters_in(self, info: "TensorInfo", scheme: Scheme, config: Mapping[str, Any] | None) -> int:
-        return info.nbytes * 8 // scheme.bits
-
     def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:
         return _STATE not in spec.name and not spec.name.endswith("weight_format")
 
     def in_module(self, spec: "TensorSpec | TensorInfo") -> bool:
         return self.in_memory(spec) and not spec.name.endswith("quant_map")
 
-    def check(self, config: Mapping[str, Any], label: str) -> None:
-        check(config, _CONFIG, label, "Mend the file, or fetch it again.")
-
-    def read(self, source: "Source", linears: Sequence[Linear], config: Mapping[str, Any]) -> dict[str, Stored]:
-        from qcli.formats._reading import read_each
-
-        return read_each(source, linears, partial(self._read, config))
-
     def attribute(self, name: str) -> str:
         return name.replace("weight.", "weight_", 1)
-
-    def skipped(self, config: Mapping[str, Any]) -> list[str] | None:
-        found: list[str] | None = config.get("llm_int8_skip_modules")
-        return found
 
     def renamings(self) -> list[tuple[str, str]]:
         return [(f"weight.{part}$", f"weight_{part}") for part in _HELD_4BIT]
 
-    def _read(self, config: Mapping[str, Any], source: "Source", linear: Linear) -> Stored | None:
+    def read_one(self, config: Mapping[str, Any], source: "Source", linear: Linear) -> Stored | None:
         if f"{linear.tensor.removesuffix('weight')}SCB" in source.tensors:
             return _read_8bit(config, source, linear, self.codes_shape(linear.out_features, linear.in_features))
         codebook = next((each for each in _CODEBOOKS if f"{linear.tensor}{_STATE}{each}" in source.tensors), None)

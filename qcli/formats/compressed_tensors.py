@@ -18,16 +18,18 @@ int8), stored scales of activations.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qcli.checkpoint.dtypes import CODES, MODEL_DTYPES, TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.errors import CheckpointError
-from qcli.files.foreign_json import OBJECT, TEXT, Kind, Required, check, list_of, map_of, one_of
+from qcli.files.foreign_json import OBJECT, TEXT, Kind, Required, list_of, map_of, one_of
 from qcli.formats import Choice, Format, Piece, Stored, Weight
 from qcli.formats import _ct_config as groups
 from qcli.formats._plain import Plain
-from qcli.formats._selection import fused_notes
+from qcli.formats._selection import conv1d_problems, fused_notes, ragged_groups
+from qcli.packing import pack_pairs, pack_words, to_signed, to_unsigned, unpack_pairs, unpack_words, words_of
 from qcli.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from qcli.checkpoint.safetensors_file import TensorInfo
     from qcli.checkpoint.source import Source
 
-_HINT = "Load it with transformers."
 _COMPANIONS = (
     *("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale"),
     *("input_scale", "input_global_scale"),
@@ -58,7 +59,9 @@ class CompressedTensors(Plain):
 
     name = "compressed-tensors"
     library = "compressed-tensors"
-    rows_together = 1
+    fields = _CONFIG
+    hint = "Load it with transformers."
+    skip_list = "ignore"
 
     def refuses(self, scheme: Scheme) -> str | None:
         in_rows = scheme.share in ("group", "row") and scheme.scale == "model"
@@ -69,11 +72,7 @@ class CompressedTensors(Plain):
         return f"{self.name} holds integers in groups or rows, int8 with rounded activations, and small floats, not {scheme.name}"
 
     def refuses_shape(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
-        if scheme.share != "group" or in_features % scheme.size == 0:
-            return None
-        fitting = [size for size in (128, 64, 32) if in_features % size == 0]
-        advice = f"; a group size of {fitting[0]} does" if fitting and scheme.codebook is None else ""
-        return f"groups of {scheme.size} do not divide rows of {in_features}{advice}"
+        return ragged_groups(scheme, in_features)
 
     def refuses_head(self, head: Scheme, others: Sequence[Scheme], tied: bool) -> str | None:
         if reason := self.refuses(head):
@@ -87,7 +86,6 @@ class CompressedTensors(Plain):
         import torch
 
         from qcli.ops.pack_codes import pack_codes
-        from qcli.packing import pack_pairs, pack_words, to_unsigned
 
         module, layout = weight.name.removesuffix("weight"), groups.layout_of(scheme)
         packed = {spec.name: spec for spec in _tensors(weight, scheme, layout)}
@@ -113,8 +111,6 @@ class CompressedTensors(Plain):
             yield Piece(f"{module}weight_zero_point", 0, pack_words(along_rows, scheme.bits).t().contiguous())
 
     def codes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
-        from qcli.packing import to_signed, unpack_pairs, unpack_words
-
         codes, scheme = tensors["weight"], stored.scheme
         if codes.element_size() == 4:
             return to_signed(unpack_words(codes, scheme.bits, stored.in_features), scheme.bits)
@@ -130,8 +126,6 @@ class CompressedTensors(Plain):
         return codes.contiguous().view(torch.uint8) if packed else None
 
     def scales(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-        from qcli.packing import to_signed, unpack_words
-
         scheme, rows, columns = stored.scheme, stored.out_features, stored.in_features
         scale, zero_point = tensors["weight_scale"].reshape(scheme.scale_shape(rows, columns)), tensors.get("weight_zero_point")
         found = {"scale": scale}
@@ -146,10 +140,7 @@ class CompressedTensors(Plain):
         modules: dict[Scheme, list[str]] = {}
         for module, scheme in choice.schemes.items():
             modules.setdefault(scheme, []).append(module)
-        for linear in choice.layout.linears.values():
-            if linear.transposed and linear.module in choice.schemes:
-                choice.problems.append(f"{linear.module} is a Conv1D, and readers of {self.name} take nn.Linear alone")
-                break
+        choice.problems += conv1d_problems(choice, self.name)
         choice.notes += fused_notes(choice)
         choice.notes += groups.reader_notes(list(modules))
         left = {*choice.layout.default_skip, *choice.layout.candidates} - set(choice.schemes)
@@ -166,9 +157,6 @@ class CompressedTensors(Plain):
             "quant_method": self.name,
             "quantization_status": "compressed",
         }
-
-    def owns(self, config: Mapping[str, Any]) -> bool:
-        return config.get("quant_method") == self.name
 
     def weight_name(self, tensor: str) -> str:
         return f"{tensor.removesuffix('_packed')}" if tensor.endswith(".weight_packed") else tensor
@@ -188,12 +176,7 @@ class CompressedTensors(Plain):
         scale = tensors.get(f"{module}.weight_scale")
         if not codes.endswith((".weight_packed", ".weight")) or scale is None or len(tensors[codes].shape) != 2:
             return None
-        try:
-            self.check(config or {}, self.name)
-        except CheckpointError:
-            group = None
-        else:
-            group = groups.group_for(module, config or {})
+        group = groups.group_for(module, config) if config is not None and self.passes(config) else None
         if group is not None:
             return group.scheme
         return _by_headers(tensors[codes], scale, f"{module}.weight_zero_point" in tensors, groups.one_number_of_bits(config))
@@ -204,28 +187,20 @@ class CompressedTensors(Plain):
     def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:
         return not spec.name.endswith(_UNUSED)
 
-    def in_module(self, spec: "TensorSpec | TensorInfo") -> bool:
-        return not spec.name.endswith(_UNUSED)
-
     def check(self, config: Mapping[str, Any], label: str) -> None:
-        check(config, _CONFIG, label, _HINT)
+        super().check(config, label)
         for name, group in config["config_groups"].items():
             groups.check_group(group, f"{label}.config_groups.{name}")
             if group.get("format") is None and config["format"] == groups.MIXED:
-                raise CheckpointError(f"{label}.config_groups.{name} has no format, and the model's is {groups.MIXED}", _HINT)
+                raise CheckpointError(f"{label}.config_groups.{name} has no format, and the model's is {groups.MIXED}", self.hint)
 
     def read(self, source: "Source", linears: Sequence[Linear], config: Mapping[str, Any]) -> dict[str, Stored]:
         from qcli.formats._reading import read_each
 
-        stated = groups.groups_of(config)
-        return read_each(source, linears, lambda source, linear: self._read(stated, source, linear))
+        return read_each(source, linears, partial(self._read, groups.groups_of(config)))
 
     def attribute(self, name: str) -> str:
         return "weight" if name == "weight_packed" else name
-
-    def skipped(self, config: Mapping[str, Any]) -> list[str] | None:
-        found: list[str] | None = config.get("ignore")
-        return found
 
     def renamings(self) -> list[tuple[str, str]]:
         return [("weight_packed$", "weight")]
@@ -267,8 +242,6 @@ class CompressedTensors(Plain):
 
 def _tensors(weight: Weight, scheme: Scheme, layout: str) -> list[TensorSpec]:
     """What a layout stores for a weight."""
-    from qcli.packing import words_of
-
     module, rows, columns = weight.name.removesuffix("weight"), weight.out_features, weight.in_features
     scales = scheme.scale_shape(rows, columns)
     of_scale = {"e8m0": "U8", "e4m3": "F8_E4M3"}.get(scheme.scale, weight.dtype)

@@ -12,22 +12,22 @@ Files of others may have columns in another order (desc_act): g_idx then names a
 order.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qcli.checkpoint.dtypes import TensorSpec
 from qcli.checkpoint.layout import Linear
 from qcli.errors import CheckpointError
-from qcli.files.foreign_json import FLAG, OBJECT, TEXT, Kind, Required, check, one_of, whole
-from qcli.formats import Choice, Format, Piece, Stored, Weight, _columns
-from qcli.formats._plain import Plain
-from qcli.formats._selection import fused_notes
+from qcli.files.foreign_json import FLAG, OBJECT, TEXT, Kind, Required, one_of, whole
+from qcli.formats import Choice, Format, Piece, Stored, Weight
+from qcli.formats._columns import Columns, group_size, in_columns, left_alone
+from qcli.packing import pack_words, to_signed, unpack_words, words_of
 from qcli.schemes import WHOLE_ROW, Scheme
 
 if TYPE_CHECKING:
     import torch
 
-    from qcli.checkpoint.safetensors_file import TensorInfo
     from qcli.checkpoint.source import Source
 
 _BITS = (2, 3, 4, 8)
@@ -44,12 +44,12 @@ _CONFIG: Mapping[str, Kind | Required] = {
 }
 
 
-class Gptq(Plain):
+class Gptq(Columns):
     """See the module and qcli.formats.Format."""
 
     name = "gptq"
-    library = "gptqmodel"
-    rows_together = 1
+    rows_in_words = 32
+    fields = _CONFIG
 
     def refuses(self, scheme: Scheme) -> str | None:
         in_rows = scheme.share in ("group", "row") and scheme.scale == "model"
@@ -62,17 +62,9 @@ class Gptq(Plain):
     def refuses_shape(self, scheme: Scheme, out_features: int, in_features: int) -> str | None:
         if in_features % 32:
             return f"rows of {in_features} are no multiple of 32, of which readers of {self.name} make words"
-        return _columns.divisibility(scheme, in_features, out_features, 32)
-
-    def refuses_mixture(self, schemes: Sequence[Scheme]) -> str | None:
-        return _columns.mixture_reason(self.name, schemes)
-
-    def refuses_head(self, head: Scheme, others: Sequence[Scheme], tied: bool) -> str | None:
-        return _columns.head_reason(self.name, self.refuses(head), tied)
+        return super().refuses_shape(scheme, out_features, in_features)
 
     def tensors(self, weight: Weight, scheme: Scheme) -> list[TensorSpec]:
-        from qcli.packing import words_of
-
         module, rows, columns = weight.name.removesuffix("weight"), weight.out_features, weight.in_features
         count = scheme.scale_shape(rows, columns)[1]
         return [
@@ -86,7 +78,6 @@ class Gptq(Plain):
         import torch
 
         from qcli.ops.pack_codes import pack_codes
-        from qcli.packing import pack_words
 
         module, rows, columns = weight.name.removesuffix("weight"), weight.out_features, weight.in_features
         if "codes" in parts:
@@ -102,8 +93,6 @@ class Gptq(Plain):
         yield Piece(f"{module}g_idx", 0, torch.arange(columns, dtype=torch.int32) // size)
 
     def codes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
-        from qcli.packing import to_signed, unpack_words
-
         bits = stored.scheme.bits
         return to_signed(unpack_words(tensors["weight"].t().contiguous(), bits, stored.in_features), bits)
 
@@ -115,8 +104,6 @@ class Gptq(Plain):
 
     def scales(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
         import torch
-
-        from qcli.packing import to_signed, unpack_words
 
         bits, parts = stored.scheme.bits, {"scale": tensors["scales"].t().contiguous()}
         if stored.scheme.zero_point:
@@ -134,14 +121,13 @@ class Gptq(Plain):
         return parts
 
     def config(self, choice: Choice, compute_dtype: str) -> dict[str, Any]:
-        scheme = _columns.one_scheme(choice, f"{self.name}'s format")
-        choice.notes += fused_notes(choice)
+        scheme = self.chosen(choice)
         if scheme and scheme.bits != 4:
             choice.notes.append("vLLM 0.32 reads GPTQ's format of 4 and 8 bits alone, and of 4 alone on a CPU")
-        left = _columns.left_alone(choice)
+        left = left_alone(choice)
         return {
             "bits": scheme.bits if scheme else 4,
-            "group_size": _columns.group_size(scheme) if scheme else WHOLE_ROW,
+            "group_size": group_size(scheme),
             "desc_act": False,
             "sym": True,
             "lm_head": False,
@@ -152,86 +138,21 @@ class Gptq(Plain):
             **({"dynamic": {f"-:^{_escaped(module)}$": {} for module in left}} if left != ["lm_head"] else {}),
         }
 
-    def owns(self, config: Mapping[str, Any]) -> bool:
-        return config.get("quant_method") == self.name
-
-    def weight_name(self, tensor: str) -> str:
-        return _columns.weight_name(tensor)
-
-    def companions(self, tensors: Mapping[str, object]) -> dict[str, str]:
-        return _columns.companions(tensors)
-
-    def scheme_of(self, codes: str, tensors: "Mapping[str, TensorInfo]", config: Mapping[str, Any] | None) -> Scheme | None:
-        if not codes.endswith(".qweight") or not self.owns(config or {}):
-            return None
-        try:
-            self.check(config or {}, self.name)
-        except CheckpointError:
-            return None
-        return _scheme(config or {})
-
-    def parameters_in(self, info: "TensorInfo", scheme: Scheme, config: Mapping[str, Any] | None) -> int:
-        return info.nbytes * 8 // scheme.bits
-
-    def in_memory(self, spec: "TensorSpec | TensorInfo") -> bool:
-        return True
-
-    def in_module(self, spec: "TensorSpec | TensorInfo") -> bool:
-        return True
-
     def check(self, config: Mapping[str, Any], label: str) -> None:
-        check(config, _CONFIG, label, _columns.LOAD_ELSEWHERE)
+        super().check(config, label)
         for pattern, options in (config.get("dynamic") or {}).items():
             if not pattern.startswith("-:") and options:
-                raise CheckpointError(
-                    f"{label}.dynamic has other options for {pattern!r}, which qcli does not read", _columns.LOAD_ELSEWHERE
-                )
-
-    def read(self, source: "Source", linears: Sequence[Linear], config: Mapping[str, Any]) -> dict[str, Stored]:
-        from qcli.formats._reading import read_each
-
-        return read_each(source, linears, lambda source, linear: self._read(config, source, linear))
-
-    def attribute(self, name: str) -> str:
-        return "weight" if name == "qweight" else name
+                raise CheckpointError(f"{label}.dynamic has other options for {pattern!r}, which qcli does not read", self.hint)
 
     def skipped(self, config: Mapping[str, Any]) -> list[str] | None:
         return sorted(pattern for pattern in config.get("dynamic") or {}) or None
 
-    def renamings(self) -> list[tuple[str, str]]:
-        return [("qweight$", "weight")]
+    def scheme(self, config: Mapping[str, Any]) -> Scheme:
+        return in_columns(config["bits"], config["group_size"], zero_point=config.get("sym") is False)
 
-    def _read(self, config: Mapping[str, Any], source: "Source", linear: Linear) -> Stored | None:
-        from qcli.formats._reading import Problem, expect, present
-
-        if not linear.tensor.endswith(".qweight"):
-            return None
-        module, scheme = linear.tensor.removesuffix("qweight"), _scheme(config)
-        weight = Weight(f"{module}weight", linear.out_features, linear.in_features, "F16")
-        for spec in self.tensors(weight, scheme):
-            if spec.name not in source.tensors:
-                if spec.name.endswith("g_idx") and not config.get("desc_act"):
-                    continue
-                raise Problem(f"{linear.tensor} lacks {spec.name}")
-            expect(source, spec.name, _columns.FLOATS if spec.name.endswith("scales") else (spec.dtype,), spec.shape)
-        names = {self.attribute(name): f"{module}{name}" for name in ("qweight", *_columns.COMPANIONS)}
-        offset = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
-        shape = linear.out_features, linear.in_features
-        return Stored(self.name, scheme, *shape, present(source, names), zero_offset=offset)
-
-
-def _scheme(config: Mapping[str, Any]) -> Scheme:
-    bits, size = config["bits"], config["group_size"]
-    whole_row = size == WHOLE_ROW
-    return Scheme(
-        f"w{bits}a16",
-        "rtn",
-        bits,
-        "row" if whole_row else "group",
-        0 if whole_row else size,
-        zero_point=config.get("sym") is False,
-        scale="model",
-    )
+    def read_one(self, config: Mapping[str, Any], source: "Source", linear: Linear) -> Stored | None:
+        found = super().read_one(config, source, linear)
+        return found and replace(found, zero_offset=0 if config.get("checkpoint_format") == "gptq_v2" else 1)
 
 
 def _size(stored: Stored) -> int:

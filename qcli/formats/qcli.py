@@ -13,13 +13,12 @@ NF4, FP4 and LLM.int8() have the tensors of bitsandbytes' format. Any other weig
                   name; columns ascend
 config.json lists the schemes, and the weights of each with their shapes. What it does not list is of bitsandbytes' kind.
 
-transformers does not know the format: it would skip what the config says and take codes for weights. So all codes lie in one
-column, and transformers stops at their shape.
+Without qcli, which registers the format with it, transformers would skip what the config says and take codes for weights. So all
+codes lie in one column, and transformers stops at their shape.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qcli.checkpoint import dtypes
@@ -29,7 +28,8 @@ from qcli.errors import CheckpointError
 from qcli.formats import Choice, Format, Piece, Stored, Weight
 from qcli.formats import _schemes_config as listed
 from qcli.formats.bitsandbytes import Bitsandbytes
-from qcli.schemes import PAPER_THRESHOLD, Scheme, plane_bytes
+from qcli.packing import plane_bytes, to_signed, unpack_planes
+from qcli.schemes import PAPER_THRESHOLD, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ class Qcli(Bitsandbytes):
             return
         import torch
 
-        from qcli.packing import pack_planes, to_unsigned
+        from qcli.ops.pack_codes import pack_codes
 
         columns = weight.in_features
         for role, part in parts.items():
@@ -99,13 +99,10 @@ class Qcli(Bitsandbytes):
             elif scheme.bits == 8:
                 yield Piece(weight.name, start, part)
             else:
-                codes = part.view(-1, columns)
-                codes = codes if scheme.codebook else to_unsigned(codes, scheme.bits)
-                yield Piece(weight.name, start // columns * _row_bytes(scheme, columns), pack_planes(codes, scheme.bits))
+                codes = pack_codes(part.view(-1, columns), scheme.bits, "planes")  # those of a codebook are unsigned
+                yield Piece(weight.name, start // columns * _row_bytes(scheme, columns), codes)
 
     def codes(self, stored: Stored, tensors: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
-        from qcli.packing import to_signed, unpack_planes
-
         codes, scheme = tensors["weight"], stored.scheme
         if scheme.bits == 8:
             return codes.view(stored.out_features, stored.in_features)
@@ -160,9 +157,9 @@ class Qcli(Bitsandbytes):
         listed.check_all(entries or (), f"{label}.schemes")
 
     def read(self, source: "Source", linears: Sequence[Linear], config: Mapping[str, Any]) -> dict[str, Stored]:
-        from qcli.formats._reading import made_again, read_each
+        from qcli.formats._reading import made_again
 
-        found = read_each(source, linears, partial(self._read, config))
+        found = super().read(source, linears, config)
         known = {linear.tensor for linear in linears}
         for entry in config.get("schemes") or ():
             if strays := sorted(entry["weights"].keys() - known):
@@ -179,7 +176,7 @@ class Qcli(Bitsandbytes):
     def renamings(self) -> list[tuple[str, str]]:
         return [*super().renamings(), *((f"weight.{part}$", f"weight_{part}") for part in _PARTS)]
 
-    def _read(self, config: Mapping[str, Any], source: "Source", linear: Linear) -> Stored | None:
+    def read_one(self, config: Mapping[str, Any], source: "Source", linear: Linear) -> Stored | None:
         from qcli.formats._reading import Problem, expect, present
 
         name, entry = linear.tensor, listed.entry_of(linear.tensor, config)
@@ -187,12 +184,12 @@ class Qcli(Bitsandbytes):
         if entry is None:
             if beside:
                 raise Problem(f"{beside[0]} is stored, and the config lists no scheme for {name}")
-            return super()._read(config, source, linear)
+            return super().read_one(config, source, linear)
         scheme, shape = listed.scheme_in(entry), (linear.out_features, linear.in_features)
         if entry["weights"][name] != list(shape):
             raise Problem(f"the config says that {name} is {entry['weights'][name]}, the model expects {list(shape)}")
         if _is_older(scheme):
-            found = super()._read(config, source, linear)
+            found = super().read_one(config, source, linear)
             if found is None:
                 raise Problem(f"{name} lacks {name.removesuffix('weight')}SCB")
             return replace(found, scheme=scheme)

@@ -15,9 +15,9 @@ from transformers.generation.configuration_utils import GenerationMode
 from qcli.errors import UsageError
 from qcli.generation.drafts import Draft
 from qcli.generation.lean_step import MOST_TOKENS, Caches, LeanStep, run_layer
+from qcli.generation.linears import linear_of
 from qcli.generation.recognized import Recognized
 from qcli.generation.step import Unsupported
-from qcli.generation.structure import linear_of
 from qcli.runtime import cpu
 
 CHOICE = "QCLI_STEP"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qcli.generation.linears import Adapted
 from qcli.generation.step import Unsupported
 from qcli.generation.structure import Block, Norm
 from qcli.ops import activate, attend, norm, rope_append
@@ -142,7 +143,7 @@ class LayerOps:
 
     def _linear(self, weight, x: torch.Tensor, name: str) -> torch.Tensor:
         y = self.buffers(name, weight.out_features)
-        self.ops.append(linear_op(weight, x, y))
+        add_linear(self.ops, weight, x, y, self.buffers)
         return y
 
     def _attention(self, x: torch.Tensor, cache: LayerCache, window: int, tables) -> torch.Tensor:
@@ -179,11 +180,18 @@ class LayerOps:
         return self._linear(m.down, inner, "mlp")
 
 
-def linear_op(weight, x: torch.Tensor, y: torch.Tensor) -> tuple[str, cpu.Record]:
-    """y = x W^T + bias, for x and y float32 and contiguous. `weight` is prepared for its op."""
+def add_linear(ops: list, weight, x: torch.Tensor, y: torch.Tensor, buffers: Buffers) -> None:
+    """Appends y = x W^T + bias, for x and y float32 and contiguous. `weight` is prepared for its op, or Adapted."""
+    if isinstance(weight, Adapted):
+        add_linear(ops, weight.base, x, y, buffers)
+        inner, more = buffers("inner of adapter", weight.down.out_features), buffers("of adapter", weight.out_features)
+        add_linear(ops, weight.down, x, inner, buffers)
+        add_linear(ops, weight.up, inner, more, buffers)
+        ops.append(("norm", norm.record(more, None, residual=y, sum=y, eps=0.0, centered=False)))
+        return
     record = cpu.Record("ppp", x, y, weight.weight.address)
     record.weight = weight  # keeps it alive
-    return weight.STEP, record
+    ops.append((weight.STEP, record))
 
 
 def add_and_norm(ops: list, hidden: torch.Tensor, added: Added, how: Norm | None, buffers: Buffers, name="normed") -> torch.Tensor:
@@ -255,7 +263,7 @@ class LeanStep:
                 ops += layer.ops
             tail = len(ops)
             read = add_and_norm(ops, self.hidden, before, self.last_norm, self.buffers, "last")
-            ops.append(linear_op(self.head, read, self.logits))
+            add_linear(ops, self.head, read, self.logits, self.buffers)
         except (TypeError, ValueError) as e:
             raise Unsupported from e
         self.caches, self.program, self.tail, self.after = caches, Program(ops), slice(tail, None), before

@@ -4,21 +4,22 @@ from collections.abc import Iterable
 
 import torch
 
+from qcli.nn.low_rank import adapter_bytes
 from qcli.runtime import cpu
 
 _ENOUGH = 256 << 20  # bytes that are read to measure the speed of memory
 
 
 def bytes_a_step(model) -> int | None:
-    """Bytes of weights that a step reads: all but the rows of an embedding. None for a mixture of experts, which reads
-    some of them, and for an encoder-decoder."""
+    """Bytes of weights that a step reads, an adapter's among them: all but the rows of an embedding. None for a mixture of experts,
+    which reads some of them, and for an encoder-decoder."""
     names = [name for name, _ in model.named_parameters()]
     if model.config.is_encoder_decoder or any("expert" in name for name in names):
         return None
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and getattr(head, "weight", None) is not None and head.weight is embedding.weight
     weights = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return sum(weights.values()) - (0 if tied else embedding.weight.nbytes)
+    return sum(weights.values()) + adapter_bytes(model) - (0 if tied else embedding.weight.nbytes)
 
 
 def memory_speed(model) -> float | None:

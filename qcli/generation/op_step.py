@@ -17,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from qcli.errors import KernelError
 from qcli.generation.lean import CHOICE
 from qcli.generation.lean_step import Added, LayerCache, laid_out
+from qcli.generation.linears import hooked
 from qcli.generation.recognized import Recognized
 from qcli.generation.step import Unsupported
-from qcli.generation.structure import Attention, Block, Mlp, Norm, hooked
+from qcli.generation.structure import Attention, Block, Mlp, Norm
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.ops.activate import activate
 from qcli.ops.attend import attend
@@ -40,7 +41,7 @@ class Projection:
 
 
 def projection_of(module: nn.Module) -> Projection:
-    """Raises Unsupported for anything that computes more than a linear layer."""
+    """Raises Unsupported for anything that computes more than a linear layer and an adapter of it."""
     if hooked(module):
         raise Unsupported
     if isinstance(module, Conv1D):

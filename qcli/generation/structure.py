@@ -14,9 +14,7 @@ import torch
 from torch import nn
 
 from qcli.generation.step import Unsupported
-from qcli.nn._fast_path import FastPath
 from qcli.ops.activate import KINDS, activate
-from qcli.ops.linear_float import PreparedFloat
 from qcli.ops.norm import norm
 
 # Which values of a head are rotated together, and how the tables of angles lie: pairs (i, i + n / 2); pairs (2 i, 2 i + 1) with
@@ -155,36 +153,6 @@ def _child(module: nn.Module, *names: str) -> nn.Module:
         if isinstance(child, nn.Module):
             return child
     raise Unsupported
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether hooks may change what the module gets or gives."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__)
-
-
-def linear_of(module: nn.Module):
-    """A linear layer, prepared for the step. Raises Unsupported for anything that computes more, or has no kernel."""
-    if hooked(module):
-        raise Unsupported
-    if isinstance(module, FastPath):
-        return module.for_few_tokens()
-    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
-        # Its weight is [in_features, out_features]. The same values are laid out as a linear layer's, which is as good for torch.
-        if not module.weight.t().is_contiguous():
-            module.weight.data = module.weight.data.t().contiguous().t()
-        return _float(module.weight.t(), module.bias)
-    if type(module) is not nn.Linear:
-        raise Unsupported
-    return _float(module.weight, module.bias)
-
-
-def _float(weight: torch.Tensor, bias: torch.Tensor | None) -> PreparedFloat:
-    if weight.is_meta or not weight.is_contiguous():
-        raise Unsupported
-    try:
-        return PreparedFloat(weight.shape[1], weight.detach(), None if bias is None else bias.detach())
-    except (TypeError, ValueError) as e:
-        raise Unsupported from e
 
 
 def norm_of(module: nn.Module, width: int) -> Norm:

@@ -24,6 +24,8 @@ from qcli.devices import DeviceChoice, place
 from qcli.errors import CheckpointError, QcliError, UsageError, one_of, together
 from qcli.formats._reading import made_again
 from qcli.loading import generation_config, out_of_memory
+from qcli.loading.adapter import Adapter, open_adapter
+from qcli.loading.attach import adapters_tokenizer, attach
 from qcli.loading.opening import asked_recipe, open_checkpoint
 from qcli.loading.room import check_room
 from qcli.loading.tokenizer import read_tokenizer
@@ -53,6 +55,7 @@ def load(
     device_map: str | dict | None = None,
     max_memory: str | Mapping[int | str, int | str] | None = None,
     int8_activations: bool | None = True,
+    adapter: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ):
@@ -64,18 +67,29 @@ def load(
     unquantized: auto keeps the config's. `device_map` "auto" splits the model over GPUs and CPU memory by accelerate's rules,
     quantized on each; `max_memory` limits it per GPU or "cpu": {0: "20GB", "cpu": 30 * 10**9}, or "0=20GB,cpu=30GB". With
     `int8_activations` False an LLM.int8() model keeps its activations in 16 bits; with None, in decoding steps on a CPU.
+    `adapter`, a folder or hub id, is a LoRA adapter in PEFT's layout, which the model's linear modules then add to their outputs; a
+    tokenizer beside it is taken for the model's.
 
     Raises UsageError, CheckpointError (missing, extra and misshaped tensors together), HubError, DeviceError.
     """
     options = {"double_quant": double_quant, "block_size": block_size, "threshold": threshold, "group_size": group_size}
     asked = asked_recipe(recipe, bits, method, options, skip, settings or {}, head)
     placement = place(device, device_map, max_memory)
+    adapted = None if adapter is None else open_adapter(adapter)
     source = open_checkpoint(model, revision, trust_remote_code)
-    return load_source(source, asked, dtype=dtype, placement=placement, int8_activations=int8_activations)
+    return load_source(source, asked, dtype=dtype, placement=placement, int8_activations=int8_activations, adapter=adapted)
 
 
-def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement: DeviceChoice, int8_activations: bool | None):
-    """`load`, of a checkpoint that `open_checkpoint` has opened."""
+def load_source(
+    source: Source,
+    recipe: Recipe | None,
+    *,
+    dtype: str,
+    placement: DeviceChoice,
+    int8_activations: bool | None,
+    adapter: Adapter | None = None,
+):
+    """`load`, of a checkpoint that `open_checkpoint` has opened, and an adapter that `open_adapter` has."""
     one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
     model, trust_remote_code, stored = source.label, source.trusted, source.quantization
     wanted = methods_of(recipe)[0].scheme.name if recipe else None
@@ -94,6 +108,9 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
             )
         layout = plain_layout(source) or stored_layout(source, built, config)
         check_fits(source, layout)
+        if adapter:
+            adapter.warn_of_other_base(source, recipe)
+            adapter.check_names(layout, model)
         if recipe:
             _check_recipe(recipe, layout, model)
         options = {"dtype": dtypes.torch_dtype(model_dtype(source, dtype))}
@@ -128,6 +145,10 @@ def load_source(source: Source, recipe: Recipe | None, *, dtype: str, placement:
         _check_complete(source, info)
         loaded.config.name_or_path = str(source.config_folder)
         tokenizer = read_tokenizer(source, trust_remote_code, config)
+        if adapter:
+            tokenizer = adapters_tokenizer(adapter, tokenizer, trust_remote_code, config)
+    if adapter:
+        attach(loaded, adapter, model)
     if not int8_activations:
         head = loaded.get_submodule(layout.head.module) if layout.head else None
         _keep_activations(model, loaded, head, always=int8_activations is False)

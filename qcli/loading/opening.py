@@ -58,5 +58,10 @@ def asked_recipe(
             "outlier_share: texts choose the columns, and none are read while a model is loaded",
             "Leave it out, or run qcli quantize --calibrate first.",
         )
+    if method := next((each.scheme.name for each in methods_of(found) if needs_of(each) == "fisher"), None):
+        raise UsageError(
+            f"{method}: its tables follow from gradients of texts, and none are read while a model is loaded",
+            f"Run qcli quantize --method {method} first, or take kmeans, whose tables follow from the weights alone.",
+        )
     formats.holding([each.scheme for each in methods_of(found)], found.format)  # raises for what no format holds
     return found

@@ -10,6 +10,7 @@ from qcli.checkpoint.carried import has_tokenizer
 from qcli.checkpoint.source import Source
 from qcli.errors import CheckpointError, first_line
 from qcli.files.foreign_json import NUMBER, check
+from qcli.loading.adapter import Adapter
 
 # A word in an error message -> (the module that is needed, the package that has it)
 _PACKAGES = {
@@ -28,8 +29,8 @@ _PACKAGES = {
 }
 
 
-def read_tokenizer(source: Source, trust_remote_code: bool, config):
-    """The tokenizer of a checkpoint, or None if it has no tokenizer files.
+def read_tokenizer(source: Source | Adapter, trust_remote_code: bool, config):
+    """The tokenizer of a checkpoint or of an adapter, or None if it has no tokenizer files.
 
     `config` is the model's transformers config: its type decides the class of a tokenizer whose files name none. Raises
     CheckpointError.
@@ -80,7 +81,7 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _processor_template(source: Source) -> str | None:
+def _processor_template(source: Source | Adapter) -> str | None:
     """The chat template of a processor: older models with images keep it in a separate file."""
     value = source.json("chat_template.json")
     template = value.get("chat_template")

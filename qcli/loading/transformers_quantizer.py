@@ -21,6 +21,7 @@ from qcli.checkpoint.layout import Layout, OutputHead
 from qcli.checkpoint.modules import lookup_scale
 from qcli.formats import Stored, Weight
 from qcli.loading import out_of_memory
+from qcli.loading.dequantizing import dequantize_modules
 from qcli.methods.choosing import made, methods_of
 from qcli.methods.simulate import absmax_of
 from qcli.nn import module_for
@@ -118,7 +119,7 @@ class QcliQuantizer(HfQuantizer):
             is_linear = type(module) is nn.Linear or isinstance(module, Conv1D)
             choice = recipe.choice(name)
             if is_linear and not choice.keeps and not layout.skipped(name, None):
-                model.set_submodule(name, _unfilled(module, made(choice), format, model.dtype))
+                _place(model, name, _unfilled(module, made(choice), format, model.dtype))
         if recipe.head is not None:
             method = made(recipe.head)
             of_head = formats.holding([method.scheme])
@@ -172,7 +173,12 @@ class QcliQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Whether adapters may be trained on what is loaded. Its own weights stay as they are."""
+        return True
+
+    def _dequantize(self, model, dtype=None):
+        dequantize_modules(model, dtype, self.quantization_config.head)
+        return model
 
 
 class _Quantize(ConversionOps):
@@ -192,6 +198,7 @@ def _place(model, name: str, linear: QuantizedLinear) -> None:
     old, new = model.get_submodule(name), linear
     if isinstance(old, nn.Embedding):
         new = QuantizedEmbedding(linear, old.weight.dtype, lookup_scale(old, old.weight.dtype))
+    new.__dict__["replaced"] = old  # empty; for `dequantize`
     model.set_submodule(name, new)
 
 

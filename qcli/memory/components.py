@@ -26,7 +26,7 @@ _CASTS = "float32 casts"
 class Setting:
     """What the model is to do.
 
-    `batch` sequences of `context` tokens are run by `runtime`, or train adapters of `rank` by `train`: "qlora", "lora" or "finetune".
+    `batch` sequences of `context` tokens are run by `runtime`, or train adapters of `rank` by `train` (qlora, lora or finetune).
     `dtype` is the dtype of all that is not quantized. `kv_dtype` is the cache's; None means the same. `head` is the bits of the
     output head under a method that quantizes.
     """

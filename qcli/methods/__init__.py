@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qcli.checkpoint.dtypes import FLOAT8
 from qcli.errors import UsageError
-from qcli.schemes import ROUNDINGS, SEARCHES, TRANSFORMS, Scheme
+from qcli.schemes import ROUNDINGS, SEARCHES, TOKEN_WEIGHTS, TRANSFORMS, Scheme
 
 if TYPE_CHECKING:
     from qcli.methods._method import Method
@@ -55,6 +55,7 @@ def options_of(method: "Method") -> dict[str, object]:
     own = vars(method)
     hidden = {"form"} | ({"search"} if own.get("search") == SEARCHES[0] else set())
     hidden |= {"rounding", "damping"} if own.get("rounding") == ROUNDINGS[0] else set()
+    hidden |= {"weights"} if own.get("weights") == TOKEN_WEIGHTS[0] else set()
     hidden |= {"transform"} if own.get("transform") == TRANSFORMS[0] else set()
     hidden |= {"outlier_share"} if not own.get("outlier_share") else set()
     return {name: value for name, value in own.items() if name not in hidden}

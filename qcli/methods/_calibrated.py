@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, cast
 
 from qcli.errors import UsageError
-from qcli.schemes import ROUNDINGS, TRANSFORMS, Scheme
+from qcli.schemes import ROUNDINGS, TOKEN_WEIGHTS, TRANSFORMS, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -15,17 +15,19 @@ if TYPE_CHECKING:
     from qcli.methods._factors import Factors, Inputs
     from qcli.methods._grid import Grid
 
-Needs = Literal["nothing", "moments", "hessian", "tokens"]
-"""What a method must know of the inputs of a module: nothing, E[x^2] of each channel, or sum x x^T besides, or the inputs of some
-tokens."""
+Needs = Literal["nothing", "moments", "hessian", "tokens", "fisher"]
+"""What a method must know of a module: nothing; of its inputs E[x^2] of each channel, or sum x x^T besides, or the inputs of some
+tokens; or the Fisher information of its weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """How codes are chosen under their scales: each to "nearest", or by "gptq", and how much the latter damps its Hessian."""
+    """How codes are chosen under their scales: each to "nearest", or by "gptq", how much the latter damps its Hessian, and whether
+    tokens count by the "fisher" information at the outputs."""
 
     rounding: str = ROUNDINGS[0]
     damping: float = 0.2
+    weights: str = TOKEN_WEIGHTS[0]
 
     changes_inputs: ClassVar[bool] = False  # whether it divides the inputs of modules by factors. See qcli.methods._factors
 
@@ -35,6 +37,8 @@ class Calibrated:
             raise UsageError(f"rounding is {self.rounding!r}, expected {' or '.join(ROUNDINGS)}")
         if not 0 < self.damping <= 1:
             raise UsageError(f"damping is {self.damping}, expected a share above 0, and at most 1")
+        if self.weights not in TOKEN_WEIGHTS:
+            raise UsageError(f"weights is {self.weights!r}, expected {' or '.join(TOKEN_WEIGHTS)}")
 
     @property
     def needs(self) -> Needs:

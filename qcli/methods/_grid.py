@@ -110,7 +110,8 @@ def block_grid(scheme: Scheme, absmax: torch.Tensor, out_features: int, in_featu
 
 
 def group_grid(scheme: Scheme, rounded: Rounded, in_features: int, global_scale: torch.Tensor | None, dtype: torch.dtype) -> Grid:
-    """The grid of groups, rows, blocks or a whole weight with the scales of `rounded`. dtype is that of the weight."""
+    """The grid of groups, rows, blocks or a whole weight with the scales of `rounded`, whose columns may be `filled_up`. dtype is
+    that of the weight."""
     scale, out_features = rounded.scale, rounded.codes.shape[0]
     parts: Parts = {"scale": scale}
     if scheme.scale == "e8m0":

@@ -80,10 +80,9 @@ class GroupEncoder:
 
     def _whole_groups(self, rows: torch.Tensor) -> Rounded:
         """Rows rounded. A last group that is not full is filled up with zeros, whose codes are dropped."""
-        lacking = -self.in_features % self.scheme.size if self.scheme.share == "group" else 0
-        if not lacking:
-            return self._rounds(rows, absmax=self.absmax)
-        rounded = self._rounds(torch.nn.functional.pad(rows, (0, lacking)), absmax=self.absmax)
+        rounded = self._rounds(filled_up(self.scheme, rows), absmax=self.absmax)
+        if rounded.codes.shape[1] == self.in_features:
+            return rounded
         return replace(rounded, codes=rounded.codes[:, : self.in_features].contiguous())
 
     def _scales(self, like: torch.Tensor) -> torch.Tensor:
@@ -92,6 +91,12 @@ class GroupEncoder:
                 if self._scale is None:
                     self._scale = torch.empty(self.shape, dtype=like.dtype, device=like.device)
         return self._scale
+
+
+def filled_up(scheme: Scheme, columns: torch.Tensor) -> torch.Tensor:
+    """Columns [..., in_features] with zeros behind them where groups of the scheme do not divide them."""
+    lacking = -columns.shape[-1] % scheme.size if scheme.share == "group" else 0
+    return torch.nn.functional.pad(columns, (0, lacking)) if lacking else columns
 
 
 def whole_scale(absmax: float) -> torch.Tensor:

@@ -100,10 +100,23 @@ def nearest_codes(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 class TableEncoder:
     """See qcli.methods._method.Encoder. The elements of the largest magnitudes, the same number in each row, are kept as they are,
-    and do not count in the tables."""
+    and do not count in the tables.
 
-    def __init__(self, scheme: Scheme, out_features: int, in_features: int, device: torch.device, iterations: int):
+    With `weights` float32 [out_features, in_features], of 0 or more, elements count by these, and `sensitive` of those that each
+    row keeps are the ones that count most beside the largest. A row in which nothing else counts has a table as without weights."""
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        out_features: int,
+        in_features: int,
+        device: torch.device,
+        iterations: int,
+        weights: torch.Tensor | None = None,
+        sensitive: int = 0,
+    ):
         self.scheme, self.grain, self.iterations = scheme, in_features, iterations
+        self.weights, self.sensitive = weights, sensitive
         self.kept = scheme.sparse_columns(in_features)
         dtype = torch.float16 if scheme.scale == "float16" else torch.float32
         self.table = torch.empty(out_features, 1 << scheme.bits, dtype=dtype, device=device)
@@ -116,19 +129,31 @@ class TableEncoder:
         rows = chunk.view(-1, self.grain)
         finite = rows.isfinite()
         wide = rows.float().masked_fill(~finite, 0.0)
-        columns = wide.abs().argsort(stable=True, descending=True)[:, : self.kept].sort(-1).values
-        weights = finite.float().scatter_(1, columns, 0.0)
+        place = slice(start // self.grain, start // self.grain + len(rows))
+        columns, weights = self._counted(wide, finite, place)
         table = tables_of(wide, self.scheme.bits, self.iterations, weights)
         stored = (table.clamp(-_F16_MAX, _F16_MAX) if self.table.dtype == torch.float16 else table).to(self.table.dtype)
         codes = nearest_codes(wide, stored.float())
         values = stored.float().gather(1, codes.long()).scatter_(1, columns, wide.gather(1, columns))
-        place = slice(start // self.grain, start // self.grain + len(rows))
         self.table[place], self.columns[place], self.values[place] = stored, columns.int(), wide.gather(1, columns)
         self.dtype = rows.dtype
         error, norm = (wide - values).masked_fill_(~finite, 0.0).square_(), wide.square()
         found = [float(each.sum(dtype=torch.float64)) for each in (error, norm)]
         self.sums[start] = [*found, int((~finite).sum())]
         return {"codes": codes}
+
+    def _counted(self, wide: torch.Tensor, finite: torch.Tensor, place: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The columns int64 [rows, kept] that are kept whole, and what elements count in the tables, float32 [rows, columns]."""
+        count = self.kept - self.sensitive
+        columns = wide.abs().argsort(stable=True, descending=True)[:, :count]
+        alike = finite.float().scatter_(1, columns, 0.0)
+        if self.weights is not None:
+            weights = self.weights[place] * alike
+            most = weights.argsort(stable=True, descending=True)[:, : self.sensitive]
+            columns = torch.cat((columns, most), 1)
+            alike, weights = (each.scatter(1, most, 0.0) for each in (alike, weights))
+            alike = torch.where(weights.amax(1, keepdim=True) > 0, weights, alike)
+        return columns.sort(-1).values, alike
 
     def finish(self) -> tuple[Parts, ErrorSums]:
         parts = {"table": self.table}

@@ -38,7 +38,8 @@ def calibrated(choice: Choice) -> Choice:
         return choice
     method = made(choice)
     if (with_texts := getattr(method, "with_texts", None)) is not None:
-        choice = Choice(with_texts)
+        name, options = with_texts
+        choice = Choice(name, tuple(options.items()))
         method = made(choice)
     by_texts = getattr(method, "by_texts", None)
     if by_texts is None:
@@ -53,6 +54,11 @@ def needs_of(method: Method) -> Needs:
     """What a method must know of the inputs of a module."""
     found: Needs = getattr(method, "needs", "nothing")
     return found
+
+
+def weighs_tokens(method: Method) -> bool:
+    """Whether tokens count by squared gradients in what a method knows of the inputs of a module."""
+    return getattr(method, "weights", "none") == "fisher" and needs_of(method) in ("moments", "hessian")
 
 
 def head_choice(bits: int | None, body: Choice) -> Choice | None:

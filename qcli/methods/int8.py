@@ -26,9 +26,9 @@ class Int8:
     needs_absmax: ClassVar[bool] = False
 
     @property
-    def with_texts(self) -> str | None:
-        """The name of the method that makes the same scheme by texts; None where there is none."""
-        return "smoothquant" if self.form == "int8" else None
+    def with_texts(self) -> tuple[str, dict[str, object]] | None:
+        """The name of the method that makes the same scheme by texts, and its options; None where there is none."""
+        return ("smoothquant", {}) if self.form == "int8" else None
 
     @property
     def casts_to_model_dtype(self) -> bool:

@@ -49,6 +49,12 @@ class Kmeans:
         entries = next(each for each in _ENTRIES if each == self.entries)
         return replace(NAMED["kmeans"], bits=self.bits, sparse=float(self.sparse), scale=entries)
 
+    @property
+    def with_texts(self) -> tuple[str, dict[str, object]]:
+        """The name of the method that makes the same scheme by texts, and its options."""
+        options = {"bits": self.bits, "outliers": self.sparse, "sensitive": 0.0, "iterations": self.iterations}
+        return "squeezellm", options | {"entries": self.entries}
+
     @classmethod
     def of(cls, scheme: Scheme) -> Self:
         """The method with the options that make `scheme`."""

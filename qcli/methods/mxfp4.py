@@ -51,8 +51,10 @@ class Mxfp4(Calibrated):
     def grid(self, weight: torch.Tensor, importance: torch.Tensor | None, absmax: float) -> Grid:
         """See Calibratable."""
         from qcli.methods._grid import group_grid
+        from qcli.methods._groups import filled_up
 
-        return group_grid(self.scheme, self._rounds(weight, absmax), weight.shape[1], None, weight.dtype)
+        rounded = self._rounds(filled_up(self.scheme, weight), absmax)
+        return group_grid(self.scheme, rounded, weight.shape[1], None, weight.dtype)
 
     def _rounds(self, rows: torch.Tensor, absmax: float) -> Rounded:
         from qcli.methods._groups import Rounded

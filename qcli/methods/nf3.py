@@ -65,27 +65,23 @@ class Nf3(Scaled):
     def grid(self, weight: torch.Tensor, importance: torch.Tensor | None, absmax: float) -> Grid:
         """See Calibratable."""
         from qcli.methods._grid import group_grid
+        from qcli.methods._groups import filled_up
 
-        rounded = self._rounds(weight, absmax, importance if self.search == "imatrix" else None)
+        weights = filled_up(self.scheme, importance) if importance is not None and self.search == "imatrix" else None
+        rounded = self._rounds(filled_up(self.scheme, weight), absmax, weights)
         return group_grid(self.scheme, rounded, weight.shape[1], None, weight.dtype)
 
     def _rounds(self, rows: torch.Tensor, absmax: float, weights: torch.Tensor | None = None) -> Rounded:
-        import torch
-
-        from qcli.codebooks import NF3_THRESHOLDS
-        from qcli.methods._groups import Rounded, cost_of, values_of
+        from qcli.methods._groups import Rounded
         from qcli.ops.fit_scale import fit_scale
-        from qcli.runtime.arguments import table
+        from qcli.ops.round_floats import round_floats
 
-        groups = rows.float().unflatten(-1, (-1, self.group_size))
+        scale = None
         if self.search != "none":
             scale, _ = fit_scale(rows, self.group_size, "nf3", 3, False, rows.dtype, weights)
-            scale = scale.view(groups.shape[:-1]).to(rows.dtype)
-        else:
-            scale = groups.abs().amax(-1).to(rows.dtype)
-        values = (groups / scale.float().unsqueeze(-1)).nan_to_num_(0.0)
-        codes = torch.bucketize(values, table(NF3_THRESHOLDS, rows.device), out_int32=True).to(torch.uint8).flatten(-2)
-        return Rounded(codes, scale, None, cost_of(rows, values_of(self.scheme, codes, scale)))
+            scale = scale.view(len(rows), -1).to(rows.dtype)
+        codes, scale, sums = round_floats(rows, "nf3", self.group_size, scale=scale)
+        return Rounded(codes, scale, None, sums)
 
 
 METHOD: type[Method] = Nf3

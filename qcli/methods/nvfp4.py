@@ -58,11 +58,10 @@ class Nvfp4(Calibrated):
     def grid(self, weight: torch.Tensor, importance: torch.Tensor | None, absmax: float) -> Grid:
         """See Calibratable."""
         from qcli.methods._grid import group_grid
-        from qcli.methods._groups import whole_scale
+        from qcli.methods._groups import filled_up, whole_scale
 
-        return group_grid(
-            self.scheme, self._rounds(weight, absmax), weight.shape[1], whole_scale(absmax).to(weight.device), weight.dtype
-        )
+        rounded = self._rounds(filled_up(self.scheme, weight), absmax)
+        return group_grid(self.scheme, rounded, weight.shape[1], whole_scale(absmax).to(weight.device), weight.dtype)
 
     def _rounds(self, rows: torch.Tensor, absmax: float) -> Rounded:
         from qcli.methods._groups import Rounded, whole_scale

@@ -74,8 +74,10 @@ class RoundToNearest(Scaled):
     def grid(self, weight: torch.Tensor, importance: torch.Tensor | None, absmax: float) -> Grid:
         """See Calibratable."""
         from qcli.methods._grid import group_grid
+        from qcli.methods._groups import filled_up
 
-        rounded = self._rounds(weight, absmax, importance if self.search == "imatrix" else None)
+        weights = filled_up(self.scheme, importance) if importance is not None and self.search == "imatrix" else None
+        rounded = self._rounds(filled_up(self.scheme, weight), absmax, weights)
         return group_grid(self.scheme, rounded, weight.shape[1], None, weight.dtype)
 
     def _rounds(self, rows: torch.Tensor, absmax: float, weights: torch.Tensor | None = None) -> Rounded:

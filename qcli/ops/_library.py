@@ -34,10 +34,10 @@ def differentiate(name: str, weight: Callable, rows: Callable) -> None:
     """Makes a product x W^T + bias differentiable with respect to x, its first argument, alone: the gradient is that of the result,
     times W. An op that rounds x passes the gradient through as if it did not (straight-through).
 
-    weight(x, *rest) returns W [out_features, in_features] in the dtype of the product; `x` is [0, in_features] of x's dtype, and
-    `rest` are the op's other arguments. A large W is decoded a panel at a time, and never stands in memory whole: rows(x, *rest)
-    returns (grain, take), where take(start, stop) is `rest` of the op whose weight is rows `start` to `stop` of W, and panels begin
-    at multiples of `grain`.
+    weight(x, *rest) returns W [out_features, in_features] in the dtype of the product (see product_dtype); `x` is [0, in_features]
+    of x's dtype, and `rest` are the op's other arguments. A large W is decoded a panel at a time, and never stands in memory whole:
+    rows(x, *rest) returns (grain, take). take(start, stop) is `rest` of the op whose weight is rows `start` to `stop` of W, and
+    panels begin at multiples of `grain`.
     """
 
     def keep(ctx, inputs, output) -> None:
@@ -65,20 +65,23 @@ def _of_input(of_result: torch.Tensor, x: torch.Tensor, rest: list, weight: Call
     out_features, row_bytes = of_result.shape[-1], x.shape[-1] * x.element_size()
     most = _PANEL_BYTES_CUDA if x.is_cuda else _PANEL_BYTES
     if out_features * row_bytes <= most:
-        return _times(of_result, weight(x, *rest)).to(x.dtype)
+        w = weight(x, *rest)
+        return (of_result.to(w.dtype) @ w).to(x.dtype)
     grain, take = rows(x, *rest)
     step = max(1, most // (row_bytes * grain)) * grain
     total = of_result.new_zeros((*of_result.shape[:-1], x.shape[-1]), dtype=torch.float32)
     for start in range(0, out_features, step):
         stop = min(start + step, out_features)
-        total += _times(of_result[..., start:stop], weight(x, *take(start, stop)))
+        w = weight(x, *take(start, stop))
+        total += of_result[..., start:stop].to(w.dtype) @ w
     return total.to(x.dtype)
 
 
-def _times(of_result: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    if w.is_cpu and w.dtype == torch.bfloat16 and not cpu_runtime.native_bfloat16():
-        w = w.float()  # torch would widen it for every few rows of the result again
-    return of_result.to(w.dtype) @ w
+def product_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a product that is to be made in `dtype` is made where `x` lies. On a CPU without bfloat16 that is float32:
+    torch would widen the weight for every few rows of x again."""
+    emulated = x.is_cpu and dtype == torch.bfloat16 and not cpu_runtime.native_bfloat16()
+    return torch.float32 if emulated else dtype
 
 
 def _on_cuda(cuda: Callable, reference: Callable) -> Callable:

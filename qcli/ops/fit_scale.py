@@ -72,8 +72,7 @@ def ranked(codebook: str) -> tuple[np.ndarray, np.ndarray]:
     """The 15 thresholds of a codebook, and its 16 values in their order. Of NF3, the last value is repeated, above thresholds that
     nothing passes."""
     if codebook == "nf3":
-        more = np.float32([np.inf] * 8)
-        return np.append(codebooks.NF3_THRESHOLDS, more), np.append(codebooks.NF3, np.ones(8, np.float32))
+        return codebooks.NF3_OF_SIXTEEN
     return codebooks.THRESHOLDS[codebook], codebooks.CODEBOOKS[codebook][codebooks.ORDER[codebook]]
 
 

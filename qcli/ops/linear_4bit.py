@@ -10,7 +10,7 @@ import torch
 
 from qcli import codebooks
 from qcli.ops import _linear_4bit_cuda
-from qcli.ops._library import blocks, define, differentiate
+from qcli.ops._library import blocks, define, differentiate, product_dtype
 from qcli.ops.dequantize_4bit import decoded_absmax, dequantize_4bit, expand
 from qcli.ops.quantize_4bit import quantize_4bit
 from qcli.ops.quantize_absmax import GROUP_SIZE, mean_absmax, quantize_absmax
@@ -191,7 +191,13 @@ def _rows(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type
     return block_size // math.gcd(in_features, block_size), take
 
 
-differentiate("linear_4bit", _weight, _rows)
+def _of_gradient(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, compute_dtype, zero_point):
+    """The weight by which the gradient with respect to x is made."""
+    dtype = product_dtype(x, compute_dtype)
+    return _weight(x, packed, absmax, nested_absmax, offset, bias, block_size, quant_type, out_features, dtype, zero_point)
+
+
+differentiate("linear_4bit", _of_gradient, _rows)
 
 
 def linear_4bit(

@@ -18,7 +18,7 @@ from functools import cache
 import torch
 
 from qcli.ops._int8_arguments import kernel_arguments
-from qcli.ops._library import blocks, define, differentiate, persistent_grid
+from qcli.ops._library import blocks, define, differentiate, persistent_grid, product_dtype
 from qcli.ops._prepared_int8 import LONGEST, PreparedInt8
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.quantize_int8 import quantize_int8
@@ -226,8 +226,8 @@ _op = define(
 
 def _weight(x, weight, scale, bias, threshold, fixed=None, original=None):
     """The weight by which the gradient with respect to x is made."""
-    found = dequantize_int8(weight, scale, x.dtype)
-    return found if fixed is None else found.index_copy(1, fixed.long(), original.to(x.dtype))
+    found = dequantize_int8(weight, scale, product_dtype(x, x.dtype))
+    return found if fixed is None else found.index_copy(1, fixed.long(), original.to(found.dtype))
 
 
 def _rows(x, weight, scale, bias, threshold, fixed=None, original=None):

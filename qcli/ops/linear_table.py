@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from qcli.ops._library import blocks, define, differentiate, persistent_grid
+from qcli.ops._library import blocks, define, differentiate, persistent_grid, product_dtype
 from qcli.ops.add_sparse import PreparedSparse
 from qcli.ops.dequantize_table import checked, dequantize_table, made, shape_of
 from qcli.packing import plane_bytes
@@ -174,7 +174,13 @@ def _rows(x, packed, table, absmax, zero_point, bias, bits, block_size, out_feat
     return 1, take
 
 
-differentiate("linear_table", _weight, _rows)
+def _of_gradient(x, packed, table, absmax, zero_point, bias, bits, block_size, out_features, compute_dtype):
+    """The weight by which the gradient with respect to x is made."""
+    dtype = product_dtype(x, compute_dtype)
+    return _weight(x, packed, table, absmax, zero_point, bias, bits, block_size, out_features, dtype)
+
+
+differentiate("linear_table", _of_gradient, _rows)
 
 
 def linear_table(

@@ -10,7 +10,7 @@ elements, and y is rounded once to x's dtype.
 import torch
 
 from qcli.ops._int8_arguments import kernel_arguments
-from qcli.ops._library import blocks, define, differentiate, persistent_grid
+from qcli.ops._library import blocks, define, differentiate, persistent_grid, product_dtype
 from qcli.ops.dequantize_int8 import dequantize_int8
 from qcli.ops.quantize_int8 import quantize_int8
 from qcli.runtime import cpu, cuda
@@ -233,7 +233,12 @@ def _rows(x, weight, scale, bias, group_size, zero_point):
     return 1, take
 
 
-differentiate("linear_w8a16", _weight, _rows)
+def _of_gradient(x, weight, scale, bias, group_size, zero_point):
+    """The weight by which the gradient with respect to x is made."""
+    return _weight(x.to(product_dtype(x, x.dtype)), weight, scale, bias, group_size, zero_point)
+
+
+differentiate("linear_w8a16", _of_gradient, _rows)
 
 
 def linear_w8a16(

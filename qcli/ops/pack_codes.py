@@ -2,17 +2,18 @@
 rows     a stream of bits along each row, the first code in the low bits (compressed-tensors)
 columns  the same, and then transposed: a stream down each column of the transposed weight (GPTQ)
 awq      words of eight rows each, of 4 bits, in AWQ's order, transposed
+planes   units of 64 columns of 2, 3 or 4 bits (qcli)
 """
 
 import numpy as np
 import torch
 
 from qcli.ops._library import define
-from qcli.packing import AWQ_ORDER, pack_words, to_unsigned, words_of
+from qcli.packing import AWQ_ORDER, pack_planes, pack_words, plane_bytes, to_unsigned, words_of
 from qcli.runtime import cpu
 
-LAYOUTS = ("rows", "columns", "awq")  # by their numbers in the kernel
-_BITS = (2, 3, 4, 8)
+_BITS = {"rows": (2, 3, 4, 8), "columns": (2, 3, 4, 8), "awq": (4,), "planes": (2, 3, 4)}
+LAYOUTS = tuple(_BITS)  # by their numbers in the kernel
 _ORDER = np.array(AWQ_ORDER, dtype=np.int32)
 
 
@@ -21,6 +22,8 @@ def _reference(codes: torch.Tensor, bits: int, layout: str) -> torch.Tensor:
     if not codes.numel():
         return _fake(codes, bits, layout)
     unsigned = to_unsigned(codes, bits) if codes.dtype == torch.int8 else codes
+    if layout == "planes":
+        return pack_planes(unsigned, bits).view(torch.int32)
     if layout == "awq":
         ordered = unsigned.t().unflatten(1, (-1, len(AWQ_ORDER)))[..., list(AWQ_ORDER)]
         return pack_words(ordered.flatten(1).contiguous(), bits)
@@ -30,20 +33,21 @@ def _reference(codes: torch.Tensor, bits: int, layout: str) -> torch.Tensor:
 
 def _fake(codes: torch.Tensor, bits: int, layout: str) -> torch.Tensor:
     rows, columns = codes.shape
-    shapes = {
-        "rows": (rows, words_of(columns, bits)),
-        "columns": (words_of(columns, bits), rows),
-        "awq": (columns, rows // len(AWQ_ORDER)),
-    }
-    return codes.new_empty(shapes[layout], dtype=torch.int32)
+    if layout == "planes":
+        shape = rows, plane_bytes(columns, bits) // 4
+    elif layout == "awq":
+        shape = columns, rows // len(AWQ_ORDER)
+    else:
+        shape = (rows, words_of(columns, bits)) if layout == "rows" else (words_of(columns, bits), rows)
+    return codes.new_empty(shape, dtype=torch.int32)
 
 
 def _check(codes, bits, layout):
     op = "pack_codes"
     if layout not in LAYOUTS:
         raise ValueError(f"{op}: layout is {layout!r}, expected {', '.join(LAYOUTS)}")
-    if bits not in _BITS or (layout == "awq" and bits != 4):
-        raise ValueError(f"{op}: bits is {bits}, expected {'4' if layout == 'awq' else ', '.join(map(str, _BITS))}")
+    if bits not in _BITS[layout]:
+        raise ValueError(f"{op}: bits is {bits}, expected {', '.join(map(str, _BITS[layout]))}")
     if codes.dim() != 2 or codes.dtype not in (torch.int8, torch.uint8):
         raise ValueError(f"{op}: codes are {codes.dtype} in {codes.dim()} dimensions, expected bytes in rows and columns")
     if layout == "awq" and len(codes) % len(AWQ_ORDER):
@@ -67,8 +71,9 @@ _op = define("pack_codes(Tensor codes, int bits, str layout) -> Tensor", _refere
 def pack_codes(codes: torch.Tensor, bits: int, layout: str) -> torch.Tensor:
     """codes [rows, columns] of 2, 3, 4 or 8 bits: uint8, or int8 in [-2^(bits-1), 2^(bits-1) - 1], to which 2^(bits-1) is added.
 
-    Returns words int32: [rows, ceil(columns bits / 32)] for "rows", that transposed for "columns", [columns, rows / 8] for "awq".
-    The last word of a stream is padded with zeros. Raises ValueError for anything else.
+    Returns words int32: [rows, ceil(columns bits / 32)] for "rows", that transposed for "columns", [columns, rows / 8] for "awq",
+    [rows, 2 bits ceil(columns / 64)] for "planes". The last word of a stream, and the last unit, are padded with zeros. Raises
+    ValueError for anything else.
     """
     return _op(codes, bits, layout)
 
@@ -76,8 +81,8 @@ def pack_codes(codes: torch.Tensor, bits: int, layout: str) -> torch.Tensor:
 def cases():
     """(id, arguments) for parity tests and benchmarks."""
     generator = torch.Generator().manual_seed(0)
-    for bits in _BITS:
-        for layout in LAYOUTS if bits == 4 else LAYOUTS[:2]:
+    for layout, possible in _BITS.items():
+        for bits in possible:
             for shape in ((8, 64), (40, 33), (16, 5), (272, 512), (0, 32)):
                 for dtype, least in ((torch.int8, -(1 << (bits - 1))), (torch.uint8, 0)):
                     codes = torch.randint(least, least + (1 << bits), shape, generator=generator).to(dtype)

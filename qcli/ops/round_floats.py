@@ -5,7 +5,9 @@
   mxfp4    E2M1 under powers of two (OCP Microscaling Formats 1.0). It stands for code * 2^(scale - 127) in float32
   nvfp4    E2M1 under scales in E4M3 of what `whole`, a float32 for the weight, leaves: scale = absmax / 6 * whole; 0 becomes E4M3's
            eps. It stands for code * (scale / whole) in float32
-A code is the float nearest to w over what it is multiplied by, halves to even, clamped. A NaN has the code 0.
+  nf3      a table of eight values (qcli/codebooks.py). scale = absmax. A code stands for table[code] * scale in float32
+A code is the float nearest to w over what it is multiplied by, halves to even, clamped. A NaN has the code 0. Of nf3, halves take
+the lower code, and a NaN has that of 0.
 """
 
 import torch
@@ -18,7 +20,7 @@ from qcli.runtime import cpu
 from qcli.runtime.arguments import table
 
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
-FORMS = ("fp8", "mxfp4", "nvfp4")  # by their numbers in the kernel
+FORMS = ("fp8", "mxfp4", "nvfp4", "nf3")  # by their numbers in the kernel
 
 # Midpoints of the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4 and 6. Halfway the even code wins: below the second, fourth and sixth, at the
 # rest.
@@ -88,13 +90,30 @@ def _e2m1(x: torch.Tensor, form: str, size: int, whole: float) -> _Results:
     return codes.flatten(-2), scale, error_sums(x, stored.flatten(-2))
 
 
+def _nf3(x: torch.Tensor, size: int, scale: torch.Tensor | None) -> _Results:
+    groups = x.float().unflatten(-1, (-1, size))
+    if scale is None:
+        scale = groups.abs().amax(-1).to(x.dtype)
+        scale = torch.where(scale.isnan(), torch.nan, scale)  # always the same one
+    unit = scale.float().unsqueeze(-1)
+    values = (groups / unit).nan_to_num_(0.0)
+    codes = torch.bucketize(values, table(codebooks.NF3_THRESHOLDS, x.device), out_int32=True).to(torch.uint8)
+    stored = table(codebooks.NF3, x.device)[codes.int()] * unit
+    return codes.flatten(-2), scale, error_sums(x, stored.flatten(-2))
+
+
 def _reference(x: torch.Tensor, form: str, size: int, height: int, whole: float, scale: torch.Tensor | None) -> _Results:
     _check(x, form, size, height, scale)
     if not x.numel():
         found = _fake(x, form, size, height, whole, scale)
         return found if scale is None else (found[0], scale.clone(), found[2])
-    pieces = x.split(rows_together(x, height))
-    parts = [_e4m3(p, size, height, scale) if form == "fp8" else _e2m1(p, form, size, whole) for p in pieces]
+    together, parts = rows_together(x, height), []
+    for first in range(0, len(x), together):
+        piece, given = x[first : first + together], scale if scale is None or form == "fp8" else scale[first : first + together]
+        if form == "nf3":
+            parts.append(_nf3(piece, size, given))
+        else:
+            parts.append(_e4m3(piece, size, height, given) if form == "fp8" else _e2m1(piece, form, size, whole))
     codes, scales, sums = zip(*parts)
     return torch.cat(codes), torch.cat(scales) if scale is None else scale.clone(), torch.stack(sums).sum(0)
 
@@ -104,9 +123,10 @@ def _fake(x, form, size, height, whole, scale):
         "fp8": (torch.float8_e4m3fn, x.dtype),
         "mxfp4": (torch.uint8, torch.uint8),
         "nvfp4": (torch.uint8, torch.float8_e4m3fn),
+        "nf3": (torch.uint8, x.dtype),
     }
     codes, of_scale = dtypes[form]
-    shape = (1, 1) if scale is not None else (blocks(x.shape[0], height), blocks(x.shape[1], size))
+    shape = (blocks(x.shape[0], height), blocks(x.shape[1], size)) if scale is None else scale.shape
     return x.new_empty(x.shape, dtype=codes), x.new_empty(shape, dtype=of_scale), x.new_zeros((3,), dtype=torch.float64)
 
 
@@ -117,11 +137,14 @@ def _check(x, form, size, height, scale):
     check_matrix(op, x, size, divides=form != "fp8")
     if height < 1 or (height > 1 and form != "fp8"):
         raise ValueError(f"{op}: height is {height}, expected 1" + (" or more" if form == "fp8" else ""))
-    if scale is not None and (form != "fp8" or scale.shape != (1, 1) or scale.dtype != x.dtype):
-        raise ValueError(f"{op}: {form} with a scale {scale.dtype} {tuple(scale.shape)}, expected fp8 and {x.dtype} (1, 1)")
+    given = {"fp8": (1, 1), "nf3": (x.shape[0], x.shape[1] // size)}
+    if scale is not None and form not in given:
+        raise ValueError(f"{op}: {form} with a scale, expected none, or one of {' and '.join(given)}")
+    if scale is not None and (tuple(scale.shape) != given[form] or scale.dtype != x.dtype):
+        raise ValueError(f"{op}: scale is {scale.dtype} {tuple(scale.shape)}, expected {x.dtype} {given[form]}")
 
 
-_kernel = cpu.kernel("round_floats", "piiqqqqffippp")
+_kernel = cpu.kernel("round_floats", "piiqqqqffippppp")
 
 
 def _cpu(x: torch.Tensor, form: str, size: int, height: int, whole: float, scale: torch.Tensor | None) -> _Results:
@@ -132,7 +155,8 @@ def _cpu(x: torch.Tensor, form: str, size: int, height: int, whole: float, scale
         scales.copy_(scale)
     partial = torch.empty(blocks(len(x), height), 3, dtype=torch.float64)
     code, eps, given = cpu.DTYPES[x.dtype], torch.finfo(x.dtype).eps, scale is not None
-    _kernel(x, code, FORMS.index(form), *x.shape, size, height, whole, eps, given, codes, scales, partial)
+    tables = [table(each, x.device) if form == "nf3" else None for each in codebooks.NF3_OF_SIXTEEN]
+    _kernel(x, code, FORMS.index(form), *x.shape, size, height, whole, eps, given, *tables, codes, scales, partial)
     return codes, scales, total(partial)
 
 
@@ -147,10 +171,10 @@ _op = define(
 def round_floats(
     x: torch.Tensor, form: str, size: int, height: int = 1, whole: float = 1.0, scale: torch.Tensor | None = None
 ) -> _Results:
-    """x [rows, columns], float32, bfloat16 or float16. form is "fp8", "mxfp4" or "nvfp4".
+    """x [rows, columns], float32, bfloat16 or float16. form is "fp8", "mxfp4", "nvfp4" or "nf3".
 
-    `height` rows and `size` columns share a scale. With E2M1 the height is 1 and size divides columns. Under fp8 `scale` [1, 1] of
-    x's dtype takes the place of all of them. `whole` is that of nvfp4.
+    `height` rows and `size` columns share a scale. But for fp8 the height is 1 and size divides columns. `scale` of x's dtype takes
+    the place of what would be found: under fp8 [1, 1] of all scales, under nf3 [rows, columns / size]. `whole` is that of nvfp4.
 
     Returns codes [rows, columns], float8_e4m3fn or uint8 in 0..15; scale [ceil(rows / height), ceil(columns / size)] of x's dtype,
     uint8 (E8M0) or float8_e4m3fn, or the one that was given; and sums float64 [3]: squared error, squared norm, and elements that
@@ -169,6 +193,7 @@ def cases():
         ("mxfp4", 32, 1, 1.0),
         ("nvfp4", 16, 1, 500.0),
         ("nvfp4", 16, 1, torch.inf),
+        ("nf3", 64, 1, 1.0),
     ]
     for form, size, height, whole in forms:
         name = f"{form}-{size}x{height}-{whole}"
@@ -186,4 +211,8 @@ def cases():
                 for number, scale in enumerate((0.01, 1e-8, 0.0, torch.inf)):
                     given = torch.full((1, 1), scale, dtype=dtype)
                     yield f"{name}-given-{number}-{str(dtype)[6:]}", {"x": x, "size": 64, **options} | {"scale": given}
+            if form == "nf3":
+                given = torch.randn(15, 2, generator=generator).to(dtype)
+                given[0, 1], given[1, 1], given[11, 0] = 0, torch.inf, 1e-8
+                yield f"{name}-given-{str(dtype)[6:]}", {"x": x, "size": 32, **options} | {"scale": given}
         yield f"{name}-empty", {"x": torch.empty(0, 64), "size": size or 32, **options}

@@ -22,12 +22,14 @@ from typing import Any
 from qcli.calibration.gather import Crew, Gathered, Gatherer
 from qcli.calibration.settings import PARALLEL
 from qcli.calibration.stored import StatisticsWriter, StoredStatistics
+from qcli.calibration.token_weights import TokenWeights
 from qcli.calibration.waiting import WaitingStates
 from qcli.errors import NonFiniteError
 from qcli.methods.choosing import needs_of
 from qcli.progress import Advance
 from qcli.quantization.absmax import AbsmaxReader
 from qcli.quantization.calibration_needs import stated_by
+from qcli.quantization.gradient_needs import fisher_works
 from qcli.quantization.plan import Plan, Work
 from qcli.quantization.rounding import Changed, Rounding, round_weight
 from qcli.quantization.staged import StagedWeights
@@ -47,27 +49,30 @@ TRIAL_TOKENS = 128  # on which folds are tried
 @dataclass
 class Calibrated:
     """What the pass did. `roundings` by module, `unseen` the modules that too few tokens reached, with how many. `folded` says what
-    inputs were divided by."""
+    inputs were divided by, and `token_weights` what tokens count, for methods that weigh them."""
 
     tokens: int = 0
     roundings: dict[str, Rounding] = field(default_factory=dict)
     unseen: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"statistics": 0.0, "rounding": 0.0})
     folded: Folded = field(default_factory=Folded)
+    token_weights: TokenWeights | None = None
 
     def spent(self, what: str, seconds: float) -> None:
         """Adds to what a part of the pass took."""
         self.seconds[what] = self.seconds.get(what, 0.0) + seconds
 
 
-def calibrate(plan: Plan, staging: Staging, skeleton: Skeleton, windows: Sequence[Window], advance: Advance) -> Calibrated:
-    """Rounds every module of the plan that needs statistics and lies in a block that the texts reach. What it leaves is left to
-    `execute`. `advance` hears of source bytes as they are finished.
+def calibrate(
+    plan: Plan, staging: Staging, skeleton: Skeleton, windows: Sequence[Window], advance: Advance, found: Calibrated | None = None
+) -> Calibrated:
+    """Rounds every module of the plan that needs statistics of its inputs and lies in a block that the texts reach. What it leaves
+    is left to `execute`. `advance` hears of source bytes as they are finished. `found` is what was done before, to which it adds.
 
     Raises NonFiniteError where an activation is NaN or infinite, CheckpointError for what fails on disk.
     """
     staging.open_shards()
-    found = Calibrated(tokens=sum(len(window.ids) for window in windows))
+    found = found or Calibrated(tokens=sum(len(window.ids) for window in windows))
     with Crew(skeleton.device) as crew:
         blocks = _Blocks(plan, staging, skeleton, crew, found, advance)
         if not blocks.last:
@@ -94,9 +99,9 @@ class _Finished(Exception):
 
 
 class _Blocks(Observer):
-    """`last` is the name of the last block in which something is left to do; it is empty where none is. With `trial` the first call
-    is a short one, which is in no statistic: on it folds are tried. `stored` are statistics that are read and not gathered; that
-    call alone passes the blocks then."""
+    """`last` is the name of the last block in which something is left to do; it is empty where none is. What gradients decide is
+    written already. With `trial` the first call is a short one, which is in no statistic: on it folds are tried. `stored` are
+    statistics that are read and not gathered; that call alone passes the blocks then."""
 
     def __init__(
         self, plan: Plan, staging: Staging, skeleton: Skeleton, crew: Crew, found: Calibrated, advance: Callable[[int, str], None]
@@ -108,7 +113,8 @@ class _Blocks(Observer):
         self.transforms = Transforms(plan, staging, skeleton, crew)
         found.folded = self.transforms.found
         self.locked = threading.Lock()
-        self.works = self._of_blocks(plan.calibrated)
+        self.works = self._of_blocks([work for work in plan.calibrated if work.method and needs_of(work.method) != "fisher"])
+        self.by_gradients = self._of_blocks(fisher_works(plan))
         self.watched: dict[str, list[Work]] = {}  # all whose statistics are saved
         self.stored: StoredStatistics | None = None
         self._writer: StatisticsWriter | None = None
@@ -178,8 +184,7 @@ class _Blocks(Observer):
             yield from kept or self._run(passes)
             return
         started = time.monotonic()
-        if works:
-            self._replace(unit, works)
+        self._replace(unit, works)
         outputs = self._run(passes)
         for _ in passes:
             output = next(outputs)
@@ -191,7 +196,8 @@ class _Blocks(Observer):
         """Rounds the weights of a block. What its passes gave, if that is to be kept."""
         started = time.monotonic()
         transforming = any(changes_inputs(work) for work in self.works[unit.name])
-        seen = self.works[unit.name] if transforming else works  # factors are decided again by all that decided them
+        # Factors are decided again by all that decided them, and tokens weighed by all that weighed them.
+        seen = self.works[unit.name] if transforming or self.found.token_weights else works
         outputs, gathered = self._gather(unit, passes, seen, keep)
         self.found.spent("statistics", time.monotonic() - started)
         started = time.monotonic()
@@ -214,6 +220,8 @@ class _Blocks(Observer):
             started = time.monotonic()
         for _ in self.crew.results([partial(self._round_one, work, gathered, changed) for work in works]):
             pass
+        if self.found.token_weights:
+            self.found.token_weights.forget([work.linear.module for work in seen if work.linear])
         self.staging.sync()
         self.found.spent("rounding", time.monotonic() - started)
         return outputs
@@ -233,7 +241,8 @@ class _Blocks(Observer):
         kept = bool(saved or samples) or any(changes_inputs(work) for work in seen)
         modules = {name: self.skeleton.model.get_submodule(name) for name in names}
         kept_tokens = -(-SAMPLE_TOKENS // len(passes)) if kept else 0
-        gatherer = Gatherer(modules, hessians, self.skeleton.device, kept_tokens, samples, whole=keep)
+        weights = self.found.token_weights
+        gatherer = Gatherer(modules, hessians, self.skeleton.device, kept_tokens, samples, keep, weights)
         try:
             kept_as = (lambda number, output: self._kept(len(trial) + number, output)) if keep else None
             return outputs + self.crew.gather(passes, gatherer, kept_as), gatherer
@@ -263,7 +272,7 @@ class _Blocks(Observer):
         """Puts what was written in the place of the block's own."""
         if any(changes_inputs(work) for work in works):
             self.transforms.replace(unit)
-        for work in works:
+        for work in (*works, *self.by_gradients[unit.name]):
             assert work.linear is not None
             module = self.skeleton.model.get_submodule(work.linear.module)
             weight = self.staged.weight(work)

@@ -5,18 +5,25 @@ leave a block stand beside those that enter it; transformers keeps the ones that
 equally wide are taken to read one input.
 """
 
-import re
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from qcli.calibration.settings import DEFAULT_TOKENS, PARALLEL
+from qcli.calibration.settings import PARALLEL
 from qcli.errors import UsageError, together
 from qcli.files.whole import check_place
 from qcli.memory.model.config import ModelConfig
 from qcli.methods.choosing import needs_of
+from qcli.quantization.gradient_needs import (
+    block_of,
+    default_tokens,
+    fisher_works,
+    gradient_memory,
+    gradient_operations,
+    weighing_works,
+)
 from qcli.quantization.plan import Plan
 from qcli.sizes import format_bytes
 
@@ -33,33 +40,39 @@ _PRODUCTS = 10  # floating-point operations of a weight and a channel: compensat
 
 @dataclass(frozen=True)
 class CalibrationNeeds:
-    """`tokens` at most; bytes of memory beyond what `Plan.working_memory` counts, of which the `states` may wait on the disk;
-    floating-point operations for a third as many tokens as the text has bytes, which is nearer to what tokenizers make of it; bytes
-    of a file of `statistics`."""
+    """`tokens` at most; bytes of memory beyond what `Plan.working_memory` counts, of which hidden `states` may wait on the disk,
+    where they take `disk` bytes; floating-point operations for a third as many tokens as the text has bytes, which is nearer to
+    what tokenizers make of it; bytes of a file of `statistics`."""
 
     tokens: int
     memory: int
     operations: float
     statistics: int = 0
     states: int = 0
+    disk: int = 0
 
 
 def calibration_needs(plan: Plan, threads: int) -> CalibrationNeeds:
     """See CalibrationNeeds. `threads` round weights at a time. Raises UsageError for a config without a hidden size."""
     assert plan.calibration is not None
     size = _text_size(plan)
-    limit = plan.calibration.tokens or DEFAULT_TOKENS
+    limit = plan.calibration.tokens or default_tokens(plan)
     tokens, likely = min(limit, size), min(limit, size // _BYTES_A_TOKEN)
     blocks: dict[str, int] = defaultdict(int)
     for work in plan.work:
-        if found := re.match(r"(.*?\.\d+)\.", work.info.name):
-            blocks[found[1]] += work.info.numel
+        if block := block_of(work.info.name):
+            blocks[block] += work.info.numel
     sites: dict[tuple[str, int], str] = {}
     largest_weight = largest_site = widest = 0
+    hidden = int(ModelConfig(plan.source.config, f"config.json of {plan.source.label}").hidden_size)
+    gradients, waiting = gradient_memory(plan, hidden, tokens, threads)
+    operations = gradient_operations(plan, likely)
+    if len(fisher_works(plan)) == len(plan.calibrated) and not plan.calibration.save_statistics:
+        return CalibrationNeeds(tokens, gradients, operations, 0, waiting, waiting)
     passes = 1 if plan.calibration.order == PARALLEL else 2
-    operations = 2.0 * passes * sum(blocks.values()) * likely
+    operations += 2.0 * passes * sum(blocks.values()) * likely
     for work in plan.calibrated:
-        if work.linear is None or work.method is None:
+        if work.linear is None or work.method is None or needs_of(work.method) == "fisher":
             continue
         rows, columns = work.linear.out_features, work.linear.in_features
         largest_weight, widest = max(largest_weight, rows * columns), max(widest, rows + columns)
@@ -71,10 +84,8 @@ def calibration_needs(plan: Plan, threads: int) -> CalibrationNeeds:
     of_block: dict[str, int] = defaultdict(int)
     stored = sum((4 * columns + _A_CHANNEL) * columns for _, columns in sites)
     for (_, columns), name in sites.items():
-        found = re.match(r"(.*?\.\d+)\.", name)
-        of_block[found[1] if found else name] += 4 * columns**2
+        of_block[block_of(name) or name] += 4 * columns**2
         operations += columns**2 * likely
-    hidden = int(ModelConfig(plan.source.config, f"config.json of {plan.source.label}").hidden_size)
     states = (_STATES - 1) * _ITEMSIZE * hidden * tokens
     memory = (
         states
@@ -84,7 +95,9 @@ def calibration_needs(plan: Plan, threads: int) -> CalibrationNeeds:
         + threads * (4 * _COPIES * largest_weight + 8 * _FACTORS * largest_site**2)
         + threads * _ITEMSIZE * _INSIDE * min(tokens, BATCH) * (hidden + widest)
     )
-    return CalibrationNeeds(tokens, memory, operations, stored, states)
+    needed, with_disk = max(memory, gradients), max(memory - states, gradients - waiting)  # one pass after the other
+    disk = max(states * 3 // 2, waiting)  # what transformers keeps of them, too
+    return CalibrationNeeds(tokens, needed, operations, stored, needed - with_disk, disk)
 
 
 def stated_by(plan: Plan, dtype: str | None = None) -> dict[str, object]:
@@ -98,6 +111,9 @@ def statistics_problems(plan: Plan) -> list[str]:
     """What stands against reading or writing the statistics that a plan's calibration names. Raises CheckpointError for a file that
     holds none."""
     assert plan.calibration is not None
+    for name in ("statistics", "save_statistics"):
+        if getattr(plan.calibration, name) and weighing_works(plan):
+            return [f"--{name.replace('_', '-')}: tokens count alike in a file of statistics; leave it out, or weights=fisher"]
     if plan.calibration.save_statistics:
         path = Path(plan.calibration.save_statistics)
         check_place(path)
@@ -110,7 +126,9 @@ def statistics_problems(plan: Plan) -> list[str]:
         found = StoredStatistics(Path(plan.calibration.statistics))
         if difference := found.difference(stated_by(plan)):
             return [difference]
-        if missing := found.missing([work.linear.module for work in plan.calibrated if work.linear]):
+        gradients = {work.index for work in fisher_works(plan)}  # of which a file has nothing
+        wanted = [work.linear.module for work in plan.calibrated if work.linear and work.index not in gradients]
+        if missing := found.missing(wanted):
             return [together(f"modules have no statistics in {found.path}", missing)]
     return []
 

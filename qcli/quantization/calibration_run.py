@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qcli.calibration.settings import CHECK_SHARE, CHECK_TOKENS, DEFAULT_TOKENS, Calibration
+from qcli.calibration.settings import CHECK_SHARE, CHECK_TOKENS, Calibration
 from qcli.devices import pick_device
 from qcli.errors import together
 from qcli.evaluation.score import Contender, score_all
@@ -19,9 +19,11 @@ from qcli.methods.choosing import needs_of
 from qcli.methods.simulate import Simulated, simulate, simulated, with_fixed_columns
 from qcli.progress import Advance
 from qcli.quantization.absmax import AbsmaxReader
+from qcli.quantization.by_gradients import round_by_gradients
 from qcli.quantization.calibrating import Calibrated, calibrate
 from qcli.quantization.calibration_report import CalibrationReport, Checked, KindError
 from qcli.quantization.decoding import decode
+from qcli.quantization.gradient_needs import default_tokens
 from qcli.quantization.plan import Plan, Work
 from qcli.quantization.rounding import read_weight
 from qcli.quantization.staged import StagedWeights
@@ -48,12 +50,13 @@ class CalibrationRun:
         self.skeleton = Skeleton(
             source.label, dtype=_dtype(plan, device), device=device, trust_remote_code=source.trusted, **options
         )
-        self.corpus = read_corpus(self.skeleton, settings)
+        self.corpus = read_corpus(self.skeleton, settings, default_tokens(plan))
         self.used, self.held_out = split(self.corpus.windows, settings.check)
 
     def round(self, advance: Advance) -> CalibrationReport:
         """Rounds what the texts decide and writes it."""
-        done = calibrate(self.plan, self.staging, self.skeleton, self.used, advance)
+        done = round_by_gradients(self.plan, self.staging, self.skeleton, self.used, advance)
+        done = calibrate(self.plan, self.staging, self.skeleton, self.used, advance, done)
         report = CalibrationReport(
             self.corpus.name,
             done.tokens,
@@ -115,14 +118,14 @@ def _dtype(plan: Plan, device: str) -> str:
     return "auto" if fast else "float32"
 
 
-def read_corpus(skeleton: Skeleton, settings: Calibration) -> Corpus:
-    """The windows of the calibration's text. Raises UsageError."""
+def read_corpus(skeleton: Skeleton, settings: Calibration, default_tokens: int) -> Corpus:
+    """The windows of the calibration's text, of so many tokens where the settings do not say. Raises UsageError."""
     config = skeleton.model.config.get_text_config(decoder=True)
     return read_windows(
         skeleton.tokenizer,
         settings.text,
         tokens=settings.tokens,
-        default_tokens=DEFAULT_TOKENS,
+        default_tokens=default_tokens,
         sequence_length=settings.sequence_length,
         model_limit=getattr(config, "max_position_embeddings", None),
     )
@@ -224,6 +227,8 @@ class _Swapped(Observer):
         if name == _RESULT or work not in self.plan.calibrated:
             return self.staged.weight(work)
         weight = read_weight(self.plan, work)
+        if needs_of(method) == "fisher":
+            return simulate(method.without_texts(), weight).weight
         return nearest(weight.float(), method.without_texts().grid(weight, None, self.absmax.of(work))).values
 
 

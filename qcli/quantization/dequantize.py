@@ -6,10 +6,10 @@ decoded and written, so memory holds a few tensors. A run that was stopped goes 
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from qcli import __version__, formats
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.config_json import parts
 from qcli.checkpoint.dtypes import TensorSpec
+from qcli.checkpoint.layout import Layout
 from qcli.checkpoint.model_dtype import model_dtype
 from qcli.checkpoint.modules import model_layout, transformers_class
 from qcli.checkpoint.source import Source, open_source
@@ -29,7 +30,7 @@ from qcli.quantization import other_files, outputs
 from qcli.quantization.decoding import decode, read_tensor
 from qcli.quantization.execute import WorkTasks, execute, verify
 from qcli.quantization.outputs import Planned
-from qcli.quantization.plan import Plan, Work
+from qcli.quantization.plan import Output, Plan, Work
 from qcli.quantization.quantize import check_output
 from qcli.quantization.staging import Staging
 from qcli.recipe import KEEP, Choice, Recipe
@@ -44,6 +45,11 @@ class Decoding(Plan):
     stored: Mapping[str, Stored]
     transposed: set[str]
     names: Mapping[str, Mapping[str, str]]
+
+    def decoded(self, tensor: str) -> torch.Tensor:
+        """The weight float32 [out_features, in_features] whose codes are `tensor`. Raises CheckpointError, HubError."""
+        tensors = {attribute: read_tensor(self.source, self.source.tensors[name]) for attribute, name in self.names[tensor].items()}
+        return decode(self.stored[tensor], tensors)
 
     @cached_property
     def config(self) -> dict[str, object]:
@@ -61,6 +67,9 @@ class Decoding(Plan):
     @cached_property
     def parameters(self) -> int:
         return sum(sum(spec.end - spec.start for spec in w.outputs) // dtypes.ITEMSIZE[self.dtype] for w in self.work)
+
+
+Kind = TypeVar("Kind", bound=Decoding)
 
 
 @dataclass
@@ -99,19 +108,18 @@ def dequantize(
     one_of("dtype", dtype, ("auto", *dtypes.MODEL_DTYPES))
     started = time.monotonic()
     source = open_source(model, revision, trust_remote_code=trust_remote_code)
-    plan = _plan(source, Path(output) if output is not None else Path(f"{source.name}-dequantized"), dtype)
+    if not source.quantization:
+        raise CheckpointError(f"{source.label} is not quantized", "Give a quantized checkpoint.")
+    target = Path(output) if output is not None else Path(f"{source.name}-dequantized")
+    plan = plan_decoding(Decoding, source, *format_and_layout(source), target, dtype)
     check_output(plan, overwrite)
     plan.check()
     with Staging(plan, overwrite=overwrite) as staging:
         other_files.carry_over(plan, staging)
         done = sum(plan.work[i].info.nbytes for i in staging.done)
         with shown(progress, plan.source_bytes, done) as advance:
-            execute(plan, staging, torch.device("cpu"), advance, _tasks)
-        if plan.index is not None:
-            staging.add_file("model.safetensors.index.json", plan.index)
-        staging.add_file("qcli.json", other_files.as_json(_provenance(plan)))
-        staging.add_file("config.json", other_files.as_json(plan.config))
-        verify(plan, staging.folder)
+            execute(plan, staging, torch.device("cpu"), advance, decoding_tasks)
+        write_rest(plan, staging, _provenance(plan))
         staging.publish()
     return Dequantized(
         str(plan.output),
@@ -136,27 +144,52 @@ def _provenance(plan: Decoding) -> dict[str, object]:
     }
 
 
-def _plan(source: Source, output: Path, dtype: str) -> Decoding:
-    if not source.quantization:
-        raise CheckpointError(f"{source.label} is not quantized", "Give a quantized checkpoint.")
+def write_rest(plan: Decoding, staging: Staging, provenance: Mapping[str, object]) -> None:
+    """Writes what follows the weights, config.json last, and compares the folder with the plan. Raises CheckpointError."""
+    if plan.index is not None:
+        staging.add_file("model.safetensors.index.json", plan.index)
+    staging.add_file("qcli.json", other_files.as_json(provenance))
+    staging.add_file("config.json", other_files.as_json(plan.config))
+    verify(plan, staging.folder)
+
+
+def format_and_layout(source: Source) -> tuple[formats.Format, Layout]:
+    """The format of a checkpoint, for an unquantized one any, and its modules. Raises CheckpointError, PlanError."""
     if source.problems:
         raise PlanError(source.label, source.problems, source.again())
-    format = formats.of_config(source.quantization)
+    stated = source.quantization
+    format = formats.of_config(stated) if stated else formats.get(formats.NAMES[0])
     if format is None:
-        kind = source.quantization.get("quant_method", "an unnamed method")
+        kind = (stated or {}).get("quant_method", "an unnamed method")
         known = ", ".join((*formats.NAMES, *formats.READ_ONLY))
         raise CheckpointError(f"{source.label} is quantized by {kind}, which qcli does not read; it reads {known}")
-    format.check(source.quantization, f"{source.label}/config.json: quantization_config")
+    if stated:
+        format.check(stated, f"{source.label}/config.json: quantization_config")
     built, config = transformers_class(source, source.trusted)
     if built is None:
         raise CheckpointError(f"{source.label}: transformers does not know its architecture", "Install a newer transformers.")
-    layout = model_layout(source, built, config, format.weight_name)
+    return format, model_layout(source, built, config, format.weight_name)
+
+
+def plan_decoding(
+    kind: type[Kind],
+    source: Source,
+    format: formats.Format,
+    layout: Layout,
+    output: Path,
+    dtype: str,
+    beside: Mapping[str, str] | None = None,
+) -> Kind:
+    """A plan of `kind` that writes every weight of `source` in `dtype`. `beside` maps stored tensors of weights to the name of a
+    second one that is to be made of them."""
     linears = layout.linears | ({layout.head.linear.tensor: layout.head.linear} if layout.head else {})
-    stored = format.read(source, list(linears.values()), source.quantization)
+    stored = format.read(source, list(linears.values()), source.quantization) if source.quantization else {}
     by_codes = {tensor: stored[linear.module] for tensor, linear in linears.items() if linear.module in stored}
-    beside = format.companions(source.tensors)
+    companions = format.companions(source.tensors) if source.quantization else {}
     problems = []
-    if lost := sorted(owner for owner in set(beside.values()) - set(by_codes) if source.tensors[owner].dtype not in dtypes.FLOATS):
+    if lost := sorted(
+        owner for owner in set(companions.values()) - set(by_codes) if source.tensors[owner].dtype not in dtypes.FLOATS
+    ):
         problems.append(together("quantized tensors that are no linear modules of the model", lost))
     code = model_dtype(source, dtype)
     planned = []
@@ -166,19 +199,20 @@ def _plan(source: Source, output: Path, dtype: str) -> Decoding:
             linear = linears[info.name]
             shape = linear.out_features, linear.in_features
             spec = TensorSpec(format.weight_name(info.name), code, shape[::-1] if linear.transposed else shape)
-        elif info.name in beside:
+        elif info.name in companions:
             continue
         else:
             spec = TensorSpec(
                 info.name, _unquantized_dtype(info.dtype, layout.stays_fp32(info.name, code), code), tuple(info.shape)
             )
-        planned.append(Planned(info, None, None, (spec,)))
+        second = () if beside is None or info.name not in beside else (replace(spec, name=beside[info.name]),)
+        planned.append(Planned(info, None, None, (spec, *second)))
     work, shards = outputs.place_outputs(planned, _SHARD_BYTES, format)
     recipe = Recipe(Choice(KEEP))
-    plan = Decoding(source, recipe, format, layout.decided_by, output, code, dtypes.TORCH_NAMES[code], {}, work, shards)
+    plan = kind(source, recipe, format, layout.decided_by, output, code, dtypes.TORCH_NAMES[code], {}, work, shards)
     plan.problems += problems
     plan.stored = by_codes
-    plan.transposed = {tensor for tensor in by_codes if linears[tensor].transposed}
+    plan.transposed = {tensor for tensor, linear in linears.items() if linear.transposed}
     plan.names = {tensor: _names(source, format, tensor, by_codes[tensor]) for tensor in by_codes}
     return plan
 
@@ -197,9 +231,10 @@ def _names(source: Source, format: formats.Format, codes: str, stored: Stored) -
     return {attribute: found[attribute] for attribute in stored.tensors if attribute in found}
 
 
-def _tasks(
+def decoding_tasks(
     plan: Decoding, staging: Staging, device: torch.device, advance: Callable[[int, str], None], fd: int, work: Work, absmax: float
 ) -> Iterator[Callable[[], None]]:
+    """The tasks of a piece of work, for `execute`."""
     if work.info.name in plan.stored:
         yield partial(_decode, plan, staging, advance, work)
     else:
@@ -208,13 +243,16 @@ def _tasks(
 
 def _decode(plan: Decoding, staging: Staging, advance: Callable[[int, str], None], work: Work) -> None:
     """Decodes one module."""
-    (output,), source = work.outputs, plan.source
-    tensors = {attribute: read_tensor(source, source.tensors[name]) for attribute, name in plan.names[work.info.name].items()}
-    stored = plan.stored[work.info.name]
-    weight = decode(stored, tensors).to(dtypes.torch_dtype(output.dtype))
+    (output,) = work.outputs
+    write_weight(plan, staging, work, output, plan.decoded(work.info.name))
+    advance(work.info.nbytes, work.info.name)
+    staging.finish_work(work.index, ErrorSums())
+
+
+def write_weight(plan: Decoding, staging: Staging, work: Work, output: Output, weight: torch.Tensor) -> None:
+    """Writes a weight [out_features, in_features] as `output`, one of those of `work`, rounded once."""
+    weight = weight.to(dtypes.torch_dtype(output.dtype))
     if work.info.name in plan.transposed:
         weight = weight.t()
     data: Any = weight.contiguous().view(-1).view(torch.uint8).numpy().data
     staging.write(output.file, output.start, data)
-    advance(work.info.nbytes, work.info.name)
-    staging.finish_work(work.index, ErrorSums())

@@ -16,7 +16,7 @@ from qcli.checkpoint.model_dtype import model_dtype
 from qcli.checkpoint.source import Source, open_source
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, PlanError, UsageError, one_of, together
-from qcli.methods.choosing import made, methods_of, recipe_in_force
+from qcli.methods.choosing import made, methods_of, recipe_in_force, weighs_tokens
 from qcli.process import available_memory, peak_memory
 from qcli.progress import Progress, shown
 from qcli.quantization import outputs
@@ -151,6 +151,8 @@ def make_plan(
         problems=problems,
         allow_nonfinite=run.allow_nonfinite,
     )
+    if any(getattr(w.method, "weights", "none") == "fisher" and not (w.method and weighs_tokens(w.method)) for w in plan.quantized):
+        problems.append("weights=fisher weighs the tokens that decide how a weight is rounded, and none do; add --calibrate")
     if plan.calibrated:
         plan.calibration = calibration_on(text, tokens, run.sequence_length or None, check, run.order, statistics, save_statistics)
         problems += statistics_problems(plan)
@@ -232,8 +234,7 @@ def check_output(plan: Plan, overwrite: bool) -> None:
     parent = next(p for p in [final.absolute().parent, *final.absolute().parents] if p.exists())
     staged = sum(_allocated(final.with_name(final.name + ".partial") / s.name) for s in plan.shards)
     carried = sum(plan.source.place.size(name) for name in plan.source.carried.files)
-    states = calibration_needs(plan, 1).states if plan.calibration and plan.calibration.states_on_disk else 0
-    waiting = states * 3 // 2  # what transformers keeps of them, too
+    waiting = calibration_needs(plan, 1).disk if plan.calibration and plan.calibration.states_on_disk else 0
     needed = plan.disk_bytes = plan.output_bytes + carried - staged + DISK_RESERVE + plan.source.download_bytes(parent) + waiting
     free = shutil.disk_usage(parent).free
     if needed > free:

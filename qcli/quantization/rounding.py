@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 
+from qcli.calibration.fisher import Fisher
 from qcli.calibration.statistics import Statistics
 from qcli.checkpoint import dtypes
 from qcli.errors import NonFiniteError
@@ -20,7 +21,7 @@ from qcli.quantization.decoding import block_scales, read_tensor
 from qcli.quantization.outputs import weight_of
 from qcli.quantization.plan import Plan, Work
 from qcli.quantization.staging import Staging
-from qcli.schemes import Scheme
+from qcli.schemes import CHUNK_BYTES, Scheme
 
 
 @dataclass
@@ -94,6 +95,20 @@ def round_weight(
     _write(plan, staging, work, parts)
     staging.finish_work(work.index, rounding.errors)
     return rounding
+
+
+def round_by_fisher(plan: Plan, staging: Staging, work: Work, fisher: Fisher | None, device: torch.device) -> Rounding:
+    """Rounds the weight of `work` by its Fisher information and writes it. Without any it is what the method makes of the weight
+    alone."""
+    assert work.method is not None
+    weight, method = read_weight(plan, work).to(device), cast(Any, work.method)
+    encoder = method.encoder_by(fisher.square) if fisher else method.encoder(*weight.shape, device)
+    flat, step = weight.flatten(), max(CHUNK_BYTES // weight.shape[1], 1) * weight.shape[1]
+    codes = [encoder.feed(flat[start : start + step], start)["codes"] for start in range(0, len(flat), step)]
+    parts, errors = encoder.finish()
+    _write(plan, staging, work, parts | {"codes": torch.cat(codes)})
+    staging.finish_work(work.index, errors)
+    return Rounding(errors, fisher.tokens if fisher else 0)
 
 
 def _with_columns(weight: torch.Tensor, method: Method, statistics: Statistics | None) -> tuple[Parts, Rounding]:

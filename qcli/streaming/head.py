@@ -6,6 +6,7 @@ such as soft caps and scales. Calling the head's module alone would leave these 
 """
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from qcli.streaming.batches import Batch
 from qcli.streaming.run import current_call
 from qcli.streaming.skeleton import Skeleton
 from qcli.streaming.units import Unit
+
+_REPLACING = threading.Lock()
 
 
 class _Reached(Exception):
@@ -85,7 +88,15 @@ class Head:
         """
         chunk = torch.cat([hidden_states(output)[row : row + 1, first:last] for output, row, first, last in places], 1)
         with torch.inference_mode():
-            return head_alone(self.model, self._body, places[0][0], chunk)[0]
+            return self.logits_of(places[0][0], chunk)
+
+    def logits_of(self, output: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [tokens, vocabulary] of hidden states [1, tokens, channels], in the place of those of `output`, which is what a
+        call gave. Several threads may ask at a time. Autograd records it where it is on.
+
+        The head's unit must be loaded.
+        """
+        return head_alone(self.model, self._body, output, hidden)[0]
 
 
 def containers(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
@@ -97,18 +108,40 @@ def containers(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]
 
 def head_alone(model: nn.Module, body: nn.Module, output: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [sequences, tokens, vocabulary] of hidden states [sequences, tokens, channels]. `body` is the module of `model` below
-    its head, and `output` what it has returned before."""
-    still = _with_hidden_states(output, hidden)
-    original = body.__dict__.get("forward")
-    body.forward = lambda *args, **kwargs: still
-    try:
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    its head, and `output` what it has returned before. Several threads may ask at a time."""
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    with _standing_in(body, _with_hidden_states(output, hidden)):
         return model(input_ids=ids, use_cache=False).logits
+
+
+class _StandIn:
+    """A forward that returns what each thread has given it. `before` is what it stands in for, None where that is the class's."""
+
+    def __init__(self, before: Callable[..., Any] | None):
+        self.before, self.askers, self.here = before, 0, threading.local()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.here.output
+
+
+@contextmanager
+def _standing_in(body: nn.Module, output: Any) -> Iterator[None]:
+    """While this lasts, `body` returns `output` in this thread, and in others what they have given it."""
+    with _REPLACING:
+        found = body.__dict__.get("forward")
+        stands = found if isinstance(found, _StandIn) else _StandIn(found)
+        body.forward = stands
+        stands.askers += 1
+        stands.here.output = output
+    try:
+        yield
     finally:
-        if original is None:
-            del body.forward
-        else:
-            body.forward = original
+        with _REPLACING:
+            stands.askers -= 1
+            if not stands.askers and stands.before is None:
+                del body.forward
+            elif not stands.askers:
+                body.forward = stands.before
 
 
 def hidden_states(output: Any) -> torch.Tensor:

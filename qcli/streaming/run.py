@@ -29,10 +29,16 @@ class Call:
 
 @dataclass
 class Pass:
-    """A call that has entered a block. `run()` is the block's own forward with the arguments of this call."""
+    """A call that has entered a block, with the block's own forward and the arguments of this call."""
 
     call: Call
-    run: Callable[[], Any]
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self) -> Any:
+        """What the block gives."""
+        return self.forward(*self.args, **self.kwargs)
 
 
 class Observer:
@@ -64,8 +70,11 @@ def same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
-def run_calls(skeleton: Skeleton, calls: Sequence[Call], observer: Observer | None = None, *, keep: bool = False) -> list[Any]:
-    """What each call returned, in their order. `keep` leaves the weights in memory.
+def run_calls(
+    skeleton: Skeleton, calls: Sequence[Call], observer: Observer | None = None, *, keep: bool = False, grad: bool = False
+) -> list[Any]:
+    """What each call returned, in their order. `keep` leaves the weights in memory. With `grad`, autograd records what the calls
+    do, but for blocks that the observer takes them through.
 
     Raises what a call raises.
     """
@@ -85,7 +94,8 @@ def run_calls(skeleton: Skeleton, calls: Sequence[Call], observer: Observer | No
         else:
             waiting.append((index, thread, wanted))
 
-    with torch.inference_mode(), _suspended(skeleton), _handing_over(skeleton, observer):
+    mode = torch.enable_grad() if grad else torch.inference_mode()
+    with mode, _suspended(skeleton), _handing_over(skeleton, observer):
         skeleton.load(skeleton.embedding)  # some models ask for its device before they enter it
         try:
             for i, call in enumerate(calls):
@@ -134,7 +144,7 @@ def _handing_over(skeleton: Skeleton, observer: Observer) -> Iterator[None]:
     def handing_over(forward: Callable) -> Callable:
         def hand_over(*args, **kwargs):
             call = current_call()
-            return getcurrent().parent.switch(Pass(call, lambda: forward(*args, **kwargs))) if call else forward(*args, **kwargs)
+            return getcurrent().parent.switch(Pass(call, forward, args, kwargs)) if call else forward(*args, **kwargs)
 
         return hand_over
 

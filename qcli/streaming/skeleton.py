@@ -202,7 +202,7 @@ class Skeleton:
         with ExitStack() as opened:
             loads = {file: pread(opened.enter_context(self.source.open(file))) for file in {info.file for info in tensors}}
             state = {info.name: StoredTensor(info, loads[info.file]) for info in tensors}
-            with quiet(), torch.inference_mode():
+            with quiet(), torch.no_grad():  # not in inference mode, whose tensors autograd refuses
                 loaded, _ = convert_and_load_state_dict_in_model(self.model, state, self._config)
         self.bytes_read += sum(info.nbytes for info in tensors)
         if loaded.conversion_errors or loaded.mismatched_keys:

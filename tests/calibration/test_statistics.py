@@ -59,7 +59,7 @@ def gathered(threads):
     block = Block().requires_grad_(False)
     gatherer = Gatherer(dict(block.named_children()), {"k", "o"}, torch.device("cpu"))
     inputs = [normal(16, 8, seed=n) for n in range(12)]
-    passes = [Pass(None, lambda x=x, n=n: block(x, n)) for n, x in enumerate(inputs)]
+    passes = [Pass(None, block, (x, n), {}) for n, x in enumerate(inputs)]
     crew = Crew(torch.device("cpu"))
     crew.threads = threads
     with crew:
@@ -94,8 +94,8 @@ def test_a_failed_batch_holds_up_no_other():
     torch.manual_seed(0)
     block = Block().requires_grad_(False)
     gatherer = Gatherer(dict(block.named_children()), {"q"}, torch.device("cpu"))
-    passes = [Pass(None, lambda n=n: block(normal(4, 8), n)) for n in range(8)]
-    passes[3] = Pass(None, fail)
+    passes = [Pass(None, block, (normal(4, 8), n), {}) for n in range(8)]
+    passes[3] = Pass(None, fail, (), {})
     with pytest.raises(RuntimeError, match="of the block"), crew:
         crew.gather(passes, gatherer)
 

@@ -4,8 +4,10 @@ import csv
 import json
 
 import pytest
+import torch
 import transformers
 
+from tests.adapters import make_adapter
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, make_model
 
@@ -136,3 +138,36 @@ def test_an_interrupted_run_leaves_no_file(quick_cli, tmp_path, monkeypatch):
     done = quick_cli("evaluate", DEMO, "--text", STORIES, "--tokens", 100, "--csv", "out.csv")
     assert done.returncode == 130 and "interrupted" in done.stderr and not done.stdout
     assert not list(tmp_path.glob("out*"))
+
+
+def test_an_adapter_is_compared_with_its_base(quick_cli, tmp_path):
+    """On the streamed model; the loss is PEFT's."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    theirs = make_adapter(base, tmp_path / "adapter")
+    arguments = (DEMO, "--adapter", "adapter", "--against", DEMO, "--text", STORIES, "--tokens", 300, "--sequence-length", 300)
+    found = json.loads(run(quick_cli, *arguments, "--dtype", "float32", "--json").stdout)
+    of_base, row = found["rows"]
+    assert of_base["name"] == str(DEMO) and row["name"] == f"{DEMO}, adapter adapter"
+    assert row["bytes"] == of_base["bytes"] + sum(p.nbytes for n, p in theirs.named_parameters() if "lora_" in n)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
+    documents = [json.loads(line)["text"] for line in STORIES.read_text().splitlines()[:3]]
+    losses = []
+    with torch.no_grad():
+        for text in documents:
+            ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+            logp = theirs(ids).logits[0, :-1].log_softmax(-1)
+            losses.append(-logp.gather(1, ids[0, 1:, None])[:, 0])
+    expected = torch.cat(losses)[:300].mean().item()
+    assert row["quality"]["loss"]["value"] == pytest.approx(expected, rel=1e-5)
+    assert row["against"]["loss_change"]["value"] == pytest.approx(expected - of_base["quality"]["loss"]["value"], rel=1e-4)
+    assert row["against"]["divergence"]["mean"]["value"] > 0.1
+    cached = json.loads(run(quick_cli, *arguments[:3], "--kv-dtype", "8", *arguments[5:], "--json").stdout)["rows"]
+    assert [each["name"] for each in cached] == [f"{DEMO}, adapter adapter", f"{DEMO}, adapter adapter, int8 cache"]
+    assert cached[1]["against"]["divergence"]["mean"]["value"] < 0.1
+
+
+def test_an_adapter_has_no_methods(quick_cli, tmp_path):
+    done = quick_cli("evaluate", DEMO, "--adapter", "adapter", "--methods", "nf4")
+    assert done.returncode == 2 and "--adapter and --methods were both given" in done.stderr
+    done = quick_cli("evaluate", DEMO, "--adapter", DEMO)
+    assert done.returncode == 1 and "has no adapter_config.json" in done.stderr

@@ -15,6 +15,7 @@ from qcli.generation.text_stream import TextStream
 from qcli.nn.linear_4bit import Linear4bit
 from qcli.nn.linear_8bit import Linear8bit
 from qcli.runtime import cpu
+from tests.adapters import make_adapter
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, example_inputs, make_model
 
@@ -311,3 +312,16 @@ def test_ctrl_c_while_generating(demo, quick_cli, monkeypatch):
     monkeypatch.setattr(TextStream, "push", interrupt)
     done = quick_cli("generate", demo / "nf4", "Once")
     assert done.returncode == 130 and "interrupted" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_adapter_changes_the_text(quick_cli, tmp_path, demo):
+    make_adapter(transformers.AutoModelForCausalLM.from_pretrained(DEMO), tmp_path / "adapter")
+    arguments = ("generate", demo / "nf4", "Once", "--max-new-tokens", 20, "--device", "cpu", "--json")
+    plain, adapted = (json.loads(quick_cli(*arguments, *more).stdout) for more in ((), ("--adapter", "adapter")))
+    model, tokenizer = qcli.load(str(demo / "nf4"), adapter=str(tmp_path / "adapter"), device="cpu")
+    ids = torch.tensor([tokenizer("Once")["input_ids"]])
+    expected = model.generate(ids, do_sample=False, max_new_tokens=20)[0, ids.shape[1] :].tolist()
+    assert adapted["token_ids"][:8] == expected[:8] != plain["token_ids"][:8]  # the step rounds in other places
+    assert adapted["step"] == plain["step"] and adapted["bytes_per_step"] > plain["bytes_per_step"]
+    done = quick_cli("generate", demo / "nf4", "Once", "--adapter", demo / "nf4")
+    assert done.returncode == 1 and "has no adapter_config.json" in done.stderr

@@ -121,13 +121,14 @@ def test_transformers_with_bitsandbytes_reads_a_head_of_the_other_modules_bits(b
 
 
 @pytest.mark.parametrize("name, bits, head", [("llama-tied", 4, 4), ("llama-tied", 8, 8), ("llama", 4, 8), ("llama", 8, 4)])
-def test_no_other_library_takes_the_codes_for_weights(name, bits, head, tmp_path):
+def test_no_other_library_takes_the_codes_for_weights(name, bits, head, tmp_path, monkeypatch):
     made(name, tmp_path / "model", torch.bfloat16)
     plan = make_plan(str(tmp_path / "model"), tmp_path / "out", bits=bits, head=head)
     assert plan.format.name == "qcli" and plan.notes == ["qcli alone reads the result; with --head 16 others do, too"]
     qcli.quantize(str(tmp_path / "model"), tmp_path / "out", bits=bits, head=head)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "qcli" and not any(key.startswith("load_in") for key in config)
+    monkeypatch.delitem(transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "qcli")  # as without qcli
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 

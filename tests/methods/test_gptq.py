@@ -73,7 +73,7 @@ def test_it_is_the_direct_solution_column_by_column(name):
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("columns", [128, 320])
+@pytest.mark.parametrize("columns", [128, 320, 200])
 def test_no_row_is_worse_than_plain_rounding(name, columns):
     weight, x = problem(columns=columns)
     grid, _ = grid_of(name, weight, x)
@@ -88,9 +88,10 @@ def test_no_row_is_worse_than_plain_rounding(name, columns):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_parts_decode_to_the_values(name):
-    """Through the decoder of the method, which knows nothing of grids."""
-    weight, x = problem()
+@pytest.mark.parametrize("columns", [128, 200])
+def test_parts_decode_to_the_values(name, columns):
+    """Through the decoder of the method, which knows nothing of grids. Groups do not divide 200 columns."""
+    weight, x = problem(columns=columns)
     grid, method = grid_of(name, weight, x)
     found = refitted(weight.float(), x.t() @ x, gptq(weight.float(), x.t() @ x, grid, factorized(x.t() @ x, 0.01)))
     decoded = method.decode(found.grid.all_parts(found.codes), *weight.shape)
@@ -98,9 +99,10 @@ def test_parts_decode_to_the_values(name):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_nearest_is_the_method_itself(name):
+@pytest.mark.parametrize("columns", [128, 200])
+def test_nearest_is_the_method_itself(name, columns):
     """Without texts the grid gives the codes of the encoder that needs none."""
-    weight, x = problem()
+    weight, x = problem(columns=columns)
     scheme, options = FORMS[name]
     method = methods.make(NAMED[scheme], options)
     absmax = float(weight.abs().max())

@@ -12,7 +12,7 @@ from tests.ops.test_kernels import matrices
 from tests.ops.test_round_integers import normal, same
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FORMS = [("fp8", 16, 1), ("fp8", 48, 5), ("mxfp4", 32, 1), ("nvfp4", 16, 1)]
+FORMS = [("fp8", 16, 1), ("fp8", 48, 5), ("mxfp4", 32, 1), ("nvfp4", 16, 1), ("nf3", 32, 1)]
 
 
 def test_kernels_are_bit_equal_to_the_reference(variant):
@@ -66,8 +66,28 @@ def test_e2m1_is_the_nearest(form, size, whole, dtype):
     torch.testing.assert_close(sums, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("given", [False, True])
+def test_nf3_is_the_nearest_of_the_table(given, dtype):
+    x = normal(30, 192).to(dtype)
+    scale = normal(30, 3).abs().to(dtype) + 1 if given else None
+    codes, found, sums = round_floats(x, "nf3", 64, scale=scale)
+    assert torch.equal(found, scale if given else x.unflatten(1, (3, 64)).abs().amax(-1))
+    s, values = widened(found, 64, 1, x), torch.from_numpy(codebooks.NF3).double()
+    distances = (x.double().unsqueeze(-1) / s.unsqueeze(-1) - values).abs()
+    assert (distances.gather(-1, codes.long().unsqueeze(-1))[..., 0] <= distances.amin(-1) + 1e-6).all()
+    expected = torch.stack(((x.double() - values[codes.int()] * s).square().sum(), x.double().square().sum(), sums.new_zeros(())))
+    torch.testing.assert_close(sums, expected, rtol=1e-6, atol=0)
+
+
+def test_nf3_halfway_is_the_lower_code():
+    thresholds = torch.from_numpy(codebooks.NF3_THRESHOLDS)
+    x = torch.cat((torch.ones(1), thresholds, torch.nextafter(thresholds, torch.ones(7)), torch.zeros(1)))[None]
+    assert round_floats(x, "nf3", 16)[0].tolist() == [[7, *range(7), *range(1, 8), 3]]
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("form, size, height", [("fp8", 32, 1), ("fp8", 32, 3), ("mxfp4", 32, 1), ("nvfp4", 32, 1)])
+@pytest.mark.parametrize("form, size, height", [("fp8", 32, 1), ("fp8", 32, 3), ("mxfp4", 32, 1), ("nvfp4", 32, 1), ("nf3", 32, 1)])
 def test_non_finite_values_change_only_what_shares_their_scale(form, size, height, bad):
     x = normal(6, 64)
     clean, clean_scale, _ = round_floats(x, form, size, height)
@@ -91,12 +111,13 @@ def test_one_scale_is_given_for_all():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"form": "fp6"}, ValueError, "form is 'fp6', expected fp8, mxfp4, nvfp4"),
+        ({"form": "fp6"}, ValueError, "form is 'fp6', expected fp8, mxfp4, nvfp4, nf3"),
+        ({"form": "nf3", "scale": torch.ones(2, 1)}, ValueError, "expected torch.float32 .2, 2."),
         ({"size": 48}, ValueError, "size is 48"),
         ({"height": 2}, ValueError, "height is 2, expected 1"),
         ({"form": "fp8", "height": 0}, ValueError, "height is 0, expected 1 or more"),
         ({"scale": torch.ones(1, 1)}, ValueError, "mxfp4 with a scale"),
-        ({"form": "fp8", "scale": torch.ones(2, 1)}, ValueError, "expected fp8 and torch.float32"),
+        ({"form": "fp8", "scale": torch.ones(2, 1)}, ValueError, "expected torch.float32 .1, 1."),
         ({"x": torch.zeros(2, 64).int()}, TypeError, "x is torch.int32"),
     ],
 )

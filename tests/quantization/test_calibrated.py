@@ -122,6 +122,7 @@ def test_architectures(name, tmp_path, text):
         ("nf3", {}, None),
         ("rtn", {"bits": 3, "group_size": 32}, "qcli"),
         ("nf4", {}, "qcli"),
+        ("nf3", {"group_size": 256}, "qcli"),  # which does not divide rows
     ],
 )
 def test_every_scheme_that_holds_the_result(method, options, format, llama, tmp_path, text):

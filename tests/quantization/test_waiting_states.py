@@ -52,6 +52,23 @@ def test_the_same_bytes(order, model, folder, tmp_path, monkeypatch):
     assert kept and digest(tmp_path / "in-memory") == digest(tmp_path / "on-disk")
 
 
+@pytest.mark.parametrize("options", [{"method": "squeezellm"}, {"settings": {"weights": "fisher"}}])
+def test_the_same_bytes_by_gradients(options, folder, tmp_path, monkeypatch):
+    """The states of all blocks wait then, each in a place of its own."""
+    plan = plan_of(folder, tmp_path / "in-memory", **options)
+    verb.run_plan(plan)
+    states = calibration_needs.calibration_needs(plan, 1).states
+    monkeypatch.setattr(verb, "available_memory", lambda: plan.working_memory + verb.calibration_memory(plan) - states)
+    on_disk = plan_of(folder, tmp_path / "on-disk", **options)
+    assert on_disk.calibration.states_on_disk and not on_disk.problems and on_disk.disk_bytes > plan.disk_bytes
+    kept = []
+    apart = WaitingStates.apart
+    monkeypatch.setattr(WaitingStates, "apart", lambda self, output: kept.append(output.shape[-1]) or apart(self, output))
+    verb.run_plan(on_disk)
+    assert set(kept) == {64} and len(kept) % 3 == 0  # the embedding and two blocks give states
+    assert digest(tmp_path / "in-memory") == digest(tmp_path / "on-disk")
+
+
 def test_the_plan_says_so_and_counts_the_disk(folder, tmp_path, monkeypatch):
     before = plan_of(folder, tmp_path / "out")
     states = little_memory(monkeypatch, folder, tmp_path)

@@ -1,0 +1,212 @@
+// Products of some rows of a 4-bit weight with some tokens, for linear_4bit: float32, or of 16-bit integers (chunks.h).
+#pragma once
+
+#include "blocks_4bit.h"
+
+namespace {
+
+constexpr int64_t kAhead = 1024;  // bytes
+
+// Tokens share decoded weights and rows share loaded x, as far as registers allow. Rows that are multiplied together are far apart,
+// so memory fetches as many streams at once.
+constexpr int kTokens = 4, kRows = 4;
+
+// The hardware's own prefetching stops at page borders and is slower than the arithmetic.
+QCLI_INLINE I32x16 load_chunk(const uint8_t* p) {
+  __builtin_prefetch(p + kAhead);
+  return load_ints(p);
+}
+
+using Floats = Float32<NibbleOrder>;
+#if defined(QCLI_INT16_PRODUCTS)
+// x, and the table of codes.
+class Int16 : public Integers<NibbleOrder> {
+ public:
+  template <class T>
+  Int16(const T* x, int64_t rows, const Weight& w)
+      : Integers(x, rows, w.k, w.zero != nullptr), codes_(codes_of(w.code, kCodeSteps)) {}
+  const Codes16& codes() const { return codes_; }
+
+ private:
+  Codes16 codes_;
+};
+#endif
+
+template <int j, int kT, int kR>
+QCLI_INLINE void add_step(Table16 table, const I32x16* chunk, const float* const* x, F32x16 (*sums)[kT]) {
+  for (int r = 0; r < kR; r++) {
+    const F32x16 weights = look_up<4 * j>(table, chunk[r]);
+    for (int s = 0; s < kT; s++) {
+      const F32x16 values = load(x[s] + 16 * j);
+      sums[r][s] = j ? fused(weights, values, sums[r][s]) : weights * values;
+    }
+  }
+}
+
+// totals += chunk * scales, for the chunk at i of kR rows and kT tokens from t on.
+template <int kT, int kR>
+QCLI_INLINE void add(Table16 table, const I32x16* chunk, const Floats& x, int64_t t, int64_t i, const F32x16* scales,
+                     F32x16 (*totals)[kT]) {
+  const float* values[kT];
+  for (int s = 0; s < kT; s++) values[s] = x.at(t + s, i);
+  F32x16 sums[kR][kT];
+  add_step<0, kT, kR>(table, chunk, values, sums);
+  add_step<1, kT, kR>(table, chunk, values, sums);
+  add_step<2, kT, kR>(table, chunk, values, sums);
+  add_step<3, kT, kR>(table, chunk, values, sums);
+  add_step<4, kT, kR>(table, chunk, values, sums);
+  add_step<5, kT, kR>(table, chunk, values, sums);
+  add_step<6, kT, kR>(table, chunk, values, sums);
+  add_step<7, kT, kR>(table, chunk, values, sums);
+  for (int r = 0; r < kR; r++) {
+    for (int s = 0; s < kT; s++) totals[r][s] = fused(sums[r][s], scales[r], totals[r][s]);
+  }
+}
+
+// kR rows times kT tokens from t on: sums[r][s].
+template <int kT, int kR, Scaling kScaling>
+void products(const Weight& w, const Row* rows, const Floats& x, int64_t t, float (*sums)[kTokens]) {
+  const Table16 table = table16(w.code);
+  F32x16 totals[kR][kT];
+  for (int r = 0; r < kR; r++) {
+    for (int s = 0; s < kT; s++) totals[r][s] = all(0.0f);
+  }
+  const auto step = [&](int64_t i) {
+    I32x16 chunk[kR];
+    F32x16 scales[kR];
+    for (int r = 0; r < kR; r++) {
+      chunk[r] = load_chunk(rows[r].packed + i / 2);
+      scales[r] = rows[r].of_chunk<kScaling>(w, rows[r].scales, i);
+    }
+    add<kT, kR>(table, chunk, x, t, i, scales, totals);
+    if (!w.zero) return;
+    for (int r = 0; r < kR; r++) {
+      const F32x16 offsets = rows[r].of_chunk<kScaling>(w, rows[r].offsets, i);
+      for (int s = 0; s < kT; s++) totals[r][s] = fused(load(x.sums(t + s, i)), offsets, totals[r][s]);
+    }
+  };
+  const int64_t whole = w.k / kChunk * kChunk;
+  for (int64_t i = 0; i < whole; i += kChunk) step(i);
+  if (whole < w.k) step(whole);
+  for (int r = 0; r < kR; r++) {
+    for (int s = 0; s < kT; s++) sums[r][s] = sum_lanes(totals[r][s]);
+  }
+}
+
+#if defined(QCLI_INT16_PRODUCTS)
+// What outliers of x add to the product of a row.
+template <Scaling kScaling>
+float outliers_of(const Weight& w, const Row& row, const Int16& x, int64_t t) {
+  float sum = 0.0f;
+  for (int64_t o = 0; o < x.outliers(t); o++) {
+    const Outlier each = x.outlier(t, o);
+    const int code = row.packed[each.i / 2] >> (each.i % 2 ? 0 : 4) & 15;
+    sum += each.value * w.code[code] * row.template scale_of<kScaling>(w, each.i);
+    if (w.zero) sum += each.value * row.offsets[row.template block_of<kScaling>(w, each.i)];
+  }
+  return sum;
+}
+
+// The scales, or the offsets, of kWide elements at i. Those beyond the row's end are zero: what is read there is another row's.
+template <Scaling kScaling, bool kWhole>
+QCLI_INLINE Lanes of_lanes(const Weight& w, const Row& row, const float* values, int64_t i) {
+#if defined(__AVX512F__)
+  if (kScaling == Scaling::kEighths) return {row.of_chunk<kScaling>(w, values, i).v};
+#endif
+  float q[kWide / 32];
+  for (int j = 0; j < kWide / 32; j++) {
+    q[j] = kWhole || i + 32 * j < w.k ? values[row.block_of<kScaling>(w, i + 32 * j)] : 0.0f;
+  }
+#if defined(__AVX512F__)
+  return kWhole && kScaling == Scaling::kOne ? lanes_of(q[0]) : lanes_of(q[0], q[1], q[2], q[3]);
+#else
+  return kWhole && kScaling != Scaling::kQuarters ? lanes_of(q[0]) : lanes_of(q[0], q[1]);
+#endif
+}
+
+// Where a token's integers and steps are.
+struct Token {
+  const int16_t* values;
+  const float* steps;
+  const float* sums;  // of eight elements each, if there are zero points
+};
+
+// One register of codes of kR rows at i.
+template <int kT, int kR, Scaling kScaling, bool kWhole>
+QCLI_INLINE void add_wide(const Weight& w, const Row (&rows)[kR], const Token (&tokens)[kT], const Codes16& codes, int64_t i,
+                          Lanes (&totals)[kR][kT]) {
+  for (int r = 0; r < kR; r++) {
+    const uint8_t* p = rows[r].packed + i / 2;
+    __builtin_prefetch(p + kAhead);
+    const Packed packed = load_packed(p);
+    Words weights[2];
+    Sums sums[kT];
+    look_up_half<0>(codes, packed, weights);
+    for (int s = 0; s < kT; s++) {
+      const int16_t* values = tokens[s].values + i;
+      sums[s] = add_dot(dot(weights[0], load_words(values)), weights[1], load_words(values + kWide / 2));
+    }
+    look_up_half<1>(codes, packed, weights);
+    const Lanes scales = of_lanes<kScaling, kWhole>(w, rows[r], rows[r].scales, i);
+    for (int s = 0; s < kT; s++) {
+      const int16_t* values = tokens[s].values + i + kWide / 4;
+      sums[s] = add_dot(add_dot(sums[s], weights[0], load_words(values)), weights[1], load_words(values + kWide / 2));
+      totals[r][s] = add_scaled(totals[r][s], sums[s], times(scales, tokens[s].steps[i / kWide]));
+    }
+    if (!w.zero) continue;
+    const Lanes offsets = of_lanes<kScaling, kWhole>(w, rows[r], rows[r].offsets, i);
+    for (int s = 0; s < kT; s++) totals[r][s] = add_product(totals[r][s], load_lanes(tokens[s].sums + i / 8), offsets);
+  }
+}
+
+template <int kT, int kR, Scaling kScaling>
+void products(const Weight& w, const Row* all_rows, const Int16& x, int64_t t, float (*sums)[kTokens]) {
+  const Codes16 codes = x.codes();
+  Row rows[kR];
+  Token tokens[kT];
+  Lanes totals[kR][kT];
+  for (int r = 0; r < kR; r++) rows[r] = all_rows[r];
+  for (int s = 0; s < kT; s++) tokens[s] = {x.at(t + s, 0), x.steps(t + s), x.sums(t + s)};
+  for (int r = 0; r < kR; r++) {
+    for (int s = 0; s < kT; s++) totals[r][s] = no_lanes();
+  }
+  const int64_t k = w.k;
+  int64_t i = 0;
+  for (; i + kWide <= k; i += kWide) add_wide<kT, kR, kScaling, true>(w, rows, tokens, codes, i, totals);
+  if (i < k) add_wide<kT, kR, kScaling, false>(w, rows, tokens, codes, i, totals);
+  for (int r = 0; r < kR; r++) {
+    for (int s = 0; s < kT; s++) sums[r][s] = sum_lanes(totals[r][s]);
+  }
+  for (int s = 0; s < kT; s++) {
+    if (!x.outliers(t + s)) continue;
+    for (int r = 0; r < kR; r++) sums[r][s] += outliers_of<kScaling>(w, rows[r], x, t + s);
+  }
+}
+#endif
+
+template <int kT, Scaling kScaling, class X>
+void products(int count, const Weight& w, const Row* rows, const X& x, int64_t t, float (*sums)[kTokens]) {
+  if (count == 4 && kT <= 2) {
+    products<kT, 4, kScaling>(w, rows, x, t, sums);
+    return;
+  }
+  for (int r = 0; r < count; r += 2) {
+    if (count - r > 1) {
+      products<kT, 2, kScaling>(w, rows + r, x, t, sums + r);
+    } else {
+      products<kT, 1, kScaling>(w, rows + r, x, t, sums + r);
+    }
+  }
+}
+
+template <Scaling kScaling, class X>
+void products(int tokens, int count, const Weight& w, const Row* rows, const X& x, int64_t t, float (*sums)[kTokens]) {
+  switch (tokens) {
+    case 1: products<1, kScaling>(count, w, rows, x, t, sums); break;
+    case 2: products<2, kScaling>(count, w, rows, x, t, sums); break;
+    case 3: products<3, kScaling>(count, w, rows, x, t, sums); break;
+    default: products<kTokens, kScaling>(count, w, rows, x, t, sums); break;
+  }
+}
+
+}  // namespace
