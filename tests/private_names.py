@@ -56,7 +56,18 @@ PRIVATE = (
         _OLD_NAMES,
         "one such rule; ours for the companions of 4-bit weights",
     ),
-    Private("transformers.quantizers.HfQuantizer", ("loading/transformers_quantizer.py",), _LOADING, "the base of our quantizer"),
+    Private(
+        "transformers.quantizers.HfQuantizer",
+        ("loading/transformers_format.py", "loading/transformers_quantizer.py"),
+        _LOADING,
+        "the base of our quantizer",
+    ),
+    Private(
+        "transformers.PretrainedConfig: _commit_hash",
+        ("loading/transformers_format.py",),
+        "tests/loading/test_transformers_format.py::test_in_any_order_of_imports",
+        "which revision of a repository from_pretrained has fetched",
+    ),
     Private("peft.LoraConfig._register_custom_module", ("finetuning/lora.py",), _ADAPTERS, "puts our adapters on our modules"),
     Private(
         "peft.tuners.lora.layer.LoraLayer._move_adapter_to_device_of_base_layer",
@@ -82,13 +93,21 @@ PRIVATE = (
         "tests/loading/test_dequantizing.py::test_it_is_the_plain_model_of_the_same_weights",
         "what its model.dequantize() calls",
     ),
-    Private("transformers.quantizers.register_quantizer", ("loading/transformers_quantizer.py",), _LOADING, "makes it known"),
     Private(
-        "transformers.quantizers.register_quantization_config", ("loading/transformers_quantizer.py",), _LOADING, "and its config"
+        "transformers.quantizers.register_quantizer",
+        ("loading/transformers_format.py", "loading/transformers_quantizer.py"),
+        _LOADING,
+        "makes it known",
+    ),
+    Private(
+        "transformers.quantizers.register_quantization_config",
+        ("loading/transformers_format.py", "loading/transformers_quantizer.py"),
+        _LOADING,
+        "and its config",
     ),
     Private(
         "transformers.utils.quantization_config.QuantizationConfigMixin",
-        ("loading/transformers_quantizer.py",),
+        ("loading/transformers_format.py", "loading/transformers_quantizer.py"),
         _LOADING,
         "that config's base",
     ),

@@ -5,53 +5,18 @@
 // comes, in their order: the sums then stay in registers, and the errors of 64 rows in L1. Nothing here is a fused multiply-add:
 // every variant gives the same bits.
 
-#include "rounding.h"
-#include "small_floats.h"
+#include "grid.h"
 
 namespace {
-
-enum Form : int { kIntegers = 0, kTable = 1, kOfE4M3 = 2, kOfE2M1 = 3 };
 
 struct Block {
   int64_t columns, rows;
   const float *w, *lower, *scale, *zero;
   const int32_t* groups;
-  float least, most;
-  const float *thresholds, *values, *codes_of_ranks;
-  int dtype;
+  Grid grid;
   uint8_t* codes;
   float *stored, *errors;
 };
-
-struct Tables {
-  Table16 tree, values, codes;
-};
-
-// The code of v, which becomes what the code stands for in units of the scale.
-template <int kForm>
-QCLI_INLINE I32x16 nearest_code(F32x16* v, F32x16 zero, const Block& b, const Tables& tables) {
-  const F32x16 x = where_number(*v, *v, all(0.0f));
-  if (kForm == kTable) {
-    const I32x16 rank = rank16(tables.tree, x);
-    *v = look_up<0>(tables.values, rank);
-    return rounded(look_up<0>(tables.codes, rank));
-  }
-  if (kForm == kIntegers) {
-    const F32x16 far = all(65536.0f), magic = all(12582912.0f);  // a sum with it rounds to an integer, ties to even
-    const F32x16 whole = minimum(maximum(x, all(0.0f) - far), far) + magic - magic;
-    const F32x16 code = minimum(maximum(whole + zero, all(b.least)), all(b.most));
-    *v = code - zero;
-    return rounded(code);
-  }
-  const float most = kForm == kOfE4M3 ? kE4M3Most : kE2M1Most;
-  *v = minimum(maximum(x, all(-most)), all(most));
-  return kForm == kOfE4M3 ? round_to<E4M3>(v) : round_to<E2M1>(v);
-}
-
-QCLI_INLINE F32x16 as_stored(int dtype, F32x16 x) {
-  if (dtype == kBFloat16) return through(static_cast<const bf16*>(nullptr), x);
-  return dtype == kFloat16 ? through(static_cast<const f16*>(nullptr), x) : x;
-}
 
 // 16 kVectors rows from `row` on, of which `count` are there. errors [columns, 16 kVectors] is scratch.
 template <int kForm, int kVectors>
@@ -71,30 +36,23 @@ QCLI_INLINE void round_rows(const Block& b, const Tables& tables, int64_t row, i
       const int64_t left = count - 16 * v, at = j * b.rows + row + 16 * v;
       const F32x16 scale = load_some(b.scale + group + 16 * v, left);
       const F32x16 zero = b.zero ? load_some(b.zero + group + 16 * v, left) : all(0.0f);
-      F32x16 value = w[v] / (kForm == kIntegers ? scale : maximum(scale, all(0x1p-126f)));
-      const I32x16 code = nearest_code<kForm>(&value, zero, b, tables);
-      value = as_stored(b.dtype, value * scale);
+      F32x16 value = w[v] / divisor<kForm>(scale);
+      const I32x16 code = nearest_code<kForm>(&value, zero, b.grid, tables);
+      value = as_stored(b.grid.dtype, value * scale);
       const F32x16 error = (w[v] - value) / pivot;
       store(errors + j * kWidth + 16 * v, error);
       store_some(b.errors + at, error, left);
       store_some(b.stored + at, value, left);
-      if (kForm == kIntegers) {
-        store_some_bytes(reinterpret_cast<int8_t*>(b.codes) + at, code, left);
-      } else {
-        store_some_bytes(b.codes + at, code, left);
-      }
+      store_codes_of<kForm>(b.codes + at, code, left);
     }
   }
 }
 
 template <int kForm>
 void round_block(const Block& b, int threads) {
-  const Search16 tree = b.thresholds ? search16(b.thresholds) : Search16{};
-  const float none[16] = {};
-  const float* values = b.values ? b.values : none;
-  const float* codes = b.codes_of_ranks ? b.codes_of_ranks : none;
-  parallel(divide_up(b.rows, 64), 1, threads, [=, &b, &tree](int64_t first, int64_t last) {
-    const Tables tables = {table16(tree.tree), table16(values), table16(codes)};
+  const Ranks ranks = ranks_of(b.grid);
+  parallel(divide_up(b.rows, 64), 1, threads, [=, &b, &ranks](int64_t first, int64_t last) {
+    const Tables tables = tables_of(ranks);
     const Scratch scratch(b.columns * 64 * sizeof(float));
     for (int64_t tile = first; tile < last; tile++) {
       const int64_t row = tile * 64, count = smaller<int64_t>(64, b.rows - row);
@@ -119,12 +77,7 @@ QCLI_KERNEL(gptq_columns)
 (int64_t columns, int64_t rows, const float* w, const float* lower, const float* scale, const float* zero, const int32_t* groups,
  int form, float least, float most, const float* thresholds, const float* values, const float* codes_of_ranks, int dtype,
  uint8_t* codes, float* stored, float* errors, int threads) {
-  const Block block = {columns, rows,       w,      lower,          scale, zero,  groups, least,
-                       most,    thresholds, values, codes_of_ranks, dtype, codes, stored, errors};
-  switch (form) {
-    case kIntegers: round_block<kIntegers>(block, threads); break;
-    case kTable: round_block<kTable>(block, threads); break;
-    case kOfE4M3: round_block<kOfE4M3>(block, threads); break;
-    case kOfE2M1: round_block<kOfE2M1>(block, threads); break;
-  }
+  const Grid grid = {least, most, thresholds, values, codes_of_ranks, dtype};
+  const Block block = {columns, rows, w, lower, scale, zero, groups, grid, codes, stored, errors};
+  QCLI_FORM(form, round_block, block, threads)
 }

@@ -130,6 +130,8 @@ def planned(
         data=contents,
         notes=_notes(rows, options, max_tokens),
     )
+    if plan.dtype == "float16":
+        plan.notes.append("small gradients vanish in float16: take --dtype bfloat16, or float32 on an old GPU, if the loss stays")
     plan.memory, plan.free = estimated(plan)
     return plan
 

@@ -9,7 +9,8 @@ are plain PEFT.
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from qcli.nn.linear_4bit import Linear4bit
 from qcli.nn.linear_8bit import Linear8bit
 from qcli.nn.linear_groups import LinearGroups
 from qcli.nn.linear_table import LinearTable
+from qcli.nn.low_rank import LowRank
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.streaming.units import find_units
 
@@ -98,8 +100,18 @@ def short_names(targets: Sequence[str], names: Sequence[str]) -> list[str]:
     return sorted(last) if set(matched) == set(targets) else list(targets)
 
 
-def attach(model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float, rslora: bool, seed: int) -> PeftModel:
-    """Puts adapters on the modules `targets` of `model`, in place: B is zero, A is drawn from `seed`. All else is frozen."""
+def attach(
+    model: nn.Module,
+    targets: Sequence[str] | None = None,
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    seed: int = 0,
+) -> PeftModel:
+    """Puts adapters on the modules `targets` of `model`, or on all linear ones but the head, in place. B is zero, A is drawn from
+    `seed`, and all else is frozen."""
+    targets = linear_modules(model) if targets is None else targets
     everything = [name for name, _ in model.named_modules()]
     config = LoraConfig(
         r=rank,
@@ -115,6 +127,25 @@ def attach(model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dr
         warnings.filterwarnings("ignore", message="Unsupported layer type")  # it finds the sizes all the same
         warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
         return get_peft_model(model, config)
+
+
+@contextmanager
+def as_generated(model: nn.Module) -> Iterator[None]:
+    """While this lasts, `model` has its adapters as `qcli generate --adapter` has them: as hooks, which decoding steps know."""
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)]
+    handles = []
+    try:
+        for name, module in adapted:
+            (adapter,) = module.active_adapters
+            a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+            model.set_submodule(name, module.base_layer)
+            handles.append(module.base_layer.register_forward_hook(LowRank(a, b * module.scaling[adapter])))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, module in adapted:
+            model.set_submodule(name, module)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

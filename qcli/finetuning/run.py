@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -189,7 +190,10 @@ class Run:
             return
         started = time.monotonic()
         log = self.staging.folder / LOG
-        self.state.logged = log.stat().st_size if log.exists() else 0
+        if log.exists():
+            with log.open("rb") as file:
+                os.fsync(file.fileno())
+                self.state.logged = os.fstat(file.fileno()).st_size
         save_state(self.staging.state / _STATE, self.state, self._adapters(), self.best, self.trainer.optimizer)
         self._saved, self._saving = time.monotonic(), time.monotonic() - started
 

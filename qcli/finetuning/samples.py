@@ -7,6 +7,7 @@ from torch import nn
 
 from qcli.errors import QcliWarning
 from qcli.finetuning.encoding import Row
+from qcli.finetuning.lora import as_generated
 from qcli.generation.decode import Decoding
 from qcli.generation.sampling import Sampling
 
@@ -24,7 +25,8 @@ def prompts_of(rows: Sequence[Row]) -> list[list[int]]:
 
 def continued(model: nn.Module, tokenizer, prompts: Sequence[list[int]]) -> list[str]:
     """The model's continuation of each prompt."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), as_generated(model):
         warnings.simplefilter("ignore", QcliWarning)  # `qcli generate` says what is odd about the model's rules
         decoding = Decoding(model, tokenizer, Sampling(max_new_tokens=NEW_TOKENS, temperature=0))
-    return [tokenizer.decode(decoding.generate(ids, lambda token: None).token_ids, skip_special_tokens=True) for ids in prompts]
+        found = [decoding.generate(ids, lambda token: None).token_ids for ids in prompts]
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]

@@ -65,11 +65,11 @@ class Trainer:
             self._drop(False)
         gradients = [_gradient(parameter) for parameter in self.parameters.values()]
         self.ranks.add(gradients, total)
-        norm = torch.stack(torch._foreach_norm(gradients)).norm()
+        norm = nn.utils.get_total_norm(gradients)
         found = Step(float(total) / count, count, float(norm))
         if found.finite:
-            if self.rare.grad_norm and found.grad_norm > self.rare.grad_norm:
-                torch._foreach_mul_(gradients, self.rare.grad_norm / (found.grad_norm + 1e-6))
+            if self.rare.grad_norm:
+                nn.utils.clip_grads_with_norm_(self.parameters.values(), self.rare.grad_norm, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()

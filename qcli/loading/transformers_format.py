@@ -78,4 +78,4 @@ class QcliFormatQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters are

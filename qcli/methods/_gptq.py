@@ -24,7 +24,8 @@ import torch
 
 from qcli.errors import NonFiniteError
 from qcli.methods._grid import Grid
-from qcli.ops.gptq_columns import divisors, gptq_columns
+from qcli.ops.gptq_columns import gptq_columns
+from qcli.ops.round_to_grid import round_to_grid
 
 BLOCK = 128
 _LARGEST_DAMPING = 1e3
@@ -48,9 +49,9 @@ class Found:
 
 def nearest(weight: torch.Tensor, grid: Grid) -> Found:
     """Rounds weight float32 [out_features, in_features] to nearest."""
-    zero = None if grid.zero_point is None else grid.zero_point.repeat_interleave(grid.size, 1)[:, : weight.shape[1]]
-    codes, entries = grid.entries(weight / divisors(grid.spread(weight.shape[1]), grid.scheme.codebook or ""), zero)
-    return Found(grid, codes, grid.values(entries))
+    scheme, dtype = grid.scheme, grid.dtype or torch.float32
+    codes, values = round_to_grid(weight, grid.scale, grid.zero_point, grid.size, scheme.codebook or "", scheme.bits, dtype)
+    return Found(grid, codes, values)
 
 
 def row_errors(weight: torch.Tensor, values: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ import torch
 from qcli.codebooks import CODEBOOKS, E2M1, NF3, ZERO_CODE
 from qcli.methods._groups import Rounded
 from qcli.methods._method import Parts
+from qcli.ops._grid import divisors, round_entries
 from qcli.ops.dequantize_absmax import dequantize_absmax
-from qcli.ops.gptq_columns import divisors, round_entries
 from qcli.ops.quantize_absmax import mean_absmax, quantize_absmax
 from qcli.packing import pack_4bit
 from qcli.runtime.arguments import table

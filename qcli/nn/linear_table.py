@@ -14,7 +14,7 @@ from qcli.nn.linear_groups import LinearGroups, order_of_columns, values_of_scal
 from qcli.ops.add_sparse import add_sparse
 from qcli.ops.dequantize_table import dequantize_table
 from qcli.ops.linear_table import PreparedTable, linear_table
-from qcli.packing import pack_planes, to_unsigned
+from qcli.ops.pack_codes import pack_codes
 from qcli.schemes import Scheme
 
 
@@ -44,7 +44,7 @@ class LinearTable(LinearGroups):
         if packed is None:
             codes = format.codes(self.stored, stored)
             codes = codes if columns is None else codes[:, columns]
-            packed = pack_planes(codes if scheme.codebook else to_unsigned(codes, scheme.bits), scheme.bits)
+            packed = pack_codes(codes, scheme.bits, "planes").view(torch.uint8)
         self.drop_stored()
         self.group_size = scheme.size if scheme.share == "group" else 0
         scale, zero_point, table = None, parts.get("zero_point"), parts.get("table")

@@ -5,61 +5,16 @@ With U the upper Cholesky factor of H^-1, for each column j in its order
   value_j = code_j's entry times scale_j,  error_j = (w_j - value_j) / U_jj,  w_k -= U_jk error_j for every later k of the block
 The product and the difference are two roundings to float32. A row of the weight knows nothing of the others.
 
-What a code stands for, in units of its scale, is its entry:
-  integers     code - zero_point, with codes in [-2^(b-1), 2^(b-1) - 1], the one nearest to w / scale, halves to even
-  nf4, fp4, nf3  a value of the codebook, by the thresholds between them
-  e4m3, e2m1   a small float, the nearest one, halves to even
-A NaN has the code of 0. On a GPU the reference runs, a few operations for each column, which all rows share.
+Entries are those of qcli/ops/_grid.py. On a GPU the reference runs, a few operations for each column, which all rows share.
 """
 
-from functools import cache
-
-import numpy as np
 import torch
 
-from qcli import codebooks
+from qcli.ops._grid import TABLES, check_grid, codes_dtype, divisors, for_kernel, product, round_entries
 from qcli.ops._library import define
-from qcli.ops.fit_scale import ranked
-from qcli.ops.round_floats import e2m1_codes, to_e4m3
 from qcli.runtime import cpu
-from qcli.runtime.arguments import table
-
-TABLES = ("nf4", "fp4", "nf3")  # codebooks that thresholds divide
-_FORMS = ("", "table", "e4m3", "e2m1")  # by their numbers in the kernel
-_TINY = 2.0**-126
 
 _Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def round_entries(v: torch.Tensor, zero: torch.Tensor | None, codebook: str, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest codes of values v float32 in units of their scales, and their entries, float32. `zero` float32 has the zero
-    points of integers of `bits` bits, whose codebook is "". Codes are int8 for integers, uint8 for codebooks, and float8 for
-    E4M3."""
-    if codebook == "e4m3":
-        codes = to_e4m3(v)
-        return codes, codes.float()
-    if codebook == "e2m1":
-        codes = e2m1_codes(v)
-        return codes, table(codebooks.E2M1, v.device)[codes.int()]
-    v = v.nan_to_num(0.0, torch.inf, -torch.inf)
-    if codebook:
-        thresholds, values = ranked(codebook)
-        ranks = torch.bucketize(v, table(thresholds, v.device), out_int32=True)
-        return table(_order(codebook), v.device)[ranks], table(values, v.device)[ranks]
-    most = 2 ** (bits - 1) - 1
-    codes = (v.round() + (0.0 if zero is None else zero)).clamp_(-most - 1, most)
-    return codes.to(torch.int8), codes if zero is None else codes - zero
-
-
-@cache
-def _order(codebook: str) -> np.ndarray:
-    """The codes uint8 [16] of a codebook's values in their order."""
-    return codebooks.ORDER[codebook] if codebook in codebooks.ORDER else np.arange(16, dtype=np.uint8)
-
-
-def divisors(scale: torch.Tensor, codebook: str) -> torch.Tensor:
-    """What weights are divided by for their codes: scales, of which those of codebooks may be 0."""
-    return scale.clamp(min=_TINY) if codebook else scale
 
 
 def _reference(
@@ -78,39 +33,29 @@ def _reference(
     for j, group in enumerate(groups.tolist()):
         zero = None if zero_point is None else zero_point[group]
         codes[j], entries = round_entries(columns[j] / divisors(scale[group], codebook), zero, codebook, bits)
-        product = entries * scale[group]
-        values[j] = product if dtype == torch.float32 else product.to(dtype).float()
+        values[j] = product(entries, scale[group], dtype)
         errors[j] = (columns[j] - values[j]) / upper[j, j]
         columns[j + 1 :] -= upper[j, j + 1 :].unsqueeze(1) * errors[j]
     return codes, values, errors
 
 
 def _fake(w, upper, scale, zero_point, groups, codebook, bits, dtype):
-    of_codes = {"": torch.int8, "e4m3": torch.float8_e4m3fn}.get(codebook, torch.uint8)
-    return w.new_empty(w.shape, dtype=of_codes), torch.empty_like(w), torch.empty_like(w)
+    return w.new_empty(w.shape, dtype=codes_dtype(codebook)), torch.empty_like(w), torch.empty_like(w)
 
 
 def _check(w, upper, scale, zero_point, groups, codebook, bits, dtype):
     op = "gptq_columns"
-    if codebook not in (*TABLES, *_FORMS[2:], ""):
-        raise ValueError(f"{op}: codebook is {codebook!r}, expected {', '.join((*TABLES, *_FORMS[2:]))}, or nothing")
-    if not codebook and not 2 <= bits <= 8:
-        raise ValueError(f"{op}: bits is {bits}, expected 2 to 8")
-    if codebook and zero_point is not None:
-        raise ValueError(f"{op}: zero points with the codebook {codebook}, expected none")
-    if dtype not in cpu.DTYPES:
-        raise TypeError(f"{op}: dtype is {dtype}, expected float32, bfloat16 or float16")
-    if w.dim() != 2 or scale.dim() != 2:
-        raise ValueError(f"{op}: w and scale have {w.dim()} and {scale.dim()} dimensions, expected 2")
+    check_grid(op, scale, zero_point, codebook, bits, dtype)
+    if w.dim() != 2:
+        raise ValueError(f"{op}: w has {w.dim()} dimensions, expected 2")
     expected = {
         "w": (w, w.shape, torch.float32),
         "upper": (upper, (len(w), len(w)), torch.float32),
         "scale": (scale, (len(scale), w.shape[1]), torch.float32),
-        "zero_point": (zero_point, scale.shape, torch.float32),
         "groups": (groups, (len(w),), torch.int32),
     }
     for name, (tensor, shape, kind) in expected.items():
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != kind):
+        if tensor.shape != shape or tensor.dtype != kind:
             raise ValueError(f"{op}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {kind} {tuple(shape)}")
 
 
@@ -133,23 +78,8 @@ def _cpu(
     if len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < len(scale):
         raise ValueError(f"gptq_columns: groups are up to {int(groups.max())}, expected 0 to {len(scale) - 1}")
     results = _fake(w, upper, scale, zero_point, groups, codebook, bits, dtype)
-    is_table = codebook in TABLES
-    thresholds, values = ranked(codebook) if is_table else (None, None)
-    tables = (thresholds, values, _order(codebook).astype(np.float32)) if is_table else (None, None, None)
-    _kernel(
-        *w.shape,
-        w,
-        lower,
-        scale,
-        zero_point,
-        groups,
-        _FORMS.index("table" if is_table else codebook),
-        -float(1 << (bits - 1)),
-        float((1 << (bits - 1)) - 1),
-        *(None if each is None else cpu.address(each) for each in tables),
-        cpu.DTYPES[dtype],
-        *results,
-    )
+    grid, _tables = for_kernel(codebook, bits, dtype)
+    _kernel(*w.shape, w, lower, scale, zero_point, groups, *grid, *results)
     return results
 
 

@@ -155,11 +155,15 @@ class _Blocks(Observer):
         """What a block gave the call of this number, where it waits for the next block."""
         return output if self._states is None else self._states.keep(number, output)
 
-    def _run(self, passes: Sequence[Pass], first: int = 0) -> Iterator[Any]:
-        """What the passes give, of which the first is that of the call `first`."""
-        return self.crew.results([lambda n=n, each=each: self._kept(n, each.run()) for n, each in enumerate(passes, first)])
+    def _run(self, passes: Sequence[Pass]) -> Iterator[Any]:
+        """What the passes give, of which the first is that of the first call."""
 
-    def saving(self) -> AbstractContextManager:
+        def run(number: int) -> Any:
+            return self._kept(number, passes[number].run())
+
+        return self.crew.results([partial(run, number) for number in range(len(passes))])
+
+    def saving(self) -> AbstractContextManager[Any]:
         """While this lasts, the file of statistics that is asked for is written."""
         return self._writer or nullcontext()
 

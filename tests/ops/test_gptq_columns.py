@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from qcli.codebooks import NF4
-from qcli.ops.gptq_columns import cases, gptq_columns, round_entries
+from qcli.ops._grid import round_entries
+from qcli.ops.gptq_columns import cases, gptq_columns
 
 CASE = {name: arguments for name, arguments in cases()}
 
@@ -57,9 +58,9 @@ def test_entries_with_zero_points():
         ({"bits": 9}, "bits is 9"),
         ({"upper": torch.eye(5)}, "upper is torch.float32"),
         ({"groups": torch.zeros(16, dtype=torch.int64)}, "groups is torch.int64"),
-        ({"zero_point": torch.zeros(2, 40)}, "zero_point is"),
+        ({"zero_point": torch.zeros(2, 40)}, r"zero_point \[2, 40\]"),
         ({"codebook": "nf4", "zero_point": torch.zeros(1, 40)}, "zero points with the codebook nf4"),
-        ({"scale": torch.ones(40)}, "scale have 2 and 1 dimensions"),
+        ({"scale": torch.ones(40)}, r"scale is \[40\]"),
     ],
 )
 def test_what_is_refused(change, message):

@@ -21,7 +21,11 @@ from qcli.runtime import cpu
 from tests.parity import bits, flat, results
 
 COMPILED = [name for name in ops.names() if hasattr(import_module(f"qcli.ops.{name}"), "_cpu")]
-EXACT = [name for name in COMPILED if "quantize" in name or name in ("fit_scale", "gptq_columns", "pack_codes", "rope_append")]
+EXACT = [
+    name
+    for name in COMPILED
+    if "quantize" in name or name in ("fit_scale", "gptq_columns", "pack_codes", "rope_append", "round_to_grid")
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -36,6 +36,7 @@ NAMES = [
     "rope_append",
     "round_floats",
     "round_integers",
+    "round_to_grid",
 ]
 
 
