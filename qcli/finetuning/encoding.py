@@ -79,7 +79,7 @@ class Encoding:
         return self._whole(both, trained, example.place)
 
     def _whole(self, ids: list[int], trained: list[bool], place: str) -> Row:
-        """With what the tokenizer puts before a text, unless the text brings it, and with the token that ends one: that is learnt."""
+        """With what the tokenizer puts before a text, unless it is there, and with the token that ends one, which is learnt."""
         count = len(self.prefix)
         if ids[:count] != self.prefix:
             ids = [*self.prefix, *ids]
