@@ -101,8 +101,8 @@ def qcli(run: Run) -> Weights:
     for name, p in run.transformer(torch.float32).named_parameters():
         if name.removesuffix(".weight") not in found and not torch.equal(p, now[name]):
             run.others[name] = now[name].detach()
-    schemes = {work.linear.module: work.method.scheme for work in plan.quantized}
-    run.spent(sum(8 * schemes[name].stored_bytes(*w.shape) for name, w in found.items()), found)
+    stored = {work.linear.module: (work.method.scheme, work.info.dtype) for work in plan.quantized}
+    run.spent(sum(8 * stored[name][0].stored_bytes(*w.shape, stored[name][1]) for name, w in found.items()), found)
     return found
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from qcli.errors import CheckpointError, UsageError, first_line
 from qcli.finetuning.examples import COMPLETION, MESSAGES, TEXT, Example
 from qcli.generation.chat import Chat
+from qcli.streaming.corpus import prefix_of
 
 ALL, OF_COMPLETION, OF_ASSISTANT = "all", "completion", "assistant"
 LOSSES = (ALL, OF_COMPLETION, OF_ASSISTANT)
@@ -57,7 +58,7 @@ class Encoding:
         if form == TEXT and self.loss != ALL:
             raise UsageError(f"loss={self.loss}: texts have no {self.loss}, expected {ALL}", "Leave it out.")
         self.ends, self.apart, self.unended = frozenset(ends), 0, 0
-        self.prefix, self.suffix = self._around()
+        self.prefix = list(prefix_of(tokenizer))
         eos = getattr(tokenizer, "eos_token_id", None)
         self.end = eos if isinstance(eos, int) else min(self.ends, default=None)
         self._chat = self._checked_template() if form == MESSAGES else None
@@ -67,18 +68,23 @@ class Encoding:
         if self.form == MESSAGES:
             return self._conversation(example)
         if self.form == TEXT:
-            ids = [*self.prefix, *self._bare(example.text, example.place)]
-            return self._closed(ids, [False] * len(self.prefix) + [True] * (len(ids) - len(self.prefix)), example.place)
+            ids = self._bare(example.text, example.place)
+            return self._whole(ids, [True] * len(ids), example.place)
         prompt = self._bare(example.prompt, example.place)
         both = self._bare(example.prompt + example.text, example.place)
         if both[: len(prompt)] != prompt:
             self.apart += 1
             both = prompt + self._bare(example.text, example.place)
         trained = [self.loss == ALL] * len(prompt) + [True] * (len(both) - len(prompt))
-        return self._closed([*self.prefix, *both], [False] * len(self.prefix) + trained, example.place)
+        return self._whole(both, trained, example.place)
 
-    def _closed(self, ids: list[int], trained: list[bool], place: str) -> Row:
-        """With the token that ends a text, which is learnt."""
+    def _whole(self, ids: list[int], trained: list[bool], place: str) -> Row:
+        """With what the tokenizer puts before a text, unless it is there, and with the token that ends one, which is learnt."""
+        count = len(self.prefix)
+        if ids[:count] != self.prefix:
+            ids = [*self.prefix, *ids]
+            trained = [*[False] * count, *trained]
+        trained[:count] = [False] * count
         if self.end is not None and ids[-1:] != [self.end]:
             ids, trained = [*ids, self.end], [*trained, True]
         return _row(ids, trained, place)
@@ -142,14 +148,6 @@ class Encoding:
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         self._special = {i for i, token in added.items() if token.special} | set(self.tokenizer.all_special_ids)
         return chat
-
-    def _around(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and after every text."""
-        whole, bare = self.tokenizer("a")["input_ids"], self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        for start in range(len(whole) - len(bare) + 1):
-            if whole[start : start + len(bare)] == bare:
-                return whole[:start], whole[start + len(bare) :]
-        return [], []
 
     def _bare(self, text: str, place: str) -> list[int]:
         try:

@@ -90,7 +90,7 @@ def read_windows(
     Raises UsageError for a file that cannot be read, a text with too little in it, and options out of range; CheckpointError for
     conversations without a chat template.
     """
-    prefix = _prefix(tokenizer)
+    prefix = prefix_of(tokenizer)
     if model_limit is not None and model_limit <= 0:  # how some configs state that there is no limit
         model_limit = None
     if sequence_length is None:
@@ -182,7 +182,7 @@ def _without(prefix: tuple[int, ...], ids: list[int], ends: list[int]) -> tuple[
     return ids[len(prefix) :], [end - start for end in ends[len(prefix) :]]
 
 
-def _prefix(tokenizer) -> tuple[int, ...]:
+def prefix_of(tokenizer) -> tuple[int, ...]:
     """The ids that the tokenizer puts before every text."""
     whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     for start in range(len(whole) - len(bare) + 1):

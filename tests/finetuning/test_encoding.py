@@ -96,6 +96,8 @@ def test_a_beginning_of_text_comes_once():
     made = Encoding(made.tokenizer, "m", COMPLETION, None, ENDS)
     assert shown(made, Example(COMPLETION, "", prompt="ab", text="c")) == "<s>ab[c</s>]"
     assert shown(Encoding(made.tokenizer, "m", TEXT, None, ENDS), Example(TEXT, "", text="c")) == "<s>[c</s>]"
+    assert shown(made, Example(COMPLETION, "", prompt="<s>ab", text="c")) == "<s>ab[c</s>]"
+    assert shown(Encoding(made.tokenizer, "m", TEXT, None, ENDS), Example(TEXT, "", text="<s>c")) == "<s>[c</s>]"
     chat = Encoding(made.tokenizer, "m", MESSAGES, None, ENDS)
     assert "<s>" not in shown(chat, Example(MESSAGES, "", messages=(U1, A1)))
 
