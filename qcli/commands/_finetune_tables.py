@@ -37,7 +37,6 @@ def show_plan(plan: Plan, talk: bool) -> None:
 def _lines(plan: Plan) -> list[str]:
     rows, options, order = plan.rows, plan.options, plan.order
     counts, longest = rows.counts, max(map(len, rows.train))
-    names = sorted({name.rpartition(".")[2] for name, _, _ in plan.targets})
     shortened = []
     if counts.cut:
         shortened.append(f"{counts.cut:,} cut, which loses {counts.lost_tokens:,} tokens")
@@ -49,8 +48,7 @@ def _lines(plan: Plan) -> list[str]:
         f"{plan.skeleton.source.label}: {counts.examples:,} examples ({_FORMS[rows.form]}), {len(rows.train):,} rows to train on, "
         f"{len(rows.held_out):,} held out" + (f"; {', '.join(shortened)}" if shortened else ""),
         f"tokens: {rows.tokens:,}, of which {rows.trained:,} are learnt; the longest row has {longest:,}",
-        f"adapters: rank {options.rank}, alpha {options.alpha:g}, on {len(plan.targets):,} modules ({', '.join(names)}): "
-        f"{plan.parameters:,} parameters",
+        plan.trained.line(),
         f"steps: {plan.steps:,} of {min(options.batch, order.rows):,} rows, {plan.epochs:.3g} epochs; learning rate "
         f"{options.lr:g}, {options.rare.schedule}",
     ]
@@ -85,8 +83,10 @@ def show_result(result: Finetuned) -> None:
         f"{result.output}: {loss}{result.parameters:,} parameters trained in {result.steps:,} steps, "
         f"{format_seconds(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s, peak memory "
         f"{format_bytes(result.peak_memory)}; "
-        f"the base is unchanged (SHA-256 {result.base_hash[:12]})"
+        f"{'the base' if result.train == 'adapters' else 'all else'} is unchanged (SHA-256 {result.base_hash[:12]})"
     )
+    if result.next:
+        console.out(f"next: {result.next}")
 
 
 def _one_line(text: str) -> str:

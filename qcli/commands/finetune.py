@@ -1,4 +1,4 @@
-"""`qcli finetune`: trains adapters on a frozen model."""
+"""`qcli finetune`: trains adapters on a frozen model, or weights of a model that is to run in LLM.int8()."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,10 @@ def finetune(
         Path | None, typer.Argument(help="A .jsonl or .txt file, or a folder with train.jsonl and valid.jsonl.", show_default=False)
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The adapter's folder. Default ./NAME-adapter.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The adapter's folder. Default ./NAME-adapter; of weights ./NAME-finetuned.", show_default=False
+        ),
     ] = None,
     bits: Annotated[
         int | None, typer.Option(help="Quantize an unquantized model while reading it: 4 or 8.", show_default=False)
@@ -55,7 +58,7 @@ def finetune(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers and data alone, and stop.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter's folder, at the very end.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder, at the very end.")] = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the losses: .png, .svg or .pdf.", show_default=False)
     ] = None,
@@ -67,13 +70,13 @@ def finetune(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Rarer settings, such as dropout=0.05, rslora=true, schedule=constant, sequences_at_a_time=1, loss=all.",
+            help="Rarer settings, such as dropout=0.05, rslora=true, schedule=constant, loss=all, train=weights.",
             show_default=False,
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Train low-rank adapters on a frozen model, quantized or not: LoRA and QLoRA."""
+    """Train low-rank adapters on a frozen model, quantized or not: LoRA and QLoRA. Or its weights, for LLM.int8()."""
     example = "qcli finetune SmolLM2-135M-nf4 train.jsonl"
     model = asked_model(model, example)
     if data is None:

@@ -38,13 +38,15 @@ def write_whole(path: Path, data: bytes) -> None:
         raise QcliError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a temporary file, syncs it and renames it. Its mode follows the umask. A write that fails leaves nothing behind."""
+def write_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
+    """Writes a temporary file, syncs it and renames it. Its mode follows the umask. A write that fails leaves nothing behind.
+    `data` may be made piece by piece."""
     temporary = path.with_name(path.name + ".tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         with os.fdopen(fd, "wb") as file:
-            file.write(data)
+            for piece in (data,) if isinstance(data, bytes) else data:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, path)

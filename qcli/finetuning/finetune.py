@@ -1,7 +1,7 @@
-"""The verb `finetune`: a frozen model and examples in, an adapter out.
+"""The verb `finetune`: a model and examples in, an adapter out; or with train=weights the model itself, trained.
 
 `planned` says what a run will do, `train` does it. A run that was stopped, however it was, goes on where it stopped when the same
-plan is trained again, and ends with the same adapter.
+plan is trained again, and ends with the same folder.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,6 +19,8 @@ from qcli.finetuning.result import Finetuned
 from qcli.finetuning.rows import Rows, read_rows
 from qcli.finetuning.run import Run
 from qcli.finetuning.settings import Options, rare_options
+from qcli.finetuning.trained import Adapters, Trained
+from qcli.finetuning.weights import Weights
 from qcli.generation.decode import end_tokens
 from qcli.loading.opening import asked_recipe
 from qcli.progress import Progress
@@ -29,7 +31,8 @@ from qcli.streaming.skeleton import Skeleton
 
 def finetune(model: str, data: str | Path, output: str | Path | None = None, **options) -> Finetuned:
     """Trains low-rank adapters of `model`, a folder or hub id, on `data`; see `planned` for the options. The folder `output` is
-    PEFT's own. A run that was stopped goes on.
+    PEFT's own. With train=weights the weights of `model` are trained, and the folder is a checkpoint of the whole. A run that was
+    stopped goes on.
 
     Raises UsageError, CheckpointError, DeviceError, HubError, NonFiniteError, PlanError. After any of them no folder stands under
     the name of the output.
@@ -90,15 +93,21 @@ def planned(
     placement = place(device, None, None)
     skeleton = Skeleton(model, dtype=dtype, device="cpu", revision=revision, trust_remote_code=trust_remote_code)
     source, tokenizer = skeleton.source, skeleton.tokenizer
-    if asked and source.quantization:
+    whole = options.rare.train == "weights"
+    if asked and source.quantization and not whole:
         raise CheckpointError(f"{model} is quantized already", "Leave out --bits and --method.")
-    final = Path(output) if output is not None else Path(f"{source.name}-adapter")
+    final = Path(output) if output is not None else Path(f"{source.name}-{'finetuned' if whole else 'adapter'}")
     if final.exists() and not overwrite:
         raise exists_error(final)
     if not source.is_hub and final.resolve() == Path(source.label).resolve():
         raise UsageError(f"the output {final} is the model itself, and an input is never touched", "Choose another --output.")
     names = lora.linear_modules(skeleton.model)
     targets = [(name, *_shape(skeleton.model.get_submodule(name))) for name in lora.targets_of(names, target)]
+    code = model_dtype(source, dtype)
+    if whole:
+        trained: Trained = Weights(source, targets, options, asked, final, dtypes.TORCH_NAMES[code], overwrite)
+    else:
+        trained = Adapters(source, targets, options, asked)
     limit = skeleton.model.config.get_text_config(decoder=True)
     longest = getattr(limit, "max_position_embeddings", None)
     if longest and max_tokens > longest:
@@ -123,12 +132,12 @@ def planned(
         output=final,
         options=options,
         rows=rows,
-        targets=targets,
+        trained=trained,
         placement=placement,
-        dtype=dtypes.TORCH_NAMES[model_dtype(source, dtype)],
+        dtype=dtypes.TORCH_NAMES[code],
         checkpointing=on_gpu if choice == "auto" else choice == "true",
         data=contents,
-        notes=_notes(rows, options, max_tokens),
+        notes=trained.notes + _notes(rows, options, max_tokens),
     )
     if plan.dtype == "float16":
         plan.notes.append("small gradients vanish in float16: take --dtype bfloat16, or float32 on an old GPU, if the loss stays")
@@ -180,7 +189,7 @@ def _notes(rows: Rows, options: Options, asked: int) -> list[str]:
     if encoding.unended:
         notes.append(f"{encoding.unended:,} conversations end with no token that ends the model's texts: check its chat template")
     if not rows.held_out:
-        notes.append("no rows are held out: the loss on new text will not be known, and the last adapter is kept")
+        notes.append("no rows are held out: the loss on new text will not be known, and the last step is kept")
     notes += [f"left out: {sentence}" for sentence in rows.counts.dropped[:5]]
     if len(rows.counts.dropped) > 5:
         notes.append(f"left out: {len(rows.counts.dropped) - 5:,} more rows")

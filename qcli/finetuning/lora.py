@@ -9,7 +9,7 @@ are plain PEFT.
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -179,11 +179,3 @@ def _sort_targets(path: Path) -> None:
     if isinstance(config.get("target_modules"), list):
         config["target_modules"].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def frozen_tensors(model: nn.Module, trained: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:
-    """Every tensor of a model that training must leave as it is: parameters and buffers, by name."""
-    names = set(trained)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name not in names:
-            yield name, tensor

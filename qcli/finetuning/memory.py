@@ -5,7 +5,6 @@ from qcli.finetuning.plan import Plan
 from qcli.loading.out_of_memory import free_memory
 from qcli.loading.room import costs_of
 from qcli.memory.components import Component
-from qcli.memory.costs.training import training
 from qcli.methods.choosing import methods_of
 from qcli.process import available_memory
 
@@ -19,19 +18,9 @@ def estimated(plan: Plan) -> tuple[list[Component], int | None]:
     if costs is None:
         return [], free
     try:
-        found = training(
-            costs.model.config,
-            [(out, into) for _, out, into in plan.targets],
-            0,
-            most_tokens(plan),
-            rank=plan.options.rank,
-            train="finetune",
-            checkpointing=plan.checkpointing,
-        )
+        return plan.trained.memory(costs, most_tokens(plan), plan.checkpointing, bool(gpus)), free
     except (ArithmeticError, LookupError, TypeError, ValueError):  # a config that says nothing of its layers
         return [], free
-    parts = [Component(name, size, ()) for name, size in found.components.items() if size]
-    return [Component("weights", costs.weights.total, ()), *parts], free
 
 
 def most_tokens(plan: Plan) -> int:

@@ -18,7 +18,9 @@ from qcli.finetuning.encoding import Row
 from qcli.finetuning.examples import files_of
 from qcli.finetuning.rows import Rows
 from qcli.finetuning.settings import Options
+from qcli.finetuning.trained import Target, Trained
 from qcli.memory.components import Component
+from qcli.quantization.plan import Shard, Work
 from qcli.recipe import Recipe
 from qcli.sizes import format_bytes
 from qcli.streaming.skeleton import Skeleton
@@ -28,7 +30,7 @@ _FEW_EXAMPLES, _EPOCHS = 10_000, 3  # so many epochs for fewer examples than tha
 
 @dataclass
 class Plan:
-    """See the module. `output` is the adapter's folder. `targets` are the modules with adapters, (name, out_features, in_features).
+    """See the module. `output` is the folder that is written.
     `memory` has the components of the estimate, where one could be made, and `free` the bytes there are for them. `notes` are
     sentences on what the user may not expect."""
 
@@ -37,7 +39,7 @@ class Plan:
     output: Path
     options: Options
     rows: Rows
-    targets: list[tuple[str, int, int]]
+    trained: Trained
     placement: DeviceChoice
     dtype: str
     checkpointing: bool
@@ -45,8 +47,6 @@ class Plan:
     memory: list[Component] = field(default_factory=list)
     free: int | None = None
     notes: list[str] = field(default_factory=list)
-
-    work, shards = (), ()  # nothing of the folder is planned ahead (see Staged)
 
     @property
     def order(self) -> Order:
@@ -70,13 +70,28 @@ class Plan:
         return self.options.rare.eval_steps or -(-self.steps // 10)
 
     @property
+    def targets(self) -> list[Target]:
+        """The modules that are trained or get adapters."""
+        return self.trained.targets
+
+    @property
     def parameters(self) -> int:
         """That are trained."""
-        return self.options.rank * sum(out + into for _, out, into in self.targets)
+        return self.trained.parameters
 
     @property
     def output_bytes(self) -> int:
-        return 4 * self.parameters
+        return self.trained.output_bytes
+
+    @property
+    def work(self) -> Sequence[Work]:
+        """See Staged."""
+        return self.trained.work
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        """See Staged."""
+        return self.trained.shards
 
     @property
     def memory_bytes(self) -> int | None:
@@ -109,8 +124,7 @@ class Plan:
             ways = ["a smaller --max-tokens"]
             if not self.checkpointing:
                 ways.insert(0, "--set checkpointing=true")
-            if self.recipe is None and not self.skeleton.source.quantization:
-                ways.insert(0, "--bits 4")
+            ways = self.trained.smaller + ways
             raise DeviceError(
                 f"training {self.skeleton.source.label} needs {format_bytes(self.memory_bytes)}, of which {largest.name} "
                 f"{format_bytes(largest.bytes)}, and {format_bytes(self.free)} are free",
@@ -123,6 +137,7 @@ class Plan:
         return {
             "output": str(self.output),
             "model": self.skeleton.source.label,
+            "train": self.options.rare.train,
             "form": rows.form,
             "examples": rows.counts.examples,
             "rows": len(rows.train),

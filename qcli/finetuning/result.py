@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass
 
 @dataclass
 class Finetuned:
-    """`before`, `after` are held-out losses in nats a token, of the base and of the adapter that was kept, that of step `best`;
-    None without held-out rows. `losses` are (step, loss, held-out loss or None) of every step. `samples` are (prompt, continuation
-    before, continuation after). `base_hash` is the SHA-256 over all tensors of the base, which training has left as they were."""
+    """`before`, `after` are held-out losses in nats a token, of the base and of what was kept, that of step `best`; None without
+    held-out rows. `losses` are (step, loss, held-out loss or None) of every step. `samples` are (prompt, continuation before,
+    continuation after). `base_hash` is the SHA-256 over all tensors that training has left as they were, with adapters
+    all of the base. `train` is "adapters" or "weights". `next` is the command that is to follow, if any."""
 
     output: str
     base: str
@@ -23,6 +24,8 @@ class Finetuned:
     seconds: float
     peak_memory: int
     base_hash: str
+    train: str
+    next: str | None
 
     def summary(self) -> dict[str, object]:
         """For JSON."""

@@ -1,4 +1,4 @@
-"""One run of training: the model and its adapters in memory, a state on the disk to go on from, a folder at the end."""
+"""One run of training: the model and what is trained in memory, a state on the disk to go on from, a folder at the end."""
 
 import hashlib
 import json
@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -15,13 +14,14 @@ import torch
 from qcli import __version__
 from qcli.devices import gpus_of
 from qcli.errors import Interrupted, NonFiniteError, QcliError
-from qcli.finetuning import lora, samples
+from qcli.finetuning import samples
 from qcli.finetuning.loss import Loss, packs_rows
 from qcli.finetuning.plan import Plan
 from qcli.finetuning.ranks import Ranks
 from qcli.finetuning.result import Finetuned
 from qcli.finetuning.state import Progress as State
 from qcli.finetuning.state import read_state, save_state
+from qcli.finetuning.trained import base_name
 from qcli.finetuning.training import Step, Stopped, Trainer
 from qcli.loading import out_of_memory
 from qcli.loading.load import load_source
@@ -55,7 +55,7 @@ class Run:
             self.ranks.close()
 
     def train(self, progress: Progress | None) -> Finetuned:
-        """Loads, trains to the end, and writes the adapter. Raises Interrupted where the user stops it, NonFiniteError."""
+        """Loads, trains to the end, and writes the folder. Raises Interrupted where the user stops it, NonFiniteError."""
         started = time.monotonic()
         try:
             self._load()
@@ -74,13 +74,10 @@ class Run:
     def _load(self) -> None:
         plan, options = self.plan, self.plan.options
         model, self.tokenizer = load_source(
-            plan.skeleton.source, plan.recipe, dtype=plan.dtype, placement=plan.placement, int8_activations=True
+            plan.skeleton.source, plan.trained.recipe, dtype=plan.dtype, placement=plan.placement, int8_activations=True
         )
         del plan.skeleton.model  # its buffers and resident units are not needed any more
-        rare = options.rare
-        names = [name for name, _, _ in plan.targets]
-        self.adapted = lora.attach(model, names, options.rank, options.alpha, rare.dropout, rare.rslora, options.seed)
-        self.model, self.parameters = model, lora.adapter_parameters(model)
+        self.model, self.parameters = model, plan.trained.put_in(model)
         loss = Loss(model, torch.device(model.device), plan.skeleton.source.label, plan.checkpointing)
         self.trainer = Trainer(model, loss, self.parameters, options, packs_rows(loss), self.ranks)
         self.trainer.stopping = lambda: self._asked_to_stop
@@ -97,18 +94,18 @@ class Run:
                         f"{self.plan.skeleton.source.label}: its held-out loss is {before} before any step",
                         "Try --dtype float32; where that does not help, a weight is damaged.",
                     )
-                self.state.samples = samples.continued(self.model, self.tokenizer, self._prompts())
+                self.state.samples = self._continued()
             self.best = self._copy()
             self._save()
         else:
-            self.state, adapters, self.best, optimizer = found
+            self.state, values, self.best, optimizer = found
             if self.state.base_hash != self._base_hash():
                 raise QcliError(
                     f"the weights of {self.plan.skeleton.source.label} are others than when this run began",
                     "Delete the .partial folder to start anew.",
                 )
             for name, parameter in self.parameters.items():
-                parameter.data.copy_(adapters[name])
+                parameter.data.copy_(values[name])
             whole = self.trainer.optimizer.state_dict()
             self.trainer.optimizer.load_state_dict(whole | {"state": optimizer})
         if self.staging:
@@ -160,24 +157,22 @@ class Run:
             raise Stopped
 
     def _not_finite(self, number: int, found: Step) -> None:
-        """Keeps the last good adapter, and says so."""
+        """Keeps the last good step, and says so."""
         self._save()
         where = ""
         if self.staging and self.state.step:
-            self._write_adapter(self._copy() if not self.state.best else self.best)
-            where = f"; the adapter of step {self.state.best or self.state.step:,} is in {self.staging.folder}"
+            self._write(self._copy() if not self.state.best else self.best)
+            where = f"; the {self.plan.trained.noun} of step {self.state.best or self.state.step:,} is in {self.staging.folder}"
         raise NonFiniteError(
             f"step {number + 1:,}: the loss is {found.loss:.4g} and the norm of its gradient {found.grad_norm:.4g}{where}",
             "Try a smaller --lr or --dtype float32; if it is the first step, a weight of the base is damaged.",
         )
 
     def _check_learns(self) -> None:
-        """After the first step every B has had a gradient, and not all of them zero, or nothing is learnt."""
-        gradients = [p.grad for name, p in self.parameters.items() if ".lora_B." in name]
-        if not any(bool(gradient.any()) for gradient in gradients):
+        """After the first step something has a gradient that is not zero, or nothing is learnt."""
+        if not any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in self.parameters.values()):
             raise QcliError(
-                f"{self.plan.skeleton.source.label}: no adapter has a gradient, so nothing would be learnt",
-                "Report this with the model's name.",
+                f"{self.plan.skeleton.source.label}: nothing that is trained has a gradient", "Report this with the model's name."
             )
 
     def _note(self, entry: dict[str, object]) -> None:
@@ -194,23 +189,27 @@ class Run:
             with log.open("rb") as file:
                 os.fsync(file.fileno())
                 self.state.logged = os.fstat(file.fileno()).st_size
-        save_state(self.staging.state / _STATE, self.state, self._adapters(), self.best, self.trainer.optimizer)
+        save_state(self.staging.state / _STATE, self.state, self._values(), self.best, self.trainer.optimizer)
         self._saved, self._saving = time.monotonic(), time.monotonic() - started
 
-    def _adapters(self) -> dict[str, torch.Tensor]:
+    def _values(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def _copy(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.to("cpu", copy=True) for name, tensor in self._adapters().items()}
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self._values().items()}
 
     def _prompts(self) -> list[list[int]]:
         return samples.prompts_of(self.plan.rows.held_out)
 
+    def _continued(self) -> list[str]:
+        with self.plan.trained.as_generated(self.model):
+            return samples.continued(self.model, self.tokenizer, self._prompts())
+
     def _base_hash(self) -> str:
-        """SHA-256 over all tensors of the base, in the order of their names."""
+        """SHA-256 over all tensors that are not trained, in the order of their names."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(lora.frozen_tensors(self.model, self.parameters)):
-            if not tensor.is_meta:
+        for name, tensor in sorted((*self.model.named_parameters(), *self.model.named_buffers())):
+            if name not in self.parameters and not tensor.is_meta:
                 digest.update(name.encode())
                 digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
         return digest.hexdigest()
@@ -222,13 +221,13 @@ class Run:
         for name, parameter in self.parameters.items():
             parameter.data.copy_(self.best[name])
         after = self.trainer.held_out(plan.rows.held_out) if plan.rows.held_out else None
-        written = samples.continued(self.model, self.tokenizer, self._prompts()) if state.samples else []
+        written = self._continued() if state.samples else []
         if (now := self._base_hash()) != state.base_hash:
-            raise QcliError("the base has changed while its adapters were trained", "Report this with the model's name.")
+            raise QcliError("a tensor that is not trained has changed in training", "Report this with the model's name.")
         source = plan.skeleton.source
         losses = []
         if self.staging:
-            self._write_adapter(self.best)
+            self._write(self.best)
             losses = _losses(self._log)
             self.staging.publish()
         prompts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in self._prompts()] if written else []
@@ -248,42 +247,33 @@ class Run:
             seconds=time.monotonic() - started,
             peak_memory=sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) if gpus else peak_memory(),
             base_hash=now,
+            train=plan.options.rare.train,
+            next=plan.trained.next,
         )
 
-    def _write_adapter(self, adapters: dict[str, torch.Tensor]) -> None:
-        """Puts the adapter, its tokenizer and qcli.json into the staged folder."""
+    def _write(self, values: dict[str, torch.Tensor]) -> None:
+        """Puts the folder's files into the staged one."""
         assert self.staging is not None
-        source, folder = self.plan.skeleton.source, self.staging.folder
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(adapters[name])
-        base = source.label if source.is_hub else str(Path(source.label).resolve())
-        lora.save_adapter(self.adapted, folder, base, source.revision)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.tokenizer.save_pretrained(str(folder))
-        lora.apply_umask(folder)
+        source, trained = self.plan.skeleton.source, self.plan.trained
+        base = {"name": base_name(source), "revision": source.revision, "fingerprint": source.fingerprint}
         about = {
             "qcli": __version__,
-            "base": {"name": base, "revision": source.revision, "fingerprint": source.fingerprint, "sha256": self.state.base_hash},
-            "quantized_as_read": self.plan.recipe.summary() if self.plan.recipe else None,
+            "base": base | {"sha256": self.state.base_hash},
+            "quantized_as_read": trained.recipe.summary() if trained.recipe else None,
             "steps": self.plan.steps,
             "best_step": self.state.best,
             "held_out_loss": {"before": self.state.before, "measured": self.state.measured},
         }
-        self.staging.add_file("qcli.json", (json.dumps(about, indent=2) + "\n").encode())
-        self.staging.add_file("README.md", self._card(base).encode())
+        trained.write(self.staging, values, self.tokenizer, about)
+        self.staging.add_file("README.md", self._card().encode())
 
-    def _card(self, base: str) -> str:
-        plan, state = self.plan, self.state
-        gain = ""
+    def _card(self) -> str:
+        state, gain = self.state, ""
         if state.before is not None and state.measured:
             gain = f"Held-out loss: {state.before:.4f} before, {min(loss for _, loss in state.measured):.4f} after, nats a token.\n"
-        names = ", ".join(sorted({name.rpartition(".")[2] for name, _, _ in plan.targets}))
-        return (
-            f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [lora, qcli]\n---\n\n"
-            f"A LoRA adapter of {base}, rank {plan.options.rank}, alpha {plan.options.alpha:g}, on {names}.\n\n"
-            f"Trained by qcli {__version__} for {state.step:,} steps of {plan.options.batch} rows. {gain}"
-        )
+        front, what = self.plan.trained.card()
+        trained = f"Trained by qcli {__version__} for {state.step:,} steps of {self.plan.options.batch} rows."
+        return "\n".join(("---", *front, "---", "", what, "", f"{trained} {gain}"))
 
     def _stoppable(self) -> "_Stoppable":
         return _Stoppable(self)

@@ -7,7 +7,6 @@ from torch import nn
 
 from qcli.errors import QcliWarning
 from qcli.finetuning.encoding import Row
-from qcli.finetuning.lora import as_generated
 from qcli.generation.decode import Decoding
 from qcli.generation.sampling import Sampling
 
@@ -24,8 +23,8 @@ def prompts_of(rows: Sequence[Row]) -> list[list[int]]:
 
 
 def continued(model: nn.Module, tokenizer, prompts: Sequence[list[int]]) -> list[str]:
-    """The model's continuation of each prompt."""
-    with warnings.catch_warnings(), as_generated(model):
+    """The model's continuation of each prompt. Its modules are those that `generate` runs."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", QcliWarning)  # `qcli generate` says what is odd about the model's rules
         decoding = Decoding(model, tokenizer, Sampling(max_new_tokens=NEW_TOKENS, temperature=0))
         found = [decoding.generate(ids, lambda token: None).token_ids for ids in prompts]

@@ -13,6 +13,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "paged-adamw-8bit")
 CHECKPOINTING = ("auto", "true", "false")
 LOSSES = ("auto", "all", "completion", "assistant")
+TRAIN = ("adapters", "weights")
 _MOST_RANK = 4096
 _TOKENS = 1024  # that pass the model together, of shorter rows: enough for products at full speed
 
@@ -26,6 +27,7 @@ def _within(name: str, value: float, good: bool, expected: str) -> None:
 class Rare:
     """Rarer options, given as name=value. What they are by default suits most runs."""
 
+    train: str = TRAIN[0]  # or the weights of the modules themselves, rounded to int8 in each pass
     dropout: float = 0.0  # of the adapters' inputs
     rslora: bool = False  # scale by alpha / sqrt(rank) in place of alpha / rank (arXiv:2312.03732)
     warmup: float = 0.03  # share of the steps over which the learning rate rises
@@ -39,6 +41,7 @@ class Rare:
     eval_steps: int = 0  # steps between two measurements of the held-out loss; 0: ten in a run
 
     def __post_init__(self) -> None:
+        one_of("train", self.train, TRAIN)
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("checkpointing", self.checkpointing, CHECKPOINTING)
@@ -49,6 +52,9 @@ class Rare:
         _within("grad_norm", self.grad_norm, 0 <= self.grad_norm < math.inf, "0 or more")
         _within("sequences_at_a_time", self.sequences_at_a_time, self.sequences_at_a_time >= 0, "0 or more")
         _within("eval_steps", self.eval_steps, self.eval_steps >= 0, "0 or more")
+        if self.train == "weights" and (self.dropout or self.rslora):
+            name = "dropout" if self.dropout else "rslora"
+            raise UsageError(f"{name} is for adapters, and train=weights trains none", f"Leave out {name}.")
 
 
 @dataclass(frozen=True)

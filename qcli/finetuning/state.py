@@ -1,19 +1,21 @@
-"""Where a run stands, as one file: adapters, the optimizer's moments, the best adapters so far, and what was measured.
+"""Where a run stands, as one file: what is trained, the optimizer's moments, the best so far, and what was measured.
 
 The file is written whole or not at all, and has all that the rest of the run depends on. So a run that goes on from it makes the
-same adapters as one that was never stopped. Dropout draws anew for each step, and the order of rows follows from the seed.
+same folder as one that was never stopped. Dropout draws anew for each step, and the order of rows follows from the seed.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load, save
 
+from qcli.checkpoint import dtypes
+from qcli.checkpoint.safetensors_file import build_header
 from qcli.errors import CheckpointError
 from qcli.files.whole import write_file
 
@@ -23,7 +25,7 @@ Tensors = dict[str, torch.Tensor]
 @dataclass
 class Progress:
     """`step` steps are done. Held-out losses are nats a token: `before` training, and `measured`, (step, loss) of each measurement.
-    `best` is the step whose adapters are the best. `samples` are continuations before training. `tokens` have passed the model in
+    `best` is the best step. `samples` are continuations before training. `tokens` have passed the model in
     `seconds`, of which training took `trained_seconds`. `logged` is the length of the log, in bytes."""
 
     step: int = 0
@@ -40,36 +42,38 @@ class Progress:
 def save_state(
     path: Path,
     progress: Progress,
-    adapters: Mapping[str, torch.Tensor],
+    trained: Mapping[str, torch.Tensor],
     best: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> int:
     """Writes the file. Returns its bytes. Raises CheckpointError where there is no room for it."""
     moments, plain = _flat(optimizer.state_dict()["state"])
-    tensors = {f"adapter.{name}": t for name, t in adapters.items()} | {f"best.{name}": t for name, t in best.items()}
-    tensors |= {f"optimizer.{name}": t for name, t in moments.items()}
-    data = save(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-        {"progress": json.dumps(asdict(progress)), "optimizer": json.dumps(plain)},
-    )
+    kinds = {"trained": trained, "best": best, "optimizer": moments}
+    tensors = {f"{kind}.{name}": tensor for kind, those in kinds.items() for name, tensor in those.items()}
+    specs = [(name, dtypes.CODES[str(t.dtype).removeprefix("torch.")], tuple(t.shape)) for name, t in tensors.items()]
+    header, _ = build_header(specs, {"progress": json.dumps(asdict(progress)), "optimizer": json.dumps(plain)})
+    size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
     try:
-        write_file(path, data)
+        write_file(path, chain((header,), map(_bytes, tensors.values())))
     except OSError as e:
         raise CheckpointError(
-            f"cannot write {path} ({len(data):,} bytes): {e.strerror}", "Mend that and run the same command again: it goes on."
+            f"cannot write {path} ({size:,} bytes): {e.strerror}", "Mend that and run the same command again: it goes on."
         ) from e
-    return len(data)
+    return size
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def read_state(path: Path) -> tuple[Progress, Tensors, Tensors, dict[int, dict[str, Any]]] | None:
-    """(progress, adapters, best adapters, the optimizer's state) of the file; None where there is none. Raises CheckpointError."""
+    """(progress, trained, best, the optimizer's state) of the file; None where there is none. Raises CheckpointError."""
     if not path.exists():
         return None
     try:
-        data = path.read_bytes()
-        tensors = load(data)
         with safetensors.safe_open(path, "pt") as file:
             about = file.metadata()
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # not pages of a file that is replaced
         progress = Progress(**json.loads(about["progress"]))
         plain = json.loads(about["optimizer"])
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as e:
@@ -83,7 +87,7 @@ def read_state(path: Path) -> tuple[Progress, Tensors, Tensors, dict[int, dict[s
     for name, value in (*plain.items(), *named("optimizer").items()):
         number, _, key = name.partition(".")
         state.setdefault(int(number), {})[key] = value
-    return progress, named("adapter"), named("best"), state
+    return progress, named("trained"), named("best"), state
 
 
 def _flat(state: Mapping[int, Mapping[str, Any]]) -> tuple[Tensors, dict[str, Any]]:

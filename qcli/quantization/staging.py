@@ -162,6 +162,12 @@ class Staging:
         if len(whole) != len(data):
             os.truncate(path, len(whole))
 
+    def begin_anew(self) -> None:
+        """Drops all that the journal says is done: every unit is to be written again."""
+        self.sync()
+        self.done.clear()
+        os.ftruncate(self._journal, 0)
+
     def open_shards(self) -> None:
         """Makes every file of the plan at its full size, so that a disk too small is found now.
 
