@@ -144,6 +144,7 @@ class Run:
         if measured:
             entry["held_out_loss"] = loss = self.trainer.held_out(held_out)
             if all(loss < other for _, other in state.measured):
+                self.best = {}  # two copies of all weights need never stand in memory
                 self.best, state.best = self._copy(), state.step
             state.measured.append((state.step, loss))
         entry["tokens_per_second"] = round(state.tokens / state.trained_seconds, 2)

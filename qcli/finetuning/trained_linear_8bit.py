@@ -38,7 +38,7 @@ class TrainedLinear8bit(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features], in x's dtype."""
         y = linear_int8(x, *self.codes(), self.bias, PAPER_THRESHOLD)
-        return _WithGradient.apply(y, x, self.weight) if torch.is_grad_enabled() else y  # type: ignore[no-untyped-call]
+        return _WithGradient.apply(y, x, self.weight) if torch.is_grad_enabled() else y
 
     def frozen(self) -> Linear8bit:
         """The module that runs the weight as it is now."""
