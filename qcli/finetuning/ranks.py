@@ -1,17 +1,18 @@
 """Data parallel training: the processes that torchrun has started, if any. Each has the whole model and a part of a step's rows.
 
-Only the gradients of adapters are exchanged, in one buffer, as sums. All processes know all rows, so that the order of data, and
-with it the result, does not depend on their number beyond rounding.
+Only the gradients of what is trained are exchanged, as sums, in buffers of some size. All processes know all rows, so that the
+order of data, and with it the result, does not depend on their number beyond rounding.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import distributed
 
 T = TypeVar("T")
+_BUFFER_BYTES = 64 << 20  # of gradients that are exchanged together, or one gradient
 
 
 class Ranks:
@@ -41,11 +42,10 @@ class Ranks:
         """Makes each float32 gradient, and `total`, the sum over all processes, in place."""
         if self.count == 1:
             return
-        all_ = list(gradients)
-        flat = torch.cat([gradient.reshape(-1) for gradient in all_]) if all_ else None
-        if flat is not None:
+        for some in _buffers(gradients):
+            flat = torch.cat([gradient.reshape(-1) for gradient in some])
             distributed.all_reduce(flat)
-            for gradient, part in zip(all_, flat.split([gradient.numel() for gradient in all_])):
+            for gradient, part in zip(some, flat.split([gradient.numel() for gradient in some])):
                 gradient.copy_(part.view(gradient.shape))
         distributed.all_reduce(total)
 
@@ -70,3 +70,15 @@ class Ranks:
         if self._opened:
             distributed.destroy_process_group()
             self._opened = False
+
+
+def _buffers(gradients: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """`gradients` in their order, as many together as a buffer has room for."""
+    some: list[torch.Tensor] = []
+    for gradient in gradients:
+        if some and sum(each.nbytes for each in some) + gradient.nbytes > _BUFFER_BYTES:
+            yield some
+            some = []
+        some.append(gradient)
+    if some:
+        yield some
