@@ -189,11 +189,11 @@ def test_modules_that_few_tokens_reach_are_rounded_without_texts(llama, tmp_path
 
 
 def test_its_memory_is_planned(llama, tmp_path, text):
-    """The hidden states of all blocks grow with the tokens, and a run that has no room is refused."""
+    """For two blocks three hidden states of a token wait, and three more are in memory."""
     needed = [
         calibration_memory(make_plan(str(llama), tmp_path / "out", method="squeezellm", text=text, tokens=n)) for n in (1000, 2000)
     ]
-    assert needed[1] - needed[0] == 1000 * 4 * 64 * (2 + 2)
+    assert needed[1] - needed[0] == 1000 * 4 * 64 * (3 + 3)
     plan = make_plan(str(llama), tmp_path / "out", method="squeezellm", text=text, check=False)
     assert plan.problems == [] and plan.calibration is not None and not plan.calibration.check
 
