@@ -173,7 +173,7 @@ def killed(folder, text, after):
     qcli.quantize("model", "out", bits=4, calibrate=True, text=text, tokens=2000)
 
 
-@pytest.mark.parametrize("after", [3, 7, 11, 15])
+@pytest.mark.parametrize("after", [pytest.param(3, marks=pytest.mark.slow), 7, pytest.param(11, marks=pytest.mark.slow), 15])
 def test_kill_and_rerun(after, llama, tmp_path, text, monkeypatch):
     qcli.quantize(str(llama), tmp_path / "whole", bits=4, calibrate=True, text=text, tokens=2000)
     (tmp_path / "model").symlink_to(llama)

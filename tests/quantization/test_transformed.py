@@ -170,7 +170,18 @@ def killed(folder, text, after, options):
     qcli.quantize("model", "out", text=text, tokens=2000, **options)
 
 
-@pytest.mark.parametrize("after", [1, 2, 5, 9, 11, 14, 18])
+@pytest.mark.parametrize(
+    "after",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(2, marks=pytest.mark.slow),
+        5,
+        pytest.param(9, marks=pytest.mark.slow),
+        pytest.param(11, marks=pytest.mark.slow),
+        14,
+        pytest.param(18, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("options", BOTH)
 def test_kill_and_rerun(options, after, llama, tmp_path, text, monkeypatch):
     """After a norm alone, within a block, between blocks, and at the end."""
