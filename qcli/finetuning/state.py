@@ -85,18 +85,23 @@ def read_state(path: Path) -> tuple[Progress, Tensors, Tensors, dict[int, dict[s
 
     state: dict[int, dict[str, Any]] = {}
     for name, value in (*plain.items(), *named("optimizer").items()):
-        number, _, key = name.partition(".")
-        state.setdefault(int(number), {})[key] = value
+        number, *inner, key = name.split(".")
+        place = state.setdefault(int(number), {})
+        for part in inner:
+            place = place.setdefault(part, {})
+        place[key] = value
     return progress, named("trained"), named("best"), state
 
 
 def _flat(state: Mapping[int, Mapping[str, Any]]) -> tuple[Tensors, dict[str, Any]]:
-    """(tensors, other values) of an optimizer's state, by number and name."""
-    entries = list(_entries(state))
+    """(tensors, other values) of an optimizer's state, by number and names: bitsandbytes' has a dict in it."""
+    entries = list(_entries("", state))
     return {n: v for n, v in entries if isinstance(v, torch.Tensor)}, {n: v for n, v in entries if not isinstance(v, torch.Tensor)}
 
 
-def _entries(state: Mapping[int, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
-    for number, values in state.items():
-        for key, value in values.items():
-            yield f"{number}.{key}", value
+def _entries(prefix: str, values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _entries(f"{prefix}{key}.", value)
+        else:
+            yield f"{prefix}{key}", value

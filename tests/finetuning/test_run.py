@@ -193,6 +193,28 @@ def test_ctrl_c_keeps_the_steps_that_are_done(unbroken, quantized, data, tmp_pat
     assert contents(output) == contents(expected)
 
 
+def test_the_8_bit_optimizer_goes_on_to_the_same_bytes(base, data, tmp_path, monkeypatch):
+    """Of bitsandbytes. It keeps moments in 8 bits from 4,096 elements on, so the rank is large."""
+    options = OPTIONS | {"rank": 64, "steps": 3, "settings": {"eval_steps": 1, "optimizer": "paged-adamw-8bit"}}
+    result = qcli.finetune(str(base), data, tmp_path / "unbroken", **options)
+    assert result.after < result.before
+    step = runs.Run._step
+
+    def crashing(self, number, tokens, advance):
+        if number == 2:
+            raise Crash
+        step(self, number, tokens, advance)
+
+    monkeypatch.setattr(runs.Run, "_step", crashing)
+    with pytest.raises(Crash):
+        qcli.finetune(str(base), data, tmp_path / "adapter", **options)
+    state = tmp_path / "adapter.partial" / ".qcli" / "state.safetensors"
+    assert any(t.dtype == torch.uint8 for t in load_file(state).values())
+    monkeypatch.setattr(runs.Run, "_step", step)
+    qcli.finetune(str(base), data, tmp_path / "adapter", **options)
+    assert contents(tmp_path / "adapter") == contents(tmp_path / "unbroken")
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"batch": 5}, {"lr": 2e-2}, {"rank": 8}, {"held_out": 0.25}])
 def test_another_plan_does_not_go_on(quantized, data, tmp_path, monkeypatch, change):
     output = tmp_path / "adapter"
