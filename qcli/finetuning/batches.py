@@ -8,6 +8,7 @@ packing costs attention between rows that is masked out again, so that the lengt
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -29,8 +30,13 @@ class Order:
     def step(self, number: int) -> list[int]:
         """The rows that step `number` reads, counted from 0."""
         epoch, place = divmod(number, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-        return torch.randperm(self.rows, generator=generator)[place * self.batch : (place + 1) * self.batch].tolist()
+        return _permutation(self.rows, (self.seed << 20) + epoch)[place * self.batch : (place + 1) * self.batch].tolist()
+
+
+@lru_cache(maxsize=1)
+def _permutation(rows: int, seed: int) -> torch.Tensor:
+    """Of an epoch, which all of its steps read."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)

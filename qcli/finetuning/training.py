@@ -84,7 +84,8 @@ class Trainer:
     def _sum(self, rows: Sequence[Row], scale: float | None) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.loss.device)
         for batch in self.batches(rows):
-            if self.ranks.count == 1 and self.stopping():  # several end after a step, together
+            # Several processes end after a step, together. A measurement is a part of its step: a run that goes on needs it.
+            if scale is not None and self.ranks.count == 1 and self.stopping():
                 raise Stopped
             total += self.loss(batch, scale)
         return total

@@ -215,6 +215,26 @@ def test_the_8_bit_optimizer_goes_on_to_the_same_bytes(base, data, tmp_path, mon
     assert contents(tmp_path / "adapter") == contents(tmp_path / "unbroken")
 
 
+def test_ctrl_c_while_the_held_out_loss_is_measured_loses_no_measurement(unbroken, quantized, data, tmp_path, monkeypatch):
+    _, expected = unbroken
+    output = tmp_path / "adapter"
+    options = OPTIONS | {"settings": {"eval_steps": 2, "dropout": 0.1}}
+    held_out, calls = runs.Trainer.held_out, []
+
+    def interrupted(self, rows):
+        calls.append(len(calls))
+        if len(calls) == 3:  # before the first step, after the second, after the fourth
+            os.kill(os.getpid(), signal.SIGINT)
+        return held_out(self, rows)
+
+    monkeypatch.setattr(runs.Trainer, "held_out", interrupted)
+    with pytest.raises(Interrupted, match="interrupted after 4 of 6 steps"):
+        qcli.finetune(str(quantized), data, output, **options)
+    monkeypatch.setattr(runs.Trainer, "held_out", held_out)
+    qcli.finetune(str(quantized), data, output, **options)
+    assert contents(output) == contents(expected)
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"batch": 5}, {"lr": 2e-2}, {"rank": 8}, {"held_out": 0.25}])
 def test_another_plan_does_not_go_on(quantized, data, tmp_path, monkeypatch, change):
     output = tmp_path / "adapter"
