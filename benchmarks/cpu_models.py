@@ -19,7 +19,7 @@ from qcli.generation.decode import generate as decode
 from qcli.generation.step import cache_argument
 from qcli.nn.linear_4bit import Linear4bit
 from qcli.quantization.quantize import make_plan, run_plan
-from qcli.quantization.staging import SYNC_BYTES
+from qcli.quantization.shard_files import SYNC_BYTES
 
 PROMPT, NEW = 128, 48
 

@@ -29,7 +29,7 @@ from rows import Row, save, show  # noqa: E402
 
 import qcli  # noqa: E402
 from qcli import console  # noqa: E402
-from qcli.quantization.staging import SYNC_BYTES  # noqa: E402
+from qcli.quantization.shard_files import SYNC_BYTES  # noqa: E402
 
 LONG = 60.0  # seconds; what takes longer is run once
 SHAPE = {"layers": 6, "hidden": 2048, "intermediate": 8192, "vocabulary": 32000, "heads": 32, "kv_heads": 8}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qcli
 from qcli.errors import CheckpointError, NonFiniteError, PlanError, UsageError
-from qcli.quantization import staging
+from qcli.quantization import shard_files, staging
 from qcli.quantization.quantize import make_plan
 from qcli.runtime import cpu
 from tests.conftest import ROOT
@@ -161,7 +161,7 @@ def test_both_orders_gain(llama, tmp_path, text):
 def killed(folder, text, after):
     """In a process of its own: calibrates, and kills itself once so many units are journalled."""
     os.chdir(folder)
-    staging.SYNC_SECONDS = 0
+    shard_files.SYNC_SECONDS = 0
     finish = staging.Staging.finish_work
 
     def finish_work(self, index, errors):

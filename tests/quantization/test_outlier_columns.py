@@ -17,7 +17,7 @@ import qcli
 from qcli.errors import CheckpointError, UsageError
 from qcli.methods.simulate import with_fixed_columns
 from qcli.nn.linear_8bit import Linear8bit
-from qcli.quantization import staging
+from qcli.quantization import shard_files, staging
 from qcli.quantization.quantize import make_plan
 from tests.conftest import run_cli
 from tests.models import add_tokenizer, make_model
@@ -161,7 +161,7 @@ def test_threads_do_not_matter(made, llama, text, tmp_path):  # noqa: F811
 def killed(folder, text, after):  # noqa: F811
     """In a process of its own: calibrates, and kills itself once so many units are journalled."""
     os.chdir(folder)
-    staging.SYNC_SECONDS = 0
+    shard_files.SYNC_SECONDS = 0
     finish = staging.Staging.finish_work
 
     def finish_work(self, index, errors):

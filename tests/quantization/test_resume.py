@@ -15,7 +15,7 @@ import pytest
 
 import qcli
 from qcli.errors import CheckpointError, PlanError
-from qcli.quantization import execute, staging
+from qcli.quantization import execute, shard_files, staging
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, make_model
 
@@ -23,7 +23,7 @@ from tests.models import add_tokenizer, make_model
 def killed(folder, after):
     """In a process of its own: quantizes, and kills itself the hard way once so many units are journalled, each synced."""
     os.chdir(folder)
-    staging.SYNC_SECONDS = 0
+    shard_files.SYNC_SECONDS = 0
     finish = staging.Staging.finish_work
 
     def finish_work(self, index, errors):
@@ -120,7 +120,7 @@ def test_a_sync_that_failed_is_not_made_good_by_the_next(whole, tmp_path, monkey
             raise OSError(errno.EIO, "Input/output error")
         sync(fd)
 
-    monkeypatch.setattr(staging, "SYNC_SECONDS", 0)
+    monkeypatch.setattr(shard_files, "SYNC_SECONDS", 0)
     with monkeypatch.context() as broken:
         broken.setattr(os, "fdatasync", fdatasync)
         with pytest.raises(CheckpointError, match="Input/output error"):

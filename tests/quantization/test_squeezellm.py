@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import qcli
 from qcli.errors import NonFiniteError, UsageError
 from qcli.methods import make
-from qcli.quantization import by_gradients, staging
+from qcli.quantization import by_gradients, shard_files, staging
 from qcli.quantization.quantize import calibration_memory, make_plan
 from qcli.recipe import Choice, Recipe
 from qcli.runtime import cpu
@@ -116,7 +116,7 @@ def test_threads_do_not_matter(llama, tmp_path, text):
 def killed(folder, text, after):
     """In a process of its own: quantizes, and kills itself once so many units are journalled."""
     os.chdir(folder)
-    staging.SYNC_SECONDS = 0
+    shard_files.SYNC_SECONDS = 0
     finish = staging.Staging.finish_work
 
     def finish_work(self, index, errors):

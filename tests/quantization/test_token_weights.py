@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import qcli
-from qcli.quantization import staging
+from qcli.quantization import shard_files, staging
 from qcli.quantization.quantize import calibration_memory, make_plan
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, make_model
@@ -68,7 +68,7 @@ def test_threads_do_not_matter(llama, tmp_path, text):
 def killed(folder, text, after):
     """In a process of its own: quantizes, and kills itself once so many units are journalled."""
     os.chdir(folder)
-    staging.SYNC_SECONDS = 0
+    shard_files.SYNC_SECONDS = 0
     finish = staging.Staging.finish_work
 
     def finish_work(self, index, errors):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import qcli
 from qcli.errors import UsageError
-from qcli.quantization import staging
+from qcli.quantization import shard_files, staging
 from qcli.quantization.quantize import make_plan
 from qcli.schemes import chosen
 from tests.models import add_tokenizer, example_inputs, make_model
@@ -158,7 +158,7 @@ def test_threads_do_not_matter(options, llama, tmp_path, text):
 def killed(folder, text, after, options):
     """In a process of its own: calibrates, and kills itself once so many units are journalled."""
     os.chdir(folder)
-    staging.SYNC_SECONDS = 0
+    shard_files.SYNC_SECONDS = 0
     finish = staging.Staging.finish_work
 
     def finish_work(self, index, errors):
