@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 
+from qcli.progress import WorkerShown
+
 
 def out(text: str = "", end: str = "\n") -> None:
     """Writes result text to stdout unchanged and at once. A character that the encoding lacks becomes a question mark."""
@@ -144,10 +146,12 @@ def marked(parts: Sequence[tuple[str, bool]], *, talk: bool = False) -> None:
 
 
 class Progress:
-    """Progress of a run counted in source bytes: one live line on a terminal, else a plain line every few seconds."""
+    """Progress of a run counted in source bytes: one live line on a terminal, else a plain line every few seconds. On a cluster a
+    line for each worker follows it."""
 
     PLAIN_SECONDS = 5.0
     LIVE_SECONDS = 0.1
+    WORKERS = 12  # lines for workers, at most: the slow ones come first then
 
     def amount(self, count: float) -> str:
         """`count` in words."""
@@ -160,6 +164,7 @@ class Progress:
         self.started = self.shown = time.monotonic()
         self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self.printed = False
+        self.of_workers: list[WorkerShown] = []
 
     def advance(self, count: int, name: str) -> None:
         """Adds `count` source bytes, read for the tensor `name`."""
@@ -170,25 +175,40 @@ class Progress:
         self.shown = now
         self._show(name, now)
 
+    def workers(self, found: Sequence[WorkerShown]) -> None:
+        """Sets what each worker of a cluster does."""
+        self.of_workers = list(found)
+
     def _show(self, name: str, now: float) -> None:
         from qcli.sizes import format_seconds
 
         rate = (self.done - self.first) / max(now - self.started, 1e-9)
         left = format_seconds((self.total - self.done) / rate) if rate > 0 else "?"
         percent = 100 * self.done / max(self.total, 1)
+        name = "" if self.of_workers else name
         line = f"{percent:5.1f}%  {self.amount(self.done)} of {self.amount(self.total)}  {self.amount(rate)}/s  {left} left  {name}"
+        lines = [line.rstrip(), *self._worker_lines()]
         if self.live:
             columns = os.get_terminal_size(sys.stderr.fileno()).columns
-            sys.stderr.write("\r\x1b[K" + line[: columns - 1])
+            back = f"\x1b[{len(lines) - 1}A" if len(lines) > 1 else ""
+            sys.stderr.write("\r\x1b[J" + "\n".join(each[: columns - 1] for each in lines) + back)
             sys.stderr.flush()
         else:
-            say(line)
+            say("\n".join(lines))
         self.printed = True
+
+    def _worker_lines(self) -> list[str]:
+        found = sorted(self.of_workers, key=lambda each: not each.slow) if len(self.of_workers) > self.WORKERS else self.of_workers
+        lines = [
+            f"        {each.host}  {self.amount(each.rate)}/s{', slow' if each.slow else ''}  {each.doing}"
+            for each in found[: self.WORKERS]
+        ]
+        return lines + [f"        and {len(found) - self.WORKERS:,} more"] * (len(found) > self.WORKERS)
 
     def close(self) -> None:
         """Ends the live line."""
         if self.live and self.printed:
-            sys.stderr.write("\r\x1b[K")
+            sys.stderr.write("\r\x1b[J")
             sys.stderr.flush()
 
 

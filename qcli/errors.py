@@ -35,6 +35,10 @@ class DeviceError(QcliError):
     """The requested device is missing or lacks memory."""
 
 
+class ClusterError(QcliError):
+    """A cluster does not answer, or its workers cannot do the work."""
+
+
 class KernelError(QcliError):
     """A CUDA kernel cannot be compiled, loaded or launched."""
 

@@ -41,6 +41,10 @@ def test_rich_stays_in_the_console():
     assert users("rich") == {"console.py"}
 
 
+def test_ray_stays_in_the_engine():
+    assert users("ray") == {"cluster/engine.py"}
+
+
 def test_pycuda_and_ctypes_stay_in_the_runtime():
     assert users("pycuda") <= {"runtime/cuda.py"}
     assert all(name.startswith("runtime/") for name in users("ctypes"))
@@ -50,7 +54,7 @@ def test_pycuda_and_ctypes_stay_in_the_runtime():
 FLOORS = (
     {"errors", "codebooks", "packing", "process"},
     {"sizes", "files", "runtime", "progress"},
-    {"devices", "checkpoint", "ops"},
+    {"devices", "checkpoint", "ops", "cluster"},
     {"schemes"},
     {"recipe", "formats"},
     {"methods", "memory"},

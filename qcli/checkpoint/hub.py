@@ -7,7 +7,8 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from qcli.errors import CheckpointError, HubError
 
 _TRIES = 4
 _WITHOUT_RANGES = 128 << 20  # bytes read at most where a server ignores ranges: enough for any header
+_PART, _GAP, _CONNECTIONS = 4 << 20, 1 << 16, 8  # bytes of a request for parts; that are not worth one; requests at a time
 _BACK_OFF = 1.0  # seconds before the second try; doubles
 _CONFIGS = ("config.json", "adapter_config.json")  # one of them says what a repository holds
 
@@ -61,6 +63,8 @@ class _Repository:
         self._files = {s.rfilename: s for s in info.siblings or []}
         self.names = sorted(self._files)
         self._folder: Path | None = None
+        self._in_parts = False
+        self._here: dict[str, set[tuple[int, int]]] = {}  # the parts that were fetched, by file
 
     def size(self, name: str) -> int:
         return self._files[name].size
@@ -126,15 +130,36 @@ class _Repository:
             path = _retried(lambda: hf_hub_download(self.repo, name, revision=self.revision, local_dir=self._folder))
         return Path(path)
 
+    def parts(self, name: str, parts: Sequence[tuple[int, int]]) -> Path:
+        """A file with at least these bytes (start, end) of `name` at their places. It is the whole file unless `download_to` asked
+        for parts, and where the user's cache has it."""
+        if not self._in_parts or self._folder is None or self._cached(name) is not None:
+            return self.weights(name)
+        path, here = self._folder / name, self._here.setdefault(name, set())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        missing = [(at, min(at + _PART, end)) for start, end in joined(set(parts) - here) for at in range(start, end, _PART)]
+        with _translated(self.repo, self.revision), ThreadPoolExecutor(_CONNECTIONS) as pool:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                os.ftruncate(fd, self.size(name))
+                list(pool.map(lambda part: os.pwrite(fd, self.read(name, part[0], part[1] - part[0]), part[0]), missing))
+            finally:
+                os.close(fd)
+        here.update(parts)
+        return path
+
     def read_ahead(self, names: list[str]) -> None:
         """Does nothing: what is fetched is in the system's cache already."""
 
     def release(self, name: str) -> None:
+        self._here.pop(name, None)
         if self._folder is not None:
             (self._folder / name).unlink(missing_ok=True)
 
-    def download_to(self, folder: Path) -> None:
-        self._folder = folder if self.stream else None
+    def download_to(self, folder: Path, parts: bool = False) -> None:
+        """Sets the folder for files that are deleted once they are read: with `parts`, for the parts of files."""
+        self._in_parts = parts
+        self._folder = folder if self.stream or parts else None
 
     def download_bytes(self, volume: Path, names: list[str]) -> int:
         sizes = [self.size(n) for n in names if self._cached(n) is None]
@@ -144,6 +169,17 @@ class _Repository:
 
         cache = next(p for p in [Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents] if p.exists())
         return sum(sizes) if os.stat(cache).st_dev == os.stat(volume).st_dev else 0
+
+
+def joined(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges (start, end) in order, those that touch or nearly touch as one."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(parts):
+        if found and start <= found[-1][1] + _GAP:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((start, end))
+    return found
 
 
 def check_can_push(repo: str) -> None:

@@ -1,6 +1,7 @@
 """Files of a folder on this machine: a user's model, or a model's snapshot in the user's hub cache. Nothing is ever deleted."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -26,6 +27,10 @@ class LocalFiles:
     def weights(self, name: str) -> Path:
         return self.path / name
 
+    def parts(self, name: str, parts: Sequence[tuple[int, int]]) -> Path:
+        """A file with at least these bytes (start, end) of `name` at their places."""
+        return self.weights(name)
+
     def read(self, name: str, offset: int, count: int) -> bytes:
         with open(self.path / name, "rb") as file:
             file.seek(offset)
@@ -45,7 +50,7 @@ class LocalFiles:
     def release(self, name: str) -> None:
         """Does nothing: the file stays."""
 
-    def download_to(self, folder: Path) -> None:
+    def download_to(self, folder: Path, parts: bool = False) -> None:
         """Does nothing: there is nothing to fetch."""
 
     def download_bytes(self, volume: Path, names: list[str]) -> int:

@@ -6,7 +6,7 @@ import os
 import re
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +59,7 @@ class Source:
     def __init__(self, place, label: str, trust_remote_code: bool):
         self.place, self.label = place, label
         self.name, self.revision, self.is_hub, self.stream = place.name, place.revision, place.is_hub, place.stream
+        self.read_elsewhere = False  # whether other machines read the weights
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.config = self._config()
@@ -210,16 +211,17 @@ class Source:
 
     def download_bytes(self, volume: Path) -> int:
         """Bytes that the run will download to the file system of `volume`."""
-        return self.place.download_bytes(volume, self.files)
+        return 0 if self.read_elsewhere else self.place.download_bytes(volume, self.files)
 
-    def download_to(self, folder: Path) -> None:
-        """Sets the folder for shards that are deleted once they are read."""
-        self.place.download_to(folder)
+    def download_to(self, folder: Path, parts: bool = False) -> None:
+        """Sets the folder for shards that are deleted once they are read: with `parts`, only what is asked for of each."""
+        self.place.download_to(folder, parts)
 
     @contextmanager
-    def open(self, file: str) -> Iterator[int]:
-        """A file descriptor of a weight file, for pread. The file is fetched first if it is not here."""
-        path = self.place.weights(file)
+    def open(self, file: str, parts: Sequence[tuple[int, int]] | None = None) -> Iterator[int]:
+        """A file descriptor of a weight file, for pread. The file is fetched first if it is not here. `parts` (start, end) are the
+        bytes that will be read of it, and where `download_to` asked for parts, no others are fetched."""
+        path = self.place.weights(file) if parts is None else self.place.parts(file, parts)
         try:
             fd = os.open(path, os.O_RDONLY)
         except OSError as e:

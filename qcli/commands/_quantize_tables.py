@@ -12,8 +12,8 @@ from qcli.process import resident_memory
 from qcli.quantization.calibration_needs import calibration_needs
 from qcli.quantization.calibration_report import CalibrationReport
 from qcli.quantization.plan import Plan, Work
-from qcli.quantization.quantize import calibration_memory
 from qcli.quantization.report import Report
+from qcli.quantization.room import calibration_memory
 from qcli.sizes import format_bytes, format_seconds
 
 

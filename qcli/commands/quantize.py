@@ -85,6 +85,17 @@ def quantize(
     stream: Annotated[bool, typer.Option("--stream", help="Delete each downloaded shard once it is done.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder, at the very end.")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Let a Ray cluster do the work: HOST:PORT, auto, or local to start one here.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --cluster: how many. Default one a machine.", show_default=False)
+    ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the result with a model card.", show_default=False)
     ] = None,
@@ -143,6 +154,7 @@ def quantize(
         statistics=statistics,
         save_statistics=save_statistics,
         settings=pairs(set_),
+        on_cluster=cluster is not None,
     )
     if dry_run:
         console.json(tables.plan_summary(plan)) if json else tables.show_plan(plan)
@@ -150,10 +162,18 @@ def quantize(
         return
     for note in plan.notes:
         console.warn(note)
-    if not plan.problems:
+    if not plan.problems and cluster is None:
         plan.source.read_ahead()
     try:
-        report = quantization.run_plan(plan, device=device, overwrite=overwrite, push_to_hub=push_to_hub, progress=console.progress)
+        report = quantization.run_plan(
+            plan,
+            device=device,
+            overwrite=overwrite,
+            push_to_hub=push_to_hub,
+            cluster=cluster,
+            workers=workers,
+            progress=console.progress,
+        )
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted; finished work is kept in {plan.output}.partial", f"Go on with: {shlex.join(['qcli', *sys.argv[1:]])}"

@@ -27,7 +27,7 @@ from qcli.quantization import other_files
 from qcli.quantization.dequantize import Decoding, decoding_tasks, format_and_layout, plan_decoding, write_rest, write_weight
 from qcli.quantization.execute import execute
 from qcli.quantization.plan import Work
-from qcli.quantization.quantize import check_output
+from qcli.quantization.room import check_output
 from qcli.quantization.staging import Staging
 from qcli.recipe import Choice, Recipe
 from qcli.schemes import BY_BITS

@@ -35,7 +35,7 @@ class AbsmaxReader:
             scales = block_scales(self._plan.source, info)
             if scales:
                 step = max(step // info.shape[1], 1) * info.shape[1]
-            with self._plan.source.open(info.file) as fd:
+            with self._plan.source.open(info.file, [(info.start, info.end)]) as fd:
                 for start in range(0, info.nbytes, step):
                     data = bytearray(min(step, info.nbytes - start))
                     read_into(fd, info.start + start, memoryview(data))

@@ -21,7 +21,7 @@ from qcli.schemes import FP8_BLOCK
 def read_tensor(source: Source, info: TensorInfo) -> torch.Tensor:
     """A stored tensor, whole. Raises CheckpointError, HubError."""
     data = bytearray(info.nbytes)
-    with source.open(info.file) as fd:
+    with source.open(info.file, [(info.start, info.end)]) as fd:
         read_into(fd, info.start, memoryview(data))
     if not data:
         return torch.empty(tuple(info.shape), dtype=dtypes.torch_dtype(info.dtype))

@@ -31,7 +31,7 @@ from qcli.quantization.decoding import decode, read_tensor
 from qcli.quantization.execute import WorkTasks, execute, verify
 from qcli.quantization.outputs import Planned
 from qcli.quantization.plan import Output, Plan, Work
-from qcli.quantization.quantize import check_output
+from qcli.quantization.room import check_output
 from qcli.quantization.staging import Staging
 from qcli.recipe import KEEP, Choice, Recipe
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,26 +23,28 @@ from qcli.quantization.decoding import block_scales
 from qcli.quantization.outputs import weight_of
 from qcli.quantization.pipeline import Pipeline
 from qcli.quantization.plan import Plan, Work
-from qcli.quantization.staging import Staging
+from qcli.quantization.shard_files import ShardFiles
 from qcli.schemes import CHUNK_BYTES
 
 
 def execute(
     plan: Plan,
-    staging: Staging,
+    staging: ShardFiles,
     device: torch.device,
     advance: Callable[[int, str], None],
     tasks_of: Callable[..., Iterator[Callable[[], None]]] | None = None,
+    only: Collection[int] | None = None,
 ) -> None:
-    """Runs every unit that the journal does not name. `advance` hears of source bytes as they are finished. `tasks_of` makes the
-    tasks of a piece of work from the arguments of WorkTasks, whose own they are without it.
+    """Runs every unit that the journal does not name, of those in `only` if that is given. `advance` hears of source bytes as they
+    are finished. `tasks_of` makes the tasks of a piece of work from the arguments of WorkTasks, whose own they are without it.
 
     Chunks go through as many threads as torch has and one more, each reading, quantizing and writing its own: one computes
     while another waits for the disk. Kernels run on one thread meanwhile.
 
     Raises NonFiniteError at the first tensor with NaN or infinity, CheckpointError for what goes wrong on disk.
     """
-    staging.open_shards()
+    wanted = [w for w in plan.work if only is None or w.index in only]
+    staging.open_shards({o.file for w in wanted for o in w.outputs} if only is not None else None)
     telling, absmax = threading.Lock(), AbsmaxReader(plan)
 
     def tell(count: int, name: str) -> None:
@@ -53,10 +55,11 @@ def execute(
     torch.set_num_threads(1)
     try:
         for file in plan.source.files:
-            work = [w for w in plan.work if w.info.file == file and w.index not in staging.done]
+            work = [w for w in wanted if w.info.file == file and w.index not in staging.done]
             if work:
                 # The file is closed once no thread reads from it, whatever ends this.
-                with plan.source.open(file) as fd, Pipeline(threads + 1) as pipeline:
+                parts = None if only is None else [(w.info.start, w.info.end) for w in work]
+                with plan.source.open(file, parts) as fd, Pipeline(threads + 1) as pipeline:
                     for each in work:
                         for task in (tasks_of or quantizing)(plan, staging, device, tell, fd, each, absmax.of(each)):
                             pipeline.submit(task)
@@ -80,7 +83,7 @@ class WorkTasks:
     def __init__(
         self,
         plan: Plan,
-        staging: Staging,
+        staging: ShardFiles,
         device: torch.device,
         advance: Callable[[int, str], None],
         fd: int,

@@ -1,10 +1,7 @@
 """The verb `quantize`: from a model's name to a finished folder, and the report of what it cost."""
 
-import os
-import shutil
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +14,31 @@ from qcli.checkpoint.source import Source, open_source
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, PlanError, UsageError, one_of, together
 from qcli.methods.choosing import made, methods_of, recipe_in_force, weighs_tokens
-from qcli.process import available_memory, peak_memory
-from qcli.progress import Progress, shown
+from qcli.process import peak_memory
+from qcli.progress import Progress, bar_of
 from qcli.quantization import outputs
-from qcli.quantization.calibration_needs import calibration_needs, statistics_problems
+from qcli.quantization.calibration_needs import statistics_problems
 from qcli.quantization.plan import Plan
 from qcli.quantization.report import Report, sum_up
+from qcli.quantization.room import check_output, find_memory
 from qcli.quantization.settings import SETTINGS, run_settings
 from qcli.quantization.tensor_parallel import problems as tensor_parallel_problems
 from qcli.recipe import Recipe
 from qcli.sizes import format_bytes, parse_size
-
-DISK_RESERVE = 50_000_000  # for the index, tokenizer files and the file system's own needs
 
 
 def quantize(model: str, output: str | Path | None = None, **options: Any) -> Report:
     """Quantizes `model` (a folder or a hub id) into a new folder and returns the report.
 
     Options are those of `make_plan` and `run_plan`: bits, method, double_quant, block_size, threshold, group_size, search, skip,
-    recipe, head, format, tensor_parallel, dtype, revision, trust_remote_code, stream, settings; device, overwrite, push_to_hub.
+    recipe, head, format, tensor_parallel, dtype, revision, trust_remote_code, stream, settings; device, overwrite, push_to_hub,
+    cluster, workers.
 
     Raises QcliError kinds: UsageError for options, PlanError for every problem that headers show, CheckpointError, HubError,
     NonFiniteError. After any of them no folder stands under the final name, and the same call goes on where it stopped.
     """
-    running = {name: options.pop(name) for name in ("device", "overwrite", "push_to_hub") if name in options}
-    plan = make_plan(model, output, overwrite=running.get("overwrite", False), **options)
+    running = {name: options.pop(name) for name in ("device", "overwrite", "push_to_hub", "cluster", "workers") if name in options}
+    plan = make_plan(model, output, overwrite=running.get("overwrite", False), on_cluster="cluster" in running, **options)
     return run_plan(plan, **running)
 
 
@@ -73,6 +70,7 @@ def make_plan(
     statistics: str | Path | None = None,
     save_statistics: str | Path | None = None,
     settings: Mapping[str, object] | None = None,
+    on_cluster: bool = False,
 ) -> Plan:
     """Decides from headers and config alone what a run would do. Its `problems` hold all that stands against it.
 
@@ -80,7 +78,8 @@ def make_plan(
     number of GPUs over which a server will divide the model; what they cannot share becomes a problem. With `calibrate` texts
     decide how weights are rounded, where a method can use them: the first `tokens` tokens of the file `text`, or of the text that
     comes with qcli. A part is held out, and measures the result, unless `check` is false. What the texts say of the model is
-    written to the file `save_statistics`, or read from the file `statistics`, which such a run has written.
+    written to the file `save_statistics`, or read from the file `statistics`, which such a run has written. With `on_cluster` the
+    machines of a cluster read the weights, and this one does not.
     """
     options = {
         "double_quant": double_quant,
@@ -100,6 +99,7 @@ def make_plan(
     source = open_source(model, revision, stream=stream, trust_remote_code=trust_remote_code)
     if source.problems:
         raise PlanError(source.label, source.problems, source.again())
+    source.read_elsewhere = on_cluster
     _take_scales(source)
     layout = layout_of(source, trust_remote_code=trust_remote_code, rules=run.modules == "rules")
     problems: list[str] = []
@@ -167,33 +167,9 @@ def make_plan(
             problems.append(f"{what}; choose a method that texts help, such as nf4 or rtn, or leave out --calibrate")
         else:
             problems.append(f"{what} without --calibrate; add it, or leave out --text, --tokens and statistics")
-    _find_memory(plan)
+    find_memory(plan)
     check_output(plan, overwrite)
     return plan
-
-
-def _find_memory(plan: Plan) -> None:
-    """Lets hidden states wait on the disk where memory has no room for them. What it has no room for even then is a problem."""
-    available, needed = available_memory(), plan.working_memory + calibration_memory(plan)
-    if available is None or needed <= available:
-        return
-    if plan.calibration and (states := calibration_needs(plan, 1).states):
-        plan.calibration = replace(plan.calibration, states_on_disk=True)
-        needed -= states
-        plan.notes.append(
-            f"hidden states of {format_bytes(states)} wait on the disk, since {format_bytes(available)} of memory are free"
-        )
-    if needed > available:
-        fewer = "; calibrate on fewer --tokens" if plan.calibration else ""
-        plan.problems.append(f"the run needs {format_bytes(needed)} of memory, and {format_bytes(available)} are free{fewer}")
-
-
-def calibration_memory(plan: Plan) -> int:
-    """Bytes that the calibration of a plan takes beside `Plan.working_memory`."""
-    if not plan.calibration:
-        return 0
-    needs = calibration_needs(plan, os.cpu_count() or 1)
-    return needs.memory - (needs.states if plan.calibration.states_on_disk else 0)
 
 
 def _take_scales(source: Source) -> None:
@@ -222,41 +198,23 @@ def _default_output(name: str, recipe: Recipe, calibrate: bool) -> Path:
     return Path(f"{name}-{methods_of(recipe)[0].scheme.name}{'-calibrated' if calibrate else ''}{head}")
 
 
-def check_output(plan: Plan, overwrite: bool) -> None:
-    """Adds to the plan's problems what stands against its output folder, and the disk that it needs."""
-    final = plan.output
-    if final.exists() and not overwrite:
-        plan.problems.append(f"{final} exists already; pass --overwrite to replace it, or choose another --output")
-    if final.exists() and not final.is_dir():
-        plan.problems.append(f"{final} is not a folder")
-    if not plan.source.is_hub and final.resolve() == Path(plan.source.label).resolve():
-        plan.problems.append(f"the output {final} is the model itself, and an input is never touched; choose another --output")
-    parent = next(p for p in [final.absolute().parent, *final.absolute().parents] if p.exists())
-    staged = sum(_allocated(final.with_name(final.name + ".partial") / s.name) for s in plan.shards)
-    carried = sum(plan.source.place.size(name) for name in plan.source.carried.files)
-    waiting = calibration_needs(plan, 1).disk if plan.calibration and plan.calibration.states_on_disk else 0
-    needed = plan.disk_bytes = plan.output_bytes + carried - staged + DISK_RESERVE + plan.source.download_bytes(parent) + waiting
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        plan.problems.append(
-            f"the run needs {format_bytes(needed)} of disk at {parent}, {format_bytes(free)} are free"
-            + ("; --stream keeps only one source shard at a time" if plan.source.is_hub and not plan.source.stream else "")
-        )
-
-
-def _allocated(path: Path) -> int:
-    return path.stat().st_blocks * 512 if path.exists() else 0
-
-
 def run_plan(
-    plan: Plan, *, device: str = "auto", overwrite: bool = False, push_to_hub: str | None = None, progress: Progress | None = None
+    plan: Plan,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    cluster: str | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
 ) -> Report:
-    """Executes a plan without problems. `progress(total, done)` gives a context manager with advance(bytes, name).
+    """Executes a plan without problems. `progress(total, done)` gives a context manager with advance(bytes, name). `cluster` is an
+    address as qcli.cluster.engine takes it: so many `workers` of that Ray cluster do the work, one a machine if None.
 
     Raises PlanError if the plan has problems; otherwise see `quantize`.
     """
     plan.check()
-    from qcli.quantization import other_files
+    from qcli.quantization import on_cluster, other_files
     from qcli.quantization.execute import execute, verify
     from qcli.quantization.staging import Staging
 
@@ -271,13 +229,19 @@ def run_plan(
         other_files.carry_over(plan, staging)
         done = sum(plan.work[i].info.nbytes for i in staging.done)
         calibration = None
-        with shown(progress, plan.source_bytes, done) as advance:
+        with (
+            bar_of(progress, plan.source_bytes, done) as bar,
+            on_cluster.pool(cluster, workers, plan, staging, device, bar) as pool,
+        ):
             if plan.calibration:
                 from qcli.quantization.calibration_run import CalibrationRun
 
                 run = CalibrationRun(plan, device, staging)
-                calibration = run.round(advance)
-            execute(plan, staging, target, advance)
+                calibration = run.round(bar.advance)
+            if pool is None:
+                execute(plan, staging, target, bar.advance)
+            else:
+                on_cluster.execute_on(pool, plan, staging)
         if calibration:
             began = time.monotonic()
             calibration.checked = run.check()
@@ -301,6 +265,7 @@ def run_plan(
         peak_memory=peak_memory(),
         warnings=warnings,
         calibration=calibration,
+        workers=[] if pool is None else pool.summary(),
     )
     if push_to_hub:
         report.url = hub.push(plan.output, push_to_hub)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from qcli import __version__, methods
 from qcli.checkpoint import dtypes
+from qcli.cluster.jobs import WorkerSummary
 from qcli.methods.errors import ErrorSums
 from qcli.quantization.calibration_report import CalibrationReport
 from qcli.quantization.plan import Plan
@@ -52,6 +53,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     url: str | None = None
     calibration: CalibrationReport | None = None
+    workers: list[WorkerSummary] = field(default_factory=list)
 
     def summary(self) -> dict[str, object]:
         """For JSON."""

@@ -1,7 +1,7 @@
 """Weights as they stand in a folder that is still being written, decoded by the reader of its format."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -29,7 +29,7 @@ class StagedWeights:
         }
 
     @contextmanager
-    def open(self, file: str) -> Iterator[int]:
+    def open(self, file: str, parts: Sequence[tuple[int, int]] | None = None) -> Iterator[int]:
         """A file descriptor of a weight file, while this lasts."""
         fd = os.open(self._staging.folder / file, os.O_RDONLY)
         try:

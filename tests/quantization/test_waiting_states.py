@@ -7,7 +7,7 @@ import qcli
 from qcli.calibration.waiting import WaitingStates
 from qcli.errors import CheckpointError
 from qcli.process import available_memory
-from qcli.quantization import calibration_needs
+from qcli.quantization import calibration_needs, room
 from qcli.quantization import quantize as verb
 from qcli.streaming.batches import BATCH_TOKENS
 from tests.models import add_tokenizer, make_model
@@ -33,7 +33,7 @@ def little_memory(monkeypatch, folder, tmp_path, model="llama"):
     """As much memory as a plan needs whose hidden states wait on the disk."""
     plan = plan_of(folder, tmp_path / "any", model)
     states = calibration_needs.calibration_needs(plan, 1).states
-    monkeypatch.setattr(verb, "available_memory", lambda: plan.working_memory + verb.calibration_memory(plan) - states)
+    monkeypatch.setattr(room, "available_memory", lambda: plan.working_memory + room.calibration_memory(plan) - states)
     return states
 
 
@@ -58,7 +58,7 @@ def test_the_same_bytes_by_gradients(options, folder, tmp_path, monkeypatch):
     plan = plan_of(folder, tmp_path / "in-memory", **options)
     verb.run_plan(plan)
     states = calibration_needs.calibration_needs(plan, 1).states
-    monkeypatch.setattr(verb, "available_memory", lambda: plan.working_memory + verb.calibration_memory(plan) - states)
+    monkeypatch.setattr(room, "available_memory", lambda: plan.working_memory + room.calibration_memory(plan) - states)
     on_disk = plan_of(folder, tmp_path / "on-disk", **options)
     assert on_disk.calibration.states_on_disk and not on_disk.problems and on_disk.disk_bytes > plan.disk_bytes
     kept = []
@@ -75,10 +75,10 @@ def test_the_plan_says_so_and_counts_the_disk(folder, tmp_path, monkeypatch):
     plan = plan_of(folder, tmp_path / "out")
     assert any("hidden states of" in note and "wait on the disk" in note for note in plan.notes)
     assert plan.disk_bytes == before.disk_bytes + states * 3 // 2
-    assert verb.calibration_memory(plan) == verb.calibration_memory(before) - states
+    assert room.calibration_memory(plan) == room.calibration_memory(before) - states
     assert plan.identity == before.identity  # a run may go on either way
-    room = verb.available_memory()
-    monkeypatch.setattr(verb, "available_memory", lambda: room - 1)
+    free = room.available_memory()
+    monkeypatch.setattr(room, "available_memory", lambda: free - 1)
     assert any("of memory, and" in problem for problem in plan_of(folder, tmp_path / "out").problems)
     assert available_memory() is None or not before.calibration.states_on_disk
 

@@ -1,0 +1,159 @@
+"""Ray, behind the few words that qcli needs: nodes, workers on them, calls that end or die. Nothing else imports it.
+
+A worker is an actor with a Host (qcli.cluster.jobs). Ray ends it when the process that started it ends, however that happens.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass
+from io import TextIOBase
+from typing import Any
+
+from qcli.cluster.jobs import Host
+from qcli.errors import ClusterError, UsageError, first_line
+
+LOCAL, AUTO = "local", "auto"
+_STORE = 200_000_000  # bytes of the object store of a cluster that qcli starts: plans and statistics pass through it
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster, or what one of its raylets offers."""
+
+    id: str
+    address: str
+    cpus: int
+    gpus: int
+
+
+class Died(Exception):
+    """The worker of a call is no more."""
+
+
+class _Sink(TextIOBase):
+    """Takes what Ray prints about workers that die, which qcli says itself."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+class Engine:
+    """A connection to the cluster at `address`: host:port, `auto` for the one that this machine belongs to, `local` for one on this
+    machine alone that ends with the connection. Use as a context manager. Raises ClusterError, UsageError."""
+
+    def __init__(self, address: str):
+        self.address = address
+
+    def __enter__(self) -> "Engine":
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        try:
+            import ray
+        except ImportError:
+            raise ClusterError("--cluster needs Ray, which is not installed", "Install it: pip install 'qcli[cluster]'.") from None
+        logging.getLogger("ray").setLevel(logging.ERROR)  # which the import sets
+        self._ray, self._leaving = ray, ExitStack()
+        self._leaving.enter_context(redirect_stdout(_Sink()))
+        options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+        if self.address == LOCAL:
+            options |= {"include_dashboard": False, "object_store_memory": _STORE, "address": LOCAL}
+        else:
+            options |= {"address": self.address}
+            if self.address != AUTO:  # else Ray takes an outward address of this machine, where a cluster on loopback is not heard
+                options |= _own_address(self.address)
+        try:
+            ray.init(**options)
+        except (ConnectionError, TimeoutError, RuntimeError, ValueError, AssertionError) as e:
+            self._leaving.close()
+            raise _unreachable(self.address, e) from e
+        self._leaving.callback(ray.shutdown)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._leaving.close()
+
+    def nodes(self) -> list[Node]:
+        """The machines that are alive and have CPUs to give, in an order of their own that stays."""
+        found = []
+        for each in self._ray.nodes():
+            resources = each.get("Resources", {})
+            if each["Alive"] and resources.get("CPU", 0) >= 1:
+                found.append(Node(each["NodeID"], each["NodeManagerAddress"], int(resources["CPU"]), int(resources.get("GPU", 0))))
+        return sorted(found, key=lambda node: (node.address, node.id))
+
+    def start(self, kind: str, node: Node, threads: int, gpus: int) -> Any:
+        """A worker for jobs of `kind` on `node`, which takes so many of its CPUs and GPUs once they are free."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        actor = self._ray.remote(Host).options(
+            num_cpus=threads,
+            num_gpus=gpus,
+            max_concurrency=2,  # a call, and a question for its state
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+        )
+        return actor.remote(kind, threads)
+
+    def call(self, worker: Any, method: str, *arguments: Any) -> Any:
+        """A call of a method of Host that is under way."""
+        return getattr(worker, method).remote(*arguments)
+
+    def share(self, value: Any) -> Any:
+        """A reference to a value that calls may have as an argument, which reaches each machine once."""
+        return self._ray.put(value)
+
+    def wait(self, calls: Sequence[Any], seconds: float) -> list[Any]:
+        """The calls that have ended, once there are any, or after so many seconds."""
+        if not calls:
+            time.sleep(seconds)
+            return []
+        return self._ray.wait(list(calls), num_returns=1, timeout=seconds)[0] and self._ended(calls)
+
+    def _ended(self, calls: Sequence[Any]) -> list[Any]:
+        return self._ray.wait(list(calls), num_returns=len(calls), timeout=0)[0]
+
+    def result(self, call: Any) -> Any:
+        """What a call that has ended returned. Raises Died, and what it raised."""
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(call)
+        except errors.RayTaskError as e:
+            if isinstance(e, errors.RayActorError):
+                raise Died(first_line(e)) from e
+            raise e.as_instanceof_cause() from None
+        except (errors.RayActorError, errors.RaySystemError, errors.ObjectLostError) as e:
+            raise Died(_why(str(e))) from e
+
+    def stop(self, worker: Any) -> None:
+        """Ends a worker at once."""
+        self._ray.kill(worker)
+
+
+def _own_address(address: str) -> dict[str, str]:
+    host = address.rpartition(":")[0].strip("[]")
+    return {"_node_ip_address": host} if host.startswith("127.") else {}
+
+
+def _unreachable(address: str, error: Exception) -> ClusterError | UsageError:
+    line = first_line(error)
+    if "Version mismatch" in str(error):
+        return ClusterError(f"the cluster at {address} runs other versions: {' '.join(str(error).split())}", "Install the same.")
+    if isinstance(error, ValueError) and address not in (AUTO, LOCAL):
+        return UsageError(f"--cluster is {address!r}: {line}", "Give auto, local, or the HOST:PORT of the head node.")
+    hint = "Start one with `ray start --head`, or use --cluster local." if address == AUTO else "Check it with `ray status`."
+    return ClusterError(f"no Ray cluster answers at {address}: {line}", hint)
+
+
+def _why(text: str) -> str:
+    """The reason in a message of Ray, in one sentence."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if "creation task" in text:  # a traceback, with the error at its end
+        return lines[-1]
+    for line in lines:
+        for mark in ("Worker exit detail:", "The actor is dead because"):
+            if mark in line:
+                return line.partition(mark)[2].strip().split(". ")[0]
+    return next(iter(lines), "no reason is known")
