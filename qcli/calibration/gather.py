@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcli.calibration.statistics import Statistics, Turns
+from qcli.calibration.statistics import SEGMENTS, Statistics, Turns, segment_of
 from qcli.calibration.token_weights import TokenWeights
 from qcli.streaming.run import Pass, same_tensor
 
@@ -46,7 +46,7 @@ class Gatherer(Gathered):
     Modules that read the same tensor, as q, k and v do, share one object. Which do is seen in the first batch, which is taken
     alone; modules that it does not reach share with none. Where it reached each module once, and `whole` is false, a later batch
     ends with Seen at the last module that it reaches: the product of down_proj is a fifth of a block. With `token_weights` tokens
-    count by these in sums of squares.
+    count by these in sums of squares. The first batch that is gathered is number `first` of so many `batches` of the text.
     """
 
     def __init__(
@@ -58,10 +58,13 @@ class Gatherer(Gathered):
         with_sample: Set[str] = frozenset(),
         whole: bool = True,
         token_weights: TokenWeights | None = None,
+        first: int = 0,
+        batches: int = 1,
     ):
         self._whole, self._once = whole, False  # once: every module is reached by every batch, one time
         self.modules, self._with_hessian, self._with_sample, self._device = modules, with_hessian, with_sample, device
         self._kept_tokens, self._token_weights = kept_tokens, token_weights
+        self._first, self._batches = first, batches
         super().__init__(modules, {})
         self._leader: dict[str, str] = {}  # of each module that the first batch reached
         self._turns = Turns()
@@ -70,9 +73,12 @@ class Gatherer(Gathered):
         self._handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
 
     def close(self) -> None:
-        """Removes the hooks."""
+        """Removes the hooks, and ends the sums."""
         for handle in self._handles:
             handle.remove()
+        with torch.inference_mode():  # as they were summed
+            for statistics in {id(each): each for each in self.found.values()}.values():
+                statistics.end()
 
     def _hook(self, name: str) -> Callable:
         def hook(module, args):
@@ -109,7 +115,8 @@ class Gatherer(Gathered):
             weighted = self._weighted(leader, number, x)
             for panel in range(statistics.panels):
                 self._turns.wait(number, (leader, panel))
-                statistics.add(x, panel, weighted)
+                batch = self._first + number
+                statistics.add(x, panel, weighted, batch, segment_of(batch, self._batches))
                 self._turns.pass_on(number, (leader, panel))
 
     def _weighted(self, leader: str, number: int, x: torch.Tensor) -> torch.Tensor | None:
@@ -137,7 +144,8 @@ class Gatherer(Gathered):
             if leader not in self.found:
                 members = set(self._members(leader))
                 hessian, sample = bool(members & self._with_hessian), bool(members & self._with_sample)
-                made = Statistics(in_features, hessian, self._device, self._kept_tokens, sample)
+                segments = min(SEGMENTS, self._batches)
+                made = Statistics(in_features, hessian, self._device, self._kept_tokens, sample, segments)
                 for name in members:
                     self.found[name] = made
             return self.found[leader]

@@ -5,7 +5,8 @@ sum x x^T besides, whose half the squared error of the outputs is measured by: f
 in_features], the outputs are off by ||E x||^2, which sums up to tr(E H E^T). `Sample` keeps the magnitudes of some tokens.
 
 Threads bring the tokens of batches. A sum is added to in the order of the batches, panel after panel, so that the same bits come
-out for any number of threads.
+out for any number of threads. The batches of a text are divided into SEGMENTS of neighbours. Each is summed by itself, and the sums
+are added in their order, so that machines which take a segment each give the same bits, too.
 """
 
 import threading
@@ -20,6 +21,12 @@ from qcli.methods._factors import Inputs
 _GOLDEN = 0.6180339887498949
 PANEL = 256  # rows of a Hessian that are added at a time
 SAMPLE = 2048  # tokens that a sample has at most
+SEGMENTS = 8  # of the batches of a text; one holds a second Hessian while it is summed
+
+
+def segment_of(batch: int, batches: int) -> int:
+    """The segment of a batch, of so many in all."""
+    return batch * min(SEGMENTS, batches) // batches
 
 
 class Statistics:
@@ -31,14 +38,24 @@ class Statistics:
     without `with_sample`.
     """
 
-    def __init__(self, in_features: int, with_hessian: bool, device: torch.device, kept_tokens: int = 0, with_sample: bool = False):
+    def __init__(
+        self,
+        in_features: int,
+        with_hessian: bool,
+        device: torch.device,
+        kept_tokens: int = 0,
+        with_sample: bool = False,
+        segments: int = 1,
+    ):
         self.tokens = 0
         self._kept_tokens, self._kept = kept_tokens, [torch.empty(0, in_features, device=device)]
         self.square = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.magnitude = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.absmax = torch.zeros(in_features, device=device)
         self.hessian = torch.zeros(in_features, in_features, device=device) if with_hessian else None
-        self.magnitudes = Sample(in_features, device) if with_sample else None
+        self.magnitudes = Sample(in_features, device, SAMPLE // segments) if with_sample else None
+        self._at: dict[int, int] = {}  # the segment that is summed, by panel
+        self._part: Statistics | None = None  # the sums of that segment, but for the first, which are the whole
         self._chosen: dict[int, torch.Tensor] = {}
         self._choosing = threading.Lock()
 
@@ -66,33 +83,82 @@ class Statistics:
         made._kept, made.hessian = [tensors["sample"]], tensors.get("hessian")
         if magnitudes is not None:
             made.magnitudes = Sample(len(square), square.device)
-            made.magnitudes.add(magnitudes)
+            made.magnitudes.take(magnitudes)
         return made
+
+    def merge(self, other: "Statistics") -> None:
+        """Adds the sums of a later segment. The Hessians of both must be symmetric already."""
+        self.tokens += other.tokens
+        self.square, self.magnitude = self.square + other.square, self.magnitude + other.magnitude
+        self.absmax = torch.maximum(self.absmax, other.absmax)
+        self._kept.append(other.sample)
+        if self.hessian is not None and other.hessian is not None:
+            self.hessian += other.hessian
+        if self.magnitudes is not None and other.magnitudes is not None:
+            self.magnitudes.take(other.magnitudes.magnitude)
 
     @property
     def panels(self) -> int:
         """Into how many parts `add` is divided."""
         return -(-len(self.hessian) // PANEL) if self.hessian is not None else 1
 
-    def add(self, x: torch.Tensor, panel: int, weighted: torch.Tensor | None = None) -> None:
-        """Counts activations x float32 [tokens, in_features] in: the rows of one panel of the Hessian, and with the first panel
-        all the rest. `weighted` is x times the square root of what each token counts in sums of squares; None is x."""
+    def add(self, x: torch.Tensor, panel: int, weighted: torch.Tensor | None = None, batch: int = 0, segment: int = 0) -> None:
+        """Counts activations x float32 [tokens, in_features] of a batch in: the rows of one panel of the Hessian, and with the
+        first panel all the rest. `weighted` is x times the square root of what each token counts in sums of squares; None is x.
+        Segments come in their order."""
         weighted = x if weighted is None else weighted
+        sums = self._sums(panel, segment)
         if panel == 0:
             self.tokens += len(x)
-            self.square += weighted.square().sum(0)
+            sums.square += weighted.square().sum(0)
             magnitude = x.abs()
-            self.magnitude += magnitude.sum(0)
+            sums.magnitude += magnitude.sum(0)
             if len(x):
                 self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
             if count := min(self._kept_tokens, len(x)):
-                start = len(self._kept) * _GOLDEN % 1
+                start = (batch + 1) * _GOLDEN % 1
                 self._kept.append(x[[int((place + start) * len(x) / count) for place in range(count)]])
             if self.magnitudes is not None:
                 self.magnitudes.add(magnitude)
-        if self.hessian is not None:
+        if sums.hessian is not None:
             first, last = panel * PANEL, (panel + 1) * PANEL
-            self.hessian[first:last, first:].addmm_(weighted[:, first:last].t(), weighted[:, first:])
+            sums.hessian[first:last, first:].addmm_(weighted[:, first:last].t(), weighted[:, first:])
+
+    def _sums(self, panel: int, segment: int) -> "Statistics":
+        """Where a panel of a segment is added to. What was there of the segment before is added to the whole."""
+        before = self._at.setdefault(panel, segment)
+        if before != segment:
+            self._at[panel] = segment
+            self._add_part(panel)
+            if panel == 0 and self.magnitudes is not None:
+                self.magnitudes.begin_segment()
+            with self._choosing:
+                if self._part is None:
+                    self._part = Statistics(len(self.square), self.hessian is not None, self.square.device)
+                self._part._at[panel] = segment
+        part = self._part
+        return part if part is not None and panel in part._at else self
+
+    def _add_part(self, panel: int) -> None:
+        """Adds a panel of the segment that was summed to the whole."""
+        part = self._part
+        if part is None or panel not in part._at:
+            return
+        if panel == 0:
+            self.square += part.square
+            self.magnitude += part.magnitude
+            part.square.zero_()
+            part.magnitude.zero_()
+        if self.hessian is not None and part.hessian is not None:
+            first, last = panel * PANEL, (panel + 1) * PANEL
+            self.hessian[first:last, first:] += part.hessian[first:last, first:]
+            part.hessian[first:last, first:] = 0
+
+    def end(self) -> None:
+        """Adds the last segment to the whole: nothing is added after it."""
+        for panel in range(self.panels):
+            self._add_part(panel)
+        self._part = None
 
     def symmetric(self) -> torch.Tensor:
         """The whole Hessian float32 [in_features, in_features]."""
@@ -145,28 +211,39 @@ class Statistics:
 
 
 class Sample:
-    """Magnitudes of tokens at even distances: of all at first, and of every second one that is kept whenever there are too many.
+    """Magnitudes of tokens at even distances: of all of a segment at first, and of every second one that is kept whenever there are
+    more than `most` of it.
 
     Bfloat16, since they are compared with each other alone.
     """
 
-    def __init__(self, in_features: int, device: torch.device):
+    def __init__(self, in_features: int, device: torch.device, most: int = SAMPLE):
         self._kept = torch.empty(0, in_features, dtype=torch.bfloat16, device=device)
-        self._distance, self._seen = 1, 0
+        self._most, self._before = most, [self._kept]
+        self.begin_segment()
+
+    def begin_segment(self) -> None:
+        """The tokens that come are of a new segment."""
+        self._before.append(self._kept)
+        self._kept, self._distance, self._seen = self._kept[:0], 1, 0
+
+    def take(self, magnitudes: torch.Tensor) -> None:
+        """Takes what `magnitude` gave of a whole segment."""
+        self._before.append(magnitudes)
 
     def add(self, magnitude: torch.Tensor) -> None:
         """Takes tokens of magnitude float32 [tokens, in_features], in their order."""
         some = magnitude[-self._seen % self._distance :: self._distance]
         self._seen += len(magnitude)
         self._kept = torch.cat((self._kept, some.to(torch.bfloat16)))
-        while len(self._kept) > SAMPLE:
+        while len(self._kept) > self._most:
             self._kept = self._kept[::2].clone()
             self._distance *= 2
 
     @property
     def magnitude(self) -> torch.Tensor:
         """bfloat16 [at most SAMPLE, in_features]."""
-        return self._kept
+        return torch.cat((*self._before, self._kept))
 
 
 class Turns:

@@ -40,7 +40,7 @@ DTYPE_BITS = {
 ITEMSIZE = {code: DTYPE_BITS[code] // 8 for code in TORCH_NAMES}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor before its data exist: full name, safetensors dtype code, shape."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Linear:
     """One linear module: `tensor` is its weight's name in the checkpoint, `module` its name in transformers.
 

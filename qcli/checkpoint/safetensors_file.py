@@ -20,7 +20,7 @@ FIRST_READ = 100_000  # bytes; nearly every header fits
 DAMAGED = "The file is damaged or its download was cut short: fetch it again."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor's entry in a header. Its data are the bytes `start` to `end` of the weight file `file`, whose name is relative to
     the checkpoint. `dtype` is a safetensors code."""

@@ -146,6 +146,10 @@ class Pool:
                 ended += 1
                 yield task, value
 
+    def share(self, value: Any) -> Any:
+        """What a task may have among its arguments in place of `value`, which then reaches each machine once."""
+        return self.engine.share(value)
+
     def _turn(self) -> list[tuple[Task, Any]]:
         """Waits until something happens, and sees to it. The tasks that have ended, with what they returned."""
         found = []

@@ -21,9 +21,11 @@ from typing import Any
 
 from qcli.calibration.gather import Crew, Gathered, Gatherer
 from qcli.calibration.settings import PARALLEL
+from qcli.calibration.statistics import Statistics
 from qcli.calibration.stored import StatisticsWriter, StoredStatistics
 from qcli.calibration.token_weights import TokenWeights
 from qcli.calibration.waiting import WaitingStates
+from qcli.cluster.pool import Pool
 from qcli.errors import NonFiniteError
 from qcli.methods.choosing import needs_of
 from qcli.progress import Advance
@@ -34,6 +36,7 @@ from qcli.quantization.plan import Plan, Work
 from qcli.quantization.rounding import Changed, Rounding, round_weight
 from qcli.quantization.staged import StagedWeights
 from qcli.quantization.staging import Staging
+from qcli.quantization.texts_on_cluster import TextsOnCluster, module_of
 from qcli.quantization.transforming import SAMPLE_TOKENS, Folded, Transforms, changes_inputs
 from qcli.streaming.batches import make_batches
 from qcli.streaming.corpus import Window
@@ -64,22 +67,30 @@ class Calibrated:
 
 
 def calibrate(
-    plan: Plan, staging: Staging, skeleton: Skeleton, windows: Sequence[Window], advance: Advance, found: Calibrated | None = None
+    plan: Plan,
+    staging: Staging,
+    skeleton: Skeleton,
+    windows: Sequence[Window],
+    advance: Advance,
+    found: Calibrated | None = None,
+    pool: Pool | None = None,
 ) -> Calibrated:
     """Rounds every module of the plan that needs statistics of its inputs and lies in a block that the texts reach. What it leaves
     is left to `execute`. `advance` hears of source bytes as they are finished. `found` is what was done before, to which it adds.
+    With a `pool` its workers take the texts through the blocks, and round.
 
     Raises NonFiniteError where an activation is NaN or infinite, CheckpointError for what fails on disk.
     """
     staging.open_shards()
     found = found or Calibrated(tokens=sum(len(window.ids) for window in windows))
     with Crew(skeleton.device) as crew:
-        blocks = _Blocks(plan, staging, skeleton, crew, found, advance)
+        texts = make_batches([window.ids for window in windows], None)  # not padded: statistics are of tokens of the text alone
+        elsewhere = pool and TextsOnCluster(pool, plan, texts, str(skeleton.dtype).removeprefix("torch."))
+        blocks = _Blocks(plan, staging, skeleton, crew, found, advance, elsewhere)
         if not blocks.last:
             return found
         head = Head(skeleton)
-        # Without padding, so that no token of a statistic is one of padding.
-        batches = [] if blocks.stored else make_batches([window.ids for window in windows], None)
+        batches = [] if blocks.stored or pool else texts
         if blocks.trial:
             batches = make_batches([windows[0].ids[:TRIAL_TOKENS]], None) + batches
         calls = [Call(head.below(batch), batch=batch) for batch in batches]
@@ -101,13 +112,21 @@ class _Finished(Exception):
 class _Blocks(Observer):
     """`last` is the name of the last block in which something is left to do; it is empty where none is. What gradients decide is
     written already. With `trial` the first call is a short one, which is in no statistic: on it folds are tried. `stored` are
-    statistics that are read and not gathered; that call alone passes the blocks then."""
+    statistics that are read and not gathered; those of `elsewhere` are gathered by others. That call alone passes the blocks then.
+    """
 
     def __init__(
-        self, plan: Plan, staging: Staging, skeleton: Skeleton, crew: Crew, found: Calibrated, advance: Callable[[int, str], None]
+        self,
+        plan: Plan,
+        staging: Staging,
+        skeleton: Skeleton,
+        crew: Crew,
+        found: Calibrated,
+        advance: Callable[[int, str], None],
+        elsewhere: TextsOnCluster | None,
     ):
         self.plan, self.staging, self.skeleton = plan, staging, skeleton
-        self.crew, self.found, self.advance = crew, found, advance
+        self.crew, self.found, self.advance, self.elsewhere = crew, found, advance, elsewhere
         self.staged = StagedWeights(plan, staging)
         self.absmax = AbsmaxReader(plan)
         self.transforms = Transforms(plan, staging, skeleton, crew)
@@ -131,7 +150,7 @@ class _Blocks(Observer):
             self.stored = StoredStatistics(Path(settings.statistics))
             self.stored.check(stated_by(plan, str(skeleton.dtype)))
         self.last = next((u.name for u in reversed(skeleton.blocks) if self._left(u) or self.watched.get(u.name)), "")
-        self.trial = bool(self.stored) or any(changes_inputs(work) for works in self.works.values() for work in works)
+        self.trial = bool(self.stored or elsewhere) or any(changes_inputs(work) for works in self.works.values() for work in works)
 
     def _of_blocks(self, works: Sequence[Work]) -> dict[str, list[Work]]:
         found: dict[str, list[Work]] = {unit.name: [] for unit in self.skeleton.blocks}
@@ -218,8 +237,11 @@ class _Blocks(Observer):
             changed = decided.changed
             self.found.spent("factors", time.monotonic() - started)
             started = time.monotonic()
-        for _ in self.crew.results([partial(self._round_one, work, gathered, changed) for work in works]):
-            pass
+        if self.elsewhere:
+            self._round_elsewhere(self.elsewhere, works, gathered, changed)
+        else:
+            for _ in self.crew.results([partial(self._round_one, work, gathered, changed) for work in works]):
+                pass
         if self.found.token_weights:
             self.found.token_weights.forget([work.linear.module for work in seen if work.linear])
         self.staging.sync()
@@ -239,10 +261,14 @@ class _Blocks(Observer):
         needs = {w.linear.module: needs_of(w.method) for w in seen if w.linear and w.method}
         hessians, samples = ({n for n in names if saved or needs.get(n) == wanted} for wanted in ("hessian", "tokens"))
         kept = bool(saved or samples) or any(changes_inputs(work) for work in seen)
+        count = self.elsewhere.count if self.elsewhere else len(passes)
+        kept_tokens = -(-SAMPLE_TOKENS // count) if kept else 0
+        if self.elsewhere:
+            go_on = self.parallel and unit.name != self.last
+            return outputs, self.elsewhere.gather(unit.name, names, hessians, samples, kept_tokens, go_on)
         modules = {name: self.skeleton.model.get_submodule(name) for name in names}
-        kept_tokens = -(-SAMPLE_TOKENS // len(passes)) if kept else 0
         weights = self.found.token_weights
-        gatherer = Gatherer(modules, hessians, self.skeleton.device, kept_tokens, samples, keep, weights)
+        gatherer = Gatherer(modules, hessians, self.skeleton.device, kept_tokens, samples, keep, weights, batches=len(passes))
         try:
             kept_as = (lambda number, output: self._kept(len(trial) + number, output)) if keep else None
             return outputs + self.crew.gather(passes, gatherer, kept_as), gatherer
@@ -253,20 +279,33 @@ class _Blocks(Observer):
     def _fewest(self) -> int:
         return min(FEWEST_TOKENS, self.found.tokens)
 
-    def _round_one(self, work: Work, gathered: Gathered, changed: Mapping[str, Changed]) -> None:
-        assert work.linear is not None
-        module = work.linear.module
+    def _statistics_of(self, work: Work, gathered: Gathered) -> Statistics | None:
+        """The statistics that decide how a weight is rounded; None where too few tokens reached its module."""
+        module = module_of(work)
         statistics = gathered.found.get(module)
         tokens = statistics.tokens if statistics else 0
-        if tokens < self._fewest:
-            statistics = None
-            with self.locked:
-                self.found.unseen[module] = tokens
+        if tokens >= self._fewest:
+            return statistics
+        with self.locked:
+            self.found.unseen[module] = tokens
+        return None
+
+    def _round_one(self, work: Work, gathered: Gathered, changed: Mapping[str, Changed]) -> None:
+        module, statistics = module_of(work), self._statistics_of(work, gathered)
         device, absmax = self.skeleton.device, self.absmax.of(work)
         rounding = round_weight(self.plan, self.staging, work, statistics, device, absmax, changed.get(module))
         with self.locked:
             self.found.roundings[module] = rounding
         self.advance(work.info.nbytes, work.info.name)
+
+    def _round_elsewhere(
+        self, elsewhere: TextsOnCluster, works: Sequence[Work], gathered: Gathered, changed: Mapping[str, Changed]
+    ) -> None:
+        used = {module_of(work): its for work in works if (its := self._statistics_of(work, gathered)) is not None}
+        for work, collected, rounding in elsewhere.round(works, used, self.absmax.of, changed):
+            collected.write_to(self.staging)
+            self.staging.finish_work(work.index, rounding.errors)
+            self.found.roundings[module_of(work)] = rounding
 
     def _replace(self, unit: Unit, works: Sequence[Work]) -> None:
         """Puts what was written in the place of the block's own."""

@@ -84,7 +84,7 @@ def calibration_needs(plan: Plan, threads: int) -> CalibrationNeeds:
     of_block: dict[str, int] = defaultdict(int)
     stored = sum((4 * columns + _A_CHANNEL) * columns for _, columns in sites)
     for (_, columns), name in sites.items():
-        of_block[block_of(name) or name] += 4 * columns**2
+        of_block[block_of(name) or name] += 2 * 4 * columns**2  # and those of the segment that is summed
         operations += columns**2 * likely
     states = (_STATES - 1) * _ITEMSIZE * hidden * tokens
     memory = (
@@ -105,6 +105,19 @@ def stated_by(plan: Plan, dtype: str | None = None) -> dict[str, object]:
     assert plan.calibration is not None
     stated = {name: value for name, value in plan.calibration.identity.items() if name != "order"}
     return {"model": plan.source.fingerprint, **stated, **({} if dtype is None else {"dtype": dtype.removeprefix("torch.")})}
+
+
+def cluster_problems(plan: Plan) -> list[str]:
+    """What a cluster cannot do of a plan's calibration."""
+    assert plan.calibration is not None
+    found = []
+    if fisher_works(plan) or weighing_works(plan):
+        found.append("gradients pass a model on one machine; leave out --cluster, or squeezellm and weights=fisher")
+    if plan.calibration.order != PARALLEL:
+        found.append(
+            f"the texts of a cluster do not wait for rounded blocks; leave out --cluster, or order={plan.calibration.order}"
+        )
+    return found
 
 
 def statistics_problems(plan: Plan) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qcli.calibration.settings import CHECK_SHARE, CHECK_TOKENS, Calibration
+from qcli.cluster.pool import Pool
 from qcli.devices import pick_device
 from qcli.errors import together
 from qcli.evaluation.score import Contender, score_all
@@ -42,9 +43,9 @@ _SOURCE, _RESULT, _PLAIN = "source", "result", "plain"
 class CalibrationRun:
     """Opens the model of a plan and its texts. Raises UsageError for texts that do not do, and what Skeleton raises."""
 
-    def __init__(self, plan: Plan, device: str, staging: Staging):
+    def __init__(self, plan: Plan, device: str, staging: Staging, pool: Pool | None = None):
         assert plan.calibration is not None
-        self.plan, self.staging, settings = plan, staging, plan.calibration
+        self.plan, self.staging, self.pool, settings = plan, staging, pool, plan.calibration
         source = plan.source
         options: dict[str, Any] = {"revision": source.revision} if source.is_hub else {}
         self.skeleton = Skeleton(
@@ -56,7 +57,7 @@ class CalibrationRun:
     def round(self, advance: Advance) -> CalibrationReport:
         """Rounds what the texts decide and writes it."""
         done = round_by_gradients(self.plan, self.staging, self.skeleton, self.used, advance)
-        done = calibrate(self.plan, self.staging, self.skeleton, self.used, advance, done)
+        done = calibrate(self.plan, self.staging, self.skeleton, self.used, advance, done, self.pool)
         report = CalibrationReport(
             self.corpus.name,
             done.tokens,

@@ -28,7 +28,7 @@ from qcli.quantization.shard_files import JOURNAL, STATE, ShardFiles
 from qcli.quantization.staging import Staging
 
 LATE = 60.0  # seconds that a shared file system may take to show a file that another machine wrote
-JOB = f"{__name__}:ShardJob"
+JOB = "qcli.quantization.texts_on_cluster:QuantizationJob"
 
 
 def division(plan: Plan, left: Collection[int]) -> list[tuple[str, list[Work]]]:
@@ -58,18 +58,24 @@ def pool(address: str | None, workers: int | None, plan: Plan, staging: Staging,
         return
     spec = specification(plan, staging.folder, device)
     with Engine(address) as engine, Pool(engine, JOB, spec, workers, gpus=device != "cpu", bar=bar) as found:
+        _greet(found, staging)
         yield found
+
+
+def _greet(pool: Pool, staging: Staging) -> None:
+    """Makes sure that every worker sees the output's folder, and that it is the same folder. Raises ClusterError."""
+    token = uuid.uuid4().hex
+    staging.add_file(f"{STATE}/{token}", b"")
+    tasks = [Task("meet", (token,), 0, "the shared folder", worker.slot) for worker in pool.meet()]
+    for _, (host, seen) in pool.deal(tasks):
+        _visible(staging.state / seen, host, staging.folder)
+        (staging.state / seen).unlink()
+    (staging.state / token).unlink()
 
 
 def execute_on(pool: Pool, plan: Plan, staging: Staging) -> None:
     """What `execute` does, by the workers of a pool of ShardJobs. Raises what it raises, and ClusterError."""
-    ready = pool.meet()
-    token = uuid.uuid4().hex
-    staging.add_file(f"{STATE}/{token}", b"")
-    for _, (host, seen) in pool.deal([Task("meet", (token,), 0, "the shared folder", worker.slot) for worker in ready]):
-        _visible(staging.state / seen, host, staging.folder)
-        (staging.state / seen).unlink()
-    (staging.state / token).unlink()
+    staging.sync()
     left = [work.index for work in plan.work if work.index not in staging.done]
     tasks = [
         Task("shard", (file, [work.index for work in works]), sum(work.info.nbytes for work in works), file)

@@ -1,6 +1,9 @@
 """From a recipe to outputs: which modules are quantized, what is stored of every tensor, and where in which file it lies."""
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.dtypes import TensorSpec
@@ -16,7 +19,7 @@ from qcli.quantization.plan import Output, Shard, Work
 from qcli.recipe import Recipe, matches
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Planned:
     """A source tensor and what will be stored of it, not yet anywhere. `linear` and `method` as in Work."""
 
@@ -121,22 +124,46 @@ def weight_of(info: TensorInfo, linear: Linear, method: Method, dtype: str) -> W
     return Weight(info.name, linear.out_features, linear.in_features, entering_dtype(method, info.dtype, dtype))
 
 
+def evenly(sizes: Sequence[int], most: int) -> list[int]:
+    """Where groups of neighbours begin, but for the first. They are as few as groups of up to `most` can be, and then as equal as
+    they can be: the largest is as small as possible. One element alone may be larger."""
+    ends = [0, *accumulate(sizes)]
+    low = max(sizes, default=0)
+    high = max(most, low)
+    fewest = len(_filled(ends, high))
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_filled(ends, middle)) <= fewest else (middle + 1, high)
+    return _filled(ends, high)
+
+
+def _filled(ends: Sequence[int], most: int) -> list[int]:
+    """Where groups begin, but for the first, if each takes what it can. `ends` are sums of sizes, from 0 on, none above `most`."""
+    starts: list[int] = []
+    first = bisect_right(ends, most) - 1
+    while first < len(ends) - 1:
+        starts.append(first)
+        first = bisect_right(ends, ends[first] + most) - 1
+    return starts
+
+
 def place_outputs(planned: list[Planned], max_shard_size: int, format: Format) -> tuple[list[Work], list[Shard]]:
     """Places every output. A weight and its companions share a shard, but for what `format` keeps in a file apart. Within a shard
     wider elements come first, so that every tensor is aligned to its element."""
-    groups: list[list[TensorSpec]] = [[]]
     apart: dict[str, list[TensorSpec]] = {}
-    size = 0
+    together: list[list[TensorSpec]] = []
     for each in planned:
         beside = {spec: file for spec in each.specs if (file := format.file_apart(spec.name))}
         for spec, file in beside.items():
             apart.setdefault(file, []).append(spec)
-        nbytes = sum(spec.nbytes for spec in each.specs if spec not in beside)
-        if groups[-1] and size + nbytes > max_shard_size:
+        together.append([spec for spec in each.specs if spec not in beside])
+    sizes = [sum(spec.nbytes for spec in specs) for specs in together]
+    groups: list[list[TensorSpec]] = [[]]
+    starts = set(evenly(sizes, max_shard_size))
+    for number, specs in enumerate(together):
+        if number in starts:
             groups.append([])
-            size = 0
-        groups[-1] += [spec for spec in each.specs if spec not in beside]
-        size += nbytes
+        groups[-1] += specs
     # A file named model.safetensors would be preferred to an index, and an index has to leave out what lies apart.
     several = len(groups) > 1 or apart
     names = [

@@ -27,7 +27,7 @@ from qcli.recipe import Choice, Recipe, recipe_of
 from qcli.schemes import CHUNK_BYTES, CHUNKS_IN_WORK
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Output:
     """A tensor of the output: its place is bytes `start` to `end` of `file`."""
 
@@ -39,7 +39,7 @@ class Output:
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Work:
     """One source tensor and everything that is made of it. `linear` and `method` are None for what is carried over."""
 

@@ -17,7 +17,7 @@ from qcli.methods.choosing import made, methods_of, recipe_in_force, weighs_toke
 from qcli.process import peak_memory
 from qcli.progress import Progress, bar_of
 from qcli.quantization import outputs
-from qcli.quantization.calibration_needs import statistics_problems
+from qcli.quantization.calibration_needs import cluster_problems, statistics_problems
 from qcli.quantization.plan import Plan
 from qcli.quantization.report import Report, sum_up
 from qcli.quantization.room import check_output, find_memory
@@ -156,6 +156,8 @@ def make_plan(
     if plan.calibrated:
         plan.calibration = calibration_on(text, tokens, run.sequence_length or None, check, run.order, statistics, save_statistics)
         problems += statistics_problems(plan)
+        if on_cluster:
+            problems += cluster_problems(plan)
         if run.modules == "rules":
             problems.append("texts pass a model as transformers runs it, whose modules rules do not know; leave out modules=rules")
         counts = [w.method.scheme.outlier_columns(w.linear.in_features) for w in plan.calibrated if w.method and w.linear]
@@ -236,7 +238,7 @@ def run_plan(
             if plan.calibration:
                 from qcli.quantization.calibration_run import CalibrationRun
 
-                run = CalibrationRun(plan, device, staging)
+                run = CalibrationRun(plan, device, staging, pool)
                 calibration = run.round(bar.advance)
             if pool is None:
                 execute(plan, staging, target, bar.advance)

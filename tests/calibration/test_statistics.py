@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qcli.calibration.gather import Crew, Gatherer
-from qcli.calibration.statistics import PANEL, Statistics, Turns
+from qcli.calibration.statistics import PANEL, SAMPLE, SEGMENTS, Statistics, Turns, segment_of
 from qcli.streaming.run import Pass
 
 
@@ -31,6 +31,31 @@ def test_sums_are_those_of_the_definition(columns):
     torch.testing.assert_close(found.symmetric().double(), x.t() @ x, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(found.mean_square.double(), x.square().mean(0), rtol=1e-6, atol=1e-6)
     assert found.is_finite
+
+
+@pytest.mark.parametrize("batches", [1, 3, 8, 21])
+def test_segments_summed_apart_give_the_same_bits(batches):
+    """As machines do that take a segment each."""
+    columns, device, count = PANEL + 3, torch.device("cpu"), min(SEGMENTS, batches)
+    xs = [normal(5 + n % 3 * 300, columns, seed=n) * (n + 1) for n in range(batches)]
+    whole = Statistics(columns, True, device, 3, True, count)
+    apart = [Statistics(columns, True, device, 3, True, count) for _ in range(count)]
+    for n, x in enumerate(xs):
+        for panel in range(whole.panels):
+            whole.add(x, panel, batch=n, segment=segment_of(n, batches))
+            apart[segment_of(n, batches)].add(x, panel, batch=n)
+    whole.end()
+    for each in (whole, *apart):
+        each.symmetric()
+    merged = Statistics.of(apart[0].tensors())
+    for each in apart[1:]:
+        merged.merge(Statistics.of(each.tensors()))
+    ours, theirs = whole.tensors(), merged.tensors()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    x = torch.cat(xs).double()
+    torch.testing.assert_close(whole.hessian.double(), x.t() @ x, rtol=1e-4, atol=1e-3 * float((x**2).sum(0).max()))
+    assert whole.tokens == len(x) and len(whole.magnitudes.magnitude) <= SAMPLE
+    assert len({segment_of(n, batches) for n in range(batches)}) == count
 
 
 def test_nan_is_seen():
@@ -57,7 +82,7 @@ class Block(nn.Module):
 def gathered(threads):
     torch.manual_seed(0)
     block = Block().requires_grad_(False)
-    gatherer = Gatherer(dict(block.named_children()), {"k", "o"}, torch.device("cpu"))
+    gatherer = Gatherer(dict(block.named_children()), {"k", "o"}, torch.device("cpu"), batches=12)
     inputs = [normal(16, 8, seed=n) for n in range(12)]
     passes = [Pass(None, block, (x, n), {}) for n, x in enumerate(inputs)]
     crew = Crew(torch.device("cpu"))
@@ -93,7 +118,7 @@ def test_a_failed_batch_holds_up_no_other():
     crew.threads = 3
     torch.manual_seed(0)
     block = Block().requires_grad_(False)
-    gatherer = Gatherer(dict(block.named_children()), {"q"}, torch.device("cpu"))
+    gatherer = Gatherer(dict(block.named_children()), {"q"}, torch.device("cpu"), batches=8)
     passes = [Pass(None, block, (normal(4, 8), n), {}) for n in range(8)]
     passes[3] = Pass(None, fail, (), {})
     with pytest.raises(RuntimeError, match="of the block"), crew:

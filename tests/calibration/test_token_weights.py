@@ -97,7 +97,7 @@ def test_sums_of_squares_are_weighed_and_others_are_not():
     generator = torch.Generator().manual_seed(0)
     xs = [torch.randn(3, 5, generator=generator) for _ in range(2)]
     for with_hessian in ({"a", "b", "c"}, set()):
-        gatherer = Gatherer(modules, with_hessian, torch.device("cpu"), token_weights=Known())
+        gatherer = Gatherer(modules, with_hessian, torch.device("cpu"), token_weights=Known(), batches=64)
         for number, x in enumerate(xs):
             with gatherer.batch(number):
                 modules["a"](x)
@@ -118,7 +118,7 @@ def test_sums_of_squares_are_weighed_and_others_are_not():
 def test_other_tokens_than_there_were_count_alike():
     """As where a router sends an expert others, once the blocks before it are rounded."""
     module, x = torch.nn.Linear(5, 4), torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    gatherer = Gatherer({"a": module}, {"a"}, torch.device("cpu"), token_weights=Known())
+    gatherer = Gatherer({"a": module}, {"a"}, torch.device("cpu"), token_weights=Known(), batches=64)
     with gatherer.batch(0):
         module(x)
     gatherer.close()
