@@ -60,6 +60,7 @@ class Engine:
         self._leaving.enter_context(redirect_stdout(_Sink()))
         options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
         if self.address == LOCAL:
+            os.environ.setdefault("RAY_worker_niceness", "0")  # else they yield to whatever else runs here
             options |= {"include_dashboard": False, "object_store_memory": _STORE, "address": LOCAL}
         else:
             options |= {"address": self.address}

@@ -114,9 +114,8 @@ def cluster_problems(plan: Plan) -> list[str]:
     if fisher_works(plan) or weighing_works(plan):
         found.append("gradients pass a model on one machine; leave out --cluster, or squeezellm and weights=fisher")
     if plan.calibration.order != PARALLEL:
-        found.append(
-            f"the texts of a cluster do not wait for rounded blocks; leave out --cluster, or order={plan.calibration.order}"
-        )
+        order = plan.calibration.order
+        found.append(f"the texts of a cluster do not wait for rounded blocks; leave out --cluster, or order={order}")
     return found
 
 

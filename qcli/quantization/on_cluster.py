@@ -28,7 +28,7 @@ from qcli.quantization.shard_files import JOURNAL, STATE, ShardFiles
 from qcli.quantization.staging import Staging
 
 LATE = 60.0  # seconds that a shared file system may take to show a file that another machine wrote
-JOB = "qcli.quantization.texts_on_cluster:QuantizationJob"
+JOB, JOB_WITH_TEXTS = f"{__name__}:ShardJob", "qcli.quantization.texts_on_cluster:QuantizationJob"
 
 
 def division(plan: Plan, left: Collection[int]) -> list[tuple[str, list[Work]]]:
@@ -57,7 +57,8 @@ def pool(address: str | None, workers: int | None, plan: Plan, staging: Staging,
         yield None
         return
     spec = specification(plan, staging.folder, device)
-    with Engine(address) as engine, Pool(engine, JOB, spec, workers, gpus=device != "cpu", bar=bar) as found:
+    job = JOB_WITH_TEXTS if plan.calibration else JOB
+    with Engine(address) as engine, Pool(engine, job, spec, workers, gpus=device != "cpu", bar=bar) as found:
         _greet(found, staging)
         yield found
 

@@ -1,4 +1,4 @@
-"""A calibration divided over the machines of a cluster. Each worker takes segments of the texts through the blocks, and rounds weights.
+"""A calibration divided over the machines of a cluster: workers take segments of the texts through the blocks, and round weights.
 
 The driver passes the blocks with a short text alone, decides factors, and writes. For each block it asks the workers for the
 statistics of each segment, and adds these in their order. So the bytes are those of one machine's run, for any number of workers.
