@@ -86,12 +86,12 @@ class Engine:
                 found.append(Node(each["NodeID"], each["NodeManagerAddress"], int(resources["CPU"]), int(resources.get("GPU", 0))))
         return sorted(found, key=lambda node: (node.address, node.id))
 
-    def start(self, kind: str, node: Node, threads: int, gpus: int) -> Any:
+    def start(self, kind: str, node: Node, threads: int, cpus: float, gpus: int) -> Any:
         """A worker for jobs of `kind` on `node`, which takes so many of its CPUs and GPUs once they are free."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         actor = self._ray.remote(Host).options(
-            num_cpus=threads,
+            num_cpus=cpus,
             num_gpus=gpus,
             max_concurrency=2,  # a call, and a question for its state
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),

@@ -23,13 +23,14 @@ DEATHS = 3  # of workers at the same task, before it is given up
 _POLL = 0.5  # seconds between two looks at the workers
 _RATE_SECONDS = 10.0  # over which a rate is taken
 _SLOW = 0.5  # of the median rate
+PATIENCE = 60.0  # seconds that those who are ready wait for others
 
 
 class Works(Protocol):
     """What a pool needs of an engine: see qcli.cluster.engine.Engine."""
 
     def nodes(self) -> list[Node]: ...
-    def start(self, kind: str, node: Node, threads: int, gpus: int) -> Any: ...
+    def start(self, kind: str, node: Node, threads: int, cpus: float, gpus: int) -> Any: ...
     def call(self, worker: Any, method: str, *arguments: Any) -> Any: ...
     def share(self, value: Any) -> Any: ...
     def wait(self, calls: Sequence[Any], seconds: float) -> list[Any]: ...
@@ -55,6 +56,7 @@ class Worker:
     slot: int
     node: Node
     threads: int
+    cpus: float  # of the machine's that it takes
     gpus: int
     actor: Any = None
     hello: Hello | None = None
@@ -108,8 +110,9 @@ class Pool:
         self._looked = time.monotonic()
         for i in range(count):
             node = nodes[i % len(nodes)]
-            threads = max(node.cpus // on_node[node.id], 1)
-            worker = Worker(i, node, threads, int(gpus and node.gpus >= on_node[node.id]))
+            share = node.cpus / on_node[node.id]
+            threads = max(int(share), 1)
+            worker = Worker(i, node, threads, min(share, threads), int(gpus and node.gpus >= on_node[node.id]))
             self.workers.append(worker)
             self._start(worker)
 
@@ -122,15 +125,21 @@ class Pool:
                 self.engine.stop(worker.actor)
 
     def _start(self, worker: Worker) -> None:
-        worker.actor = self.engine.start(self.kind, worker.node, worker.threads, worker.gpus)
+        worker.actor = self.engine.start(self.kind, worker.node, worker.threads, worker.cpus, worker.gpus)
         worker.hello, worker.ready, worker.task, worker.done = None, False, None, 0
         worker.history.clear()
         self._calls[self.engine.call(worker.actor, "hello")] = worker, "hello"
 
     def meet(self) -> list[Worker]:
-        """The workers that are ready, once every one of them is or is left out."""
-        while any(worker.actor is not None and not worker.ready for worker in self.workers):
+        """The workers that are ready, once every one of them is or is left out, or has let the others wait for too long."""
+        since = None
+        while late := [worker for worker in self.workers if worker.actor is not None and not worker.ready]:
             self._turn()
+            since = since or (time.monotonic() if len(late) < len(self.workers) else None)
+            if since is not None and time.monotonic() - since > PATIENCE:
+                hosts = ", ".join(sorted({worker.host for worker in late}))
+                _warn(f"begins without {len(late)} of {len(self.workers)} workers: others hold the CPUs of {hosts}")
+                break
         return [worker for worker in self.workers if worker.ready]
 
     def deal(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
@@ -226,6 +235,7 @@ class Pool:
             others = Counter(w.node.id for w in self.workers if w.actor is not None and w is not worker)
             worker.node = min(alive, key=lambda node: others[node.id])
             worker.threads = min(worker.threads, worker.node.cpus)
+            worker.cpus = min(worker.cpus, worker.node.cpus)
         _warn(f"a worker on {host} died ({why}); its work is done again on {worker.node.address}")
         self._start(worker)
 

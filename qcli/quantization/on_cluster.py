@@ -47,7 +47,7 @@ def specification(plan: Plan, folder: Path, device: str) -> dict[str, Any]:
     value: dict[str, Any] = plan.to_json()
     if not plan.source.is_hub:
         value["source"]["label"] = str(Path(plan.source.label).absolute())
-    return {"plan": json.dumps(value), "folder": str(folder.absolute()), "device": device}
+    return {"plan": json.dumps(value), "folder": str(folder.absolute()), "device": device, "late": LATE}
 
 
 @contextmanager
@@ -93,13 +93,13 @@ class ShardJob:
 
     def __init__(self, spec: dict[str, Any]):
         self.plan = from_json(json.loads(spec["plan"]))
-        self.folder, self.device = Path(spec["folder"]), pick_device(spec["device"])
+        self.folder, self.device, self.late = Path(spec["folder"]), pick_device(spec["device"]), spec["late"]
         self.name = f"{Path(JOURNAL).stem}-{uuid.uuid4().hex}.jsonl"
 
     def meet(self, told: Told, token: str) -> tuple[str, str]:
         """Looks for the driver's file in the shared folder, and leaves one there. Returns this machine's name and the file's."""
         host, state = socket.gethostname(), self.folder / STATE
-        _visible(state / token, host, self.folder)
+        _visible(state / token, host, self.folder, late=self.late)
         seen = f"{token}-{uuid.uuid4().hex}"
         try:
             (state / seen).touch()
@@ -124,9 +124,9 @@ class ShardJob:
             files.close()
 
 
-def _visible(path: Path, host: str, folder: Path, size: int | None = None) -> None:
+def _visible(path: Path, host: str, folder: Path, size: int | None = None, late: float | None = None) -> None:
     """Waits until a file of another machine is there. Raises ClusterError."""
-    until = time.monotonic() + LATE
+    until = time.monotonic() + (LATE if late is None else late)
     while True:
         try:
             if size is None or path.stat().st_size == size:

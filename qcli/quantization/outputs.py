@@ -125,12 +125,11 @@ def weight_of(info: TensorInfo, linear: Linear, method: Method, dtype: str) -> W
 
 
 def evenly(sizes: Sequence[int], most: int) -> list[int]:
-    """Where groups of neighbours begin, but for the first. They are as few as groups of up to `most` can be, and then as equal as
-    they can be: the largest is as small as possible. One element alone may be larger."""
+    """Where groups of neighbours begin, but for the first. An element above `most` is alone. The others are in as few groups of up
+    to `most` as can be, and these are as equal as they can be: the largest is as small as possible."""
     ends = [0, *accumulate(sizes)]
-    low = max(sizes, default=0)
-    high = max(most, low)
-    fewest = len(_filled(ends, high))
+    low, high = max((size for size in sizes if size <= most), default=0), most
+    fewest = len(_filled(ends, most))
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if len(_filled(ends, middle)) <= fewest else (middle + 1, high)
@@ -138,13 +137,14 @@ def evenly(sizes: Sequence[int], most: int) -> list[int]:
 
 
 def _filled(ends: Sequence[int], most: int) -> list[int]:
-    """Where groups begin, but for the first, if each takes what it can. `ends` are sums of sizes, from 0 on, none above `most`."""
+    """Where groups begin, but for the first, if each takes what it can. `ends` are sums of sizes, from 0 on."""
     starts: list[int] = []
-    first = bisect_right(ends, most) - 1
-    while first < len(ends) - 1:
+    first = 0
+    while True:
+        first = max(bisect_right(ends, ends[first] + most) - 1, first + 1)
+        if first >= len(ends) - 1:
+            return starts
         starts.append(first)
-        first = bisect_right(ends, ends[first] + most) - 1
-    return starts
 
 
 def place_outputs(planned: list[Planned], max_shard_size: int, format: Format) -> tuple[list[Work], list[Shard]]:
