@@ -9,6 +9,7 @@ out for any number of threads.
 """
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -16,6 +17,7 @@ import torch
 
 from qcli.calibration.outlier_columns import choose
 from qcli.methods._factors import Inputs
+from qcli.methods._gptq import Factor, factorized
 
 _GOLDEN = 0.6180339887498949
 PANEL = 256  # rows of a Hessian that are added at a time
@@ -40,6 +42,8 @@ class Statistics:
         self.hessian = torch.zeros(in_features, in_features, device=device) if with_hessian else None
         self.magnitudes = Sample(in_features, device) if with_sample else None
         self._chosen: dict[int, torch.Tensor] = {}
+        self._factors: dict[float, Factor] = {}
+        self._expected: Counter[float] = Counter()
         self._choosing = threading.Lock()
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -110,6 +114,22 @@ class Statistics:
             if count not in self._chosen:
                 self._chosen[count] = choose(self.magnitudes.magnitude, count)
             return self._chosen[count]
+
+    def expect_factor(self, damping: float) -> None:
+        """Says that one more module will ask for the factor of this damping."""
+        self._expected[damping] += 1
+
+    def factor(self, damping: float) -> Factor:
+        """The factor of the Hessian, which must be symmetric already and may not change any more. The first call makes it for all
+        modules that are expected to ask; after the last of them it is kept no longer. Raises NonFiniteError as `factorized`."""
+        assert self.hessian is not None
+        with self._choosing:
+            found = self._factors.get(damping) or factorized(self.hessian, damping)
+            self._expected[damping] -= 1
+            self._factors[damping] = found
+            if self._expected[damping] <= 0:
+                del self._factors[damping]
+            return found
 
     @property
     def mean_square(self) -> torch.Tensor:

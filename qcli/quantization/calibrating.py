@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qcli.calibration.gather import Crew, Gathered, Gatherer
 from qcli.calibration.settings import PARALLEL
@@ -31,7 +31,7 @@ from qcli.quantization.absmax import AbsmaxReader
 from qcli.quantization.calibration_needs import stated_by
 from qcli.quantization.gradient_needs import fisher_works
 from qcli.quantization.plan import Plan, Work
-from qcli.quantization.rounding import Changed, Rounding, round_weight
+from qcli.quantization.rounding import Changed, Rounding, needs_factor, round_weight
 from qcli.quantization.staged import StagedWeights
 from qcli.quantization.staging import Staging
 from qcli.quantization.transforming import SAMPLE_TOKENS, Folded, Transforms, changes_inputs
@@ -218,7 +218,7 @@ class _Blocks(Observer):
             changed = decided.changed
             self.found.spent("factors", time.monotonic() - started)
             started = time.monotonic()
-        for _ in self.crew.results([partial(self._round_one, work, gathered, changed) for work in works]):
+        for _ in self.crew.results([partial(self._round_one, work, gathered, changed) for work in _by_input(works, gathered)]):
             pass
         if self.found.token_weights:
             self.found.token_weights.forget([work.linear.module for work in seen if work.linear])
@@ -277,3 +277,15 @@ class _Blocks(Observer):
             module = self.skeleton.model.get_submodule(work.linear.module)
             weight = self.staged.weight(work)
             module.weight.data.copy_(weight.t() if work.linear.transposed else weight)
+
+
+def _by_input(works: Sequence[Work], gathered: Gathered) -> list[Work]:
+    """Works on modules that read one input beside each other, so that the factor of its Hessian, which they share, is soon let
+    go."""
+    groups: dict[int, list[Work]] = {}
+    for work in works:
+        statistics = gathered.found.get(work.linear.module) if work.linear else None
+        groups.setdefault(id(statistics) if statistics else -work.index - 1, []).append(work)
+        if statistics and needs_factor(work.method, statistics):
+            statistics.expect_factor(cast(Any, work.method).damping)
+    return [work for group in groups.values() for work in group]

@@ -11,7 +11,7 @@ from qcli.checkpoint import dtypes
 from qcli.errors import NonFiniteError
 from qcli.methods._calibrated import Calibratable
 from qcli.methods._factors import measured_rows
-from qcli.methods._gptq import Found, factorized, gptq, nearest, output_error, refitted
+from qcli.methods._gptq import Found, gptq, nearest, output_error, refitted
 from qcli.methods._method import Method, Parts
 from qcli.methods.choosing import needs_of
 from qcli.methods.errors import ErrorSums
@@ -133,6 +133,11 @@ def _with_columns(weight: torch.Tensor, method: Method, statistics: Statistics |
     return parts, rounding
 
 
+def needs_factor(method: Any, statistics: Statistics) -> bool:
+    """Whether a method rounds a weight by the factor of the Hessian in these statistics."""
+    return statistics.hessian is not None and getattr(method, "rounding", "") == "gptq"
+
+
 def _found(
     weight: torch.Tensor, method: Any, statistics: Statistics | None, absmax: float, changed: Changed
 ) -> tuple[Found, Rounding]:
@@ -142,7 +147,7 @@ def _found(
         found = nearest(wide, calibrated.grid(wide.to(weight.dtype), None, absmax))
         return found, Rounding(_sums(wide, found.values))
     importance, hessian = statistics.mean_square, statistics.hessian
-    factor = factorized(hessian, calibrated.damping) if hessian is not None and calibrated.rounding == "gptq" else None
+    factor = statistics.factor(calibrated.damping) if needs_factor(method, statistics) else None
     grid = calibrated.grid(wide.to(weight.dtype), factor.importance if factor else importance, absmax)
     if hessian is None:
         found = nearest(wide, grid)
