@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from qcli.calibration.gather import Crew, Gathered, Gatherer
-from qcli.calibration.settings import PARALLEL
+from qcli.calibration.rounding import Changed, needs_factor
+from qcli.calibration.settings import FEWEST_TOKENS, PARALLEL
 from qcli.calibration.stored import StatisticsWriter, StoredStatistics
 from qcli.calibration.token_weights import TokenWeights
 from qcli.calibration.waiting import WaitingStates
@@ -31,7 +32,7 @@ from qcli.quantization.absmax import AbsmaxReader
 from qcli.quantization.calibration_needs import stated_by
 from qcli.quantization.gradient_needs import fisher_works
 from qcli.quantization.plan import Plan, Work
-from qcli.quantization.rounding import Changed, Rounding, needs_factor, round_weight
+from qcli.quantization.rounding import Rounding, round_weight
 from qcli.quantization.staged import StagedWeights
 from qcli.quantization.staging import Staging
 from qcli.quantization.transforming import SAMPLE_TOKENS, Folded, Transforms, changes_inputs
@@ -42,7 +43,6 @@ from qcli.streaming.run import Call, Observer, Pass, run_calls
 from qcli.streaming.skeleton import Skeleton
 from qcli.streaming.units import Unit
 
-FEWEST_TOKENS = 256  # that must reach a module before its statistics are used
 TRIAL_TOKENS = 128  # on which folds are tried
 
 
