@@ -10,7 +10,7 @@ that `--dry-run --json` prints holds the one in force:
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ KEEP = "keep"  # the method of a module that stays as it is
 _CHOICE: Mapping[str, Kind | Required] = {"method": Required(TEXT), "options": OBJECT}
 _LIST = Kind("a list", lambda value: isinstance(value, list))
 _RECIPE: Mapping[str, Kind | Required] = {"default": Required(OBJECT), "rules": _LIST, "head": OBJECT, "format": TEXT}
+_FILES = ("outliers",)  # options that are the path of a file, where they are text
 _HINT = "See docs/recipes.md for what a recipe holds."
 
 
@@ -41,6 +42,15 @@ class Choice:
     def summary(self) -> dict[str, object]:
         """For JSON."""
         return {"method": self.method} | ({"options": dict(self.options)} if self.options else {})
+
+    def without_folders(self) -> "Choice":
+        """The same with the names of files in the place of their paths, as the files of a result state it."""
+        return replace(self, options=tuple(without_folders(dict(self.options)).items()))
+
+
+def without_folders(options: Mapping[str, object]) -> dict[str, object]:
+    """Options with the names of files in the place of their paths."""
+    return {name: Path(each).name if name in _FILES and isinstance(each, str) else each for name, each in options.items()}
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,12 @@ class Recipe:
         """The globs that match none of `modules`: most often a slip of the pen."""
         modules = list(modules)
         return [glob for glob, _ in self.rules if not any(matches(module, glob) for module in modules)]
+
+    def without_folders(self) -> "Recipe":
+        """See Choice."""
+        rules = tuple((glob, choice.without_folders()) for glob, choice in self.rules)
+        head = None if self.head is None else self.head.without_folders()
+        return replace(self, default=self.default.without_folders(), rules=rules, head=head)
 
     def summary(self) -> dict[str, object]:
         """For JSON, as `read_recipe` takes it."""

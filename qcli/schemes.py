@@ -28,7 +28,8 @@ TOKEN_WEIGHTS = ("none", "fisher")  # by what tokens count in what is summed ove
 TRANSFORMS = ("none", "awq")  # what inputs are divided by before their modules are rounded
 PAPER_THRESHOLD = 6.0  # LLM.int8() (arXiv:2208.07339, section 3.2)
 OUTLIER_SHARE = 0.05  # of the columns of a weight, those that a calibrated LLM.int8() stores in 16 bits, at most
-_COLUMNS_TOGETHER = 8  # columns are stored in multiples of it, so that a row of 16-bit values is aligned to 16 bytes
+COLUMNS_TOGETHER = 8  # columns are stored in multiples of it, so that a row of 16-bit values is aligned to 16 bytes
+_NEARLY = 1e-6  # of a column: c / n * n may come out below c
 
 CHUNK_BYTES = 1 << 20  # of source data at a time: what bounds the memory of quantizing a checkpoint
 CHUNKS_IN_WORK = 128  # measured: float32 copies of a chunk, and what the allocator keeps of those that were freed
@@ -78,7 +79,8 @@ class Scheme:
 
     def outlier_columns(self, in_features: int) -> int:
         """How many columns of a weight with so many are stored in 16 bits: a multiple of 8, or 0."""
-        return int(self.outlier_share * in_features) // _COLUMNS_TOGETHER * _COLUMNS_TOGETHER
+        count = int(self.outlier_share * in_features + _NEARLY)
+        return count // COLUMNS_TOGETHER * COLUMNS_TOGETHER
 
     def scales(self, out_features: int, in_features: int) -> int:
         """How many scales a weight of this shape has."""
@@ -162,6 +164,7 @@ class Scheme:
         """
         tables = self.parts(out_features, in_features, "F32") if self.codebook == "table" else {}
         beside = sum(spec.nbytes for role, spec in tables.items() if role != "codes")
+        beside += 2 * out_features * self.outlier_columns(in_features)
         return (24 if self.share == "flat" else 8) * self.scales(out_features, in_features) + beside
 
 

@@ -1,6 +1,7 @@
 """The one table of names: what each scheme takes, by arithmetic, and that every verb reads the same name the same way."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -37,6 +38,12 @@ DEMO = ROOT / "examples" / "demo-model"
 )
 def test_bits_of_the_parts(name, bits):
     assert 8 * NAMED[name].stored_bytes(4096, 4096) / 4096**2 == pytest.approx(bits, rel=1e-12)
+
+
+@pytest.mark.parametrize("width", [352, 392, 1568, 3136, 4096, 18944])
+def test_the_share_of_some_columns_is_as_many_columns(width):
+    for count in range(0, width // 2, 8):
+        assert replace(NAMED["llm-int8"], outlier_share=count / width).outlier_columns(width) == count
 
 
 def test_the_papers_form_keeps_columns_beside():

@@ -10,6 +10,7 @@ from qcli.errors import UsageError
 DEFAULT_TOKENS = 128 * 2048  # GPTQ's own number (arXiv:2210.17323, section 4)
 GRADIENT_TOKENS = 32 * 1024  # whose gradients are taken where --tokens does not say: hidden states of all blocks wait for them
 ORDERS = PARALLEL, SEQUENTIAL = "parallel", "sequential"  # the first in half of the time; what they gain is alike
+FEWEST_TOKENS = 256  # that must reach a module before its statistics are used
 CHECK_SHARE = 16  # one window of so many is held out for the check, and at most CHECK_TOKENS
 CHECK_TOKENS = 8192
 

@@ -10,6 +10,7 @@ are added in their order, so that machines which take a segment each give the sa
 """
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ import torch
 
 from qcli.calibration.outlier_columns import choose
 from qcli.methods._factors import Inputs
+from qcli.methods._gptq import Factor, factorized
 
 _GOLDEN = 0.6180339887498949
 PANEL = 256  # rows of a Hessian that are added at a time
@@ -57,6 +59,8 @@ class Statistics:
         self._at: dict[int, int] = {}  # the segment that is summed, by panel
         self._part: Statistics | None = None  # the sums of that segment, but for the first, which are the whole
         self._chosen: dict[int, torch.Tensor] = {}
+        self._factors: dict[float, Factor] = {}
+        self._expected: Counter[float] = Counter()
         self._choosing = threading.Lock()
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -176,6 +180,22 @@ class Statistics:
             if count not in self._chosen:
                 self._chosen[count] = choose(self.magnitudes.magnitude, count)
             return self._chosen[count]
+
+    def expect_factor(self, damping: float) -> None:
+        """Says that one more module will ask for the factor of this damping."""
+        self._expected[damping] += 1
+
+    def factor(self, damping: float) -> Factor:
+        """The factor of the Hessian, which must be symmetric already and may not change any more. The first call makes it for all
+        modules that are expected to ask; after the last of them it is kept no longer. Raises NonFiniteError as `factorized`."""
+        assert self.hessian is not None
+        with self._choosing:
+            found = self._factors.get(damping) or factorized(self.hessian, damping)
+            self._expected[damping] -= 1
+            self._factors[damping] = found
+            if self._expected[damping] <= 0:
+                del self._factors[damping]
+            return found
 
     @property
     def mean_square(self) -> torch.Tensor:

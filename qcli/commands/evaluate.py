@@ -21,7 +21,11 @@ def evaluate(
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="Simulate quantization methods: all, or names with commas.", show_default=False),
+        typer.Option(
+            metavar="NAMES",
+            help="Simulate quantization methods: all, or names with commas, also nf4-calibrated and the like.",
+            show_default=False,
+        ),
     ] = None,
     kv_dtype: Annotated[
         str | None, typer.Option(help="Dtype of the cache to compare with the model's: 8 (int8).", show_default=False)

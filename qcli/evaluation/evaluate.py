@@ -1,12 +1,15 @@
 """The verb `evaluate`: what a model predicts on text, alone, against another, or under each method of quantization."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from qcli import formats, schemes
 from qcli.checkpoint.layout import Linear
 from qcli.checkpoint.source import Source
 from qcli.errors import UsageError, one_of, together
+from qcli.evaluation import calibrated
+from qcli.evaluation.calibrated import CalibratedMethods
 from qcli.evaluation.int8_cache import round_cache
 from qcli.evaluation.methods import Methods, Rounding, SequencesMixed, quantizable
 from qcli.evaluation.result import Evaluation, Protocol, Row
@@ -14,9 +17,11 @@ from qcli.evaluation.score import Contender, score_all
 from qcli.evaluation.speed import Speed, measure
 from qcli.evaluation.statistics import comparison, perplexity
 from qcli.evaluation.tokens import TokenScores
+from qcli.evaluation.vocabularies import check_same_tokens
 from qcli.formats import Weight
 from qcli.loading.adapter import Adapter, open_adapter
 from qcli.loading.attach import attach
+from qcli.methods._method import Method
 from qcli.methods.choosing import head_choice, made
 from qcli.nn.low_rank import adapter_bytes
 from qcli.progress import Advance, Progress, shown
@@ -52,10 +57,10 @@ def evaluate(
     `adapter`, a folder or hub id, is a LoRA adapter that `model` runs with, and the base does not.
     `kv_dtype` int8 rounds the keys and values of `model` as `generate` does for an int8 cache. `head`, 8 or 4, quantizes the output
     head of an unquantized model as `quantize` does. With either the model is compared with itself, unless `against` names another.
-    `methods`, "all" or names of qcli.schemes, compares simulated methods with the unquantized model. A method that does not fit
-    the model's shapes is left out, with a note. `speed` also loads whole models and times them. `dtype` auto is each checkpoint's
-    own. With `methods` it is float32, so that the cost of a method is not mixed with the rounding of sums. `progress` is that of
-    qcli.progress.
+    `methods`, "all" or names of qcli.schemes, compares simulated methods with the unquantized model. `nf4-calibrated` and the like
+    are rounded by up to 8,192 tokens that follow the scored ones. A method that does not fit the model's shapes is left out, with a
+    note. `speed` also loads whole models and times them. `dtype` auto is each checkpoint's own. With `methods` it is float32, so
+    that the cost of a method is not mixed with the rounding of sums. `progress` is that of qcli.progress.
 
     Blocks are streamed. Memory holds one block (with `methods`, a rounded copy too) and up to HIDDEN_BYTES of hidden states, for
     every model or method. A text with more is read in several runs.
@@ -76,7 +81,7 @@ def evaluate(
             raise UsageError(
                 f"{option} and --speed were both given", "Leave out one of them: qcli generate times a model as it is run."
             )
-    chosen = schemes.chosen(methods) if methods is not None else []
+    chosen, forms = calibrated.chosen(methods) if methods is not None else ([], {})
     adapted = None if adapter is None else open_adapter(adapter)
     running = {"device": device, "trust_remote_code": trust_remote_code}
     computing = "float32" if chosen and dtype == "auto" else dtype
@@ -105,18 +110,22 @@ def evaluate(
     if of_head is not None:
         label = f"{label}, head in {of_head.method}"
     if base is not None:
-        _check_same_tokens(skeleton, base)
+        check_same_tokens(skeleton, base)
     chosen, notes = _fitting(chosen, skeleton)
     limit = min((n for s in (skeleton, base) if s and (n := _context(s))), default=None)
-    corpus = read_windows(
-        skeleton.tokenizer, text, tokens=tokens, sequence_length=sequence_length, stride=stride, model_limit=limit
-    )
+    forms = {scheme.name: forms[scheme.name] for scheme in chosen if scheme.name in forms}
+    reading = {"tokens": tokens, "sequence_length": sequence_length, "stride": stride, "model_limit": limit}
+    if forms:
+        corpus, texts = calibrated.read_both(skeleton.tokenizer, text, **reading)
+        notes.append(calibrated.about(texts))
+    else:
+        corpus, texts = read_windows(skeleton.tokenizer, text, **reading), None
     protocol = Protocol.of(corpus, str(skeleton.dtype).removeprefix("torch."), skeleton.device.type)
     skeletons = [s for s in (base, skeleton) if s is not None]
     work = sum(Reading.work(s) for s in skeletons) * len(runs(skeletons, corpus.windows, max(len(chosen), 1)))
     with shown(progress, work) as advance:
         if chosen:
-            rows = _simulated(skeleton, chosen, corpus, advance)
+            rows = _simulated(skeleton, chosen, corpus, advance, forms, texts.windows if texts else ())
         else:
             rows = _measured(skeletons, [of_base, label][-len(skeletons) :], of_head, adapted, corpus, advance)
     if rounding is not None and not rounding["calls"]:
@@ -160,24 +169,6 @@ def _context(skeleton: Skeleton) -> int | None:
     return getattr(skeleton.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def _check_same_tokens(model: Skeleton, base: Skeleton) -> None:
-    """Raises UsageError unless a token id means the same to both."""
-    names = model.source.label, base.source.label
-    ours, theirs = (s.tokenizer.get_vocab() for s in (model, base))
-    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-    hint = "A comparison token by token needs one vocabulary; compare bits per byte instead, each model by itself."
-    if differing:
-        ids = [f"id {v[differing[0]]} in {n}" if differing[0] in v else f"not in {n}" for v, n in zip((ours, theirs), names)]
-        raise UsageError(
-            f"the vocabularies of {names[0]} and {names[1]} differ in {len(differing):,} tokens: {differing[0]!r} is {ids[0]}, "
-            f"{ids[1]}",
-            hint,
-        )
-    sizes = [s.model.get_output_embeddings().out_features for s in (model, base)]
-    if sizes[0] != sizes[1]:
-        raise UsageError(f"{names[0]} predicts {sizes[0]:,} tokens, {names[1]} {sizes[1]:,}", hint)
-
-
 def _measured(
     skeletons: Sequence[Skeleton],
     labels: Sequence[str],
@@ -215,24 +206,34 @@ def _saved_by_head(skeleton: Skeleton, choice: Choice) -> int:
     return formats.stored_bytes(made(choice).scheme, weight) - stored.nbytes
 
 
-def _simulated(skeleton: Skeleton, wanted: Sequence[Scheme], corpus: Corpus, advance: Advance) -> list[Row]:
-    """The unquantized model, and every method compared with it."""
+def _simulated(
+    skeleton: Skeleton,
+    wanted: Sequence[Scheme],
+    corpus: Corpus,
+    advance: Advance,
+    forms: Mapping[str, Method],
+    texts: Sequence[Window],
+) -> list[Row]:
+    """The unquantized model, and every method compared with it. `forms` are calibrated on `texts`."""
     names = [scheme.name for scheme in wanted]
 
     def run(observer: Methods, advance: Advance, alone: bool) -> list[TokenScores]:
         def read(windows: Sequence[Window], before: int) -> tuple[Contender, list[Contender]]:
             # Not padded: "the tensor" of a method is then a whole sequence and nothing else.
-            reading = Reading(skeleton, windows, advance, variants=names, observer=observer, padded=False, alone=alone)
+            reading = Reading(
+                skeleton, windows, advance, variants=names, observer=observer, padded=False, alone=alone, leading=texts
+            )
             found = [Contender(f"{skeleton.source.label}, {name}", reading, name, before) for name in names]
             return found[0], found[1:]
 
         return score_all(runs([skeleton], corpus.windows, len(names)), read)
 
-    observer = Methods(skeleton, wanted)
+    made_anew = partial(CalibratedMethods, forms=forms, windows=texts) if forms else Methods
+    observer = made_anew(skeleton, wanted)
     try:
         of_base, *others = run(observer, advance, alone=observer.of_experts)
     except SequencesMixed:
-        observer = Methods(skeleton, wanted)
+        observer = made_anew(skeleton, wanted)
         of_base, *others = run(observer, lambda count, name: None, alone=True)  # a part of the work was shown already
     whole = sum(info.nbytes for info in skeleton.source.tensors.values())
     rest = whole - _linear_bytes(skeleton.source, observer.linears)

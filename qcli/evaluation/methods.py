@@ -127,10 +127,14 @@ class Methods(Observer):
             for module in changed:
                 del module.forward
 
+    def simulated(self, name: str, linear: Linear, weight: torch.Tensor) -> Simulated:
+        """The layer `linear` with this weight [out_features, in_features] under the method `name`."""
+        return simulate(self.methods[name], weight)
+
     def _forward(self, module: torch.nn.Module, linear: Linear, name: str):
         rounding = self.roundings[name]
         weight = module.weight.t().contiguous() if linear.transposed else module.weight
-        simulated = simulate(self.methods[name], weight)
+        simulated = self.simulated(name, linear, weight)
         if simulated.weight is not weight:
             wide = weight.float()
             rounding.weights.add(_squares(wide, wide - simulated.weight, 1).sum(1))

@@ -7,7 +7,7 @@ from qcli import formats
 from qcli.checkpoint.source import Source, open_source
 from qcli.errors import CheckpointError, QcliWarning, UsageError
 from qcli.files.foreign_json import TEXT, check
-from qcli.methods.choosing import methods_of, needs_of, recipe_in_force
+from qcli.methods.choosing import methods_of, needs_of, recipe_in_force, report_of
 from qcli.recipe import Recipe
 
 
@@ -57,6 +57,11 @@ def asked_recipe(
         raise UsageError(
             "outlier_share: texts choose the columns, and none are read while a model is loaded",
             "Leave it out, or run qcli quantize --calibrate first.",
+        )
+    if any(report_of(each) for each in methods_of(found)):
+        raise UsageError(
+            "outliers: the columns that a report names are stored beside the codes, and none are while a model is loaded",
+            "Leave it out, or run qcli quantize with it first.",
         )
     if method := next((each.scheme.name for each in methods_of(found) if needs_of(each) == "fisher"), None):
         raise UsageError(

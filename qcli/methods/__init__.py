@@ -57,7 +57,7 @@ def options_of(method: "Method") -> dict[str, object]:
     hidden |= {"rounding", "damping"} if own.get("rounding") == ROUNDINGS[0] else set()
     hidden |= {"weights"} if own.get("weights") == TOKEN_WEIGHTS[0] else set()
     hidden |= {"transform"} if own.get("transform") == TRANSFORMS[0] else set()
-    hidden |= {"outlier_share"} if not own.get("outlier_share") else set()
+    hidden |= {name for name in ("outlier_share", "outliers") if name in own and not own[name]}
     return {name: value for name, value in own.items() if name not in hidden}
 
 

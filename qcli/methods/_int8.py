@@ -3,8 +3,11 @@
 Shared by `int8` and `llm-int8`. Rounding is that of qcli.ops.quantize_int8.
 """
 
+from collections.abc import Sequence
+
 import torch
 
+from qcli.checkpoint.dtypes import torch_dtype
 from qcli.methods._groups import Rounded
 from qcli.methods._method import Parts
 from qcli.methods.errors import ErrorSums, add_up
@@ -32,6 +35,31 @@ class RowEncoder:
 
     def finish(self) -> tuple[Parts, ErrorSums]:
         return {"scale": self.absmax}, add_up(self.sums)
+
+
+class ColumnsEncoder(RowEncoder):
+    """The same, and `columns`, ascending, which are also stored as they are, in the 16 bits of the code `stored`. The error is that
+    of what both stand for together."""
+
+    def __init__(self, rows: int, in_features: int, device: torch.device, columns: Sequence[int], stored: str):
+        super().__init__(rows, in_features, device)
+        self.columns = torch.tensor(columns, dtype=torch.int32, device=device)
+        self.kept = torch.empty(rows, len(columns), dtype=torch_dtype(stored), device=device)
+
+    def feed(self, chunk: torch.Tensor, start: int) -> Parts:
+        parts = super().feed(chunk, start)
+        places, first = self.columns.long(), start // self.grain
+        kept = chunk.view(-1, self.grain)[:, places]
+        rows = slice(first, first + len(kept))
+        self.kept[rows] = kept
+        wide, coded = kept.float(), dequantize_int8(parts["codes"][:, places].contiguous(), self.absmax[rows], torch.float32)
+        spared = ((wide - coded).square() - (wide - self.kept[rows].float()).square()).sum(dtype=torch.float64)
+        self.sums[start][0] = max(self.sums[start][0] - float(spared.nan_to_num(0.0)), 0.0)
+        return parts
+
+    def finish(self) -> tuple[Parts, ErrorSums]:
+        parts, errors = super().finish()
+        return parts | {"outlier_columns": self.columns, "outlier_weight": self.kept}, errors
 
 
 def round_to_rows(rows: torch.Tensor, absmax: float) -> Rounded:

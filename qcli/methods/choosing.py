@@ -56,6 +56,17 @@ def needs_of(method: Method) -> Needs:
     return found
 
 
+def report_of(method: Method) -> str:
+    """The path of the report that names the columns which a method keeps in 16 bits; empty where none does."""
+    found = getattr(method, "outliers", "")
+    return found if isinstance(found, str) else ""
+
+
+def as_asked(method: Method) -> Method:
+    """The method without the share of columns that a report came to in its module."""
+    return replace(method, outlier_share=0.0) if report_of(method) else method  # type: ignore[type-var]
+
+
 def weighs_tokens(method: Method) -> bool:
     """Whether tokens count by squared gradients in what a method knows of the inputs of a module."""
     return getattr(method, "weights", "none") == "fisher" and needs_of(method) in ("moments", "hessian")

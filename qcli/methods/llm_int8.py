@@ -5,9 +5,9 @@ in float32 from the stored dtype, so nothing passes through float16 on the way.
 
 The paper multiplies outlier columns with the 16-bit weight. bitsandbytes keeps no such weight, and multiplies with the int8 column,
 dequantized to the dtype of the activations. So does qcli without calibration. `llm-int8-paper` is the paper's form, for comparison.
-With an `outlier_share` texts choose columns once (qcli/calibration/outlier_columns.py), and these columns of the weight are stored
-in 16 bits beside the codes. The codes stay those of the whole weight, for readers that know no such columns: a scale that left them
-out would clip them there, and ruin the model.
+With an `outlier_share` texts choose columns once (qcli/calibration/outlier_columns.py), or a report of inspect-outliers names them
+(qcli/calibration/reported_columns.py), and these columns of the weight are stored in 16 bits beside the codes. The codes stay those
+of the whole weight, for readers that know no such columns: a scale that left them out would clip them there, and ruin the model.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class LLMInt8:
     """`threshold`: activations of this magnitude and more are outliers (section 3.2 of the paper); 0 turns them off.
-    `outlier_share`: the largest share of the columns that texts choose to be kept in 16 bits."""
+    `outlier_share`: the largest share of the columns that texts choose to be kept in 16 bits. `outliers`: the path of a report of
+    `qcli inspect-outliers --json`, which names them instead."""
 
     threshold: float = PAPER_THRESHOLD
     form: str = "llm-int8"
     outlier_share: float = 0.0
+    outliers: str = ""
 
     casts_to_model_dtype: ClassVar[bool] = False
     needs_absmax: ClassVar[bool] = False
@@ -54,7 +56,7 @@ class LLMInt8:
     @property
     def needs(self) -> Needs:
         """What it must know of the inputs of a module."""
-        return "tokens" if self.outlier_share else "nothing"
+        return "tokens" if self.outlier_share and not self.outliers else "nothing"
 
     def by_texts(self) -> Self:
         """The same method with all that calibration gives it."""
@@ -74,6 +76,15 @@ class LLMInt8:
         from qcli.methods._int8 import RowEncoder
 
         return RowEncoder(out_features, in_features, device)
+
+    def encoder_with(
+        self, columns: tuple[int, ...], out_features: int, in_features: int, device: torch.device, dtype: str
+    ) -> Encoder:
+        """Takes one weight of this shape, in the dtype of this code, of which `columns`, ascending, stay in 16 bits."""
+        from qcli.methods._int8 import ColumnsEncoder
+
+        stored = self.scheme.parts(out_features, in_features, dtype)["outlier_weight"].dtype
+        return ColumnsEncoder(out_features, in_features, device, columns, stored)
 
     def decode(self, parts: Parts, out_features: int, in_features: int) -> torch.Tensor:
         """The weight float32 [out_features, in_features] that all parts together stand for."""

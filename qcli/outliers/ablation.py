@@ -9,10 +9,11 @@ from contextlib import contextmanager
 
 import torch
 
+from qcli.calibration.reported_columns import ATTENTION_INPUT, HIDDEN
 from qcli.outliers.attention import AttentionMeter, LayerAttention, zero_dims
 from qcli.outliers.inspection import Attention, LayerTop1
 from qcli.outliers.measure import LayerMeasure
-from qcli.outliers.sites import ATTENTION_INPUT, HIDDEN, linear_modules, shown_path
+from qcli.outliers.sites import linear_modules, shown_path
 from qcli.streaming.run import Observer
 from qcli.streaming.units import Unit
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from qcli.calibration.reported_columns import HIDDEN
 from qcli.outliers import paper
 from qcli.outliers.measure import LayerMeasure, SiteMeasure
-from qcli.outliers.sites import HIDDEN
 from qcli.outliers.statistics import merge_bins, quartiles
 
 ONE_SIDED = 0.99  # of a dimension's outliers have one sign

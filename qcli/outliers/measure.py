@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from qcli.calibration.reported_columns import HIDDEN
 from qcli.errors import NonFiniteError
 from qcli.methods._method import Method
 from qcli.outliers import spikes
 from qcli.outliers.damage import Damage, SampleOf
-from qcli.outliers.sites import FFN_OUTPUT, HIDDEN, RESIDUAL, Site, SiteFinder
+from qcli.outliers.sites import FFN_OUTPUT, RESIDUAL, Site, SiteFinder
 from qcli.outliers.statistics import ChannelHistograms, ChannelStats, OutlierSketch, is_outlier
 from qcli.streaming.batches import Batch
 from qcli.streaming.run import Observer, current_call

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from qcli.errors import CheckpointError, UsageError
-from qcli.files.foreign_json import read_object
+from qcli.calibration.reported_columns import HINT, read_report
+from qcli.errors import UsageError
 from qcli.outliers import paper
 from qcli.outliers.damage import Damage
 from qcli.outliers.features import Feature
@@ -77,20 +77,12 @@ def read_skip(path: Path) -> list[str]:
 
     Raises UsageError.
     """
-    hint = "Make it with: qcli inspect-outliers MODEL --json > REPORT.json"
-    try:
-        report = read_object(path, f"the report {path}", hint)
-    except CheckpointError as e:
-        raise UsageError(e.message, hint) from e
-    found = report.get("format")
-    if found != "qcli-outliers":
-        raise UsageError(f"{path} is no report of inspect-outliers: its format is {found!r}, expected 'qcli-outliers'", hint)
-    recommendation = report.get("recommendation")
+    recommendation = read_report(path).get("recommendation")
     if recommendation is None:
-        raise UsageError(f"{path} holds no recommendation: its model was quantized already", hint)
+        raise UsageError(f"{path} holds no recommendation: its model was quantized already", HINT)
     skip = recommendation.get("skip") if isinstance(recommendation, dict) else None
     if not isinstance(skip, list) or not all(isinstance(module, str) for module in skip):
-        raise UsageError(f"{path}: its recommendation has no list of modules to skip", hint)
+        raise UsageError(f"{path}: its recommendation has no list of modules to skip", HINT)
     return skip
 
 

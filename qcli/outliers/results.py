@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from qcli.calibration.reported_columns import ATTENTION_INPUT, HIDDEN
 from qcli.outliers import paper
 from qcli.outliers.features import Feature, hidden_sites
 from qcli.outliers.inspection import (
@@ -25,7 +26,6 @@ from qcli.outliers.inspection import (
     TokenAbsmax,
 )
 from qcli.outliers.measure import DIMS_KEPT, LayerMeasure, SiteMeasure
-from qcli.outliers.sites import ATTENTION_INPUT, HIDDEN
 from qcli.outliers.statistics import quartiles
 from qcli.streaming.corpus import Corpus
 from qcli.streaming.skeleton import Skeleton

@@ -8,14 +8,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qcli.calibration.reported_columns import ATTENTION_INPUT, FFN_INPUT
 from qcli.checkpoint.names import in_attention, in_ffn
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.streaming.run import current_call, same_tensor
 
-ATTENTION_INPUT, ATTENTION_OUTPUT = "attention input", "attention output"
-FFN_INPUT, FFN_OUTPUT, OTHER = "ffn input", "ffn output", "other"
+ATTENTION_OUTPUT, FFN_OUTPUT, OTHER = "attention output", "ffn output", "other"
 RESIDUAL = "residual stream"  # what leaves a block
-HIDDEN = (ATTENTION_INPUT, FFN_INPUT)  # sites whose channels are the dimensions of the hidden state
 
 
 @dataclass

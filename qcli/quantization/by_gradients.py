@@ -17,11 +17,12 @@ from torch import nn
 from qcli.calibration.backward import Backward
 from qcli.calibration.fisher import Fisher, FisherGatherer
 from qcli.calibration.gather import Crew
+from qcli.calibration.settings import FEWEST_TOKENS
 from qcli.calibration.token_weights import TokenWeights
 from qcli.calibration.waiting import WaitingStates
 from qcli.errors import NonFiniteError
 from qcli.progress import Advance
-from qcli.quantization.calibrating import FEWEST_TOKENS, Calibrated
+from qcli.quantization.calibrating import Calibrated
 from qcli.quantization.gradient_needs import fisher_works, weighing_works
 from qcli.quantization.plan import Plan, Work
 from qcli.quantization.rounding import round_by_fisher

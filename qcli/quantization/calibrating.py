@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from qcli.calibration.gather import Crew, Gathered, Gatherer
-from qcli.calibration.settings import PARALLEL
+from qcli.calibration.rounding import Changed
+from qcli.calibration.settings import FEWEST_TOKENS, PARALLEL
 from qcli.calibration.statistics import Statistics
 from qcli.calibration.stored import StatisticsWriter, StoredStatistics
 from qcli.calibration.token_weights import TokenWeights
@@ -33,10 +34,10 @@ from qcli.quantization.absmax import AbsmaxReader
 from qcli.quantization.calibration_needs import stated_by
 from qcli.quantization.gradient_needs import fisher_works
 from qcli.quantization.plan import Plan, Work
-from qcli.quantization.rounding import Changed, Rounding, round_weight
+from qcli.quantization.rounding import Rounding, by_input, round_weight
 from qcli.quantization.staged import StagedWeights
 from qcli.quantization.staging import Staging
-from qcli.quantization.texts_on_cluster import TextsOnCluster, module_of
+from qcli.quantization.texts_on_cluster import TextsOnCluster
 from qcli.quantization.transforming import SAMPLE_TOKENS, Folded, Transforms, changes_inputs
 from qcli.streaming.batches import make_batches
 from qcli.streaming.corpus import Window
@@ -45,7 +46,6 @@ from qcli.streaming.run import Call, Observer, Pass, run_calls
 from qcli.streaming.skeleton import Skeleton
 from qcli.streaming.units import Unit
 
-FEWEST_TOKENS = 256  # that must reach a module before its statistics are used
 TRIAL_TOKENS = 128  # on which folds are tried
 
 
@@ -240,7 +240,8 @@ class _Blocks(Observer):
         if self.elsewhere:
             self._round_elsewhere(self.elsewhere, works, gathered, changed)
         else:
-            for _ in self.crew.results([partial(self._round_one, work, gathered, changed) for work in works]):
+            tasks = [partial(self._round_one, work, gathered, changed) for work in by_input(works, gathered.found)]
+            for _ in self.crew.results(tasks):
                 pass
         if self.found.token_weights:
             self.found.token_weights.forget([work.linear.module for work in seen if work.linear])
@@ -281,17 +282,16 @@ class _Blocks(Observer):
 
     def _statistics_of(self, work: Work, gathered: Gathered) -> Statistics | None:
         """The statistics that decide how a weight is rounded; None where too few tokens reached its module."""
-        module = module_of(work)
+        module = work.module
         statistics = gathered.found.get(module)
-        tokens = statistics.tokens if statistics else 0
-        if tokens >= self._fewest:
+        if (tokens := statistics.tokens if statistics else 0) >= self._fewest:
             return statistics
         with self.locked:
             self.found.unseen[module] = tokens
         return None
 
     def _round_one(self, work: Work, gathered: Gathered, changed: Mapping[str, Changed]) -> None:
-        module, statistics = module_of(work), self._statistics_of(work, gathered)
+        module, statistics = work.module, self._statistics_of(work, gathered)
         device, absmax = self.skeleton.device, self.absmax.of(work)
         rounding = round_weight(self.plan, self.staging, work, statistics, device, absmax, changed.get(module))
         with self.locked:
@@ -301,11 +301,11 @@ class _Blocks(Observer):
     def _round_elsewhere(
         self, elsewhere: TextsOnCluster, works: Sequence[Work], gathered: Gathered, changed: Mapping[str, Changed]
     ) -> None:
-        used = {module_of(work): its for work in works if (its := self._statistics_of(work, gathered)) is not None}
+        used = {work.module: its for work in works if (its := self._statistics_of(work, gathered)) is not None}
         for work, collected, rounding in elsewhere.round(works, used, self.absmax.of, changed):
             collected.write_to(self.staging)
             self.staging.finish_work(work.index, rounding.errors)
-            self.found.roundings[module_of(work)] = rounding
+            self.found.roundings[work.module] = rounding
 
     def _replace(self, unit: Unit, works: Sequence[Work]) -> None:
         """Puts what was written in the place of the block's own."""

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -101,7 +101,10 @@ class WorkTasks:
         if work.linear and work.method:
             self.linear, self.scheme = work.linear, work.method.scheme
             self.weight = weight_of(work.info, work.linear, work.method, plan.dtype)
-            self.encoder = work.method.encoder(work.linear.out_features, work.linear.in_features, device, absmax)
+            shape, method = (work.linear.out_features, work.linear.in_features), cast(Any, work.method)
+            self.encoder = method.encoder(*shape, device, absmax)
+            if work.columns:
+                self.encoder = method.encoder_with(work.columns, *shape, device, self.weight.dtype)
 
     def tasks(self) -> Iterator[Callable[[], None]]:
         """Every chunk once, in any order; one task with nothing in it for an empty tensor."""

@@ -2,7 +2,6 @@
 
 import json
 
-from qcli import methods
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.carried import has_tokenizer
 from qcli.checkpoint.config_json import live_auto_map
@@ -75,7 +74,7 @@ def model_card(plan: Plan, kinds: list[ModuleError], calibration: CalibrationRep
     ]
     if source.is_hub:
         front += [f"base_model: {source.label}", "base_model_relation: quantized"]
-    options = ", ".join(f"{k} {json.dumps(v)}" for k, v in methods.options_of(plan.method).items())
+    options = ", ".join(f"{k} {json.dumps(v)}" for k, v in plan.options.items())
     readers = f"transformers loads it with {plan.format.library} installed; `qcli generate` runs it without."
     if own:
         readers = "`qcli generate` runs it. Its format is qcli's own."

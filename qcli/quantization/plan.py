@@ -22,8 +22,8 @@ from qcli.checkpoint.weight_files import OUTLIERS
 from qcli.errors import CheckpointError, PlanError
 from qcli.formats import Format
 from qcli.methods._method import Method
-from qcli.methods.choosing import made, methods_of, needs_of
-from qcli.recipe import Choice, Recipe, recipe_of
+from qcli.methods.choosing import as_asked, made, methods_of, needs_of
+from qcli.recipe import Choice, Recipe, recipe_of, without_folders
 from qcli.schemes import CHUNK_BYTES, CHUNKS_IN_WORK
 
 
@@ -41,13 +41,21 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One source tensor and everything that is made of it. `linear` and `method` are None for what is carried over."""
+    """One source tensor and everything that is made of it. `linear` and `method` are None for what is carried over. `columns` are
+    those that a report keeps in 16 bits."""
 
     index: int
     info: TensorInfo
     linear: Linear | None
     method: Method | None
     outputs: tuple[Output, ...]
+    columns: tuple[int, ...] = ()
+
+    @property
+    def module(self) -> str:
+        """The linear module whose weight it is."""
+        assert self.linear is not None
+        return self.linear.module
 
     @property
     def output_bytes(self) -> int:
@@ -100,6 +108,11 @@ class Plan:
     def method(self) -> Method:
         """The method of the recipe's default, or where that keeps modules as they are, of its first rule that does not."""
         return methods_of(self.recipe)[0]
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The options of `method` as the files of the output state them."""
+        return without_folders(methods.options_of(self.method))
 
     @property
     def method_name(self) -> str:
@@ -181,15 +194,17 @@ class Plan:
             "qcli": __version__,
             "source": self.source.fingerprint,
             "method": self.method.scheme.method,
-            "options": methods.options_of(self.method),
-            **({"head": self.recipe.head.summary()} if self.recipe.head else {}),
+            "options": self.options,
+            **({"head": self.recipe.head.without_folders().summary()} if self.recipe.head else {}),
             "dtype": dtypes.TORCH_NAMES[self.dtype],
             "compute_dtype": self.compute_dtype,
             "skip_modules": self.skip_modules,
             "output headers": headers.hexdigest(),
         }
         if self.is_mixed:
-            found["recipe"] = self.recipe.summary()
+            found["recipe"] = self.recipe.without_folders().summary()
+        if reported := {w.info.name: w.columns for w in self.quantized if w.columns}:
+            found["outlier_columns"] = hashlib.sha256(json.dumps(reported).encode()).hexdigest()
         if self.format.name != formats.NAMES[0]:
             found["format"] = self.format.name
         if self.calibration:
@@ -203,8 +218,8 @@ class Plan:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether not all quantized modules have the same method with the same options."""
-        return len({w.method for w in self.quantized}) > 1
+        """Whether not all quantized modules have the same method with the same options. How many columns a report names is none."""
+        return len({w.method and as_asked(w.method) for w in self.quantized}) > 1
 
     @cached_property
     def index(self) -> bytes | None:
@@ -229,6 +244,7 @@ class Plan:
                 "linear": None if w.linear is None else asdict(w.linear),
                 "choice": None if w.method is None else _choice_of(w.method).summary(),
                 "outputs": [asdict(o) for o in w.outputs],
+                "columns": w.columns,
             }
             for w in self.work
         ]
@@ -284,6 +300,7 @@ def from_json(value: dict[str, Any], source: Source | None = None) -> Plan:
                 None if w["linear"] is None else Linear(**w["linear"]),
                 None if choice is None else made(Choice(choice["method"], tuple(choice.get("options", {}).items()))),
                 tuple(Output(**(o | {"shape": tuple(o["shape"])})) for o in w["outputs"]),
+                tuple(w["columns"]),
             )
         )
     return Plan(

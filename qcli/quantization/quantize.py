@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qcli import formats
+from qcli.calibration.reported_columns import take_columns
 from qcli.calibration.settings import calibration_on
 from qcli.checkpoint import dtypes
 from qcli.checkpoint.layout import Linear
@@ -13,7 +15,7 @@ from qcli.checkpoint.model_dtype import model_dtype
 from qcli.checkpoint.source import Source, open_source
 from qcli.devices import pick_device
 from qcli.errors import CheckpointError, PlanError, UsageError, one_of, together
-from qcli.methods.choosing import made, methods_of, recipe_in_force, weighs_tokens
+from qcli.methods.choosing import made, methods_of, recipe_in_force, report_of, weighs_tokens
 from qcli.process import peak_memory
 from qcli.progress import Progress, bar_of
 from qcli.quantization import outputs
@@ -126,6 +128,7 @@ def make_plan(
         without = formats.holding(bodies).name != "qcli"
         way = "; with --head 16 others do, too" if recipe.head and recipe.format is None and without else ""
         notes.append(f"qcli alone reads the result{way}")
+    columns = take_columns(chosen, layout, source.config, problems, notes)
     schemes = {linear.module: each.scheme for tensor, each in chosen.items() if (linear := layout.linear(tensor))}
     choice = formats.Choice(schemes, layout, problems, notes)
     config = format_.config(choice, compute)
@@ -145,7 +148,7 @@ def make_plan(
         dtype=code,
         compute_dtype=compute,
         quantization_config=config,
-        work=work,
+        work=[replace(each, columns=columns.get(each.info.name, ())) for each in work],
         shards=shards,
         notes=notes,
         problems=problems,
@@ -163,6 +166,8 @@ def make_plan(
         counts = [w.method.scheme.outlier_columns(w.linear.in_features) for w in plan.calibrated if w.method and w.linear]
         if all(w.method and w.method.scheme.outlier_share for w in plan.calibrated) and not any(counts):
             problems.append("the outlier_share is fewer than 8 columns in every module; give a larger one by --set outlier_share")
+    elif calibrate and any(w.method and report_of(w.method) for w in plan.quantized):
+        problems.append("--calibrate and outliers both choose the columns that stay in 16 bits; leave out one of the two")
     elif calibrate or any(each is not None for each in (text, tokens, statistics, save_statistics)):
         what = f"no text decides how {plan.method_name or 'these modules'} is rounded"
         if calibrate:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-from qcli import __version__, methods
+from qcli import __version__
 from qcli.checkpoint import dtypes
 from qcli.cluster.jobs import WorkerSummary
 from qcli.methods.errors import ErrorSums
@@ -103,7 +103,7 @@ def provenance(
             "fingerprint": plan.source.fingerprint,
         },
         "method": plan.method_name,
-        "options": methods.options_of(plan.method),
+        "options": plan.options,
         "dtype": dtypes.TORCH_NAMES[plan.dtype],
         "compute_dtype": plan.compute_dtype,
         "modules_decided_by": plan.decided_by,

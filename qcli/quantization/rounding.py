@@ -1,17 +1,18 @@
 """Rounds one weight by what texts say of its inputs, and writes it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
 from qcli.calibration.fisher import Fisher
+from qcli.calibration.rounding import Changed, needs_factor, rounded, with_columns
 from qcli.calibration.statistics import Statistics
 from qcli.checkpoint import dtypes
 from qcli.errors import NonFiniteError
-from qcli.methods._calibrated import Calibratable
 from qcli.methods._factors import measured_rows
-from qcli.methods._gptq import Found, factorized, gptq, nearest, output_error, refitted
+from qcli.methods._gptq import Found, nearest, output_error
 from qcli.methods._method import Method, Parts
 from qcli.methods.choosing import needs_of
 from qcli.methods.errors import ErrorSums
@@ -40,19 +41,16 @@ class Rounding:
     dead: int = 0
 
 
-@dataclass
-class Changed:
-    """By what a weight [out_features, in_features] is multiplied before it is rounded: its columns by `columns` [in_features], its
-    rows by `rows` [out_features], both float32; None by nothing."""
-
-    columns: torch.Tensor | None = None
-    rows: torch.Tensor | None = None
-
-    def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """The product, float32."""
-        wide = weight.float()
-        wide = wide if self.columns is None else wide * self.columns
-        return wide if self.rows is None else wide * self.rows.unsqueeze(1)
+def by_input(works: Sequence[Work], found: Mapping[str, Statistics]) -> list[Work]:
+    """Works on modules that read one input beside each other, so that the factor of its Hessian, which they share, is soon let go.
+    Each asks for that factor once."""
+    groups: dict[int, list[Work]] = {}
+    for work in works:
+        statistics = found.get(work.module)
+        groups.setdefault(id(statistics) if statistics else -work.index - 1, []).append(work)
+        if statistics and needs_factor(work.method, statistics):
+            statistics.expect_factor(cast(Any, work.method).damping)
+    return [work for group in groups.values() for work in group]
 
 
 def read_weight(plan: Plan, work: Work) -> torch.Tensor:
@@ -112,17 +110,9 @@ def round_by_fisher(plan: Plan, staging: ShardFiles, work: Work, fisher: Fisher 
 
 
 def _with_columns(weight: torch.Tensor, method: Method, statistics: Statistics | None) -> tuple[Parts, Rounding]:
-    """The parts of a weight with columns that stay in 16 bits. Without statistics they are those of the largest norm."""
-    rows, columns = weight.shape
-    encoder = method.encoder(rows, columns, weight.device)
-    parts = encoder.feed(weight, 0)
-    parts |= encoder.finish()[0]
-    if count := method.scheme.outlier_columns(columns):
-        chosen = statistics.chosen(count) if statistics else weight.float().square().sum(0).topk(count).indices.sort().values.int()
-        stored = method.scheme.parts(rows, columns, dtypes.CODES[str(weight.dtype).removeprefix("torch.")])["outlier_weight"].dtype
-        parts["outlier_columns"] = chosen
-        parts["outlier_weight"] = weight[:, chosen.long()].to(dtypes.torch_dtype(stored))
-    values = method.decode(parts, rows, columns)
+    """The parts of a weight with columns that stay in 16 bits, and what that costs."""
+    parts = with_columns(weight, method, statistics)
+    values = method.decode(parts, *weight.shape)
     rounding = Rounding(_sums(weight.float(), values), statistics.tokens if statistics else 0)
     if statistics and "outlier_columns" in parts:
         some, x = measured_rows(weight), statistics.sample
@@ -136,36 +126,23 @@ def _with_columns(weight: torch.Tensor, method: Method, statistics: Statistics |
 def _found(
     weight: torch.Tensor, method: Any, statistics: Statistics | None, absmax: float, changed: Changed
 ) -> tuple[Found, Rounding]:
-    wide = changed.of(weight)
-    calibrated = cast(Calibratable, method)
+    """The codes of a weight, and what they cost."""
+    wide, found = changed.of(weight), rounded(weight, method, statistics, absmax, changed)
     if statistics is None:
-        found = nearest(wide, calibrated.grid(wide.to(weight.dtype), None, absmax))
         return found, Rounding(_sums(wide, found.values))
-    importance, hessian = statistics.mean_square, statistics.hessian
-    factor = factorized(hessian, calibrated.damping) if hessian is not None and calibrated.rounding == "gptq" else None
-    grid = calibrated.grid(wide.to(weight.dtype), factor.importance if factor else importance, absmax)
-    if hessian is None:
-        found = nearest(wide, grid)
-        rounding = Rounding(_sums(wide, found.values), statistics.tokens)
-        if method.changes_inputs and method.scheme.activations:
-            plain = nearest(weight.float(), method.without_texts().grid(weight, None, absmax))
-            _measure_products(rounding, method.scheme, wide, found.values, changed.of(plain.values), statistics.sample, changed)
+    rounding, hessian = Rounding(_sums(wide, found.values), statistics.tokens), statistics.hessian
+    with_activations = method.changes_inputs and method.scheme.activations
+    if hessian is None and not with_activations:
         return found, rounding
-    found = refitted(wide, hessian, gptq(wide, hessian, grid, factor)) if factor else nearest(wide, grid)
-    plain = nearest(weight.float(), method.without_texts().grid(weight, None, absmax))
-    tokens, plain_values = statistics.tokens, changed.of(plain.values)
-    some = measured_rows(wide)
-    rounding = Rounding(
-        _sums(wide, found.values),
-        tokens,
-        output_error(some, measured_rows(found.values), hessian) / tokens,
-        output_error(some, measured_rows(plain_values), hessian) / tokens,
-        output_error(some, torch.zeros_like(some), hessian) / tokens,
-        found.damping,
-        found.dead,
-    )
-    if method.changes_inputs and method.scheme.activations:
-        _measure_products(rounding, method.scheme, wide, found.values, plain_values, statistics.sample, changed)
+    plain = changed.of(nearest(weight.float(), method.without_texts().grid(weight, None, absmax)).values)
+    if hessian is not None:
+        some = measured_rows(wide)
+        ours, theirs = measured_rows(found.values), measured_rows(plain)
+        for name, values in {"output_error": ours, "plain_error": theirs, "output_norm": torch.zeros_like(some)}.items():
+            setattr(rounding, name, output_error(some, values, hessian) / statistics.tokens)
+        rounding.damping, rounding.dead = found.damping, found.dead
+    if with_activations:
+        _measure_products(rounding, method.scheme, wide, found.values, plain, statistics.sample, changed)
     return found, rounding
 
 

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from qcli.calibration.gather import Crew, Gathered, Gatherer
+from qcli.calibration.rounding import Changed
 from qcli.calibration.statistics import Statistics, segment_of
 from qcli.calibration.waiting import WaitingStates
 from qcli.cluster.jobs import Told
 from qcli.cluster.pool import Pool, Task
 from qcli.quantization.on_cluster import ShardJob
 from qcli.quantization.plan import Plan, Work
-from qcli.quantization.rounding import Changed, Rounding, round_weight
+from qcli.quantization.rounding import Rounding, by_input, round_weight
 from qcli.quantization.shard_files import ShardFiles
 from qcli.streaming.batches import Batch
 from qcli.streaming.head import Head
@@ -102,23 +103,17 @@ class TextsOnCluster:
         shared = {id(each): self.pool.share(each.tensors()) for each in statistics.values()}
         tasks = []
         for each in filter(None, bins):
-            theirs = [statistics.get(module_of(work)) for work in each]
+            theirs = [statistics.get(work.module) for work in each]
             used = list(dict.fromkeys(id(its) for its in theirs if its is not None))
             orders = [
-                Order(work.index, None if its is None else used.index(id(its)), absmax(work), changed.get(module_of(work)))
+                Order(work.index, None if its is None else used.index(id(its)), absmax(work), changed.get(work.module))
                 for work, its in zip(each, theirs)
             ]
-            name = f"rounding {module_of(each[0])}"
+            name = f"rounding {each[0].module}"
             tasks.append(Task("round", (orders, *(shared[key] for key in used)), sum(w.info.nbytes for w in each), name))
         for _, done in self.pool.deal(tasks):
             for index, collected, rounding in done:
                 yield self.plan.work[index], collected, rounding
-
-
-def module_of(work: Work) -> str:
-    """The module whose weight a work is."""
-    assert work.linear is not None
-    return work.linear.module
 
 
 def _merge(groups: list[tuple[tuple[str, ...], Tensors]], found: dict[str, Statistics], first: bool) -> None:
@@ -188,16 +183,19 @@ class QuantizationJob(ShardJob):
     def round(self, told: Told, orders: Sequence[Order], *statistics: Tensors) -> list[tuple[int, Collected, Rounding]]:
         """Rounds weights, as many at a time as there are threads."""
         made = [Statistics.of(tensors) for tensors in statistics]
+        found = {self.plan.work[o.work].module: made[o.statistics] for o in orders if o.statistics is not None}
+        by_work = {order.work: order for order in orders}
+        works = by_input([self.plan.work[order.work] for order in orders], found)
 
         def one(order: Order) -> tuple[int, Collected, Rounding]:
             work, collected = self.plan.work[order.work], Collected()
-            its = None if order.statistics is None else made[order.statistics]
+            its = found.get(work.module)
             rounding = round_weight(self.plan, collected, work, its, self.device, order.absmax, order.changed)
             told.advance(work.info.nbytes, work.info.name)
             return order.work, collected, rounding
 
         with Crew(self.device) as crew:
-            return list(crew.results([partial(one, order) for order in orders]))
+            return list(crew.results([partial(one, by_work[work.index]) for work in works]))
 
 
 class _Finished(Exception):

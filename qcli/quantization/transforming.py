@@ -14,13 +14,14 @@ import torch
 
 from qcli.calibration.folding import Fold, Folding
 from qcli.calibration.gather import Crew, Gathered
+from qcli.calibration.rounding import Changed
 from qcli.calibration.statistics import Statistics
 from qcli.checkpoint import dtypes
 from qcli.methods._factors import Factors
 from qcli.methods.errors import ErrorSums
 from qcli.quantization.decoding import read_tensor
 from qcli.quantization.plan import Plan, Work
-from qcli.quantization.rounding import Changed, read_weight
+from qcli.quantization.rounding import read_weight
 from qcli.quantization.staged import StagedWeights
 from qcli.quantization.staging import Staging
 from qcli.streaming.run import Pass

@@ -79,8 +79,9 @@ def read_windows(
     sequence_length: int | None = None,
     stride: int | None = None,
     model_limit: int | None = None,
+    passed_over: int = 0,
 ) -> Corpus:
-    """The first `tokens` tokens of a text, in windows.
+    """The first `tokens` tokens of a text, in windows; with `passed_over` those that follow as many.
 
     `text` is the path of a file. A name that ends in .jsonl means JSON lines, each with a document as "text", or a conversation as
     "messages", which the tokenizer's chat template makes a document; any other file is one document. None is the text that comes
@@ -104,9 +105,12 @@ def read_windows(
     for document in _documents(text, conversations):
         if read == limit:
             break
-        ids, ends = _tokenize(tokenizer, document, limit - read)
+        ids, ends = _tokenize(tokenizer, document, limit - read + passed_over)
         if conversations.kind == MESSAGES:
             ids, ends = _without(prefix, ids, ends)
+        if over := min(passed_over, len(ids)):
+            passed_over, start = passed_over - over, ends[over - 1]
+            ids, ends = ids[over:], [end - start for end in ends[over:]]
         cut = list(_cut(prefix, ids, ends, sequence_length, stride))
         read += len(ids)
         kept += sum(new for _, new in cut)

@@ -16,6 +16,7 @@ from qcli.streaming.run import Call, Observer, current_call, run_calls
 from qcli.streaming.skeleton import Skeleton
 from qcli.streaming.units import Unit
 
+LEADING = "leading"  # the variant of windows that are read and not scored
 HIDDEN_BYTES = 2 << 30  # of hidden states that wait together; a text with more is read in several runs
 
 
@@ -63,7 +64,8 @@ class Reading:
 
     `observer` is called at each unit. With `padded`, windows of different lengths share a call; without, only windows of one
     length do. With `alone`, each window has its own call; a model in 8 bits always reads so. `advance` is called with finished
-    work, which adds up to `work` once the reading has been scored.
+    work, which adds up to `work` once the reading has been scored. The windows of `leading` pass each unit before all others, as
+    the variant LEADING, and nothing is kept of them.
     """
 
     def __init__(
@@ -76,19 +78,21 @@ class Reading:
         observer: Observer | None = None,
         padded: bool = True,
         alone: bool = False,
+        leading: Sequence[Window] = (),
     ):
         self.skeleton, self.head, self.advance = skeleton, Head(skeleton), advance
-        for window in windows:
+        for window in (*windows, *leading):
             check_ids(skeleton.model, skeleton.tokenizer, window.ids)
         self._broken: dict[tuple[str, str], torch.Tensor] = {}
         alone = alone or any(m.one_text_a_call for m in skeleton.model.modules() if isinstance(m, QuantizedLinear))
         batches = make_batches([window.ids for window in windows], 0 if padded else None, 1 if alone else BATCH_TOKENS)
         calls = [Call(self.head.below(batch), variant, batch) for variant in variants for batch in batches]
+        first = [Call(self.head.below(batch), LEADING, batch) for batch in make_batches([window.ids for window in leading], None)]
         handles = [unit.module.register_forward_hook(self._watch(unit)) for unit in skeleton.blocks]
         counting = _Counting(observer or Observer(), advance)
         try:
             with self.head.stopping():
-                outputs = run_calls(skeleton, calls, counting)
+                outputs = run_calls(skeleton, [*first, *calls], counting)[len(first) :]
         finally:
             for handle in handles:
                 handle.remove()

@@ -2,13 +2,16 @@
 
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
+from qcli.calibration import statistics
 from qcli.calibration.gather import Crew, Gatherer
 from qcli.calibration.statistics import PANEL, SAMPLE, SEGMENTS, Statistics, Turns, segment_of
+from qcli.methods._gptq import factorized
 from qcli.streaming.run import Pass
 
 
@@ -141,3 +144,25 @@ def test_turns_are_taken_in_order():
     for thread in threads:
         thread.join(10)
     assert order == list(range(6))
+
+
+def test_a_factor_is_made_once_for_all_that_are_expected_to_ask(monkeypatch):
+    """By each damping. After the last of them it is let go, and made again for one that nobody expected."""
+    made = []
+    monkeypatch.setattr(statistics, "factorized", lambda hessian, damping: made.append(damping) or factorized(hessian, damping))
+    found = Statistics(8, True, torch.device("cpu"))
+    found.add(normal(40, 8), 0)
+    hessian = found.symmetric()
+    for damping in (0.1, 0.1, 0.1, 0.2):
+        found.expect_factor(damping)
+    factors = [found.factor(damping) for damping in (0.1, 0.2, 0.1, 0.1)]
+    assert made == [0.1, 0.2] and factors[0] is factors[2] is factors[3]
+    for factor, damping in zip(factors, (0.1, 0.2)):
+        expected = factorized(hessian, damping)
+        assert torch.equal(factor.upper, expected.upper) and torch.equal(factor.order, expected.order)
+    let_go = weakref.ref(factors[0])
+    del factors, factor
+    assert let_go() is None
+    found.factor(0.1)
+    found.factor(0.1)
+    assert made == [0.1, 0.2, 0.1, 0.1]

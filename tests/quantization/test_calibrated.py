@@ -13,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qcli
+from qcli.calibration import statistics
 from qcli.errors import CheckpointError, NonFiniteError, PlanError, UsageError
+from qcli.methods._gptq import factorized
 from qcli.quantization import shard_files, staging
 from qcli.quantization.quantize import make_plan
 from qcli.runtime import cpu
@@ -56,6 +58,13 @@ def test_what_it_gains_on_the_demo_model(options, most, tmp_path, text):
     stored = json.loads((tmp_path / "out" / "qcli.json").read_text())
     assert stored["calibration"]["tokens"] == found.tokens
     assert f"KL divergence from the original {found.checked.kl:.5f}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_modules_that_read_one_input_share_its_factor(tmp_path, text, monkeypatch):
+    made = []
+    monkeypatch.setattr(statistics, "factorized", lambda *given: made.append(given) or factorized(*given))
+    qcli.quantize(str(DEMO), tmp_path / "out", bits=4, calibrate=True, text=text, tokens=1000, check=False)
+    assert len(made) == 6 * 4  # q, k and v; o; gate and up; down
 
 
 def test_the_check_is_what_evaluate_measures(tmp_path, text, monkeypatch):
