@@ -67,7 +67,7 @@ _STEPS = {
 
 
 def _agrees(name: str, arguments: dict, ours: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    if "quantize" in name or name in ("fit_scale", "gptq_columns", "rope_append", "round_to_grid"):
+    if "quantize" in name or name in ("fit_scale", "fit_table", "gptq_columns", "rope_append", "round_to_grid"):
         same = bits(ours) == bits(expected)
         same = same.view(*ours.shape, -1).all(-1) if ours.numel() else same
         return same | (ours.isnan() & expected.isnan())  # whose bits are the device's own affair

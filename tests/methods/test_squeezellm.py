@@ -8,7 +8,7 @@ from qcli.errors import UsageError
 from qcli.methods import make
 from qcli.methods.simulate import simulate
 from qcli.schemes import NAMED
-from tests.methods.test_kmeans import best_error, error_of, weights_of
+from tests.ops.test_fit_table import best_error, error_of, weights_of
 
 
 def fisher_of(rows, columns, seed=1):
@@ -26,8 +26,8 @@ def encoded(method, weight, fisher, chunk):
     return parts | {"codes": torch.cat(codes)}, errors
 
 
-@pytest.mark.parametrize("bits, bound", [(2, 1.04), (3, 1.06), (4, 1.08)])
-def test_tables_are_near_the_best_there_are(bits, bound):
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_tables_are_near_the_best_there_are(bits):
     """Under the weights of what is not kept. The best is exact: a dynamic program over the sorted elements of a row in float64."""
     weight, fisher = weights_of(12, 256), fisher_of(12, 256)
     method = make(NAMED["squeezellm"], {"bits": bits, "outliers": 0.02, "sensitive": 0.01, "entries": "float32"})
@@ -36,7 +36,7 @@ def test_tables_are_near_the_best_there_are(bits, bound):
     mass = fisher.scatter(1, parts["sparse_columns"].long(), 0.0)
     best = torch.tensor([best_error(weight[i].numpy(), mass[i].numpy(), 1 << bits) for i in range(12)], dtype=torch.float64)
     ratio = error_of(weight, parts["table"], mass) / best
-    assert ratio.min() > 1 - 1e-5 and ratio.mean() < bound, ratio
+    assert ratio.min() > 1 - 1e-5 and ratio.mean() < 1.005, ratio
     unweighted = make(NAMED["kmeans"], {"bits": bits, "entries": "float32"}).encoder(12, 256, weight.device)
     unweighted.feed(weight.flatten(), 0)
     assert error_of(weight, unweighted.finish()[0]["table"], mass).sum() > 1.3 * error_of(weight, parts["table"], mass).sum()
@@ -69,6 +69,17 @@ def test_a_row_without_gradients_counts_its_weights_alike():
     alike = simulate(method.without_texts(), weight).weight
     ours = method.decode(parts, 4, 200)
     assert [torch.equal(ours[row], alike[row]) for row in range(4)] == [False, False, True, False]
+
+
+def test_without_gradients_nothing_is_kept_twice():
+    weight, fisher = weights_of(4, 200), fisher_of(4, 200)
+    weight[:, :3] = 9
+    fisher[1] = 0
+    fisher[2, 5:] = 0
+    method = make(NAMED["squeezellm"], {"bits": 3, "outliers": 0.01, "sensitive": 0.02})
+    parts, _ = encoded(method, weight, fisher, 4)
+    assert parts["sparse_columns"].shape == (4, 6) and (parts["sparse_columns"].diff() > 0).all()
+    assert parts["sparse_columns"][1:3, :2].tolist() == [[0, 1], [0, 1]]
 
 
 def test_its_options():

@@ -24,7 +24,7 @@ COMPILED = [name for name in ops.names() if hasattr(import_module(f"qcli.ops.{na
 EXACT = [
     name
     for name in COMPILED
-    if "quantize" in name or name in ("fit_scale", "gptq_columns", "pack_codes", "rope_append", "round_to_grid")
+    if "quantize" in name or name in ("fit_scale", "fit_table", "gptq_columns", "pack_codes", "rope_append", "round_to_grid")
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

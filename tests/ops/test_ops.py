@@ -21,6 +21,7 @@ NAMES = [
     "error_4bit",
     "error_int8",
     "fit_scale",
+    "fit_table",
     "gptq_columns",
     "hqq_terms",
     "linear_4bit",
@@ -37,6 +38,7 @@ NAMES = [
     "round_floats",
     "round_integers",
     "round_to_grid",
+    "round_to_table",
 ]
 
 
