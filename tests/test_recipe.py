@@ -8,7 +8,7 @@ import torch
 import qcli
 from qcli.errors import CheckpointError, PlanError, UsageError
 from qcli.methods.choosing import methods_of, recipe_in_force
-from qcli.quantization.plan import from_json
+from qcli.quantization.plan_json import from_json, to_json
 from qcli.quantization.quantize import make_plan, run_plan
 from qcli.recipe import KEEP, Choice, Recipe, read_recipe, recipe_of
 from tests.conftest import ROOT
@@ -129,7 +129,7 @@ def test_what_a_format_cannot_mix_is_a_problem_of_the_plan():
 def test_a_plan_goes_to_json_and_back(tmp_path):
     recipe = recipe_of(MIXED, "test")
     plan = make_plan(DEMO, tmp_path / "out", recipe=recipe)
-    value = json.loads(json.dumps(plan.to_json()))
+    value = json.loads(json.dumps(to_json(plan)))
     again = from_json(value)
     assert again.work == plan.work and again.shards == plan.shards and again.identity == plan.identity
     assert again.config == plan.config and again.working_memory == plan.working_memory

@@ -23,7 +23,8 @@ from qcli.errors import CheckpointError, ClusterError
 from qcli.methods.errors import ErrorSums
 from qcli.progress import Bar
 from qcli.quantization.execute import execute
-from qcli.quantization.plan import Plan, Work, from_json
+from qcli.quantization.plan import Plan, Work
+from qcli.quantization.plan_json import from_json, to_json
 from qcli.quantization.shard_files import JOURNAL, STATE, ShardFiles
 from qcli.quantization.staging import Staging
 
@@ -44,7 +45,7 @@ def division(plan: Plan, left: Collection[int]) -> list[tuple[str, list[Work]]]:
 
 def specification(plan: Plan, folder: Path, device: str) -> dict[str, Any]:
     """What a ShardJob is made of."""
-    value: dict[str, Any] = plan.to_json()
+    value: dict[str, Any] = to_json(plan)
     if not plan.source.is_hub:
         value["source"]["label"] = str(Path(plan.source.label).absolute())
     return {"plan": json.dumps(value), "folder": str(folder.absolute()), "device": device, "late": LATE}

@@ -7,7 +7,7 @@ can be executed.
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from qcli.calibration.settings import Calibration
 from qcli.checkpoint import config_json, dtypes
 from qcli.checkpoint.layout import Linear
 from qcli.checkpoint.safetensors_file import TensorInfo
-from qcli.checkpoint.source import Source, open_source
+from qcli.checkpoint.source import Source
 from qcli.checkpoint.weight_files import OUTLIERS
-from qcli.errors import CheckpointError, PlanError
+from qcli.errors import PlanError
 from qcli.formats import Format
 from qcli.methods._method import Method
-from qcli.methods.choosing import as_asked, made, methods_of, needs_of
-from qcli.recipe import Choice, Recipe, recipe_of, without_folders
+from qcli.methods.choosing import as_asked, methods_of, needs_of
+from qcli.recipe import Recipe, without_folders
 from qcli.schemes import CHUNK_BYTES, CHUNKS_IN_WORK
 
 
@@ -234,93 +234,3 @@ class Plan:
             "weight_map": {o.name: o.file for o in sorted(outputs, key=lambda o: o.name)},
         }
         return (json.dumps(index, indent=2) + "\n").encode()
-
-    def to_json(self) -> dict[str, object]:
-        """All of it as JSON values, from which `from_json` makes the same plan on any machine that reaches the source."""
-        work = [
-            {
-                "tensor": w.info.name,
-                "file": w.info.file,
-                "linear": None if w.linear is None else asdict(w.linear),
-                "choice": None if w.method is None else _choice_of(w.method).summary(),
-                "outputs": [asdict(o) for o in w.outputs],
-                "columns": w.columns,
-            }
-            for w in self.work
-        ]
-        source = self.source
-        return {
-            "qcli": __version__,
-            "source": {
-                "label": source.label,
-                "revision": source.revision,
-                "stream": source.stream,
-                "trust_remote_code": source.trusted,
-                "fingerprint": source.fingerprint,
-            },
-            "recipe": self.recipe.summary(),
-            "format": self.format.name,
-            "decided_by": self.decided_by,
-            "output": str(self.output),
-            "dtype": self.dtype,
-            "compute_dtype": self.compute_dtype,
-            "quantization_config": self.quantization_config,
-            "work": work,
-            "shards": [{"name": s.name, "header": s.header.decode("latin-1"), "size": s.size} for s in self.shards],
-            "notes": self.notes,
-            "problems": self.problems,
-            "calibration": None if self.calibration is None else asdict(self.calibration),
-            "allow_nonfinite": self.allow_nonfinite,
-            "disk_bytes": self.disk_bytes,
-        }
-
-
-def from_json(value: dict[str, Any], source: Source | None = None) -> Plan:
-    """The plan that `Plan.to_json` wrote, its source opened again unless it is given.
-
-    Raises CheckpointError where another qcli wrote it or the source is no longer what was planned for; HubError.
-    """
-    stated = value["source"]
-    if value["qcli"] != __version__:
-        raise CheckpointError(f"the plan is of qcli {value['qcli']}, and this is qcli {__version__}", "Plan with this version.")
-    source = source or open_source(
-        stated["label"], stated["revision"], stream=stated["stream"], trust_remote_code=stated["trust_remote_code"]
-    )
-    if source.fingerprint != stated["fingerprint"]:
-        raise CheckpointError(f"{source.label} has changed since it was planned for", "Plan again.")
-    if source.quantization and not source.scales:
-        source.set_aside(formats.get("fp8").companions(source.tensors))
-    work = []
-    for index, w in enumerate(value["work"]):
-        choice = w["choice"]
-        work.append(
-            Work(
-                index,
-                source.tensors[w["tensor"]],
-                None if w["linear"] is None else Linear(**w["linear"]),
-                None if choice is None else made(Choice(choice["method"], tuple(choice.get("options", {}).items()))),
-                tuple(Output(**(o | {"shape": tuple(o["shape"])})) for o in w["outputs"]),
-                tuple(w["columns"]),
-            )
-        )
-    return Plan(
-        source=source,
-        recipe=recipe_of(value["recipe"], "the plan's recipe"),
-        format=formats.get(value["format"]),
-        decided_by=value["decided_by"],
-        output=Path(value["output"]),
-        dtype=value["dtype"],
-        compute_dtype=value["compute_dtype"],
-        quantization_config=value["quantization_config"],
-        work=work,
-        shards=[Shard(s["name"], s["header"].encode("latin-1"), s["size"]) for s in value["shards"]],
-        notes=list(value["notes"]),
-        problems=list(value["problems"]),
-        calibration=None if value["calibration"] is None else Calibration(**value["calibration"]),
-        allow_nonfinite=value["allow_nonfinite"],
-        disk_bytes=value["disk_bytes"],
-    )
-
-
-def _choice_of(method: Method) -> Choice:
-    return Choice(method.scheme.name, tuple(methods.options_of(method).items()))

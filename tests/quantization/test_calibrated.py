@@ -321,9 +321,9 @@ def test_what_texts_do_not_decide_is_refused(llama, tmp_path, text):
 
 
 def test_a_plan_survives_json(llama, tmp_path, text):
-    from qcli.quantization.plan import from_json
+    from qcli.quantization.plan_json import from_json, to_json
 
     plan = make_plan(str(llama), tmp_path / "out", bits=4, calibrate=True, text=text, tokens=1000)
-    again = from_json(json.loads(json.dumps(plan.to_json())))
+    again = from_json(json.loads(json.dumps(to_json(plan))))
     assert again.calibration == plan.calibration and again.identity == plan.identity
     assert [w.method for w in again.work] == [w.method for w in plan.work]

@@ -13,7 +13,7 @@ import qcli
 from qcli.calibration.reported_columns import ReportedColumns
 from qcli.errors import UsageError
 from qcli.methods.choosing import recipe_in_force
-from qcli.quantization import plan as plans
+from qcli.quantization.plan_json import from_json, to_json
 from qcli.quantization.quantize import make_plan, run_plan
 from tests.conftest import run_cli
 from tests.quantization.test_calibrated import DEMO, digest, text  # noqa: F401
@@ -117,7 +117,7 @@ def test_neither_threads_nor_a_journey_through_json_matter(made, llama, report, 
     try:
         torch.set_num_threads(3)
         plan = make_plan(str(llama), tmp_path / "out", bits=8, settings={"outliers": str(report), **SHARE})
-        run_plan(plans.from_json(json.loads(json.dumps(plan.to_json()))))
+        run_plan(from_json(json.loads(json.dumps(to_json(plan)))))
     finally:
         torch.set_num_threads(before)
     assert digest(tmp_path / "out") == digest(made[0] / "out")
