@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from qcli import console
+from qcli.commands import _cluster
+from qcli.commands._cluster import Cluster, Workers
 from qcli.commands._model import asked_model
 from qcli.commands._settings import cache_dtype
 from qcli.process import importing
@@ -53,6 +55,8 @@ def evaluate(
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
+    cluster: Cluster = None,
+    workers: Workers = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
     ] = False,
@@ -61,6 +65,7 @@ def evaluate(
 ) -> None:
     """Measure a model on text: its perplexity, its distance from another model, and what each method would cost."""
     model = asked_model(model, "qcli evaluate HuggingFaceTB/SmolLM2-135M --methods all")
+    _cluster.check(cluster, workers)
     with importing():
         from qcli.commands import _evaluation_tables as tables
         from qcli.evaluation.evaluate import evaluate as measure
@@ -84,6 +89,8 @@ def evaluate(
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        cluster=cluster,
+        workers=workers,
         progress=console.progress,
     )
     if csv is not None:

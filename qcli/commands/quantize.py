@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from qcli import console
+from qcli.commands import _cluster
+from qcli.commands._cluster import Cluster, Workers
 from qcli.commands._model import asked_model
 from qcli.commands._settings import pairs
 from qcli.errors import Interrupted
@@ -85,17 +87,8 @@ def quantize(
     stream: Annotated[bool, typer.Option("--stream", help="Delete each downloaded shard once it is done.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder, at the very end.")] = False,
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Let a Ray cluster do the work: HOST:PORT, auto, or local to start one here.",
-            show_default=False,
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="With --cluster: how many. Default one a machine.", show_default=False)
-    ] = None,
+    cluster: Cluster = None,
+    workers: Workers = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the result with a model card.", show_default=False)
     ] = None,
@@ -115,6 +108,7 @@ def quantize(
 ) -> None:
     """Quantize a model into a folder that other libraries load."""
     model = asked_model(model, "qcli quantize HuggingFaceTB/SmolLM2-135M --bits 4")
+    _cluster.check(cluster, workers)
     from qcli.commands import _quantize_tables as tables
     from qcli.quantization import quantize as quantization
     from qcli.recipe import read_recipe

@@ -87,6 +87,14 @@ class Rounding:
             self.activations.add(whole)
             self.ordinary.add(ordinary)
 
+    def merge(self, other: "Rounding") -> None:
+        """Adds what the same method did with other texts, on another machine."""
+        for name in ("weights", "activations", "ordinary"):
+            if (theirs := getattr(other, name).sums) is not None:
+                getattr(self, name).add(theirs)
+        for module, kept in other.kept.items():
+            self.kept[module] = self.kept[module] | kept if module in self.kept else kept
+
     def outlier_columns(self, module: str) -> int:
         """How many columns some sequence kept in 16 bits."""
         return int(self.kept[module].sum()) if module in self.kept else 0

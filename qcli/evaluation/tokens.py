@@ -37,6 +37,12 @@ class TokenScores:
             whole.agrees = np.concatenate([part.agrees for part in parts])
         return whole
 
+    def put(self, places: np.ndarray, other: "TokenScores") -> None:
+        """Puts the tokens of another at `places` [tokens]."""
+        self.loss[places] = other.loss
+        if self.divergence is not None:
+            self.divergence[places], self.agrees[places] = other.divergence, other.agrees
+
     def add(self, first: int, logits: torch.Tensor, targets: torch.Tensor, base: torch.Tensor | None = None) -> None:
         """Adds the tokens from number `first` on: the logits [tokens, vocabulary] that predicted them, the ids [tokens] that came,
         and the base's log_probabilities [tokens, vocabulary]."""

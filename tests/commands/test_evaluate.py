@@ -129,12 +129,12 @@ def test_models_that_predict_no_text(refused, tmp_path):
 
 
 def test_an_interrupted_run_leaves_no_file(quick_cli, tmp_path, monkeypatch):
-    from qcli.evaluation import evaluate
+    from qcli.evaluation import models
 
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "score_all", interrupt)
+    monkeypatch.setattr(models, "score_all", interrupt)
     done = quick_cli("evaluate", DEMO, "--text", STORIES, "--tokens", 100, "--csv", "out.csv")
     assert done.returncode == 130 and "interrupted" in done.stderr and not done.stdout
     assert not list(tmp_path.glob("out*"))
