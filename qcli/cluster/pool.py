@@ -167,6 +167,8 @@ class Pool:
             if call in self._asked:
                 self._heard(call)
                 continue
+            if call not in self._calls:
+                continue  # a question to a worker that was found dead just now
             worker, what = self._calls.pop(call)
             try:
                 value = self.engine.result(call)

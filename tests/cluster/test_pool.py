@@ -61,11 +61,17 @@ class Engine:
         return value
 
     def wait(self, calls, seconds):
+        """The first call that has ended; of a worker that dies all of them at once."""
         while self.pending:
             call, worker, method, arguments = self.pending.pop(0)
             if call in calls:
                 self.done[call] = self._outcome(worker, method, arguments)
-                return [call]
+                ended = [call]
+                for other, its, *_ in self.pending if isinstance(self.done[call], Died) else ():
+                    if its is worker and other in calls:
+                        self.done[other] = self.done[call]
+                        ended.append(other)
+                return ended
         return []
 
     def _outcome(self, worker, method, arguments):
