@@ -11,6 +11,7 @@ DEFAULT_TOKENS = 128 * 2048  # GPTQ's own number (arXiv:2210.17323, section 4)
 GRADIENT_TOKENS = 32 * 1024  # whose gradients are taken where --tokens does not say: hidden states of all blocks wait for them
 ORDERS = PARALLEL, SEQUENTIAL = "parallel", "sequential"  # the first in half of the time; what they gain is alike
 FEWEST_TOKENS = 256  # that must reach a module before its statistics are used
+SEGMENTS = 8  # of the batches of a text, each summed by itself: so many workers of a cluster can take texts
 CHECK_SHARE = 16  # one window of so many is held out for the check, and at most CHECK_TOKENS
 CHECK_TOKENS = 8192
 

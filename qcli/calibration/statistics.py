@@ -5,8 +5,8 @@ sum x x^T besides, whose half the squared error of the outputs is measured by: f
 in_features], the outputs are off by ||E x||^2, which sums up to tr(E H E^T). `Sample` keeps the magnitudes of some tokens.
 
 Threads bring the tokens of batches. A sum is added to in the order of the batches, panel after panel, so that the same bits come
-out for any number of threads. The batches of a text are divided into SEGMENTS of neighbours. Each is summed by itself, and the sums
-are added in their order, so that machines which take a segment each give the same bits, too.
+out for any number of threads. The batches of a text are divided into SEGMENTS of neighbours. Each is summed by itself, with a
+Hessian of its own, and the sums are added in their order. So machines that take a segment each give the same bits, too.
 """
 
 import threading
@@ -17,13 +17,13 @@ from contextlib import contextmanager
 import torch
 
 from qcli.calibration.outlier_columns import choose
+from qcli.calibration.settings import SEGMENTS
 from qcli.methods._factors import Inputs
 from qcli.methods._gptq import Factor, factorized
 
 _GOLDEN = 0.6180339887498949
 PANEL = 256  # rows of a Hessian that are added at a time
 SAMPLE = 2048  # tokens that a sample has at most
-SEGMENTS = 8  # of the batches of a text; one holds a second Hessian while it is summed
 
 
 def segment_of(batch: int, batches: int) -> int:

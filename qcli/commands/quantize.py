@@ -150,6 +150,10 @@ def quantize(
         settings=pairs(set_),
         on_cluster=cluster is not None,
     )
+    if dry_run and cluster is not None:
+        from qcli.quantization.division import summary
+
+        plan.notes.append(f"on a cluster: {summary(plan, workers)}")
     if dry_run:
         console.json(tables.plan_summary(plan)) if json else tables.show_plan(plan)
         plan.check()

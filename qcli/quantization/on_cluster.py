@@ -10,7 +10,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,15 @@ from qcli.devices import pick_device
 from qcli.errors import CheckpointError, ClusterError
 from qcli.methods.errors import ErrorSums
 from qcli.progress import Bar
+from qcli.quantization.division import division
 from qcli.quantization.execute import execute
-from qcli.quantization.plan import Plan, Work
+from qcli.quantization.plan import Plan
 from qcli.quantization.plan_json import from_json, to_json
 from qcli.quantization.shard_files import JOURNAL, STATE, ShardFiles
 from qcli.quantization.staging import Staging
 
 LATE = 60.0  # seconds that a shared file system may take to show a file that another machine wrote
 JOB, JOB_WITH_TEXTS = f"{__name__}:ShardJob", "qcli.quantization.texts_on_cluster:QuantizationJob"
-
-
-def division(plan: Plan, left: Collection[int]) -> list[tuple[str, list[Work]]]:
-    """The work of `left` by the file of the output that it is in. The file with the most bytes to read comes first, so that the
-    last to end is a small one."""
-    by_file: dict[str, list[Work]] = {shard.name: [] for shard in plan.shards}
-    for work in plan.work:
-        if work.index in left:
-            by_file[work.outputs[0].file].append(work)
-    found = [(file, works) for file, works in by_file.items() if works]
-    return sorted(found, key=lambda item: -sum(work.info.nbytes for work in item[1]))
 
 
 def specification(plan: Plan, folder: Path, device: str) -> dict[str, Any]:
