@@ -84,7 +84,7 @@ def measured(folder: Path) -> dict[str, float]:
         plan = make_plan(str(model), Path(work) / "out", bits=4, settings={"max_shard_size": "100MB"})
         with Staging(plan) as staging:
             torch.set_num_threads(1)
-            job = ShardJob(specification(plan, staging.folder, "cpu"))
+            job = ShardJob(specification(plan, staging.folder, "cpu", None))
             times = []
             for file, works in division(plan, range(len(plan.work))):
                 started = time.perf_counter()

@@ -1,7 +1,7 @@
 """A model hub on loopback: the part of the hub's API that huggingface_hub uses to list, read, download and upload.
 
-Each repository is a folder with a single commit. Switches cut connections, ignore ranges or gate a repository; every request
-is logged with the bytes it sent.
+Each repository that is read is a folder with a single commit. What is uploaded is kept in memory, by branch. Switches cut
+connections, ignore ranges, gate a repository or let commits be overtaken; every request is logged with the bytes it sent.
 """
 
 import base64
@@ -12,13 +12,16 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_loopback"
 
 
 class HubServer:
-    """`url` is its address; `requests` the log of [method, path, bytes sent]; `uploads` what was committed to each repo."""
+    """`url` is its address; `requests` the log of [method, path, bytes sent]; `uploads` what was committed to each repo, `branches`
+    to other branches than main, by (repo, branch). With `large_files` weights are uploaded apart from commits, as on the real hub.
+    `overtaken` commits are refused as if another had come first."""
 
     def __init__(self):
         self.repos: dict[str, Path] = {}
@@ -27,6 +30,11 @@ class HubServer:
         self.cuts: dict[str, list[int]] = {}  # file -> [bytes to send, times]
         self.requests: list[list] = []
         self.uploads: dict[str, dict[str, bytes]] = {}
+        self.branches: dict[tuple[str, str], dict[str, bytes]] = {}
+        self.objects: dict[str, bytes] = {}  # large files by their sha256
+        self.large_files = False
+        self.overtaken = 0
+        self.committing = threading.Lock()
         hub = self
 
         class Handler(_Handler):
@@ -111,17 +119,70 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
         elif match := re.fullmatch(r"/api/models/(.+)/preupload/.+", path):
-            files = json.loads(data)["files"]
-            self._json({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]})
-        elif match := re.fullmatch(r"/api/models/(.+)/commit/.+", path):
-            for line in data.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    content = base64.b64decode(entry["value"]["content"])
-                    self.server_hub.uploads[match[1]][entry["value"]["path"]] = content
-            self._json({"commitUrl": f"{self.server_hub.url}/{match[1]}/commit/{COMMIT}", "commitOid": COMMIT})
+            files = [f["path"] for f in json.loads(data)["files"]]
+            modes = ["lfs" if self.server_hub.large_files and f.endswith(".safetensors") else "regular" for f in files]
+            self._json({"files": [{"path": f, "uploadMode": m, "shouldIgnore": False} for f, m in zip(files, modes)]})
+        elif match := re.fullmatch(r"/api/models/(.+)/commit/(.+)", path):
+            self._commit(match[1], match[2], data)
+        elif match := re.fullmatch(r"/api/models/(.+)/branch/(.+)", path):
+            if (match[1], match[2]) in self.server_hub.branches:
+                self._refuse(409, "BranchExists")
+                return
+            self.server_hub.branches[match[1], match[2]] = {}
+            self._json({})
+        elif match := re.fullmatch(r"/api/models/(.+)/paths-info/(.+)", path):
+            held = self._held(match[1], match[2])
+            wanted = [name for name in parse_qs(data.decode())["paths"] if name in held]
+            self._json([self._described(name, held[name]) for name in wanted])
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            objects = json.loads(data)["objects"]
+            for each in objects:
+                if each["oid"] not in self.server_hub.objects:
+                    each["actions"] = {"upload": {"href": f"{self.server_hub.url}/lfs/{each['oid']}", "header": {}}}
+            self._json({"transfer": "basic", "objects": objects})
         else:
             self._refuse(404, "EntryNotFound")
+
+    def do_PUT(self) -> None:
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        oid = self.path.rpartition("/")[2]
+        if _hash(data) != oid:
+            self._refuse(400, "BadObject")
+            return
+        self.server_hub.objects[oid] = data
+        self._json({})
+
+    def do_DELETE(self) -> None:
+        match = re.fullmatch(r"/api/models/(.+)/branch/(.+)", self.path.partition("?")[0])
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if match is None or self.server_hub.branches.pop((match[1], match[2]), None) is None:
+            self._refuse(404, "RevisionNotFound")
+        else:
+            self._json({})
+
+    def _held(self, repo: str, branch: str) -> dict[str, bytes]:
+        return self.server_hub.uploads[repo] if branch == "main" else self.server_hub.branches[repo, branch]
+
+    def _described(self, name: str, data: bytes) -> dict:
+        found = {"type": "file", "path": name, "size": len(data), "oid": _hash(data)[:40]}
+        if _hash(data) in self.server_hub.objects:
+            found["lfs"] = {"oid": _hash(data), "size": len(data), "pointerSize": 130}
+        return found
+
+    def _commit(self, repo: str, branch: str, data: bytes) -> None:
+        with self.server_hub.committing:
+            if self.server_hub.overtaken:
+                self.server_hub.overtaken -= 1
+                self._refuse(412, "PreconditionFailed")
+                return
+            for line in data.splitlines():
+                entry = json.loads(line)
+                value = entry["value"]
+                if entry["key"] == "file":
+                    self._held(repo, branch)[value["path"]] = base64.b64decode(value["content"])
+                elif entry["key"] == "lfsFile":
+                    self._held(repo, branch)[value["path"]] = self.server_hub.objects[value["oid"]]
+        self._json({"commitUrl": f"{self.server_hub.url}/{repo}/commit/{COMMIT}", "commitOid": COMMIT})
 
     def _route(self, body: bool) -> None:
         path = self.path.partition("?")[0]

@@ -28,8 +28,8 @@ def open_repository(repo: str, revision: str | None, *, stream: bool):
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
-        with _translated(repo, revision):
-            info = _retried(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
+        with translated(repo, revision):
+            info = retried(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
     except HubError as e:
         cause = e.__cause__
         if isinstance(cause, OfflineModeIsEnabled) or _is_connection_loss(cause):
@@ -76,10 +76,10 @@ class _Repository:
     def local(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
 
-        with _translated(self.repo, self.revision):
+        with translated(self.repo, self.revision):
             if name in _CONFIGS:  # by the user's own revision name: the cache then finds it offline
-                _retried(lambda: hf_hub_download(self.repo, name, revision=self.asked))
-            return Path(_retried(lambda: hf_hub_download(self.repo, name, revision=self.revision)))
+                retried(lambda: hf_hub_download(self.repo, name, revision=self.asked))
+            return Path(retried(lambda: hf_hub_download(self.repo, name, revision=self.revision)))
 
     def _cached(self, name: str) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
@@ -93,8 +93,8 @@ class _Repository:
             with open(cached, "rb") as file:
                 file.seek(offset)
                 return file.read(count)
-        with _translated(self.repo, self.revision):
-            return _retried(lambda: self._ranged(name, offset, count))
+        with translated(self.repo, self.revision):
+            return retried(lambda: self._ranged(name, offset, count))
 
     def _ranged(self, name: str, offset: int, count: int) -> bytes:
         from huggingface_hub import get_session, hf_hub_url
@@ -126,8 +126,8 @@ class _Repository:
             return self.local(name)
         from huggingface_hub import hf_hub_download
 
-        with _translated(self.repo, self.revision):
-            path = _retried(lambda: hf_hub_download(self.repo, name, revision=self.revision, local_dir=self._folder))
+        with translated(self.repo, self.revision):
+            path = retried(lambda: hf_hub_download(self.repo, name, revision=self.revision, local_dir=self._folder))
         return Path(path)
 
     def parts(self, name: str, parts: Sequence[tuple[int, int]]) -> Path:
@@ -138,7 +138,7 @@ class _Repository:
         path, here = self._folder / name, self._here.setdefault(name, set())
         path.parent.mkdir(parents=True, exist_ok=True)
         missing = [(at, min(at + _PART, end)) for start, end in joined(set(parts) - here) for at in range(start, end, _PART)]
-        with _translated(self.repo, self.revision), ThreadPoolExecutor(_CONNECTIONS) as pool:
+        with translated(self.repo, self.revision), ThreadPoolExecutor(_CONNECTIONS) as pool:
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 os.ftruncate(fd, self.size(name))
@@ -182,25 +182,6 @@ def joined(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-def check_can_push(repo: str) -> None:
-    """Raises HubError unless there is a token that the hub knows."""
-    from huggingface_hub import HfApi
-
-    with _translated(repo, None):
-        _retried(lambda: HfApi().whoami())
-
-
-def push(folder: Path, repo: str) -> str:
-    """Uploads a finished folder to the model repository `repo` and returns its address. Creates the repository if missing."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    with _translated(repo, None):
-        url = _retried(lambda: api.create_repo(repo, repo_type="model", exist_ok=True))
-        _retried(lambda: api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload quantized model"))
-    return str(url)
-
-
 def _is_connection_loss(error: BaseException | None) -> bool:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
@@ -211,7 +192,7 @@ def _is_connection_loss(error: BaseException | None) -> bool:
     return isinstance(error, (HTTPError, ConnectionError, TimeoutError))
 
 
-def _retried(call):
+def retried(call):
     from huggingface_hub.errors import HfHubHTTPError
 
     wait = _BACK_OFF
@@ -228,7 +209,7 @@ def _retried(call):
 
 
 @contextmanager
-def _translated(repo: str, revision: str | None) -> Iterator[None]:
+def translated(repo: str, revision: str | None) -> Iterator[None]:
     """Turns huggingface_hub's exceptions into a HubError: one sentence, and what to do."""
     from huggingface_hub import errors
 

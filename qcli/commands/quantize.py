@@ -149,6 +149,7 @@ def quantize(
         save_statistics=save_statistics,
         settings=pairs(set_),
         on_cluster=cluster is not None,
+        upload=push_to_hub is not None,
     )
     if dry_run and cluster is not None:
         from qcli.quantization.division import summary

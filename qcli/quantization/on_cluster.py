@@ -5,6 +5,7 @@ which all of them see, at the places that the plan says. So the bytes are those 
 that two of them write is the same file. Each has a journal of its own.
 """
 
+import hashlib
 import json
 import socket
 import tempfile
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qcli.checkpoint.hub_upload import Branch
 from qcli.cluster.engine import Engine
 from qcli.cluster.jobs import Told
 from qcli.cluster.pool import Pool, Task
@@ -33,24 +35,33 @@ LATE = 60.0  # seconds that a shared file system may take to show a file that an
 JOB, JOB_WITH_TEXTS = f"{__name__}:ShardJob", "qcli.quantization.texts_on_cluster:QuantizationJob"
 
 
-def specification(plan: Plan, folder: Path, device: str) -> dict[str, Any]:
+def branch_of(plan: Plan, repo: str) -> Branch:
+    """The branch of the repository `repo` that the plan's weight files go to, the same for a run that goes on."""
+    identity = hashlib.sha256(json.dumps(plan.identity, sort_keys=True).encode()).hexdigest()
+    return Branch(repo, f"qcli-{identity[:16]}")
+
+
+def specification(plan: Plan, folder: Path, device: str, branch: Branch | None) -> dict[str, Any]:
     """What a ShardJob is made of."""
     value: dict[str, Any] = to_json(plan)
     if not plan.source.is_hub:
         value["source"]["label"] = str(Path(plan.source.label).absolute())
-    return {"plan": json.dumps(value), "folder": str(folder.absolute()), "device": device, "late": LATE}
+    return {"plan": json.dumps(value), "folder": str(folder.absolute()), "device": device, "late": LATE, "branch": branch}
 
 
 @contextmanager
-def pool(address: str | None, workers: int | None, plan: Plan, staging: Staging, device: str, bar: Bar) -> Iterator[Pool | None]:
-    """The workers of the cluster at `address` for a plan; None without an address."""
+def pool(
+    address: str | None, workers: int | None, plan: Plan, staging: Staging, device: str, branch: Branch | None, bar: Bar
+) -> Iterator[Pool | None]:
+    """The workers of the cluster at `address` for a plan; None without an address. With a `branch` they upload what they write."""
     if address is None:
         yield None
         return
-    spec = specification(plan, staging.folder, device)
+    spec = specification(plan, staging.folder, device, branch)
     job = JOB_WITH_TEXTS if plan.calibration else JOB
     with Engine(address) as engine, Pool(engine, job, spec, workers, gpus=device != "cpu", bar=bar) as found:
-        _greet(found, staging)
+        if branch is None:
+            _greet(found, staging)
         yield found
 
 
@@ -65,18 +76,38 @@ def _greet(pool: Pool, staging: Staging) -> None:
     (staging.state / token).unlink()
 
 
-def execute_on(pool: Pool, plan: Plan, staging: Staging) -> None:
-    """What `execute` does, by the workers of a pool of ShardJobs. Raises what it raises, and ClusterError."""
+def execute_on(pool: Pool, plan: Plan, staging: Staging, branch: Branch | None) -> None:
+    """What `execute` does, by the workers of a pool of ShardJobs. Raises what it raises, ClusterError and HubError."""
     staging.sync()
+    if branch:
+        branch.make()
+        there = branch.sizes(shard.name for shard in plan.shards)
+        lost = {shard.name for shard in plan.shards if there.get(shard.name) != shard.size}
+        for index in [i for i in staging.done if plan.work[i].outputs[0].file in lost]:
+            del staging.done[index]
     left = [work.index for work in plan.work if work.index not in staging.done]
     tasks = [
         Task("shard", (file, [work.index for work in works]), sum(work.info.nbytes for work in works), file)
         for file, works in division(plan, left)
     ]
     for _, done in pool.deal(tasks):
-        staging.done.update({index: ErrorSums(*sums) for index, sums in done})
-    for shard in plan.shards:
+        for index, sums in done:
+            if branch:
+                staging.finish_work(index, ErrorSums(*sums))
+            else:
+                staging.done[index] = ErrorSums(*sums)
+        staging.sync()
+    for shard in plan.shards if branch is None else ():
         _visible(staging.folder / shard.name, "this machine", staging.folder, shard.size)
+
+
+def publish(plan: Plan, staging: Staging, branch: Branch) -> str:
+    """Puts the whole output on the repository's main branch, and drops what was staged here. The repository's address."""
+    files = [str(path.relative_to(staging.folder)) for path in sorted(staging.folder.rglob("*")) if path.is_file()]
+    files = [name for name in files if not name.startswith(f"{STATE}/")]
+    url = branch.publish({shard.name: shard.size for shard in plan.shards}, staging.folder, files)
+    staging.drop()
+    return url
 
 
 class ShardJob:
@@ -86,6 +117,7 @@ class ShardJob:
         self.plan = from_json(json.loads(spec["plan"]))
         self.folder, self.device, self.late = Path(spec["folder"]), pick_device(spec["device"]), spec["late"]
         self.name = f"{Path(JOURNAL).stem}-{uuid.uuid4().hex}.jsonl"
+        self.branch: Branch | None = spec["branch"]
 
     def meet(self, told: Told, token: str) -> tuple[str, str]:
         """Looks for the driver's file in the shared folder, and leaves one there. Returns this machine's name and the file's."""
@@ -99,11 +131,23 @@ class ShardJob:
         return host, seen
 
     def shard(self, told: Told, file: str, indices: list[int]) -> list[tuple[int, tuple[float, float, int]]]:
-        """Writes what `indices` name of the plan's work into `file`. The errors of each."""
-        files = ShardFiles(self.plan, self.folder)
+        """Writes what `indices` name of the plan's work into `file`. The errors of each. With a branch the file is written on this
+        machine's own disk, whole, uploaded, and removed."""
+        if self.branch is None:
+            return self._shard(told, self.folder, file, indices)
+        with tempfile.TemporaryDirectory(prefix="qcli-") as name:
+            folder = Path(name)
+            (folder / STATE).mkdir()
+            whole = [work.index for work in self.plan.work if work.outputs[0].file == file]
+            done = self._shard(told, folder, file, whole)
+            self.branch.add(folder / file)
+            return done
+
+    def _shard(self, told: Told, place: Path, file: str, indices: list[int]) -> list[tuple[int, tuple[float, float, int]]]:
+        files = ShardFiles(self.plan, place)
         files.open_journal(self.name)
         try:
-            if (self.folder / file).exists():
+            if (place / file).exists():
                 files.read_journals()  # a worker died at this file
             wanted = set(indices)
             told.done = sum(self.plan.work[i].info.nbytes for i in wanted & files.done.keys())

@@ -98,6 +98,7 @@ class Plan:
     calibration: Calibration | None = None  # the texts that the methods of some modules need
     allow_nonfinite: bool = False
     disk_bytes: int = 0  # that the run needs beyond what is there already
+    uploads: bool = False  # whether the machines of a cluster upload the weights that they write, and keep none
 
     def check(self) -> None:
         """Raises PlanError if anything stands against this plan."""

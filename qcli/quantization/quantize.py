@@ -40,8 +40,13 @@ def quantize(model: str, output: str | Path | None = None, **options: Any) -> Re
     NonFiniteError. After any of them no folder stands under the final name, and the same call goes on where it stopped.
     """
     running = {name: options.pop(name) for name in ("device", "overwrite", "push_to_hub", "cluster", "workers") if name in options}
-    plan = make_plan(model, output, overwrite=running.get("overwrite", False), on_cluster="cluster" in running, **options)
+    plan = make_plan(model, output, overwrite=running.get("overwrite", False), **_elsewhere(running), **options)
     return run_plan(plan, **running)
+
+
+def _elsewhere(running: Mapping[str, Any]) -> dict[str, bool]:
+    """What make_plan should know of how a plan will be run."""
+    return {"on_cluster": running.get("cluster") is not None, "upload": running.get("push_to_hub") is not None}
 
 
 def make_plan(
@@ -73,6 +78,7 @@ def make_plan(
     save_statistics: str | Path | None = None,
     settings: Mapping[str, object] | None = None,
     on_cluster: bool = False,
+    upload: bool = False,
 ) -> Plan:
     """Decides from headers and config alone what a run would do. Its `problems` hold all that stands against it.
 
@@ -81,7 +87,8 @@ def make_plan(
     decide how weights are rounded, where a method can use them: the first `tokens` tokens of the file `text`, or of the text that
     comes with qcli. A part is held out, and measures the result, unless `check` is false. What the texts say of the model is
     written to the file `save_statistics`, or read from the file `statistics`, which such a run has written. With `on_cluster` the
-    machines of a cluster read the weights, and this one does not.
+    machines of a cluster read the weights, and this one does not. With `upload` they send what they write to the hub: this machine
+    then holds no weights, unless it calibrates.
     """
     options = {
         "double_quant": double_quant,
@@ -175,6 +182,7 @@ def make_plan(
         else:
             problems.append(f"{what} without --calibrate; add it, or leave out --text, --tokens and statistics")
     find_memory(plan)
+    plan.uploads = on_cluster and upload and not plan.calibration
     check_output(plan, overwrite)
     return plan
 
@@ -227,10 +235,12 @@ def run_plan(
 
     started = time.monotonic()
     target = pick_device(device)
+    branch = None
     if push_to_hub:
-        from qcli.checkpoint import hub
+        from qcli.checkpoint import hub_upload
 
-        hub.check_can_push(push_to_hub)
+        hub_upload.check_can_push(push_to_hub)
+        branch = on_cluster.branch_of(plan, push_to_hub) if cluster and plan.uploads else None
     with Staging(plan, overwrite=overwrite) as staging:
         plan.source.download_to(staging.downloads)
         other_files.carry_over(plan, staging)
@@ -238,7 +248,7 @@ def run_plan(
         calibration = None
         with (
             bar_of(progress, plan.source_bytes, done) as bar,
-            on_cluster.pool(cluster, workers, plan, staging, device, bar) as pool,
+            on_cluster.pool(cluster, workers, plan, staging, device, branch, bar) as pool,
         ):
             if plan.calibration:
                 from qcli.quantization.calibration_run import CalibrationRun
@@ -248,7 +258,7 @@ def run_plan(
             if pool is None:
                 execute(plan, staging, target, bar.advance)
             else:
-                on_cluster.execute_on(pool, plan, staging)
+                on_cluster.execute_on(pool, plan, staging, branch)
         if calibration:
             began = time.monotonic()
             calibration.checked = run.check()
@@ -256,10 +266,13 @@ def run_plan(
                 calibration.seconds["check"] = time.monotonic() - began
         kinds, worst, nonfinite = sum_up(plan, staging.done)
         warnings = other_files.write_rest(plan, staging, kinds, nonfinite, calibration)
-        verify(plan, staging.folder)
-        staging.publish()
+        if branch:
+            url = on_cluster.publish(plan, staging, branch)
+        else:
+            verify(plan, staging.folder)
+            staging.publish()
     report = Report(
-        output=str(plan.output),
+        output=branch.repo if branch else str(plan.output),
         method=plan.method_name,
         source_bytes=plan.source_bytes,
         output_bytes=plan.output_bytes,
@@ -275,5 +288,5 @@ def run_plan(
         workers=[] if pool is None else pool.summary(),
     )
     if push_to_hub:
-        report.url = hub.push(plan.output, push_to_hub)
+        report.url = url if branch else hub_upload.push(plan.output, push_to_hub)
     return report

@@ -50,7 +50,8 @@ def check_output(plan: Plan, overwrite: bool) -> None:
     staged = sum(_allocated(final.with_name(final.name + ".partial") / s.name) for s in plan.shards)
     carried = sum(plan.source.place.size(name) for name in plan.source.carried.files)
     waiting = calibration_needs(plan, 1).disk if plan.calibration and plan.calibration.states_on_disk else 0
-    needed = plan.disk_bytes = plan.output_bytes + carried - staged + DISK_RESERVE + plan.source.download_bytes(parent) + waiting
+    weights = 0 if plan.uploads else plan.output_bytes
+    needed = plan.disk_bytes = weights + carried - staged + DISK_RESERVE + plan.source.download_bytes(parent) + waiting
     free = shutil.disk_usage(parent).free
     if needed > free:
         plan.problems.append(

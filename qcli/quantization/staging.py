@@ -103,6 +103,12 @@ class Staging(ShardFiles):
         except OSError as e:
             raise self._full(e, name) from e
 
+    def drop(self) -> None:
+        """Removes OUT.partial: what it was for stands elsewhere."""
+        self.close()
+        self._published = True
+        shutil.rmtree(self.folder)
+
     def publish(self) -> None:
         """Drops the journal and renames OUT.partial to OUT; what stood there before goes only then."""
         self.close()

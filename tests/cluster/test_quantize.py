@@ -144,9 +144,7 @@ def test_a_folder_that_workers_do_not_see(ray_cluster, whole, tmp_path, monkeypa
     """The driver looks for the files of workers in another place than they write to."""
     monkeypatch.setattr(on_cluster, "LATE", 0.3)
     found = on_cluster.specification
-    monkeypatch.setattr(
-        on_cluster, "specification", lambda plan, folder, device: found(plan, tmp_path / "elsewhere.partial", device)
-    )
+    monkeypatch.setattr(on_cluster, "specification", lambda plan, folder, *rest: found(plan, tmp_path / "elsewhere.partial", *rest))
     (tmp_path / "elsewhere.partial" / ".qcli").mkdir(parents=True)
     with pytest.raises(ClusterError, match="does not see in .* what the others write there"):
         qcli.quantize(str(whole / "model"), tmp_path / "out", settings=SETTINGS, cluster=ray_cluster.address)
