@@ -85,7 +85,8 @@ def calibrate(
     found = found or Calibrated(tokens=sum(len(window.ids) for window in windows))
     with Crew(skeleton.device) as crew:
         texts = make_batches([window.ids for window in windows], None)  # not padded: statistics are of tokens of the text alone
-        elsewhere = pool and TextsOnCluster(pool, plan, texts, str(skeleton.dtype).removeprefix("torch."))
+        dtype = str(skeleton.dtype).removeprefix("torch.")
+        elsewhere = TextsOnCluster(pool, plan, texts, dtype) if pool else None
         blocks = _Blocks(plan, staging, skeleton, crew, found, advance, elsewhere)
         if not blocks.last:
             return found

@@ -159,9 +159,9 @@ def place_outputs(planned: list[Planned], max_shard_size: int, format: Format) -
         together.append([spec for spec in each.specs if spec not in beside])
     sizes = [sum(spec.nbytes for spec in specs) for specs in together]
     groups: list[list[TensorSpec]] = [[]]
-    starts = set(evenly(sizes, max_shard_size))
+    beginnings = set(evenly(sizes, max_shard_size))
     for number, specs in enumerate(together):
-        if number in starts:
+        if number in beginnings:
             groups.append([])
         groups[-1] += specs
     # A file named model.safetensors would be preferred to an index, and an index has to leave out what lies apart.

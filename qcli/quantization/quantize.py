@@ -39,14 +39,11 @@ def quantize(model: str, output: str | Path | None = None, **options: Any) -> Re
     Raises QcliError kinds: UsageError for options, PlanError for every problem that headers show, CheckpointError, HubError,
     NonFiniteError. After any of them no folder stands under the final name, and the same call goes on where it stopped.
     """
-    running = {name: options.pop(name) for name in ("device", "overwrite", "push_to_hub", "cluster", "workers") if name in options}
-    plan = make_plan(model, output, overwrite=running.get("overwrite", False), **_elsewhere(running), **options)
+    names = ("device", "overwrite", "push_to_hub", "cluster", "workers")
+    running: dict[str, Any] = {name: options.pop(name) for name in names if name in options}
+    options |= {"on_cluster": running.get("cluster") is not None, "upload": running.get("push_to_hub") is not None}
+    plan = make_plan(model, output, overwrite=running.get("overwrite", False), **options)
     return run_plan(plan, **running)
-
-
-def _elsewhere(running: Mapping[str, Any]) -> dict[str, bool]:
-    """What make_plan should know of how a plan will be run."""
-    return {"on_cluster": running.get("cluster") is not None, "upload": running.get("push_to_hub") is not None}
 
 
 def make_plan(
