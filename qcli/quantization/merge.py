@@ -28,7 +28,8 @@ from qcli.quantization.adapter_base import base_of, original_of, quantized_as_re
 from qcli.quantization.dequantize import write_rest
 from qcli.quantization.execute import execute
 from qcli.quantization.merging import Merging, merging_tasks, plan_merging
-from qcli.quantization.room import check_output, make_plan, run_plan
+from qcli.quantization.quantize import make_plan, run_plan
+from qcli.quantization.room import check_output
 from qcli.quantization.staging import Staging, exists_error
 
 ONTO = ("quantized", "original")

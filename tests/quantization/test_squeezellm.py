@@ -14,7 +14,8 @@ import qcli
 from qcli.errors import NonFiniteError, UsageError
 from qcli.methods import make
 from qcli.quantization import by_gradients, shard_files, staging
-from qcli.quantization.room import calibration_memory, make_plan
+from qcli.quantization.quantize import make_plan
+from qcli.quantization.room import calibration_memory
 from qcli.recipe import Choice, Recipe
 from qcli.runtime import cpu
 from qcli.schemes import NAMED

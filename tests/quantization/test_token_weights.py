@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 import qcli
 from qcli.quantization import shard_files, staging
-from qcli.quantization.room import calibration_memory, make_plan
+from qcli.quantization.quantize import make_plan
+from qcli.quantization.room import calibration_memory
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, make_model
 from tests.quantization.test_calibrated import STORY, digest
