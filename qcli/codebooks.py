@@ -103,8 +103,21 @@ def _dynamic_thresholds() -> np.ndarray:
     return np.where(nearest > exact, np.nextafter(nearest, np.float32(-np.inf)), nearest)
 
 
+def _dynamic_lines() -> np.ndarray:
+    """See DYNAMIC_LINES."""
+    positive, lines = DYNAMIC_MAP[127:].astype(np.float64), np.zeros((2, 16))
+    for e in range(8):
+        first, last = positive[2**e], positive[min(2 ** (e + 1), len(positive)) - 1]
+        slope = (last - first) / max(2**e - 1, 1) if e < 7 else 0.0
+        lines[:, e + 1] = first - slope * 2**e, slope / 4
+    return lines.astype(np.float32)
+
+
 DYNAMIC_MAP = _dynamic_map()
 DYNAMIC_THRESHOLDS = _dynamic_thresholds()
+# The map as lines: starts and slopes, [2, 16]. Entry 127 is 0. The p-th entries on both sides of it, for p from 2^e up to
+# 2^(e+1), are +-(start + slope 4 p), with the start and the slope at e + 1: the low four bits of the exponent of 4 p in float32.
+DYNAMIC_LINES = _dynamic_lines()
 
 
 def _e8m0() -> np.ndarray:

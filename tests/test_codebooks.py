@@ -31,6 +31,15 @@ def test_order_ascends(quant_type):
     assert (np.diff(codebooks.THRESHOLDS[quant_type]) > 0).all()
 
 
+def test_lines_of_the_dynamic_map():
+    """As a kernel reads them, against bitsandbytes' map."""
+    theirs = bitsandbytes.functional.create_dynamic_map().numpy().astype(np.float64)
+    x = np.float32(4) * (np.arange(256, dtype=np.float32) - 127)
+    starts, slopes = codebooks.DYNAMIC_LINES[:, x.view(np.int32) >> 23 & 15].astype(np.float64)
+    values = np.sign(x) * starts + slopes * x
+    assert (np.abs(values - theirs) <= 2.0**-20 * np.abs(theirs)).all()
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_zero_code_is_zero(quant_type):
     assert codebooks.CODEBOOKS[quant_type][codebooks.ZERO_CODE[quant_type]] == 0

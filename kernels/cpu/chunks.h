@@ -1,7 +1,7 @@
 // x in chunks of 128, for the products of few tokens with 4-bit and 8-bit weights.
 //
 // It is float32. For 4-bit weights with the compute dtype bfloat16 it is 16-bit integers, because decoding, not memory, is the
-// limit there: codes in steps of 1 / 8064, x of each 64 or 128 elements in steps of their largest magnitude / 32767. Half a step of a
+// limit there: codes in steps of 1 / 8064, x of each 64 to 1024 elements in steps of their largest magnitude / 32767. Half a step of a
 // code is finer than bfloat16's rounding of it. The steps of x cost no more than that once outliers are taken out: elements of more
 // than kOutlier times the mean magnitude of the rest. They are multiplied in float32, apart, as LLM.int8() does with columns.
 //
@@ -89,47 +89,62 @@ QCLI_INLINE Codes16 codes_of(const float* code, float scale) {
   return codes16(entries);
 }
 
-// x [rows, k] in 16-bit integers, in the order of codes after look-up, with one step size per kBlock elements and zeros up to whole
-// blocks; and if they are asked for, the sums of x in each lane of a register, for blocks of kWide elements.
-template <class Order, int kBlock = kWide>
+// Which element of a block each place has.
+template <class Order, int kBlock>
+struct Places {
+  uint16_t word[kBlock];
+  constexpr Places() : word() {
+    for (int place = 0; place < kBlock; place++) word[place] = uint16_t(Order::word_at(place));
+  }
+};
+
+// x [rows, k] in 16-bit integers, in the order of codes after look-up, with zeros up to whole blocks of kBlock elements and one step
+// size per kSame elements; and if they are asked for, the sums of x in each lane of a register, for blocks of kWide elements.
+template <class Order, int kBlock = kWide, int kSame = kBlock>
 class Integers {
  public:
   template <class T>
   Integers(const T* x, int64_t rows, int64_t k, bool with_sums = false)
-      : padded_(divide_up(k, kBlock) * kBlock),
+      : k_(k),
+        padded_(divide_up(k, kBlock) * kBlock),
         most_(8 + k / 64),
         values_(2 * rows * padded_),
-        steps_(4 * rows * (padded_ / kBlock)),
+        steps_(4 * rows * divide_up(k, kSame)),
         sums_(with_sums ? rows * padded_ / 2 : 0),
         outliers_(rows * (8 + most_ * int64_t(sizeof(Outlier)))) {
     int16_t* to = values_.as<int16_t>();
     float* step = steps_.as<float>();
     float* sum = sums_.as<float>();
-    float some[kBlock];
+    static constexpr Places<Order, kBlock> kPlaces;
+    float some[kSame];
     int32_t rounded_x[kBlock];
     for (int64_t t = 0; t < rows; t++, x += k) {
       count(t) = 0;
-      for (int64_t i = 0; i < k; i += kBlock, to += kBlock) {
-        widen<kBlock>(x + i, k - i, some);
-        const float largest = without_outliers(some, smaller<int64_t>(kBlock, k - i), t, i);
+      for (int64_t i = 0; i < k; i += kSame) {
+        const int64_t size = smaller<int64_t>(kSame, k - i), blocks = divide_up(size, kBlock);
+        widen<kSame>(x + i, size, some);
+        const float largest = without_outliers(some, size, t, i);
         if (!usable_) return;
         const F32x16 scale = all(largest > 0 ? kSteps / largest : 0.0f);
-        for (int j = 0; j < kBlock; j += 16) store_ints(rounded_x + j, rounded(load(some + j) * scale));
-        for (int place = 0; place < kBlock; place++) to[place] = int16_t(rounded_x[Order::word_at(place)]);
         *step++ = largest / (kSteps * kCodeSteps);
-        if (!with_sums) continue;
-        for (int lane = 0; lane < kBlock / 8; lane++) {
-          int32_t total = 0;
-          for (int j = 0; j < 4; j++) total += to[j * (kBlock / 4) + 2 * lane] + to[j * (kBlock / 4) + 2 * lane + 1];
-          *sum++ = float(total) * (largest / kSteps);
+        for (const float* block = some; block < some + blocks * kBlock; block += kBlock, to += kBlock) {
+          for (int j = 0; j < kBlock; j += 16) store_ints(rounded_x + j, rounded(load(block + j) * scale));
+          place_words<kBlock>(rounded_x, kPlaces.word, to);
+          if (!with_sums) continue;
+          for (int lane = 0; lane < kBlock / 8; lane++) {
+            int32_t total = 0;
+            for (int j = 0; j < 4; j++) total += to[j * (kBlock / 4) + 2 * lane] + to[j * (kBlock / 4) + 2 * lane + 1];
+            *sum++ = float(total) * kCodeSteps;
+          }
         }
       }
     }
   }
   bool usable() const { return usable_; }  // false with many outliers, NaN, infinity or extreme magnitudes
   const int16_t* at(int64_t t, int64_t i) const { return values_.as<int16_t>() + t * padded_ + i; }
-  // What the sums of the integer products are multiplied by, one for each kBlock elements.
-  const float* steps(int64_t t) const { return steps_.as<float>() + t * padded_ / kBlock; }
+  // What the sums of the integer products are multiplied by, one for each kSame elements.
+  const float* steps(int64_t t) const { return steps_.as<float>() + t * divide_up(k_, kSame); }
+  // In the unit of those sums.
   const float* sums(int64_t t) const { return sums_.as<float>() + t * padded_ / 8; }
   int64_t padded() const { return padded_; }
   int64_t outliers(int64_t t) const { return of_token(t)[0]; }
@@ -139,12 +154,12 @@ class Integers {
   int64_t* of_token(int64_t t) const { return outliers_.as<int64_t>() + t * (1 + most_ * int64_t(sizeof(Outlier)) / 8); }
   int64_t& count(int64_t t) { return of_token(t)[0]; }
 
-  // Takes outliers out of kBlock elements that begin at i of token t. Returns the largest of the other magnitudes.
+  // Takes outliers out of kSame elements that begin at i of token t. Returns the largest of the other magnitudes.
   QCLI_INLINE float without_outliers(float* some, int64_t size, int64_t t, int64_t i) {
     for (;;) {
-      const float largest = absmax_of(some, kBlock);
+      const float largest = absmax_of(some, kSame);
       F32x16 sum = all(0.0f);
-      for (int j = 0; j < kBlock; j += 16) sum = sum + magnitudes(load(some + j));
+      for (int j = 0; j < kSame; j += 16) sum = sum + magnitudes(load(some + j));
       const float others = (sum_lanes(sum) - largest) / float(larger<int64_t>(size - 1, 1));
       if (largest == 0) return largest;
       usable_ &= largest > 1e-30f && largest < 1e30f;  // false for NaN
@@ -158,7 +173,7 @@ class Integers {
     }
   }
 
-  int64_t padded_, most_;
+  int64_t k_, padded_, most_;
   Scratch values_, steps_, sums_, outliers_;
   bool usable_ = true;
 };

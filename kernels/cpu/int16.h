@@ -13,8 +13,9 @@ namespace {
 
 constexpr int kWide = 128;
 
+// Codes, and those from the next byte on: a load costs less than a shift, whose port look-ups need.
 struct Packed {
-  __m512i v;
+  __m512i v, next;
 };
 struct Words {
   __m512i v;
@@ -34,15 +35,33 @@ QCLI_INLINE Codes16 codes16(const int16_t* entries) {
 }
 // The element of a register's codes in word w of vector j.
 constexpr int element_of(int j, int w) { return 4 * w + (j ^ 1); }
-QCLI_INLINE Packed load_packed(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+QCLI_INLINE Packed load_packed(const uint8_t* p) { return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 1)}; }
 // Vectors kHalf and kHalf + 2.
 template <int kHalf>
 QCLI_INLINE void look_up_half(const Codes16& codes, Packed packed, Words (&weights)[2]) {
   weights[0].v = _mm512_permutexvar_epi16(kHalf ? _mm512_srli_epi32(packed.v, 4) : packed.v, codes.v);
-  weights[1].v = _mm512_permutexvar_epi16(_mm512_srli_epi32(packed.v, kHalf ? 12 : 8), codes.v);
+  weights[1].v = _mm512_permutexvar_epi16(kHalf ? _mm512_srli_epi32(packed.next, 4) : packed.next, codes.v);
 }
 QCLI_INLINE Words load_words(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
 QCLI_INLINE void store_words(int16_t* p, Words x) { _mm512_storeu_si512(p, x.v); }
+// to[i] = from[index[i]], in 16 bits.
+template <int kCount>
+QCLI_INLINE void place_words(const int32_t* from, const uint16_t* index, int16_t* to) {
+  if (kCount != 128) {
+    for (int i = 0; i < kCount; i++) to[i] = int16_t(from[index[i]]);
+    return;
+  }
+  __m512i words[4];
+  for (int j = 0; j < 4; j++) {
+    const __m256i low = _mm512_cvtepi32_epi16(_mm512_loadu_si512(from + 32 * j));
+    words[j] = _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm512_cvtepi32_epi16(_mm512_loadu_si512(from + 32 * j + 16)), 1);
+  }
+  for (int j = 0; j < 4; j++) {
+    const __m512i at = _mm512_loadu_si512(index + 32 * j);
+    const __m512i first = _mm512_permutex2var_epi16(words[0], at, words[1]), second = _mm512_permutex2var_epi16(words[2], at, words[3]);
+    _mm512_storeu_si512(to + 32 * j, _mm512_mask_blend_epi16(_mm512_test_epi16_mask(at, _mm512_set1_epi16(64)), first, second));
+  }
+}
 QCLI_INLINE Sums dot(Words a, Words b) { return {_mm512_madd_epi16(a.v, b.v)}; }
 // Adds a[2l] b[2l] + a[2l + 1] b[2l + 1] to lane l.
 QCLI_INLINE Sums add_dot(Sums sum, Words a, Words b) {
@@ -108,6 +127,10 @@ QCLI_INLINE void look_up_half(const Codes16& codes, Packed packed, Words (&weigh
 }
 QCLI_INLINE Words load_words(const int16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 QCLI_INLINE void store_words(int16_t* p, Words x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v); }
+template <int kCount>
+QCLI_INLINE void place_words(const int32_t* from, const uint16_t* index, int16_t* to) {
+  for (int i = 0; i < kCount; i++) to[i] = int16_t(from[index[i]]);
+}
 QCLI_INLINE Sums dot(Words a, Words b) { return {_mm256_madd_epi16(a.v, b.v)}; }
 QCLI_INLINE Sums add_dot(Sums sum, Words a, Words b) { return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))}; }
 QCLI_INLINE Lanes no_lanes() { return {_mm256_setzero_ps()}; }

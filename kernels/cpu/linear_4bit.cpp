@@ -49,7 +49,7 @@ void linear_in_chunks(const X& x, int64_t tokens, const Weight& w, T* y, int thr
   const int64_t k = w.k, bytes = w.out_features * k / 2, grain = divide_up(w.out_features, kPieces * larger(threads, 1));
   parallel(w.out_features, grain, threads, [=, &w, &x](int64_t first, int64_t last) {
     const int64_t apart = divide_up(last - first, kRows), room = Scales::room(w);
-    const Scratch scratch(4 * kRows * room + x.padded() / 2);
+    const Scratch scratch(4 * kRows * room + x.padded() / 2 + kBeyond);
     uint8_t* const copy = reinterpret_cast<uint8_t*>(scratch.as<float>() + kRows * room);
     Scales scales[kRows] = {
         {w, kScaling, scratch.as<float>()},
@@ -63,9 +63,9 @@ void linear_in_chunks(const X& x, int64_t tokens, const Weight& w, T* y, int thr
       for (int64_t n = i; n < last; n += apart, count++) {
         const int64_t start = n * k;
         const float* own = scales[count].of_row(n, smaller(last, first + (count + 1) * apart));
-        rows[count] = {w.packed + start / 2, own, scales[count].offsets_of_row(n), kScaling == Scaling::kOne ? start % w.block_size : 0};
+        rows[count] = {w.packed + start / 2, own, scales[count].offsets_of_row(n)};
         // The load of the last chunk must stay within the weight.
-        if ((start + x.padded()) / 2 > bytes) rows[count].packed = static_cast<uint8_t*>(memcpy(copy, rows[count].packed, k / 2));
+        if ((start + x.padded()) / 2 + kBeyond > bytes) rows[count].packed = static_cast<uint8_t*>(memcpy(copy, rows[count].packed, k / 2));
       }
       for (int64_t t = 0; t < tokens; t += kTokens) {
         const int some = int(smaller<int64_t>(kTokens, tokens - t));

@@ -65,7 +65,7 @@ void products_of_decoded(const int16_t* decoded, const Lanes* scales, int64_t pa
         for (int s = 0; s < kT; s++) some[s] = add_dot(some[s], weights, load_words(tokens[s].values + i + j * (kWide / 4)));
       }
       const Lanes scale = scales[r * (padded / kWide) + i / kWide];
-      for (int s = 0; s < kT; s++) totals[r][s] = add_scaled(totals[r][s], some[s], times(scale, tokens[s].steps[i / kWide]));
+      for (int s = 0; s < kT; s++) totals[r][s] = add_scaled(totals[r][s], some[s], times(scale, tokens[s].steps[i / kSameStep]));
     }
   }
   for (int r = 0; r < kManyRows; r++) {
@@ -79,7 +79,7 @@ void linear_of_many(const Int16& x, int64_t tokens, const Weight& w, T* y, int t
   const int64_t grain = larger<int64_t>(1, divide_up(groups, 4 * larger(threads, 1)));
   parallel(groups, grain, threads, [=, &w, &x](int64_t first, int64_t last) {
     const int64_t n_scales = padded / kWide;
-    const Scratch scratch(4 * Scales::room(w) + kManyRows * (2 * padded + int64_t(sizeof(Lanes)) * n_scales + padded / 2));
+    const Scratch scratch(4 * Scales::room(w) + kManyRows * (2 * padded + int64_t(sizeof(Lanes)) * n_scales + padded / 2 + kBeyond));
     Lanes* const lanes = scratch.as<Lanes>();
     int16_t* const decoded = reinterpret_cast<int16_t*>(lanes + kManyRows * n_scales);
     float* const of_scales = reinterpret_cast<float*>(decoded + kManyRows * padded);
@@ -91,10 +91,10 @@ void linear_of_many(const Int16& x, int64_t tokens, const Weight& w, T* y, int t
       Row rows[kManyRows];
       for (int r = 0; r < kManyRows; r++) {
         const int64_t row = n + smaller(r, count - 1), start = row * k;  // a row that is not there is another one
-        rows[r] = {w.packed + start / 2, nullptr, nullptr, kScaling == Scaling::kOne ? start % w.block_size : 0};
+        rows[r] = {w.packed + start / 2, nullptr, nullptr};
         // The load of the last codes must stay within the weight.
-        if ((start + padded) / 2 > bytes) {
-          rows[r].packed = static_cast<uint8_t*>(memcpy(copies + r * (padded / 2), rows[r].packed, k / 2));
+        if ((start + padded) / 2 + kBeyond > bytes) {
+          rows[r].packed = static_cast<uint8_t*>(memcpy(copies + r * (padded / 2 + kBeyond), rows[r].packed, k / 2));
         }
       }
       // The scales of a row may be overwritten when those of a later one are decoded, so each row's are used at once.

@@ -77,7 +77,8 @@ QCLI_INLINE I32x16 nibbles(const uint8_t* p) {
 }
 template <int kBits>
 QCLI_INLINE Packed packed_nibbles(const uint8_t* p) {
-  return {nibbles_of_two<kBits>(p)};
+  const __m512i codes = nibbles_of_two<kBits>(p);
+  return {codes, _mm512_srli_epi32(codes, 8)};
 }
 template <int kBits>
 QCLI_INLINE void store_nibbles(const uint8_t* p, uint8_t* to) {

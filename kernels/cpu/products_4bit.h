@@ -5,7 +5,8 @@
 
 namespace {
 
-constexpr int64_t kAhead = 1024;  // bytes
+constexpr int64_t kAhead = 2048;  // bytes
+constexpr int64_t kBeyond = 1;    // bytes that may be read behind a row
 
 // Tokens share decoded weights and rows share loaded x, as far as registers allow. Rows that are multiplied together are far apart,
 // so memory fetches as many streams at once.
@@ -19,8 +20,9 @@ QCLI_INLINE I32x16 load_chunk(const uint8_t* p) {
 
 using Floats = Float32<NibbleOrder>;
 #if defined(QCLI_INT16_PRODUCTS)
+constexpr int kSameStep = 1024;  // elements of x: a product for each step costs time where there are many
 // x, and the table of codes.
-class Int16 : public Integers<NibbleOrder> {
+class Int16 : public Integers<NibbleOrder, kWide, kSameStep> {
  public:
   template <class T>
   Int16(const T* x, int64_t rows, const Weight& w)
@@ -63,6 +65,23 @@ QCLI_INLINE void add(Table16 table, const I32x16* chunk, const Floats& x, int64_
   }
 }
 
+// The chunk at i of kR rows times kT tokens from t on.
+template <int kT, int kR, Scaling kScaling, bool kWhole>
+QCLI_INLINE void add_chunk(const Weight& w, const Row* rows, Table16 table, const Floats& x, int64_t t, int64_t i, F32x16 (*totals)[kT]) {
+  I32x16 chunk[kR];
+  F32x16 scales[kR];
+  for (int r = 0; r < kR; r++) {
+    chunk[r] = load_chunk(rows[r].packed + i / 2);
+    scales[r] = rows[r].of_chunk<kScaling, kWhole>(w, rows[r].scales, i);
+  }
+  add<kT, kR>(table, chunk, x, t, i, scales, totals);
+  if (!w.zero) return;
+  for (int r = 0; r < kR; r++) {
+    const F32x16 offsets = rows[r].of_chunk<kScaling, kWhole>(w, rows[r].offsets, i);
+    for (int s = 0; s < kT; s++) totals[r][s] = fused(load(x.sums(t + s, i)), offsets, totals[r][s]);
+  }
+}
+
 // kR rows times kT tokens from t on: sums[r][s].
 template <int kT, int kR, Scaling kScaling>
 void products(const Weight& w, const Row* rows, const Floats& x, int64_t t, float (*sums)[kTokens]) {
@@ -71,23 +90,9 @@ void products(const Weight& w, const Row* rows, const Floats& x, int64_t t, floa
   for (int r = 0; r < kR; r++) {
     for (int s = 0; s < kT; s++) totals[r][s] = all(0.0f);
   }
-  const auto step = [&](int64_t i) {
-    I32x16 chunk[kR];
-    F32x16 scales[kR];
-    for (int r = 0; r < kR; r++) {
-      chunk[r] = load_chunk(rows[r].packed + i / 2);
-      scales[r] = rows[r].of_chunk<kScaling>(w, rows[r].scales, i);
-    }
-    add<kT, kR>(table, chunk, x, t, i, scales, totals);
-    if (!w.zero) return;
-    for (int r = 0; r < kR; r++) {
-      const F32x16 offsets = rows[r].of_chunk<kScaling>(w, rows[r].offsets, i);
-      for (int s = 0; s < kT; s++) totals[r][s] = fused(load(x.sums(t + s, i)), offsets, totals[r][s]);
-    }
-  };
-  const int64_t whole = w.k / kChunk * kChunk;
-  for (int64_t i = 0; i < whole; i += kChunk) step(i);
-  if (whole < w.k) step(whole);
+  int64_t i = 0;
+  for (; i + kChunk <= w.k; i += kChunk) add_chunk<kT, kR, kScaling, true>(w, rows, table, x, t, i, totals);
+  if (i < w.k) add_chunk<kT, kR, kScaling, false>(w, rows, table, x, t, i, totals);
   for (int r = 0; r < kR; r++) {
     for (int s = 0; s < kT; s++) sums[r][s] = sum_lanes(totals[r][s]);
   }
@@ -101,8 +106,8 @@ float outliers_of(const Weight& w, const Row& row, const Int16& x, int64_t t) {
   for (int64_t o = 0; o < x.outliers(t); o++) {
     const Outlier each = x.outlier(t, o);
     const int code = row.packed[each.i / 2] >> (each.i % 2 ? 0 : 4) & 15;
-    sum += each.value * w.code[code] * row.template scale_of<kScaling>(w, each.i);
-    if (w.zero) sum += each.value * row.offsets[row.template block_of<kScaling>(w, each.i)];
+    sum += each.value * w.code[code] * row.scales[row.template block_of<kScaling>(each.i)];
+    if (w.zero) sum += each.value * row.offsets[row.template block_of<kScaling>(each.i)];
   }
   return sum;
 }
@@ -111,15 +116,12 @@ float outliers_of(const Weight& w, const Row& row, const Int16& x, int64_t t) {
 template <Scaling kScaling, bool kWhole>
 QCLI_INLINE Lanes of_lanes(const Weight& w, const Row& row, const float* values, int64_t i) {
 #if defined(__AVX512F__)
-  if (kScaling == Scaling::kEighths) return {row.of_chunk<kScaling>(w, values, i).v};
-#endif
+  return {row.of_chunk<kScaling, kWhole>(w, values, i).v};
+#else
   float q[kWide / 32];
   for (int j = 0; j < kWide / 32; j++) {
-    q[j] = kWhole || i + 32 * j < w.k ? values[row.block_of<kScaling>(w, i + 32 * j)] : 0.0f;
+    q[j] = kWhole || i + 32 * j < w.k ? values[row.block_of<kScaling>(i + 32 * j)] : 0.0f;
   }
-#if defined(__AVX512F__)
-  return kWhole && kScaling == Scaling::kOne ? lanes_of(q[0]) : lanes_of(q[0], q[1], q[2], q[3]);
-#else
   return kWhole && kScaling != Scaling::kQuarters ? lanes_of(q[0]) : lanes_of(q[0], q[1]);
 #endif
 }
@@ -132,8 +134,8 @@ struct Token {
 };
 
 // One register of codes of kR rows at i.
-template <int kT, int kR, Scaling kScaling, bool kWhole>
-QCLI_INLINE void add_wide(const Weight& w, const Row (&rows)[kR], const Token (&tokens)[kT], const Codes16& codes, int64_t i,
+template <int kT, int kR, Scaling kScaling, bool kZero, bool kWhole>
+QCLI_INLINE void add_wide(const Weight& w, const Row* rows, const Token (&tokens)[kT], const Codes16& codes, int64_t i,
                           Lanes (&totals)[kR][kT]) {
   for (int r = 0; r < kR; r++) {
     const uint8_t* p = rows[r].packed + i / 2;
@@ -151,35 +153,53 @@ QCLI_INLINE void add_wide(const Weight& w, const Row (&rows)[kR], const Token (&
     for (int s = 0; s < kT; s++) {
       const int16_t* values = tokens[s].values + i + kWide / 4;
       sums[s] = add_dot(add_dot(sums[s], weights[0], load_words(values)), weights[1], load_words(values + kWide / 2));
-      totals[r][s] = add_scaled(totals[r][s], sums[s], times(scales, tokens[s].steps[i / kWide]));
+      totals[r][s] = add_scaled(totals[r][s], sums[s], scales);
     }
-    if (!w.zero) continue;
+    if (!kZero) continue;
     const Lanes offsets = of_lanes<kScaling, kWhole>(w, rows[r], rows[r].offsets, i);
     for (int s = 0; s < kT; s++) totals[r][s] = add_product(totals[r][s], load_lanes(tokens[s].sums + i / 8), offsets);
   }
 }
 
-template <int kT, int kR, Scaling kScaling>
-void products(const Weight& w, const Row* all_rows, const Int16& x, int64_t t, float (*sums)[kTokens]) {
+template <int kT, int kR, Scaling kScaling, bool kZero>
+void integer_products(const Weight& w, const Row* rows, const Int16& x, int64_t t, float (*sums)[kTokens]) {
   const Codes16 codes = x.codes();
-  Row rows[kR];
   Token tokens[kT];
   Lanes totals[kR][kT];
-  for (int r = 0; r < kR; r++) rows[r] = all_rows[r];
   for (int s = 0; s < kT; s++) tokens[s] = {x.at(t + s, 0), x.steps(t + s), x.sums(t + s)};
   for (int r = 0; r < kR; r++) {
     for (int s = 0; s < kT; s++) totals[r][s] = no_lanes();
   }
-  const int64_t k = w.k;
-  int64_t i = 0;
-  for (; i + kWide <= k; i += kWide) add_wide<kT, kR, kScaling, true>(w, rows, tokens, codes, i, totals);
-  if (i < k) add_wide<kT, kR, kScaling, false>(w, rows, tokens, codes, i, totals);
+  for (int64_t i = 0; i < w.k;) {
+    Lanes some[kR][kT];  // in steps of x
+    for (int r = 0; r < kR; r++) {
+      for (int s = 0; s < kT; s++) some[r][s] = no_lanes();
+    }
+    const int64_t step = i / kSameStep, end = smaller(w.k, i + kSameStep);
+    for (; i + kWide <= end; i += kWide) add_wide<kT, kR, kScaling, kZero, true>(w, rows, tokens, codes, i, some);
+    if (i < end) {
+      add_wide<kT, kR, kScaling, kZero, false>(w, rows, tokens, codes, i, some);
+      i = end;
+    }
+    for (int r = 0; r < kR; r++) {
+      for (int s = 0; s < kT; s++) totals[r][s] = add_product(totals[r][s], some[r][s], lanes_of(tokens[s].steps[step]));
+    }
+  }
   for (int r = 0; r < kR; r++) {
     for (int s = 0; s < kT; s++) sums[r][s] = sum_lanes(totals[r][s]);
   }
   for (int s = 0; s < kT; s++) {
     if (!x.outliers(t + s)) continue;
     for (int r = 0; r < kR; r++) sums[r][s] += outliers_of<kScaling>(w, rows[r], x, t + s);
+  }
+}
+
+template <int kT, int kR, Scaling kScaling>
+void products(const Weight& w, const Row* rows, const Int16& x, int64_t t, float (*sums)[kTokens]) {
+  if (w.zero) {
+    integer_products<kT, kR, kScaling, true>(w, rows, x, t, sums);
+  } else {
+    integer_products<kT, kR, kScaling, false>(w, rows, x, t, sums);
   }
 }
 #endif

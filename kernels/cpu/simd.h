@@ -156,6 +156,11 @@ QCLI_INLINE float sum_lanes(F32x16 x) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 QCLI_INLINE F32x16 magnitudes(F32x16 x) { return {_mm512_abs_ps(x.v)}; }
+// x with its sign turned in the lanes where `sign` is negative.
+QCLI_INLINE F32x16 turned(F32x16 x, F32x16 sign) {
+  const __m512i bit = _mm512_set1_epi32(INT32_MIN);
+  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(x.v), _mm512_castps_si512(sign.v), bit, 0x78))};
+}
 
 #elif defined(__AVX2__)
 
@@ -315,6 +320,10 @@ QCLI_INLINE float sum_lanes(F32x16 x) {
 QCLI_INLINE F32x16 magnitudes(F32x16 x) {
   const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   return {_mm256_and_ps(x.a, mask), _mm256_and_ps(x.b, mask)};
+}
+QCLI_INLINE F32x16 turned(F32x16 x, F32x16 sign) {
+  const __m256 bit = _mm256_set1_ps(-0.0f);
+  return {_mm256_xor_ps(x.a, _mm256_and_ps(sign.a, bit)), _mm256_xor_ps(x.b, _mm256_and_ps(sign.b, bit))};
 }
 
 #else
@@ -485,6 +494,10 @@ QCLI_INLINE float sum_lanes(F32x16 x) {
     for (int i = 0; i < width; i++) x.v[i] += x.v[i + width];
   }
   return x.v[0];
+}
+QCLI_INLINE F32x16 turned(F32x16 x, F32x16 sign) {
+  QCLI_LANES(i) x.v[i] = sign.v[i] < 0 ? -x.v[i] : x.v[i];
+  return x;
 }
 
 #endif

@@ -54,7 +54,7 @@ def _most_tokens(compute_dtype: torch.dtype, plain: bool) -> int:
 
 
 _CODES = {quant_type: cpu.address(code) for quant_type, code in codebooks.CODEBOOKS.items()}
-_MAP = cpu.address(codebooks.DYNAMIC_MAP)
+_LINES = cpu.address(codebooks.DYNAMIC_LINES)
 _SMALL = {torch.float8_e4m3fn: 3, torch.float8_e8m0fnu: 4, torch.uint8: 0}  # dtypes of absmax, by their numbers in kernels
 
 
@@ -102,7 +102,7 @@ class Prepared4bit:
             "ppppppp" + "qqqq" + "iffi",
             packed,
             absmax,
-            _MAP if nested else None,
+            _LINES if nested else None,
             nested_absmax if nested else None,
             zero_point,
             _CODES[quant_type],
