@@ -75,7 +75,7 @@ class ShardFiles:
         try:
             self._journal = os.open(self.state / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as e:
-            raise self._full(e, name) from e
+            raise self.cannot_write(e, name) from e
         self._files[name] = self._journal
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class ShardFiles:
                 os.ftruncate(fd, shard.size)
                 self._pwrite(fd, shard.header, 0)
             except OSError as e:
-                raise self._full(e, shard.name) from e
+                raise self.cannot_write(e, shard.name) from e
             self._dirty.add(shard.name)
 
     def write(self, file: str, offset: int, data: bytes | memoryview) -> None:
@@ -134,7 +134,7 @@ class ShardFiles:
         try:
             self._pwrite(self._files[file], data, offset)
         except OSError as e:
-            raise self._full(e, file) from e
+            raise self.cannot_write(e, file) from e
         self._note_written(file, len(data))
 
     def _note_written(self, file: str, count: int) -> None:
@@ -155,7 +155,7 @@ class ShardFiles:
                 if os.pwrite(fd, flat[start : start + row], offset + i * stride) < row:
                     self._pwrite(fd, flat[start : start + row], offset + i * stride)
         except OSError as e:
-            raise self._full(e, file) from e
+            raise self.cannot_write(e, file) from e
         self._note_written(file, len(flat))
 
     def finish_work(self, index: int, errors: ErrorSums) -> None:
@@ -188,18 +188,13 @@ class ShardFiles:
                     _write_all(self._journal, lines.encode())
                     os.fdatasync(self._journal)
             except OSError as e:
-                self._failed = self._full(e, JOURNAL)
+                self._failed = self.cannot_write(e, JOURNAL)
                 raise self._failed from e
             self.done.update(waiting)
             self._synced_at = time.monotonic()
 
-    def _pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> None:
-        view = memoryview(data).cast("B")
-        while len(view):
-            written = os.pwrite(fd, view, offset)
-            view, offset = view[written:], offset + written
-
-    def _full(self, error: OSError, file: str) -> CheckpointError:
+    def cannot_write(self, error: OSError, file: str) -> CheckpointError:
+        """The error to raise for one that the system gave in writing `file`."""
         kept = "Finished work is kept: {} and run the same command again."
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(self.folder).free
@@ -209,6 +204,12 @@ class ShardFiles:
                 kept.format("free some space"),
             )
         return CheckpointError(f"cannot write {self.folder / file}: {error.strerror}", kept.format("mend that"))
+
+    def _pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> None:
+        view = memoryview(data).cast("B")
+        while len(view):
+            written = os.pwrite(fd, view, offset)
+            view, offset = view[written:], offset + written
 
 
 def _write_all(fd: int, data: bytes) -> None:

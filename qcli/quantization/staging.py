@@ -101,7 +101,7 @@ class Staging(ShardFiles):
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_file(self.folder / name, data)
         except OSError as e:
-            raise self._full(e, name) from e
+            raise self.cannot_write(e, name) from e
 
     def drop(self) -> None:
         """Removes OUT.partial: what it was for stands elsewhere."""

@@ -246,3 +246,4 @@ def test_ctrl_c_keeps_what_is_done(ray_cluster, many_files, tmp_path):
     assert digest(tmp_path / "out") == digest(many_files)
     found = json.loads(out)["workers"]
     assert len(found) == 2 and 0 < sum(each["bytes"] for each in found)
+    assert list(found[0]) == ["host", "threads", "tasks", "bytes", "seconds"]  # as docs/stability.md has them
