@@ -5,6 +5,7 @@ A worker is an actor with a Host (qcli.cluster.jobs). Ray ends it when the proce
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
@@ -17,6 +18,7 @@ from qcli.errors import ClusterError, UsageError, first_line
 
 LOCAL, AUTO = "local", "auto"
 _STORE = 200_000_000  # bytes of the object store of a cluster that qcli starts: plans and statistics pass through it
+_SECONDS = 10.0  # for a connection
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
@@ -64,7 +66,8 @@ class Engine:
             options |= {"include_dashboard": False, "object_store_memory": _STORE, "address": LOCAL}
         else:
             options |= {"address": self.address}
-            if self.address != AUTO:  # else Ray takes an outward address of this machine, where a cluster on loopback is not heard
+            if self.address != AUTO:
+                _check_listens(self.address)
                 options |= _own_address(self.address)
         try:
             ray.init(**options)
@@ -133,19 +136,31 @@ class Engine:
         self._ray.kill(worker)
 
 
+def _check_listens(address: str) -> None:
+    """Raises UsageError for what is no HOST:PORT, ClusterError where nothing listens. Ray would try for a minute."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise UsageError(
+            f"--cluster is {address!r}", "Give auto, local, or the HOST:PORT of the head node, whose port is mostly 6379."
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _SECONDS).close()
+    except (OSError, OverflowError) as e:
+        raise ClusterError(f"nothing listens at {address}: {first_line(e)}", "Start it with `ray start --head`.") from e
+
+
 def _own_address(address: str) -> dict[str, str]:
-    host = address.rpartition(":")[0].strip("[]")
+    """On loopback Ray would take an outward address of this machine, where a cluster on loopback is not heard."""
+    host = address.rpartition(":")[0]
     return {"_node_ip_address": host} if host.startswith("127.") else {}
 
 
-def _unreachable(address: str, error: Exception) -> ClusterError | UsageError:
-    line = first_line(error)
+def _unreachable(address: str, error: Exception) -> ClusterError:
     if "Version mismatch" in str(error):
         return ClusterError(f"the cluster at {address} runs other versions: {' '.join(str(error).split())}", "Install the same.")
-    if isinstance(error, ValueError) and address not in (AUTO, LOCAL):
-        return UsageError(f"--cluster is {address!r}: {line}", "Give auto, local, or the HOST:PORT of the head node.")
-    hint = "Start one with `ray start --head`, or use --cluster local." if address == AUTO else "Check it with `ray status`."
-    return ClusterError(f"no Ray cluster answers at {address}: {line}", hint)
+    if address == AUTO:
+        return ClusterError("no Ray cluster runs on this machine", "Start one with `ray start --head`, or use --cluster local.")
+    return ClusterError(f"the Ray cluster at {address} does not answer: {first_line(error)}", "Look at it with `ray status`.")
 
 
 def _why(text: str) -> str:

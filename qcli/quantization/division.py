@@ -24,7 +24,8 @@ def summary(plan: Plan, workers: int | None) -> str:
     parts = division(plan, range(len(plan.work)))
     reads = [sum(work.info.nbytes for work in works) for _, works in parts]
     writes = [sum(work.output_bytes for work in works) for _, works in parts]
-    each = f"{len(parts):,} files, each read from up to {format_bytes(max(reads))} and written in {format_bytes(max(writes))}"
+    count = f"{len(parts):,} files, each" if len(parts) > 1 else "one file,"
+    each = f"{count} read from up to {format_bytes(max(reads))} and written in {format_bytes(max(writes))}"
     memory = f"{format_bytes(plan.working_memory)} of memory a worker beyond Python and its libraries"
     if plan.calibration:
         needs = calibration_needs(plan, 1)

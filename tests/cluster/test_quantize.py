@@ -150,9 +150,19 @@ def test_a_folder_that_workers_do_not_see(ray_cluster, whole, tmp_path, monkeypa
         qcli.quantize(str(whole / "model"), tmp_path / "out", settings=SETTINGS, cluster=ray_cluster.address)
 
 
-def test_no_cluster_answers():
-    with pytest.raises((ClusterError, UsageError), match="--cluster|no Ray cluster answers"):
-        qcli.quantize(str(MODEL), "/tmp/never-made", cluster="nonsense")
+@pytest.mark.parametrize(
+    "address, kind, message",
+    [
+        ("nonsense", UsageError, "--cluster is 'nonsense'"),
+        ("ray://127.0.0.2:10001", UsageError, "--cluster is 'ray://"),
+        ("127.0.0.2:1", ClusterError, "nothing listens at 127.0.0.2:1"),
+        ("127.0.0.2:99999", ClusterError, "nothing listens"),
+    ],
+)
+def test_no_cluster_answers(tmp_path, address, kind, message):
+    with pytest.raises(kind, match=message):
+        qcli.quantize(str(MODEL), tmp_path / "out", cluster=address)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_cluster_cannot_do_is_a_problem_of_the_plan(tmp_path):
