@@ -60,6 +60,8 @@ class Engine:
         logging.getLogger("ray").setLevel(logging.ERROR)  # which the import sets
         self._ray, self._leaving = ray, ExitStack()
         self._leaving.enter_context(redirect_stdout(_Sink()))
+        if ray.is_initialized():  # by the program that calls qcli: it stays connected
+            return self
         options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
         if self.address == LOCAL:
             os.environ.setdefault("RAY_worker_niceness", "0")  # else they yield to whatever else runs here
