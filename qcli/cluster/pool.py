@@ -275,7 +275,8 @@ class Pool:
             return
         working = [worker for worker in self.workers if worker.task is not None]
         usual = median([worker.rate for worker in working]) if len(working) > 1 else 0.0
-        self.bar.workers([WorkerShown(w.host, w.rate, w.doing, 0 < w.rate < _SLOW * usual) for w in working])
+        starting = [WorkerShown(w.host, 0.0, "starting", False) for w in self.workers if w.actor is not None and not w.ready]
+        self.bar.workers([WorkerShown(w.host, w.rate, w.doing, 0 < w.rate < _SLOW * usual) for w in working] + starting)
         done = sum(worker.finished + worker.done for worker in self.workers)
         self.bar.advance(done - self._told, working[0].doing if working else "")
         self._told = done
