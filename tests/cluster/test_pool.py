@@ -262,7 +262,7 @@ def test_the_slow_are_those_below_half_of_the_median():
     with adding(Engine([Node(n, n, CPUS, 0) for n in "abc"]), bar=bar) as workers:
         for worker, rate in zip(workers.workers, (100, 90, 30)):
             worker.task, worker.history = tasks(1)[0], pool.deque([(0.0, 0), (1.0, rate)])
-            worker.finished = rate
+            worker.finished, worker.ready = rate, True
         pool.time, clock = type("clock", (), {"monotonic": staticmethod(lambda: 1.0)}), pool.time
         try:
             workers._show()
