@@ -6,6 +6,12 @@
 namespace {
 
 constexpr int64_t kScales = 1024;  // absmax values that are decoded at a time for a stream of rows
+constexpr int64_t kAhead = 2048;   // bytes by which codes are fetched ahead
+constexpr int64_t kBeyond = 1;     // bytes that may be read behind the last chunk of a row
+
+// Tokens share decoded weights and rows share loaded x, as far as registers allow. Rows that are multiplied together are far apart,
+// so memory fetches as many streams at once.
+constexpr int kTokens = 4, kRows = 4;
 
 // The layout is that of the Record in qcli/ops/linear_4bit.py.
 struct Weight {
