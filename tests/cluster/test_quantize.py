@@ -17,6 +17,7 @@ import qcli
 from qcli.errors import CheckpointError, ClusterError, NonFiniteError, PlanError, UsageError
 from qcli.quantization import on_cluster
 from qcli.quantization.quantize import make_plan
+from tests.cluster.conftest import HOST
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, make_model
 
@@ -257,3 +258,16 @@ def test_ctrl_c_keeps_what_is_done(ray_cluster, many_files, tmp_path):
     found = json.loads(out)["workers"]
     assert len(found) == 2 and 0 < sum(each["bytes"] for each in found)
     assert list(found[0]) == ["host", "threads", "tasks", "bytes", "seconds"]  # as docs/stability.md has them
+
+
+@pytest.mark.slow
+def test_three_machines_of_which_one_leaves(ray_cluster, many_files, tmp_path):
+    node = ray_cluster.add_node(num_cpus=1, object_store_memory=80 << 20, include_dashboard=False, node_ip_address=HOST)
+    process = started(ray_cluster.address, tmp_path, "--set", "max_shard_size=30kB")
+    journals = tmp_path / "out.partial" / ".qcli"
+    while process.poll() is None and len(list(journals.glob("journal-*.jsonl"))) < 3:
+        time.sleep(0.01)
+    ray_cluster.remove_node(node)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert digest(tmp_path / "out") == digest(many_files)
