@@ -86,7 +86,7 @@ def test_a_model_that_the_estimate_does_not_know_is_let_through(tmp_path):
 
 
 def test_quantize_plans_with_the_memory_there_is(tmp_path, monkeypatch):
-    monkeypatch.setattr("qcli.quantization.quantize.available_memory", lambda: 1_000_000)
+    monkeypatch.setattr("qcli.quantization.room.available_memory", lambda: 1_000_000)
     with pytest.raises(PlanError, match=r"the run needs [\d.]+ MB of memory, and 1.00 MB are free"):
         qcli.quantize(str(DEMO), tmp_path / "out", bits=4)
     assert not (tmp_path / "out").exists()
