@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from qcli import console
+from qcli.commands import _cluster
+from qcli.commands._cluster import Cluster, Workers
 from qcli.commands._model import asked_model
 from qcli.errors import UsageError
 from qcli.process import importing
@@ -33,6 +35,8 @@ def inspect_outliers(
     dtype: Annotated[str, typer.Option(help="To compute in: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
+    cluster: Cluster = None,
+    workers: Workers = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
     ] = False,
@@ -43,12 +47,14 @@ def inspect_outliers(
 ) -> None:
     """Show where a model's outlier features are, what they do, and what each quantization method would cost."""
     model = asked_model(model, "qcli inspect-outliers HuggingFaceTB/SmolLM2-135M")
+    _cluster.check(cluster, workers)
     if weights_only:
         running = {
             "--text": text,
             "--tokens": tokens,
             "--sequence-length": sequence_length,
             "--ablate": ablate,
+            "--cluster": cluster,
             "--report": report,
             "--plot": plot,
         }
@@ -83,6 +89,8 @@ def inspect_outliers(
             device=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            cluster=cluster,
+            workers=workers,
             progress=console.progress,
         )
     summary = found.summary()

@@ -9,16 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qcli.cluster.engine import Engine
 from qcli.cluster.jobs import Told
 from qcli.cluster.pool import Pool, Task
 from qcli.evaluation.models import Models, Scored, prepare, score
 from qcli.evaluation.tokens import TokenScores
 from qcli.progress import Progress, bar_of, shown
-from qcli.streaming.batches import make_batches
 from qcli.streaming.corpus import Window
+from qcli.streaming.dividing import divided
 
 JOB = f"{__name__}:ScoringJob"
 
@@ -52,18 +50,6 @@ def pool(address: str | None, workers: int | None, model: str, options: dict[str
         yield found
 
 
-def divided(models: Models, windows: Sequence[Window], powers: Sequence[int]) -> list[list[int]]:
-    """The numbers of the windows by worker, in proportion to `powers`. Windows of one call stay together."""
-    batches = make_batches([window.ids for window in windows], None if models.chosen else 0)
-    loads, parts = [0.0] * len(powers), [list[int]() for _ in powers]
-    for batch in batches:
-        size = sum(len(windows[row].ids) for row in batch.windows)
-        i = min(range(len(powers)), key=lambda i: (loads[i] + size) / powers[i])
-        loads[i] += size
-        parts[i] += batch.windows
-    return [sorted(part) for part in parts if part]
-
-
 def score_on(
     pool: Pool | None, models: Models, windows: Sequence[Window], texts: Sequence[Window], progress: Progress | None
 ) -> Scored:
@@ -71,7 +57,8 @@ def score_on(
     if pool is None:
         with shown(progress, models.work(windows)) as advance:
             return score(models, windows, texts, advance)
-    parts = divided(models, windows, [worker.threads for worker in pool.meet()])
+    powers = [worker.threads for worker in pool.meet()]
+    parts = [part for part in divided(windows, powers, padded=not models.chosen) if part]
     shared = pool.share(tuple(texts))
     tasks = [
         Task("score", ([windows[i] for i in part], shared), models.work([windows[i] for i in part]), f"{len(part):,} windows, {n}")
@@ -85,14 +72,8 @@ def score_on(
 
 def _joined(found: Sequence[tuple[list[int], Scored]], windows: Sequence[Window]) -> Scored:
     """The scores of parts of the windows, given by their numbers, in the order of the text."""
-    ends = np.cumsum([0, *(window.scored for window in windows)])
-    scores = []
-    for row, first in enumerate(found[0][1].scores):
-        whole = TokenScores(int(ends[-1]), compared=first.divergence is not None)
-        for part, scored in found:
-            places = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in part])
-            whole.put(places, scored.scores[row])
-        scores.append(whole)
+    counts = [window.scored for window in windows]
+    scores = [TokenScores.placed([(part, s.scores[row]) for part, s in found], counts) for row in range(len(found[0][1].scores))]
     roundings = found[0][1].roundings
     for _, scored in found[1:]:
         for name, rounding in scored.roundings.items():

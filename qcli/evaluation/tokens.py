@@ -37,11 +37,18 @@ class TokenScores:
             whole.agrees = np.concatenate([part.agrees for part in parts])
         return whole
 
-    def put(self, places: np.ndarray, other: "TokenScores") -> None:
-        """Puts the tokens of another at `places` [tokens]."""
-        self.loss[places] = other.loss
-        if self.divergence is not None:
-            self.divergence[places], self.agrees[places] = other.divergence, other.agrees
+    @classmethod
+    def placed(cls, parts: Sequence[tuple[Sequence[int], "TokenScores"]], counts: Sequence[int]) -> "TokenScores":
+        """The tokens of parts of a text in its order. A part is (the numbers of its windows, ascending; their scores), and `counts`
+        are the scored tokens of all windows."""
+        ends = np.cumsum([0, *counts])
+        whole = cls(int(ends[-1]), compared=parts[0][1].divergence is not None)
+        for numbers, part in parts:
+            places = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in numbers])
+            whole.loss[places] = part.loss
+            if whole.divergence is not None:
+                whole.divergence[places], whole.agrees[places] = part.divergence, part.agrees
+        return whole
 
     def add(self, first: int, logits: torch.Tensor, targets: torch.Tensor, base: torch.Tensor | None = None) -> None:
         """Adds the tokens from number `first` on: the logits [tokens, vocabulary] that predicted them, the ids [tokens] that came,

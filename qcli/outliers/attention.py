@@ -4,37 +4,61 @@ Zeroing does not propagate. Each layer's attention runs on its regular input, on
 dimensions. Only the regular output is passed on (LLM.int8(), arXiv:2208.07339, section 4.2).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
-from qcli.streaming.batches import Batch
+from qcli.outliers.sums import WideSum
 from qcli.streaming.run import current_call
 
 SINK = 0.3  # a head whose mean attention to the first token is above this has a sink (arXiv:2410.10781)
 
 
-@dataclass
 class LayerAttention:
-    """Sums over one layer: of each row's largest probability, by what was zeroed; and of the first token's share, by head."""
+    """Sums over one layer: of each row's largest probability, by what was zeroed, which `names` say; and of the first token's
+    share, by head."""
 
-    top1: dict[str, float] = field(default_factory=dict)
-    rows: int = 0
-    first: torch.Tensor | None = None  # [heads], sums over queries
-    queries: int = 0
+    def __init__(self, names: Iterable[str]):
+        self.rows = self.queries = 0
+        self._top1 = {name: WideSum() for name in names}
+        self._first: WideSum | None = None  # [heads], over queries
+
+    def add_top1(self, name: str, largest: torch.Tensor) -> None:
+        """Adds the largest probability of each row, a tensor of any shape."""
+        self._top1[name].add(largest.double().sum().cpu())
+
+    def add_first(self, shares: torch.Tensor) -> None:
+        """Adds the first token's share in each query, [queries, heads]."""
+        if self._first is None:
+            self._first = WideSum(shares.shape[1])
+        self._first.add(shares.double().sum(0).cpu())
+        self.queries += len(shares)
+
+    def merge(self, other: "LayerAttention") -> None:
+        """Adds the rows and queries of another."""
+        self.rows, self.queries = self.rows + other.rows, self.queries + other.queries
+        for name, mine in self._top1.items():
+            mine.merge(other._top1[name])
+        if self._first is None:
+            self._first = other._first
+        elif other._first is not None:
+            self._first.merge(other._first)
+
+    def top1(self, name: str) -> float:
+        """The sum over heads and positions of the largest probability."""
+        return self._top1[name].value.item()
 
     def mean_top1(self, name: str) -> float | None:
         """Mean over heads and positions of the largest probability."""
-        return self.top1[name] / self.rows if self.rows else None
+        return self.top1(name) / self.rows if self.rows else None
 
     @property
     def sinks(self) -> tuple[int, int]:
         """(heads with a sink on the first token, heads)."""
-        if self.first is None or not self.queries:
+        if self._first is None or not self.queries:
             return 0, 0
-        return int((self.first / self.queries > SINK).sum()), len(self.first)
+        return int((self._first.value / self.queries > SINK).sum()), len(self._first.value)
 
 
 class AttentionMeter:
@@ -44,7 +68,7 @@ class AttentionMeter:
     def __init__(
         self, block: nn.Module, inputs: Mapping[str, nn.Module], dims: Mapping[str, torch.Tensor], prefix: int, variant: str
     ):
-        self.result = LayerAttention(dict.fromkeys(["with", *dims], 0.0))
+        self.result = LayerAttention(["with", *dims])
         self._dims, self._prefix, self._variant = dims, prefix, variant
         self._zeroed: torch.Tensor | None = None
         parents = {path.rpartition(".")[0] for path in inputs} - {""}
@@ -70,7 +94,8 @@ class AttentionMeter:
         counted = call.batch.counted(max(self._prefix, 1)).to(probabilities.device)
         self.result.rows += int(counted.sum()) * probabilities.shape[1]
         self._note("with", probabilities, counted)
-        self._note_first(probabilities, call.batch)
+        later = call.batch.counted(1).to(probabilities.device)
+        self.result.add_first(probabilities[..., 0].transpose(1, 2)[later])
         for name, dims in self._dims.items():
             self._zeroed = dims
             try:
@@ -79,14 +104,7 @@ class AttentionMeter:
                 self._zeroed = None
 
     def _note(self, name: str, probabilities: torch.Tensor, counted: torch.Tensor) -> None:
-        top1 = probabilities.amax(-1).transpose(1, 2)[counted]  # [rows, heads]
-        self.result.top1[name] += top1.double().sum().item()
-
-    def _note_first(self, probabilities: torch.Tensor, batch: Batch) -> None:
-        later = batch.counted(1).to(probabilities.device)
-        shares = probabilities[..., 0].transpose(1, 2)[later].double().sum(0).cpu()
-        self.result.first = shares if self.result.first is None else self.result.first + shares
-        self.result.queries += int(later.sum())
+        self.result.add_top1(name, probabilities.amax(-1).transpose(1, 2)[counted])
 
 
 def zero_dims(x: torch.Tensor, dims: torch.Tensor) -> torch.Tensor:

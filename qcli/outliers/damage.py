@@ -2,9 +2,11 @@
 
 The global SQNR hides the damage: outliers carry most of the power and are rounded well. It is therefore measured a second time,
 over what reaches the outputs through the other channels alone.
+
+Only the first windows are sampled, each for itself: a machine that has some of them adds its share.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,29 +16,55 @@ from qcli.methods._method import Method
 from qcli.methods.errors import decibels
 from qcli.methods.simulate import simulate
 from qcli.outliers.statistics import is_outlier
+from qcli.outliers.sums import WideSum
+from qcli.streaming.corpus import Window
 
 METHODS = ("int8-per-tensor", "int8-row-wise", "int8", "llm-int8", "nf4")  # of qcli.schemes, whose damage is measured
 SAMPLE_TOKENS = 512  # rounding is measured at about so many outputs, of the first windows with this many tokens
 
 
-@dataclass
-class Damage:
-    """Sums of squares over outputs: of all channels, and of the channels without an outlier in their sequence."""
+@dataclass(frozen=True)
+class Sample:
+    """The windows whose outputs are rounded, by number. Outputs are those of every `step`th token."""
 
-    signal: float = 0.0
-    error: float = 0.0
-    ordinary_signal: float = 0.0
-    ordinary_error: float = 0.0
+    windows: frozenset[int]
+    step: int
+
+    @classmethod
+    def of(cls, windows: Sequence[Window], prefix: int) -> "Sample":
+        """The first of all windows, with SAMPLE_TOKENS or more. The first `prefix` tokens of each are not measured."""
+        count, taken = 0, 0
+        while count < len(windows) and taken < SAMPLE_TOKENS:
+            taken += len(windows[count].ids)
+            count += 1
+        return cls(frozenset(range(count)), -(-(taken - count * prefix) // SAMPLE_TOKENS))
+
+
+class Damage:
+    """Sums of squares over outputs, and over what reaches them through channels without an outlier in their sequence: of the
+    outputs, and of what rounding changes in them."""
+
+    def __init__(self) -> None:
+        self._sums = WideSum(4)
+
+    def add(self, whole: tuple[torch.Tensor, torch.Tensor], rounded: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Adds outputs [tokens, out_features]: (all, through ordinary channels) as they are, and rounded."""
+        terms = [part for x, y in zip(whole, rounded) for part in (x, x - y)]
+        self._sums.add(torch.tensor([x.square().sum(dtype=torch.float64).item() for x in terms], dtype=torch.float64))
+
+    def merge(self, other: "Damage") -> None:
+        """Adds the outputs of another."""
+        self._sums.merge(other._sums)
 
     @property
     def output(self) -> float | None:
         """10 log10(||Y||^2 / ||Y - Y^||^2) in dB; None where nothing was lost or there is nothing."""
-        return decibels(self.signal, self.error)
+        return decibels(*self._sums.value[:2].tolist())
 
     @property
     def ordinary(self) -> float | None:
         """The same for the part that comes through ordinary channels."""
-        return decibels(self.ordinary_signal, self.ordinary_error)
+        return decibels(*self._sums.value[2:].tolist())
 
 
 class SampleOf:
@@ -50,16 +78,17 @@ class SampleOf:
         """Keeps x [tokens, channels] of a window."""
         self._sequences[window] = x.clone()
 
-    def columns_kept(self, threshold: float) -> float:
-        """The share of columns that LLM.int8() keeps in 16 bits, those with any |x| >= threshold: the mean over sequences."""
-        shares = [is_outlier(x, threshold).any(0).double().mean().item() for x in self._sequences.values()]
-        return sum(shares) / len(shares)
+    def columns_kept(self, threshold: float) -> dict[int, float]:
+        """The share of columns that LLM.int8() keeps in 16 bits, those with any |x| >= threshold, by window."""
+        return {window: is_outlier(x, threshold).any(0).double().mean().item() for window, x in self._sequences.items()}
 
-    def damage(self, modules: Mapping[str, nn.Module], methods: Mapping[str, Method], threshold: float) -> dict[str, Damage] | None:
+    def damage(
+        self, modules: Mapping[str, nn.Module], methods: Mapping[str, Method], threshold: float, step: int
+    ) -> dict[str, Damage] | None:
         """Each method's damage over all `modules`, by the method's name. None where no module has a weight [out_features,
         in_features]: fused experts have none. Weights must be loaded.
 
-        Activations are rounded sequence by sequence. Outputs are those of every few tokens, SAMPLE_TOKENS in all.
+        Activations are rounded sequence by sequence. Outputs are those of every `step`th token.
         """
         weights = [weight for module in modules.values() if (weight := weight_of(module)) is not None]
         if not weights:
@@ -67,7 +96,6 @@ class SampleOf:
         found = {name: Damage() for name in methods}
         sequences = [x.float() for _, x in sorted(self._sequences.items())]
         outliers = [is_outlier(x, threshold).any(0) for x in sequences]
-        step = -(-sum(len(x) - self.prefix for x in sequences) // SAMPLE_TOKENS)
         for weight in map(torch.Tensor.contiguous, weights):  # a Conv1D's is stored transposed
             wide = weight.float()
             whole = [_parts(x[self.prefix :: step], wide, o) for x, o in zip(sequences, outliers)]
@@ -76,19 +104,9 @@ class SampleOf:
                 simulated = simulate(method, weight)
                 for x, outlier, parts in zip(sequences, outliers, whole):
                     rounded, kept = simulated.activations(x)
-                    _note(found[name], parts, _parts(rounded[self.prefix :: step], simulated.weight_for(kept), outlier))
+                    found[name].add(parts, _parts(rounded[self.prefix :: step], simulated.weight_for(kept), outlier))
                 del simulated
         return found
-
-
-def _note(damage: Damage, whole: tuple[torch.Tensor, torch.Tensor], rounded: tuple[torch.Tensor, torch.Tensor]) -> None:
-    def power(x: torch.Tensor) -> float:
-        return x.square().sum(dtype=torch.float64).item()
-
-    damage.signal += power(whole[0])
-    damage.error += power(whole[0] - rounded[0])
-    damage.ordinary_signal += power(whole[1])
-    damage.ordinary_error += power(whole[1] - rounded[1])
 
 
 def _parts(x: torch.Tensor, weight: torch.Tensor, outlier: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

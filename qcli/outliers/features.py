@@ -9,14 +9,13 @@ MIN_POSITIONS of the sequence positions. The last can be read in two ways. Here 
 position, which is the stricter reading. The share of positions at which any layer has such a value is reported beside it.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from qcli.calibration.reported_columns import HIDDEN
 from qcli.outliers import paper
-from qcli.outliers.measure import LayerMeasure, SiteMeasure
+from qcli.outliers.measured import LayerMeasure, Measured, SiteMeasure
 from qcli.outliers.statistics import merge_bins, quartiles
 
 ONE_SIDED = 0.99  # of a dimension's outliers have one sign
@@ -41,22 +40,21 @@ def hidden_sites(layer: LayerMeasure, hidden_size: int) -> list[SiteMeasure]:
     """The sites of a layer whose channels are the dimensions of the hidden state, one of each kind."""
     found = {}
     for site in layer.sites:
-        if site.site.kind in HIDDEN and site.stats["count"].numel() == hidden_size:
-            found.setdefault(site.site.kind, site)
+        if site.kind in HIDDEN and site.stats.channels == hidden_size:
+            found.setdefault(site.kind, site)
     return list(found.values())
 
 
-def find_features(layers: Iterable[LayerMeasure], union: Iterable[torch.Tensor], hidden_size: int) -> list[Feature]:
-    """Every dimension with an outlier anywhere, the most common first. `union` holds masks, bool [positions, hidden_size]."""
-    by_layer = [sites for layer in layers if (sites := hidden_sites(layer, hidden_size))]
+def find_features(measured: Measured) -> list[Feature]:
+    """Every dimension with an outlier anywhere, the most common first."""
+    by_layer = [sites for layer in measured.layers if (sites := hidden_sites(layer, measured.hidden_size))]
     if not by_layer:
         return []
     sites = [site for layer in by_layer for site in layer]
     counts = torch.stack([site.stats["count"] for site in sites]).sum(0)
     affected = torch.stack([torch.stack([s.stats["count"] for s in layer]).sum(0) > 0 for layer in by_layer])
     rows = sum(site.stats.rows for site in sites)
-    masks = list(union)
-    anywhere = torch.stack([mask.sum(0) for mask in masks]).sum(0).double() / sum(len(mask) for mask in masks)
+    anywhere = measured.affected.double() / max(measured.positions, 1)
     absmax = torch.stack([site.stats.absmax for site in sites]).amax(0)
     features = []
     for dim in counts.nonzero().view(-1).tolist():

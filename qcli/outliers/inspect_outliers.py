@@ -1,30 +1,25 @@
 """The verb `inspect_outliers`: from a model's name to an Inspection."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from qcli import methods
 from qcli.errors import UsageError
-from qcli.evaluation.score import Contender, score
 from qcli.evaluation.statistics import perplexity
 from qcli.evaluation.tokens import TokenScores
-from qcli.outliers import paper, results
-from qcli.outliers.ablation import RANDOM, WHOLE, WITHOUT, Ablation, describe_attention, mean_top1, random_dims
-from qcli.outliers.damage import METHODS, SAMPLE_TOKENS, weight_of
+from qcli.outliers import on_cluster, paper, results
+from qcli.outliers.ablation import RANDOM, WITHOUT, Zeroed, Zeroing, describe_attention, mean_top1, random_dims
+from qcli.outliers.damage import Sample
 from qcli.outliers.features import find_features, hidden_sites
 from qcli.outliers.inspection import Ablated, Attention, Inspection
-from qcli.outliers.measure import LayerMeasure, Meter
+from qcli.outliers.measure import Asked
+from qcli.outliers.measured import LayerMeasure
+from qcli.outliers.passes import Opening
 from qcli.outliers.recommend import recommend
-from qcli.process import available_memory
-from qcli.progress import Advance, Progress, shown
-from qcli.schemes import NAMED, Scheme
-from qcli.sizes import format_bytes
+from qcli.progress import Progress, bar_of
 from qcli.streaming.corpus import Corpus, read_windows
-from qcli.streaming.reading import Reading, hidden_bytes, weight_bytes
 from qcli.streaming.skeleton import Skeleton
 
 DEFAULT_TOKENS = 8192
@@ -43,49 +38,48 @@ def inspect_outliers(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    cluster: str | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
     """Runs text through `model` (a folder or a hub id), block by block, and returns what it finds.
 
     `text` is a file (.jsonl: a document in each line), or None for the text that comes with qcli. `tokens` of it are read in
     windows of `sequence_length`. Values of magnitude `threshold` and more are outliers. `ablate` runs the text again with the
-    outlier features zeroed. `progress` is that of qcli.progress.
+    outlier features zeroed. `progress` is that of qcli.progress. `cluster` is an address as qcli.cluster.engine takes it: so many
+    `workers` of that Ray cluster pass the text, one a machine if None.
 
     Raises UsageError (for options, texts, and models that are no causal language model), CheckpointError, HubError, DeviceError,
-    and NonFiniteError, which names the layer.
+    ClusterError, and NonFiniteError, which names the layer.
     """
     if not 0 < threshold < float("inf"):
         raise UsageError(f"--threshold is {threshold}, expected a number above 0", "6.0 is the paper's value.")
 
-    def open_model(attention: str | None = None) -> Skeleton:
-        return Skeleton(
-            model, dtype=dtype, device=device, attention=attention, revision=revision, trust_remote_code=trust_remote_code
-        )
-
-    skeleton = open_model()
-    config = skeleton.model.config.get_text_config(decoder=True)
+    opening = Opening(model, dtype, device, revision, trust_remote_code)
+    skeleton = opening.skeleton()
     corpus = read_windows(
         skeleton.tokenizer,
         text,
         tokens=tokens,
         default_tokens=DEFAULT_TOKENS,
         sequence_length=sequence_length,
-        model_limit=getattr(config, "max_position_embeddings", None),
+        model_limit=getattr(skeleton.model.config.get_text_config(decoder=True), "max_position_embeddings", None),
     )
-    _check_room(skeleton, corpus, 3 if ablate else 1)
-    with shown(progress, Reading.work(skeleton) * (2 if ablate else 1)) as advance:
-        meter = _meter(skeleton, corpus, threshold)
-        reading = Reading(skeleton, corpus.windows, advance, observer=meter)
-        _, (scores,) = score(None, [Contender(model, reading)], corpus.windows)
-        layers, hidden_size = meter.layers, meter.hidden_size
-        features = find_features(layers, meter.union.values(), hidden_size)
-        dims = sorted(f.dim for f in features if f.outlier)
-        second = _Second()
-        if ablate and dims:
-            others = random_dims(hidden_size, dims, len(dims))
-            second = _ablate(open_model("eager"), corpus, layers, dims, others, advance)
-        elif ablate:
-            second = _Second(note="Nothing was ablated: no dimension meets the criteria of an outlier feature.")
+    prefix = len(corpus.prefix)
+    with on_cluster.passes(cluster, workers, opening, skeleton, corpus.windows) as passes:
+        passes.check_room(3 if ablate else 1)
+        with bar_of(progress, passes.work * (2 if ablate else 1)) as passes.bar:
+            measured, scores = passes.measure(Asked(threshold, prefix, Sample.of(corpus.windows, prefix)))
+            features = find_features(measured)
+            dims = sorted(f.dim for f in features if f.outlier)
+            second = _Second()
+            if ablate and dims:
+                others = random_dims(measured.hidden_size, dims, len(dims))
+                zeroing = Zeroing.of(measured.layers, {WITHOUT: dims, RANDOM: others}, prefix)
+                second = _second(zeroing, passes.ablate(zeroing), corpus)
+            elif ablate:
+                second = _Second(note="Nothing was ablated: no dimension meets the criteria of an outlier feature.")
+    layers, hidden_size = measured.layers, measured.hidden_size
     loading = ["--revision", revision] if revision else []
     loading += ["--trust-remote-code"] if trust_remote_code else []
     loading += ["--set", "modules=rules"] if skeleton.layout.explicit_skip else []
@@ -110,39 +104,9 @@ def inspect_outliers(
     )
 
 
-def _check_room(skeleton: Skeleton, corpus: Corpus, variants: int) -> None:
-    """Raises UsageError where the hidden states of all tokens have no room in memory beside the largest block."""
-    free = torch.cuda.mem_get_info()[0] if skeleton.device.type == "cuda" else available_memory()
-    states = hidden_bytes([skeleton], corpus.windows, variants)
-    block = max(weight_bytes(unit) for unit in skeleton.units)
-    if free is None or states + block <= free:
-        return
-    what = f"the hidden states of {corpus.tokens:,} tokens take {format_bytes(states)}, the largest block {format_bytes(block)}"
-    fewer = corpus.tokens * max(free - block, 0) // (2 * states)
-    raise UsageError(
-        f"{what}, and {format_bytes(free)} of memory are free",
-        f"Read fewer: --tokens {fewer}." if fewer > 1 else "No choice of --tokens would do; free some memory.",
-    )
-
-
-def _meter(skeleton: Skeleton, corpus: Corpus, threshold: float) -> Meter:
-    sample, taken = [], 0
-    for i, window in enumerate(corpus.windows):
-        if taken < SAMPLE_TOKENS:
-            sample.append(i)
-            taken += len(window.ids)
-    quantized = skeleton.quantizer is not None
-    wanted = {} if quantized else {name: methods.make(_with_threshold(NAMED[name], threshold)) for name in METHODS}
-    return Meter(skeleton, threshold, len(corpus.prefix), frozenset(sample), wanted)
-
-
-def _with_threshold(scheme: Scheme, threshold: float) -> Scheme:
-    return replace(scheme, threshold=threshold) if scheme.threshold else scheme
-
-
 def _notes(skeleton: Skeleton, layers: Sequence[LayerMeasure], hidden_size: int) -> list[str]:
     notes = []
-    kinds = sorted({site.site.kind for layer in layers for site in layer.sites})
+    kinds = sorted({site.kind for layer in layers for site in layer.sites})
     lacking = [i for i, layer in enumerate(layers) if not hidden_sites(layer, hidden_size)]
     if lacking:
         notes.append(
@@ -155,8 +119,8 @@ def _notes(skeleton: Skeleton, layers: Sequence[LayerMeasure], hidden_size: int)
         (layer.name, path)
         for layer in layers
         for site in layer.sites
-        for path, module in site.site.modules.items()
-        if not skeleton.quantizer and (not site.damage or weight_of(module) is None)
+        for path in (site.weightless if site.damage else site.modules)
+        if not skeleton.quantizer
     ]
     if unseen:
         notes.append(
@@ -175,19 +139,13 @@ class _Second:
     note: str = ""
 
 
-def _ablate(
-    skeleton: Skeleton, corpus: Corpus, layers: Sequence[LayerMeasure], dims: list[int], others: list[int], advance: Advance
-) -> _Second:
-    """Runs the text again three times over: whole, without `dims`, and without `others`."""
-    ablation = Ablation(layers, {WITHOUT: dims, RANDOM: others}, len(corpus.prefix))
-    reading = Reading(skeleton, corpus.windows, advance, variants=(WHOLE, WITHOUT, RANDOM), observer=ablation)
-    contenders = [Contender(f"{skeleton.source.label}, {variant}", reading, variant) for variant in (WHOLE, WITHOUT, RANDOM)]
-    _, scores = score(None, contenders, corpus.windows)
-    perplexities = dict(zip((WHOLE, WITHOUT, RANDOM), (_perplexity(s, corpus) for s in scores)))
-    top1 = mean_top1(ablation.attention)
+def _second(zeroing: Zeroing, zeroed: Zeroed, corpus: Corpus) -> _Second:
+    attention = list(zeroed.attention.values())
+    perplexities: dict[str, float | None] = {name: _perplexity(scores, corpus) for name, scores in zeroed.scores.items()}
+    top1 = mean_top1(attention)
     return _Second(
-        Ablated(dims, others, top1, perplexities | {"tokens": corpus.scored}),
-        describe_attention(ablation.attention),
+        Ablated(zeroing.dims[WITHOUT], zeroing.dims[RANDOM], top1, perplexities | {"tokens": corpus.scored}),
+        describe_attention(attention),
         "" if top1 else "The attention modules show no probabilities, so only perplexity was ablated.",
     )
 

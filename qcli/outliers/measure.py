@@ -1,85 +1,78 @@
 """The measuring pass: every text through every block once, with statistics of the inputs of linear layers and outputs of blocks."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from qcli import methods
 from qcli.calibration.reported_columns import HIDDEN
 from qcli.errors import NonFiniteError
+from qcli.evaluation.score import Contender, score
+from qcli.evaluation.tokens import TokenScores
 from qcli.methods._method import Method
 from qcli.outliers import spikes
-from qcli.outliers.damage import Damage, SampleOf
+from qcli.outliers.damage import METHODS, Sample, SampleOf, weight_of
+from qcli.outliers.measured import LayerMeasure, Measured, Place, SiteMeasure
 from qcli.outliers.sites import FFN_OUTPUT, RESIDUAL, Site, SiteFinder
 from qcli.outliers.statistics import ChannelHistograms, ChannelStats, OutlierSketch, is_outlier
+from qcli.progress import Advance
+from qcli.schemes import NAMED, Scheme
 from qcli.streaming.batches import Batch
+from qcli.streaming.corpus import Window
+from qcli.streaming.reading import Reading
 from qcli.streaming.run import Observer, current_call
 from qcli.streaming.skeleton import Skeleton
 from qcli.streaming.units import Unit
 
-DIMS_KEPT = 16  # dims of a site that keep their histograms: those that are outliers most often
 SURFACE_TOKENS = 30
 
 
-@dataclass
-class SiteMeasure:
-    """What was measured at one site, without BOS and padding. `token_absmax` [rows] is in no order."""
+@dataclass(frozen=True)
+class Asked:
+    """What is measured. Values of magnitude `threshold` and more are outliers. The first `prefix` tokens of each window (BOS) are
+    counted apart."""
 
-    site: Site
-    stats: ChannelStats
-    sketch: OutlierSketch
-    bos: ChannelStats
-    token_absmax: list[torch.Tensor] = field(default_factory=list)
-    histograms: ChannelHistograms | None = None
-    surface: torch.Tensor | None = None  # [tokens, channels] of the first window
-    damage: dict[str, Damage] | None = None
-    columns_kept: float | None = None  # share of columns that LLM.int8() would keep in 16 bits
-
-    @property
-    def dims(self) -> list[int]:
-        """Channels with outliers: those with most outliers first, then those with larger ones."""
-        count, absmax = self.stats["count"].tolist(), self.stats.absmax.tolist()
-        return sorted((d for d, n in enumerate(count) if n), key=lambda d: (-count[d], -absmax[d], d))
-
-    def count(self, rows: torch.Tensor, threshold: float, where: str) -> None:
-        """Adds rows [positions, channels]. Raises NonFiniteError, which says `where` they were."""
-        self.stats.add(rows, threshold)
-        if bad := self.stats.nonfinite:
-            raise NonFiniteError(
-                f"{where} holds NaN or infinity in {len(bad)} of {rows.shape[1]} channels, the first is {bad[0]}",
-                "Try --dtype float32; if it stays, the weights before it are damaged: see --weights-only.",
-            )
-        self.sketch.add(rows)
-        if len(rows):
-            self.token_absmax.append(rows.abs().amax(1).float().cpu())
+    threshold: float
+    prefix: int
+    sample: Sample
 
 
-@dataclass
-class LayerMeasure:
-    """A block: its sites, and the residual stream that leaves it (None where it has not the shape of a hidden state)."""
+def measure(
+    skeleton: Skeleton, windows: Sequence[Window], numbers: Sequence[int], asked: Asked, advance: Advance, *, whole: bool
+) -> tuple[Measured, TokenScores]:
+    """Windows through all blocks: what was measured, and the scores of their tokens. `numbers` are the windows' in the text. With
+    `whole` they are all of it, and the measures are settled.
 
-    name: str
-    sites: list[SiteMeasure]
-    residual: SiteMeasure | None
-    medians: list[float]  # of |x|, one a sequence
-    massive: list[spikes.Massive]
-    super_weights: list[spikes.SuperWeight]
+    Raises NonFiniteError, which names the layer.
+    """
+    meter = Meter(skeleton, asked, numbers, whole)
+    reading = Reading(skeleton, windows, advance, observer=meter)
+    _, (scores,) = score(None, [Contender(skeleton.source.label, reading)], windows)
+    return meter.measured, scores
 
 
 class Meter(Observer):
-    """Measures the blocks that calls pass. The first `prefix` tokens of each window (BOS) are counted apart.
+    """Measures the blocks that calls pass; see `measure`. `measured` is the result."""
 
-    `sample` has the windows whose outputs are simulated under each method. `layers` is the result. `union` says, for each batch, at
-    which positions and in which dimensions a hidden state of any layer was an outlier: bool [positions, hidden_size].
-    """
-
-    def __init__(self, skeleton: Skeleton, threshold: float, prefix: int, sample: frozenset[int], methods: dict[str, Method]):
-        self.skeleton, self.threshold, self.prefix = skeleton, threshold, prefix
-        self.sample, self.methods = sample, methods
-        self.layers: list[LayerMeasure] = []
-        self.union: dict[tuple[int, ...], torch.Tensor] = {}
+    def __init__(self, skeleton: Skeleton, asked: Asked, numbers: Sequence[int], whole: bool):
+        self.skeleton, self.threshold, self.prefix, self.sample = skeleton, asked.threshold, asked.prefix, asked.sample
+        quantized = skeleton.quantizer is not None
+        self.methods = {} if quantized else _methods(asked.threshold)
         self.hidden_size = skeleton.model.config.get_text_config(decoder=True).hidden_size
+        self._numbers, self._whole = numbers, whole
+        self._layers: list[LayerMeasure] = []
+        self._union: dict[tuple[int, ...], torch.Tensor] = {}  # bool [positions, hidden_size], of each batch, by its windows
         self._finder: SiteFinder | None = None
+
+    @property
+    def measured(self) -> Measured:
+        """What all calls left."""
+        affected = torch.zeros(self.hidden_size, dtype=torch.long)
+        for mask in self._union.values():
+            affected = affected + mask.sum(0)
+        return Measured(self._layers, affected, sum(len(mask) for mask in self._union.values()))
 
     def loaded(self, unit: Unit) -> None:
         """Starts measuring a block."""
@@ -90,8 +83,9 @@ class Meter(Observer):
         self._samples: dict[int, SampleOf] = {}
         self._outliers: dict[int, dict[tuple[int, ...], torch.Tensor]] = {}  # of each batch, by its windows
         self._residual: SiteMeasure | None = None
-        self._medians, self._massive = {}, {}
-        self._spikes = spikes.SpikeFinder()
+        self._medians: dict[int, float] = {}
+        self._massive: dict[int, list[spikes.Massive]] = {}
+        self._spikes = spikes.SpikeFinder(self._place)
         self._finder = SiteFinder(unit.module, self._seen)
         self._handles = [unit.module.register_forward_hook(self._left)]
         self._handles += self._spikes.hook(unit.module)
@@ -103,36 +97,37 @@ class Meter(Observer):
         for handle in self._handles:
             handle.remove()
         sites = self._finder.close()
-        measures = [self._measures[id(site)] for site in sites]
-        for measure in measures:
-            self._settle(measure)
+        for site in sites:
+            self._describe(self._measures[id(site)], site)
         tail = next((s for s in reversed(sites) if s.kind == FFN_OUTPUT), None)
-        self.layers.append(
-            LayerMeasure(
-                unit.name,
-                measures,
-                self._residual,
-                [m for _, m in sorted(self._medians.items())],
-                [x for _, found in sorted(self._massive.items()) for x in found],
-                self._spikes.super_weights(len(self.layers), tail.modules if tail else {}),
-            )
+        layer = LayerMeasure(
+            unit.index,
+            unit.name,
+            [self._measures[id(site)] for site in sites],
+            self._residual,
+            self._medians,
+            self._massive,
+            self._spikes.spikes(len(self._layers), tail.modules if tail else {}),
         )
+        if self._whole:
+            layer.settle()
+        self._layers.append(layer)
         self._finder = None
         self._samples, self._outliers = {}, {}
 
-    def _settle(self, measure: SiteMeasure) -> None:
-        site = measure.site
-        if site.kind in HIDDEN and measure.stats["count"].numel() == self.hidden_size:
+    def _describe(self, measure: SiteMeasure, site: Site) -> None:
+        """Adds what is known once all calls have passed, while the weights are in memory."""
+        measure.kind, measure.modules = site.kind, list(site.modules)
+        measure.weightless = [path for path, module in site.modules.items() if weight_of(module) is None]
+        if site.kind in HIDDEN and measure.stats.channels == self.hidden_size:
             for batch, mask in self._outliers.get(id(site), {}).items():
-                before = self.union.get(batch)
-                self.union[batch] = mask if before is None else before | mask
+                before = self._union.get(batch)
+                self._union[batch] = mask if before is None else before | mask
         else:
             measure.histograms = measure.surface = None
-        if measure.histograms is not None:
-            measure.histograms.keep(measure.dims[:DIMS_KEPT])
         sample = self._samples.get(id(site))
         if sample is not None and self.methods:
-            measure.damage = sample.damage(site.modules, self.methods, self.threshold)
+            measure.damage = sample.damage(site.modules, self.methods, self.threshold, self.sample.step)
             measure.columns_kept = sample.columns_kept(self.threshold)
 
     def _seen(self, site: Site, module: nn.Module, x: torch.Tensor, first: bool) -> None:
@@ -142,36 +137,28 @@ class Meter(Observer):
         channels = x.shape[-1]
         measure = self._measures.get(id(site))
         if measure is None:
-            measure = self._measures[id(site)] = self._new(site, channels)
+            place = (*self._place(batch), len(self._measures))
+            measure = self._measures[id(site)] = self._new((site.group, site.order), place, channels)
             measure.histograms = ChannelHistograms(channels) if channels == self.hidden_size else None
+        path = f"{self._unit.name}.{next(iter(site.modules))}"
         if any("*" in path for path in site.modules) or x.numel() != batch.ids.numel() * channels:
             # An expert gets a share of the tokens; their positions are not known here.
-            self._count(measure, x.reshape(-1, channels))
+            self._count(measure, x.reshape(-1, channels), f"the input of {path}")
             return
         x = x.reshape(*batch.ids.shape, channels)
-        counted = batch.counted(self.prefix)
-        rows = x[counted.to(x.device)]
-        self._count(measure, rows)
+        rows = x[batch.counted(self.prefix).to(x.device)]
+        self._count(measure, rows, f"the input of {path}")
         if self.prefix:
             measure.bos.add(x[:, : self.prefix].reshape(-1, channels), self.threshold)
         if measure.histograms is not None:
             measure.histograms.add(rows)
             self._outliers.setdefault(id(site), {})[batch.windows] = is_outlier(rows, self.threshold).cpu()
-            if 0 in batch.windows:
-                row = batch.windows.index(0)
-                measure.surface = x[row, : min(SURFACE_TOKENS, int(batch.mask[row].sum()))].float().cpu()
-        taken = [row for row, window in enumerate(batch.windows) if window in self.sample]
-        if taken and self.methods:
-            sample = self._samples.setdefault(id(site), SampleOf(self.prefix))
-            for row in taken:
-                sample.add(batch.windows[row], x[row, : int(batch.mask[row].sum())])
-
-    def _new(self, site: Site, channels: int) -> SiteMeasure:
-        return SiteMeasure(site, ChannelStats(channels), OutlierSketch(self.threshold), ChannelStats(channels))
-
-    def _count(self, measure: SiteMeasure, rows: torch.Tensor) -> None:
-        path = f"{self._unit.name}.{next(iter(measure.site.modules))}"
-        measure.count(rows, self.threshold, f"{self.skeleton.source.label}: the input of {path}")
+        for row, window in enumerate(self._windows(batch)):
+            sequence = x[row, : int(batch.mask[row].sum())]
+            if window == 0 and measure.histograms is not None:
+                measure.surface = sequence[:SURFACE_TOKENS].float().cpu().clone()  # else it keeps the whole batch
+            if window in self.sample.windows and self.methods:
+                self._samples.setdefault(id(site), SampleOf(self.prefix)).add(window, sequence)
 
     def _left(self, module: nn.Module, args: tuple, output: object) -> None:
         """What leaves the block: the residual stream."""
@@ -180,9 +167,41 @@ class Meter(Observer):
         if not isinstance(x, torch.Tensor) or x.shape[:2] != batch.ids.shape or x.dim() != 3:
             return
         if self._residual is None:
-            self._residual = self._new(Site("", 0, kind=RESIDUAL), x.shape[-1])
-        rows = x[batch.counted(self.prefix).to(x.device)]
-        self._residual.count(rows, self.threshold, f"{self.skeleton.source.label}: what leaves {self._unit.name}")
-        for row, window in enumerate(batch.windows):
+            self._residual = self._new(("", 0), self._place(batch), x.shape[-1], RESIDUAL)
+        self._count(self._residual, x[batch.counted(self.prefix).to(x.device)], f"what leaves {self._unit.name}")
+        for row, window in enumerate(self._windows(batch)):
             hidden = x[row, : int(batch.mask[row].sum())]
             self._medians[window], self._massive[window] = spikes.massive(hidden, window)
+
+    def _new(self, key: tuple[str, int], place: Place, channels: int, kind: str = "") -> SiteMeasure:
+        return SiteMeasure(key, place, ChannelStats(channels), OutlierSketch(self.threshold), ChannelStats(channels), kind)
+
+    def _count(self, measure: SiteMeasure, rows: torch.Tensor, where: str) -> None:
+        """Adds rows [positions, channels]. Raises NonFiniteError, which says `where` they were."""
+        measure.stats.add(rows, self.threshold)
+        if bad := measure.stats.nonfinite:
+            raise NonFiniteError(
+                f"{self.skeleton.source.label}: {where} holds NaN or infinity in {len(bad)} of {rows.shape[1]} channels, the first "
+                f"is {bad[0]}",
+                "Try --dtype float32; if it stays, the weights before it are damaged: see --weights-only.",
+            )
+        measure.sketch.add(rows)
+        if len(rows):
+            measure.token_absmax.append(rows.abs().amax(1).float().cpu())
+
+    def _windows(self, batch: Batch) -> list[int]:
+        """The numbers in the text of a batch's windows."""
+        return [self._numbers[window] for window in batch.windows]
+
+    def _place(self, batch: Batch) -> Place:
+        """Where a batch stands among those of the whole text: the one with the longest windows comes first."""
+        return -batch.ids.shape[1], self._numbers[batch.windows[0]]
+
+
+def _methods(threshold: float) -> dict[str, Method]:
+    """Those whose damage is measured, by name."""
+    return {name: methods.make(_with_threshold(NAMED[name], threshold)) for name in METHODS}
+
+
+def _with_threshold(scheme: Scheme, threshold: float) -> Scheme:
+    return replace(scheme, threshold=threshold) if scheme.threshold else scheme

@@ -11,7 +11,7 @@ from qcli.errors import UsageError
 from qcli.outliers import paper
 from qcli.outliers.damage import Damage
 from qcli.outliers.features import Feature
-from qcli.outliers.measure import LayerMeasure, SiteMeasure
+from qcli.outliers.measured import LayerMeasure, SiteMeasure
 from qcli.outliers.sites import FFN_OUTPUT
 
 GOOD = 25.0  # dB through ordinary channels: below it int8 without decomposition costs perplexity
@@ -43,7 +43,7 @@ def recommend(
     sites = [site for _, site in measured]
     plain = _median(sites, "int8")
     nf4 = _median(sites, "nf4")
-    share = sum(site.columns_kept * len(site.site.modules) for site in sites) / sum(len(s.site.modules) for s in sites)
+    share = sum(site.share_kept * len(site.modules) for site in sites) / sum(len(s.modules) for s in sites)
     why = [_about_features(features), _about_rounding(sites, plain)]
     if share <= MOST_COLUMNS:
         method, left = "llm-int8", _median(sites, "llm-int8")
@@ -110,7 +110,7 @@ def _about_rounding(sites: Sequence[SiteMeasure], plain: float | None) -> str:
     worst = min(sites, key=lambda s: _ordinary(s.damage["int8"]))
     lowest = _ordinary(worst.damage["int8"])
     verdict = "too little" if plain < GOOD else "enough"
-    place = f"; least at {worst.site.kind}s, {lowest:.1f} dB" if lowest < plain - 3 else ""
+    place = f"; least at {worst.kind}s, {lowest:.1f} dB" if lowest < plain - 3 else ""
     return (
         f"int8 without decomposition leaves {plain:.1f} dB (median) of what comes through ordinary channels{place}: {verdict} "
         f"against {GOOD:g} dB."
@@ -125,14 +125,14 @@ def _skip(measured: Sequence[tuple[LayerMeasure, SiteMeasure]], method: str) -> 
     """(modules to keep in 16 bits, reasons): those with super weights, and those far below others of their kind."""
     why, skip = [], []
     for layer, site in measured:
-        for weight in layer.super_weights if site.site.kind == FFN_OUTPUT else ():
+        for weight in layer.super_weights if site.kind == FFN_OUTPUT else ():
             if (name := f"{layer.name}.{weight.module}") not in skip:
                 skip.append(name)
                 why.append(f"{name} holds a super weight, [{weight.row}, {weight.column}] = {weight.weight:.3g}.")
     kinds: dict[str, list[tuple[float, str]]] = {}
     for layer, site in measured:
         value = _ordinary(site.damage[method])
-        kinds.setdefault(site.site.kind, []).extend((value, f"{layer.name}.{module}") for module in site.site.modules)
+        kinds.setdefault(site.kind, []).extend((value, f"{layer.name}.{module}") for module in site.modules)
     far = []
     for kind, found in kinds.items():
         middle = median(value for value, _ in found)

@@ -25,7 +25,7 @@ from qcli.outliers.inspection import (
     Text,
     TokenAbsmax,
 )
-from qcli.outliers.measure import DIMS_KEPT, LayerMeasure, SiteMeasure
+from qcli.outliers.measured import DIMS_KEPT, LayerMeasure, SiteMeasure
 from qcli.outliers.statistics import quartiles
 from qcli.streaming.corpus import Corpus
 from qcli.streaming.skeleton import Skeleton
@@ -88,11 +88,11 @@ def describe_layer(index: int, layer: LayerMeasure) -> Layer:
     """A block's sites and what leaves it."""
     residual = None
     if layer.residual is not None:
-        medians = sorted(layer.medians)
+        medians = sorted(layer.medians.values())
         residual = Residual(
             **_activations(layer.residual),
             median=number(medians[len(medians) // 2]) if medians else None,
-            massive=len(layer.massive),
+            massive=len(layer.massive_activations),
         )
     return Layer(index, layer.name, [_site(site) for site in layer.sites], residual)
 
@@ -100,11 +100,7 @@ def describe_layer(index: int, layer: LayerMeasure) -> Layer:
 def _site(measure: SiteMeasure) -> Site:
     damage = measure.damage and {name: Sqnr(number(d.output), number(d.ordinary)) for name, d in measure.damage.items()}
     return Site(
-        kind=measure.site.kind,
-        modules=list(measure.site.modules),
-        **_activations(measure),
-        columns_kept=number(measure.columns_kept),
-        sqnr=damage,
+        kind=measure.kind, modules=measure.modules, **_activations(measure), columns_kept=number(measure.share_kept), sqnr=damage
     )
 
 
@@ -175,7 +171,7 @@ def massive_activations(skeleton: Skeleton, corpus: Corpus, layers: Sequence[Lay
     """The largest of each layer, dimension, token, and position (that of the first token, or any other); largest first."""
     groups: dict[tuple, list] = {}
     for i, layer in enumerate(layers):
-        for m in layer.massive:
+        for m in layer.massive_activations:
             token = skeleton.tokenizer.decode([corpus.windows[m.window].ids[m.position]])
             groups.setdefault((i, m.dim, m.position == 0, token), []).append(m)
     found = []
@@ -187,7 +183,7 @@ def massive_activations(skeleton: Skeleton, corpus: Corpus, layers: Sequence[Lay
 
 def first_tokens(corpus: Corpus, layers: Sequence[LayerMeasure]) -> FirstTokens | None:
     """What stands at the positions that no other figure counts; None where there are none."""
-    stats = [s.bos for layer in layers for s in layer.sites if s.site.kind in HIDDEN and s.bos.rows]
+    stats = [s.bos for layer in layers for s in layer.sites if s.kind in HIDDEN and s.bos.rows]
     if not corpus.bos or not stats:
         return None
     absmax = [value for s in stats if (value := number(s.absmax.max())) is not None]
@@ -198,11 +194,11 @@ def first_tokens(corpus: Corpus, layers: Sequence[LayerMeasure]) -> FirstTokens 
 def charts(layers: Sequence[LayerMeasure], features: Sequence[Feature], tokens: list[str], hidden_size: int) -> Charts:
     """What the page draws and the tables do not hold."""
     sites = [(i, s) for i, layer in enumerate(layers) for s in hidden_sites(layer, hidden_size)]
-    shown = [(i, s) for i, s in sites if s.site.kind == ATTENTION_INPUT]
+    shown = [(i, s) for i, s in sites if s.kind == ATTENTION_INPUT]
     kind = ATTENTION_INPUT
     if not shown and sites:
-        kind = sites[0][1].site.kind
-        shown = [(i, s) for i, s in sites if s.site.kind == kind]
+        kind = sites[0][1].kind
+        shown = [(i, s) for i, s in sites if s.kind == kind]
     if not shown:
         return Charts(None, None, [])
     absmax = torch.stack([s.stats.absmax for _, s in shown])
@@ -223,7 +219,7 @@ def _surface(shown: list[tuple[int, SiteMeasure]], tokens: list[str]) -> Surface
     peaks = site.surface.abs().amax(0)
     stretch = -(-len(peaks) // SURFACE_DIMS)
     dims = [int(part.argmax()) + start for start, part in zip(range(0, len(peaks), stretch), peaks.split(stretch))]
-    return Surface(index, site.site.kind, tokens[: len(site.surface)], dims, _rounded(site.surface[:, dims]))
+    return Surface(index, site.kind, tokens[: len(site.surface)], dims, _rounded(site.surface[:, dims]))
 
 
 def _histograms(sites: list[tuple[int, SiteMeasure]], features: Sequence[Feature]) -> list[Histogram]:
@@ -239,7 +235,7 @@ def _histograms(sites: list[tuple[int, SiteMeasure]], features: Sequence[Feature
             Histogram(
                 dim=feature.dim,
                 layer=index,
-                kind=site.site.kind,
+                kind=site.kind,
                 edges=[_round(e) for e in edges],
                 counts=counts,
                 quartiles=quartiles(*site.sketch.of(feature.dim)),

@@ -3,14 +3,15 @@
 Outlier features are large at nearly every token. Massive activations are a few values, a thousand times the median, at few tokens.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from qcli.nn.quantized_linear import QuantizedLinear
 from qcli.outliers.sites import linear_modules
+from qcli.streaming.batches import Batch
 from qcli.streaming.run import current_call
 
 MASSIVE = 100.0  # magnitude, and
@@ -53,12 +54,37 @@ class SuperWeight:
     output: float
 
 
-class SpikeFinder:
-    """Keeps the token at which each linear layer of a block gives its largest output, with its input and output there."""
+@dataclass(frozen=True)
+class Spike:
+    """A linear layer's largest output in magnitude, `value`, met at `place` in the text, with the weights behind it."""
 
-    def __init__(self):
-        # module -> (input [in_features], output [out_features], median of |outputs|)
-        self._largest: dict[int, tuple[torch.Tensor, torch.Tensor, float]] = {}
+    value: float
+    place: tuple[int, ...]
+    super_weights: tuple[SuperWeight, ...] = ()
+
+    @property
+    def order(self) -> tuple[float, tuple[int, ...]]:
+        """The least is the spike of both: the larger one, or the earlier of equal ones."""
+        return -self.value, self.place
+
+
+@dataclass(frozen=True)
+class _Token:
+    """A token at which a layer has a spike: input [in_features], output [out_features] and median of |outputs|, float32."""
+
+    spike: Spike
+    input: torch.Tensor
+    output: torch.Tensor
+    median: float
+
+
+class SpikeFinder:
+    """Keeps the token at which each linear layer of a block gives its largest output, with its input and output there. `place` says
+    where a batch is in the text."""
+
+    def __init__(self, place: Callable[[Batch], tuple[int, ...]]):
+        self._place = place
+        self._largest: dict[int, _Token] = {}  # by the module's id
 
     def hook(self, block: nn.Module) -> list:
         """Hooks every linear layer of the block; returns the hooks' handles."""
@@ -76,24 +102,28 @@ class SpikeFinder:
         token = int(y.abs().amax(1).argmax())
         value = y[token].abs().max().item()
         before = self._largest.get(id(module))
-        if value <= MASSIVE or (before is not None and before[1].abs().max().item() >= value):
+        if value <= MASSIVE or (before is not None and before.spike.value >= value):
             return
-        self._largest[id(module)] = x[token].float(), y[token].float(), y.float().abs().median().item()
+        spike = Spike(value, self._place(call.batch))
+        self._largest[id(module)] = _Token(spike, x[token].float(), y[token].float(), y.float().abs().median().item())
 
-    def super_weights(self, layer: int, modules: Mapping[str, nn.Module]) -> list[SuperWeight]:
+    def spikes(self, layer: int, modules: Mapping[str, nn.Module]) -> dict[str, Spike]:
         """Those of `modules`, path to module, which are the last ones of the FFN of block `layer`. Weights must be loaded."""
-        found = []
+        found = {}
         for path, module in modules.items():
-            if id(module) not in self._largest:
-                continue
-            x, y, median = self._largest[id(module)]
-            rows = ((y.abs() > MASSIVE) & (y.abs() >= MASSIVE_RATIO * median)).nonzero().view(-1)
-            for row, weights in zip(rows.tolist(), _rows(module, rows) if len(rows) else ()):
-                column = int((weights * x).abs().argmax())
-                weight, spike, output = weights[column].item(), x[column].item(), y[row].item()
-                if abs(weight * spike) >= SUPER_SHARE * abs(output):
-                    found.append(SuperWeight(layer, path, row, column, weight, spike, output))
+            if (token := self._largest.get(id(module))) is not None:
+                found[path] = replace(token.spike, super_weights=tuple(_super_weights(layer, path, module, token)))
         return found
+
+
+def _super_weights(layer: int, path: str, module: nn.Module, token: _Token) -> Iterator[SuperWeight]:
+    x, y = token.input, token.output
+    rows = ((y.abs() > MASSIVE) & (y.abs() >= MASSIVE_RATIO * token.median)).nonzero().view(-1)
+    for row, weights in zip(rows.tolist(), _rows(module, rows) if len(rows) else ()):
+        column = int((weights * x).abs().argmax())
+        weight, spike, output = weights[column].item(), x[column].item(), y[row].item()
+        if abs(weight * spike) >= SUPER_SHARE * abs(output):
+            yield SuperWeight(layer, path, row, column, weight, spike, output)
 
 
 def _rows(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:

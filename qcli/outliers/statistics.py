@@ -1,4 +1,7 @@
-"""Statistics of activations that are gathered batch by batch. The result does not depend on the batches."""
+"""Statistics of activations that are gathered batch by batch. The result does not depend on the order of the batches.
+
+Each class has a `merge`, which adds what another one was given. So texts may be divided over machines.
+"""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from qcli.ops.activation_stats import FIELDS, activation_stats
+from qcli.outliers.sums import WideSum
 
+_EXTREMES, _SUMS = FIELDS[:2], FIELDS[2:]
 SKETCH_ERROR = 0.005  # of a quantile of the sketch, relative
 HISTOGRAM_BINS = 129
 _LEAST_VARIANCE = 1e-5  # of the mean square; below it float64 power sums are too coarse for a kurtosis
@@ -15,25 +20,34 @@ _STEPS = 8  # bins of the histogram per unit of asinh(x)
 
 
 class ChannelStats:
-    """Moments, extremes and counts of each channel, float64, exact but for the rounding of float64 sums."""
+    """Moments, extremes and counts of each channel, float64, exact but for the rounding of float64 sums within a batch."""
 
     def __init__(self, channels: int):
-        self.rows = 0
-        self._stats = torch.zeros(len(FIELDS), channels, dtype=torch.float64)
-        self._stats[FIELDS.index("min")], self._stats[FIELDS.index("max")] = torch.inf, -torch.inf
+        self.rows, self.channels = 0, channels
+        self._least = torch.full((channels,), torch.inf, dtype=torch.float64)
+        self._greatest = torch.full((channels,), -torch.inf, dtype=torch.float64)
+        self._sums = WideSum(len(_SUMS), channels)
 
     def add(self, x: torch.Tensor, threshold: float) -> None:
         """Adds x [rows, channels]. Elements of magnitude `threshold` and more are outliers."""
-        new = activation_stats(x, threshold).cpu()
-        old, least, greatest = self._stats, FIELDS.index("min"), FIELDS.index("max")
-        merged = old + new
-        merged[least] = torch.minimum(old[least], new[least])
-        merged[greatest] = torch.maximum(old[greatest], new[greatest])
-        self._stats, self.rows = merged, self.rows + len(x)
+        least, greatest, *sums = activation_stats(x, threshold).cpu()
+        self._extend(least, greatest, len(x))
+        self._sums.add(torch.stack(sums))
+
+    def merge(self, other: "ChannelStats") -> None:
+        """Adds the rows of another."""
+        self._extend(other._least, other._greatest, other.rows)
+        self._sums.merge(other._sums)
+
+    def _extend(self, least: torch.Tensor, greatest: torch.Tensor, rows: int) -> None:
+        self._least, self._greatest = torch.minimum(self._least, least), torch.maximum(self._greatest, greatest)
+        self.rows += rows
 
     def __getitem__(self, field: str) -> torch.Tensor:
         """[channels] of one of activation_stats.FIELDS."""
-        return self._stats[FIELDS.index(field)]
+        if field in _EXTREMES:
+            return self._least if field == "min" else self._greatest
+        return self._sums.value[_SUMS.index(field)]
 
     @property
     def nonfinite(self) -> list[int]:
@@ -53,7 +67,7 @@ class ChannelStats:
     def pooled_moments(self) -> "Moments":
         """Moments over all values of all channels, each a scalar."""
         sums = (self[f].sum() for f in ("sum", "sum_squares", "sum_cubes", "sum_fourths"))
-        return Moments(torch.tensor(float(self.rows * self._stats.shape[1]), dtype=torch.float64), *sums)
+        return Moments(torch.tensor(float(self.rows * self.channels), dtype=torch.float64), *sums)
 
 
 @dataclass
@@ -123,7 +137,13 @@ class OutlierSketch:
         values = x[where[:, 0], where[:, 1]].double()
         bins = 1 + ((values.abs() / self.threshold).log() / self._ratio).floor().long()
         keys = where[:, 1] * self._CHANNEL + self._CHANNEL // 2 + bins * values.sign().long()
-        new, counts = keys.cpu().unique(return_counts=True)
+        self._put(*keys.cpu().unique(return_counts=True))
+
+    def merge(self, other: "OutlierSketch") -> None:
+        """Adds the outliers of another sketch of the same threshold."""
+        self._put(other._keys, other._counts)
+
+    def _put(self, new: torch.Tensor, counts: torch.Tensor) -> None:
         self._keys, place = torch.cat((self._keys, new)).unique(return_inverse=True)
         self._counts = torch.zeros(len(self._keys), dtype=torch.long).index_add_(0, place, torch.cat((self._counts, counts)))
 
@@ -169,6 +189,10 @@ class ChannelHistograms:
         bins = (x.float().asinh() * _STEPS).round_().clamp_(-half, half).int() + half
         bins += torch.arange(channels, dtype=torch.int32, device=x.device) * HISTOGRAM_BINS
         self._counts += torch.bincount(bins.view(-1), minlength=channels * HISTOGRAM_BINS).cpu().int()
+
+    def merge(self, other: "ChannelHistograms") -> None:
+        """Adds the counts of another, of the same channels. Neither has dropped any."""
+        self._counts = self._counts + other._counts
 
     def keep(self, channels: list[int]) -> None:
         """Drops all channels but these, once everything was added."""

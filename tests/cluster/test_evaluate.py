@@ -4,9 +4,6 @@ import pytest
 
 import qcli
 from qcli.errors import UsageError
-from qcli.evaluation.models import prepare
-from qcli.evaluation.on_cluster import divided
-from qcli.streaming.corpus import Window
 from tests.conftest import ROOT
 
 MODEL = str(ROOT / "examples" / "demo-model")
@@ -46,20 +43,6 @@ def test_calibrated_forms_and_two_models(ray_cluster, tmp_path):
     pair = TEXT | {"against": MODEL, "kv_dtype": "int8"}
     there = qcli.evaluate(str(tmp_path / "nf4"), **pair, cluster=ray_cluster.address)
     same(there.summary(), qcli.evaluate(str(tmp_path / "nf4"), **pair).summary())
-
-
-def test_windows_of_one_call_stay_together():
-    options = dict.fromkeys(("against", "adapter", "methods", "kv_dtype", "head", "revision"))
-    models = prepare(MODEL, **options, speed=False, dtype="auto", device="cpu", trust_remote_code=False)
-    lengths = [2048, 100, 100, 1000, 1000, 1000, 2048, 7, 2048]
-    windows = [Window(tuple(range(n)), 1, n) for n in lengths]
-    parts = divided(models, windows, [2, 1])
-    assert sorted(i for part in parts for i in part) == list(range(len(windows)))
-    assert all(part == sorted(part) for part in parts)
-    loads = [sum(lengths[i] for i in part) for part in parts]
-    assert 1.2 < loads[0] / loads[1] < 3.5
-    assert {3, 4} <= set(parts[0]) or {3, 4} <= set(parts[1])  # two of 1,000 tokens are one call
-    assert divided(models, windows[:1], [1, 1, 1]) == [[0]]
 
 
 def test_a_speed_is_that_of_one_machine():

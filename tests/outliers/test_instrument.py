@@ -136,13 +136,13 @@ def test_the_residual_stream_is_that_of_the_whole_model(folder, report, windows)
 
 
 def test_hidden_states_without_room_are_refused(folder, monkeypatch):
-    monkeypatch.setattr("qcli.outliers.inspect_outliers.available_memory", lambda: 400_000)
+    monkeypatch.setattr("qcli.outliers.passes.available_memory", lambda: 400_000)
     words = r"hidden states of 1,000 tokens take 512 kB, the largest block \d+ kB, and 400 kB of memory are free"
     with pytest.raises(UsageError, match=words) as refused:
         inspect(folder[2])
     fewer = int(refused.value.hint.removeprefix("Read fewer: --tokens ").removesuffix("."))
     assert inspect(folder[2], tokens=fewer)["text"]["tokens"] == fewer
-    monkeypatch.setattr("qcli.outliers.inspect_outliers.available_memory", lambda: 1000)
+    monkeypatch.setattr("qcli.outliers.passes.available_memory", lambda: 1000)
     with pytest.raises(UsageError) as refused:
         inspect(folder[2])
     assert refused.value.hint == "No choice of --tokens would do; free some memory."
