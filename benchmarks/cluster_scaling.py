@@ -109,6 +109,7 @@ def planned(folder: Path, name: str, shard: str) -> tuple[dict, list[tuple[int, 
         [sys.executable, "-c", PLAN, str(model), str(folder / "never"), shard], capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout)
+    del found["problems"]  # the disk of this machine
     plan = make_plan(str(model), folder / "never", bits=4, settings={"max_shard_size": shard})
     files = [
         (sum(w.info.nbytes for w in works), sum(w.output_bytes for w in works))
