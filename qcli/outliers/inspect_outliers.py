@@ -76,7 +76,7 @@ def inspect_outliers(
             if ablate and dims:
                 others = random_dims(measured.hidden_size, dims, len(dims))
                 zeroing = Zeroing.of(measured.layers, {WITHOUT: dims, RANDOM: others}, prefix)
-                second = _second(zeroing, passes.ablate(zeroing), corpus)
+                second = _second_pass(zeroing, passes.ablate(zeroing), corpus)
             elif ablate:
                 second = _Second(note="Nothing was ablated: no dimension meets the criteria of an outlier feature.")
     layers, hidden_size = measured.layers, measured.hidden_size
@@ -139,7 +139,7 @@ class _Second:
     note: str = ""
 
 
-def _second(zeroing: Zeroing, zeroed: Zeroed, corpus: Corpus) -> _Second:
+def _second_pass(zeroing: Zeroing, zeroed: Zeroed, corpus: Corpus) -> _Second:
     attention = list(zeroed.attention.values())
     perplexities: dict[str, float | None] = {name: _perplexity(scores, corpus) for name, scores in zeroed.scores.items()}
     top1 = mean_top1(attention)

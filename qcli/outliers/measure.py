@@ -125,6 +125,8 @@ class Meter(Observer):
                 self._union[batch] = mask if before is None else before | mask
         else:
             measure.histograms = measure.surface = None
+        if site.kind not in HIDDEN:
+            measure.bos = None
         sample = self._samples.get(id(site))
         if sample is not None and self.methods:
             measure.damage = sample.damage(site.modules, self.methods, self.threshold, self.sample.step)
@@ -149,6 +151,7 @@ class Meter(Observer):
         rows = x[batch.counted(self.prefix).to(x.device)]
         self._count(measure, rows, f"the input of {path}")
         if self.prefix:
+            measure.bos = measure.bos or ChannelStats(channels)
             measure.bos.add(x[:, : self.prefix].reshape(-1, channels), self.threshold)
         if measure.histograms is not None:
             measure.histograms.add(rows)
@@ -174,7 +177,7 @@ class Meter(Observer):
             self._medians[window], self._massive[window] = spikes.massive(hidden, window)
 
     def _new(self, key: tuple[str, int], place: Place, channels: int, kind: str = "") -> SiteMeasure:
-        return SiteMeasure(key, place, ChannelStats(channels), OutlierSketch(self.threshold), ChannelStats(channels), kind)
+        return SiteMeasure(key, place, ChannelStats(channels), OutlierSketch(self.threshold), kind)
 
     def _count(self, measure: SiteMeasure, rows: torch.Tensor, where: str) -> None:
         """Adds rows [positions, channels]. Raises NonFiniteError, which says `where` they were."""

@@ -19,19 +19,20 @@ Place = tuple[int, ...]  # of something in the text: places compare as one machi
 
 @dataclass
 class SiteMeasure:
-    """What was measured at one site (qcli.outliers.sites), without BOS and padding. `modules` are paths in the block, and
-    `weightless` those of them without a weight that could be rounded. `token_absmax` [rows] is in no order. `surface` [tokens,
-    channels] is of the first window. `columns_kept` has the share of columns that LLM.int8() would keep in 16 bits, by window."""
+    """What was measured at one site (qcli.outliers.sites), without padding and BOS. `bos` is of the latter, at inputs of the hidden
+    state. `modules` are paths in the block, and `weightless` those of them without a weight that could be rounded. `token_absmax`
+    [rows] is in no order. `surface` [tokens, channels] is of the first window. `columns_kept` has the share of columns that
+    LLM.int8() would keep in 16 bits, by window."""
 
     key: tuple[str, int]
     place: Place
     stats: ChannelStats
     sketch: OutlierSketch
-    bos: ChannelStats
     kind: str
     modules: list[str] = field(default_factory=list)
     weightless: list[str] = field(default_factory=list)
     token_absmax: list[torch.Tensor] = field(default_factory=list)
+    bos: ChannelStats | None = None
     histograms: ChannelHistograms | None = None
     surface: torch.Tensor | None = None
     damage: dict[str, Damage] | None = None
@@ -52,12 +53,14 @@ class SiteMeasure:
     def merge(self, other: "SiteMeasure") -> None:
         """Adds what other windows left at the same site."""
         self.place = min(self.place, other.place)
-        for name in ("stats", "sketch", "bos"):
-            getattr(self, name).merge(getattr(other, name))
+        self.stats.merge(other.stats)
+        self.sketch.merge(other.sketch)
         for name in ("modules", "weightless"):
             mine = getattr(self, name)
             mine += [path for path in getattr(other, name) if path not in mine]
         self.token_absmax += other.token_absmax
+        if self.bos is not None and other.bos is not None:
+            self.bos.merge(other.bos)
         if self.histograms is not None and other.histograms is not None:
             self.histograms.merge(other.histograms)
         self.surface = other.surface if self.surface is None else self.surface

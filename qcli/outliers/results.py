@@ -183,7 +183,7 @@ def massive_activations(skeleton: Skeleton, corpus: Corpus, layers: Sequence[Lay
 
 def first_tokens(corpus: Corpus, layers: Sequence[LayerMeasure]) -> FirstTokens | None:
     """What stands at the positions that no other figure counts; None where there are none."""
-    stats = [s.bos for layer in layers for s in layer.sites if s.kind in HIDDEN and s.bos.rows]
+    stats = [s.bos for layer in layers for s in layer.sites if s.kind in HIDDEN and s.bos is not None and s.bos.rows]
     if not corpus.bos or not stats:
         return None
     absmax = [value for s in stats if (value := number(s.absmax.max())) is not None]

@@ -80,3 +80,15 @@ def test_not_a_number_shows(logits):
     scores = TokenScores(70)
     scores.add(0, other, targets)
     assert np.isnan(scores.loss).nonzero()[0].tolist() == [4] and scores.divergence is None
+
+
+def test_parts_of_a_text_come_to_their_places(logits):
+    """Four windows of 10, 25, 5 and 30 tokens, which two machines have scored."""
+    base, other, targets = logits
+    ends, parts = [0, 10, 35, 40, 70], []
+    for numbers in ([1, 2], [0, 3]):
+        rows = torch.cat([torch.arange(ends[i], ends[i + 1]) for i in numbers])
+        parts.append((numbers, scored(base[rows], other[rows], targets[rows], [(0, len(rows))])))
+    whole, placed = scored(*logits, [(0, 70)]), TokenScores.placed(parts, [10, 25, 5, 30])
+    for name in ("loss", "divergence", "agrees"):
+        np.testing.assert_array_equal(getattr(placed, name), getattr(whole, name))

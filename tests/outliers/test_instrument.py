@@ -11,8 +11,11 @@ import transformers
 import qcli
 from qcli.errors import NonFiniteError, UsageError
 from qcli.outliers.inspect_outliers import inspect_outliers
+from qcli.outliers.passes import check_room
 from qcli.streaming import batches
 from qcli.streaming.corpus import read_windows
+from qcli.streaming.reading import weight_bytes
+from qcli.streaming.skeleton import Skeleton
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, make_model
 from tests.outliers.planted import HIDDEN, LAYERS, plant, recorded_inputs, save, small_llama, write_text
@@ -146,6 +149,20 @@ def test_hidden_states_without_room_are_refused(folder, monkeypatch):
     with pytest.raises(UsageError) as refused:
         inspect(folder[2])
     assert refused.value.hint == "No choice of --tokens would do; free some memory."
+
+
+def test_workers_share_the_memory_of_a_machine(folder, monkeypatch):
+    """A half of the text in the memory that one machine has for two halves."""
+    skeleton = Skeleton(str(folder[2]), device="cpu")
+    corpus = read_windows(skeleton.tokenizer, folder[2] / "text.txt", sequence_length=LENGTH)
+    half, block = corpus.windows[:16], max(map(weight_bytes, skeleton.units))  # 512 tokens take 262,144 bytes
+    monkeypatch.setattr("qcli.outliers.passes.available_memory", lambda: 2 * (block + 262_144))
+    check_room(skeleton, half, 1, corpus.windows, workers=2)
+    monkeypatch.setattr("qcli.outliers.passes.available_memory", lambda: 2 * (block + 262_143))
+    check_room(skeleton, half, 1, corpus.windows, workers=1)
+    with pytest.raises(UsageError, match="of 512 tokens take 262 kB, .* of memory are free for each of 2 workers") as refused:
+        check_room(skeleton, half, 1, corpus.windows, workers=2)
+    assert refused.value.hint == "Read fewer: --tokens 499."
 
 
 def test_histograms_count_every_position(report, activations):

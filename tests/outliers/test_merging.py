@@ -122,11 +122,10 @@ def test_attention(batches):
 def site(batches, i, group="mlp", order=0, kind="ffn input") -> SiteMeasure:
     """What batch i alone left at a site."""
     x = batches[i]
-    found = SiteMeasure(
-        (group, order), (-len(x), i, order), ChannelStats(CHANNELS), OutlierSketch(THRESHOLD), ChannelStats(CHANNELS), kind
-    )
+    found = SiteMeasure((group, order), (-len(x), i, order), ChannelStats(CHANNELS), OutlierSketch(THRESHOLD), kind)
     found.modules = [f"{group}.up_proj"]
     found.stats.add(x, THRESHOLD)
+    found.bos = ChannelStats(CHANNELS)
     found.bos.add(x[:1], THRESHOLD)
     found.sketch.add(x)
     found.token_absmax = [x.abs().amax(1)]
