@@ -41,7 +41,7 @@ def left_out(lock: Path) -> set[str]:
 
 def direct() -> list[Requirement]:
     """What pyproject.toml asks for: to run, to test, to check and to build."""
-    texts = PROJECT["project"]["dependencies"] + EXTRAS["test"] + EXTRAS["plot"] + EXTRAS["dev"]
+    texts = PROJECT["project"]["dependencies"] + EXTRAS["test"] + EXTRAS["plot"] + EXTRAS["cluster"] + EXTRAS["dev"]
     texts += PROJECT["dependency-groups"]["build"] + PROJECT["build-system"]["requires"]
     return [made for made in map(Requirement, texts) if made.name != "qcli"]
 
