@@ -16,6 +16,7 @@ import pytest
 import qcli
 from qcli.errors import CheckpointError, PlanError
 from qcli.quantization import execute, shard_files, staging
+from qcli.quantization.quantize import make_plan
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, make_model
 
@@ -274,3 +275,25 @@ def test_values_beyond_float16_are_named(tmp_path):
     save_file(state, tmp_path / "model/model.safetensors", {"format": "pt"})
     report = qcli.quantize(str(tmp_path / "model"), tmp_path / "out8", bits=8, dtype="float16")
     assert torch.isfinite(torch.tensor([k.errors.relative_error for k in report.kinds])).all()
+
+
+def test_a_file_is_locked_where_folders_cannot_be(whole, tmp_path, monkeypatch):
+    """As on NFS, which refuses a lock on what is not open for writing."""
+    import errno
+    import fcntl
+    import stat
+
+    lock = fcntl.flock
+
+    def flock(fd, operation):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        lock(fd, operation)
+
+    monkeypatch.setattr(staging.fcntl, "flock", flock)
+    plan = make_plan(str(whole / "model"), tmp_path / "out", settings={"max_shard_size": "60kB"})
+    with staging.Staging(plan), pytest.raises(CheckpointError, match="in use by another qcli"):
+        qcli.quantize(str(whole / "model"), tmp_path / "out", settings={"max_shard_size": "60kB"})
+    qcli.quantize(str(whole / "model"), tmp_path / "out", settings={"max_shard_size": "60kB"})
+    assert digest(tmp_path / "out") == digest(whole / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
