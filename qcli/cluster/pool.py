@@ -67,6 +67,7 @@ class Worker:
     doing: str = ""
     finished: int = 0  # bytes of the tasks it has finished
     tasks: int = 0
+    began: float = 0.0  # the task under way
     seconds: float = 0.0  # with a task
     history: deque[tuple[float, int]] = field(default_factory=deque)  # (time, bytes), of the last seconds
 
@@ -105,7 +106,7 @@ class Pool:
         self._of_slot: dict[int, deque[Task]] = {}
         self._calls: dict[Any, tuple[Worker, str]] = {}
         self._asked: dict[Any, Worker] = {}
-        self._tried: Counter[int] = Counter()
+        self._tried: Counter[object] = Counter()
         self._told = 0
         self._looked = time.monotonic()
         for i in range(count):
@@ -149,6 +150,9 @@ class Pool:
         ended = 0
         while ended < len(tasks):
             for worker in self.workers:
+                if worker.actor is None and self._of_slot.get(worker.slot):
+                    name = self._of_slot[worker.slot][0].name
+                    raise ClusterError(f"no machine can take the place of {worker.host} at {name}", "Finished work is kept: rerun.")
                 if worker.ready and worker.task is None and (queue := self._of_slot.get(worker.slot) or self._left):
                     self._give(worker, queue.popleft())
             for task, value in self._turn():
@@ -222,7 +226,7 @@ class Pool:
             worker.actor, worker.task = None, None
             _warn(f"{host} is left out: qcli is not installed there ({why})")
             return self._refuse_if_alone(f"no machine of the cluster has qcli; {host}: {why}")
-        key = -1 - worker.slot if task is None else hash((task.method, task.name))
+        key = worker.slot if task is None else (task.method, task.name)
         self._tried[key] += 1
         if self._tried[key] >= DEATHS:
             what = f"at {task.name}" if task else "before it began"
@@ -238,6 +242,7 @@ class Pool:
             worker.node = min(alive, key=lambda node: others[node.id])
             worker.threads = min(worker.threads, worker.node.cpus)
             worker.cpus = min(worker.cpus, worker.node.cpus)
+            worker.gpus = min(worker.gpus, worker.node.gpus)
         _warn(f"a worker on {host} died ({why}); its work is done again on {worker.node.address}")
         self._start(worker)
 

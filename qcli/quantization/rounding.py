@@ -21,7 +21,7 @@ from qcli.methods.simulate import simulate, with_fixed_columns
 from qcli.quantization.decoding import block_scales, read_tensor
 from qcli.quantization.outputs import weight_of
 from qcli.quantization.plan import Plan, Work
-from qcli.quantization.shard_files import ShardFiles
+from qcli.quantization.shard_files import Sink
 from qcli.schemes import CHUNK_BYTES, Scheme
 
 
@@ -74,7 +74,7 @@ def read_weight(plan: Plan, work: Work) -> torch.Tensor:
 
 def round_weight(
     plan: Plan,
-    staging: ShardFiles,
+    staging: Sink,
     work: Work,
     statistics: Statistics | None,
     device: torch.device,
@@ -95,7 +95,7 @@ def round_weight(
     return rounding
 
 
-def round_by_fisher(plan: Plan, staging: ShardFiles, work: Work, fisher: Fisher | None, device: torch.device) -> Rounding:
+def round_by_fisher(plan: Plan, staging: Sink, work: Work, fisher: Fisher | None, device: torch.device) -> Rounding:
     """Rounds the weight of `work` by its Fisher information and writes it. Without any it is what the method makes of the weight
     alone."""
     assert work.method is not None
@@ -174,7 +174,7 @@ def _sums(weight: torch.Tensor, values: torch.Tensor) -> ErrorSums:
     return ErrorSums(float(error), float(weight.square().sum(dtype=torch.float64)))
 
 
-def _write(plan: Plan, staging: ShardFiles, work: Work, parts: Parts) -> None:
+def _write(plan: Plan, staging: Sink, work: Work, parts: Parts) -> None:
     assert work.linear is not None and work.method is not None
     weight, scheme = weight_of(work.info, work.linear, work.method, plan.dtype), work.method.scheme
     places = {o.name: o for o in work.outputs}

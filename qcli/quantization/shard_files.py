@@ -51,6 +51,14 @@ class Staged(Protocol):
     def shards(self) -> Sequence[Shard]: ...
 
 
+class Sink(Protocol):
+    """What takes the parts of weights, as ShardFiles does."""
+
+    def write(self, file: str, offset: int, data: bytes | memoryview) -> None: ...
+    def write_rows(self, file: str, offset: int, data: memoryview, row: int, stride: int) -> None: ...
+    def finish_work(self, index: int, errors: ErrorSums) -> None: ...
+
+
 class ShardFiles:
     """The weight files of `plan` in `folder`. `open_journal` comes first, then `open_shards`. `done` has the errors of the units
     that are known to be there."""

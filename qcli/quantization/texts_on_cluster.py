@@ -24,10 +24,11 @@ from qcli.calibration.statistics import Statistics, segment_of
 from qcli.calibration.waiting import WaitingStates
 from qcli.cluster.jobs import Told
 from qcli.cluster.pool import Pool, Task
+from qcli.methods.errors import ErrorSums
 from qcli.quantization.on_cluster import ShardJob
 from qcli.quantization.plan import Plan, Work
 from qcli.quantization.rounding import Rounding, by_input, round_weight
-from qcli.quantization.shard_files import ShardFiles
+from qcli.quantization.shard_files import Sink
 from qcli.streaming.batches import Batch
 from qcli.streaming.head import Head
 from qcli.streaming.run import Call, Observer, Pass, run_calls
@@ -142,24 +143,24 @@ class Order:
     changed: Changed | None
 
 
-class Collected(ShardFiles):
-    """What a worker would write of a weight, for the driver to write."""
+class Collected:
+    """A Sink: what a worker would write of a weight, for the driver to write."""
 
     def __init__(self) -> None:
         self.pieces: Pieces = []
 
     def write(self, file: str, offset: int, data: bytes | memoryview) -> None:
-        """See ShardFiles."""
+        """See Sink."""
         self.pieces.append((file, offset, bytes(data), 0, 0))
 
     def write_rows(self, file: str, offset: int, data: memoryview, row: int, stride: int) -> None:
-        """See ShardFiles."""
+        """See Sink."""
         self.pieces.append((file, offset, bytes(data), row, stride))
 
-    def finish_work(self, index: int, errors: Any) -> None:
+    def finish_work(self, index: int, errors: ErrorSums) -> None:
         """Does nothing: the driver notes it."""
 
-    def write_to(self, files: ShardFiles) -> None:
+    def write_to(self, files: Sink) -> None:
         """Writes it."""
         for file, offset, data, row, stride in self.pieces:
             if row:

@@ -202,6 +202,31 @@ def test_another_qcli_is_left_out_by_name():
         adding(Engine(hello={"a": sources, "b": sources})).meet()
 
 
+def test_a_slot_that_no_machine_can_take_ends_the_run():
+    """Its machine is gone, and the only other one has another qcli."""
+    engine = Engine([NODES[0]])
+
+    def dies(node, method, arguments):
+        if method == "call" and node.id == "a":
+            engine._nodes = [NODES[1]]
+        return node not in engine._nodes
+
+    engine.dies, engine.hello = dies, {"b": installed.fingerprint() | {"qcli": "0.0.7"}}
+    with pytest.warns(QcliWarning), pytest.raises(ClusterError, match="no machine"), adding(engine) as workers:
+        list(workers.deal(tasks(1, slot=0)))
+    engine = Engine(NODES)
+
+    def dies_too(node, method, arguments):
+        if method == "call" and node.id == "b":
+            engine._nodes = [NODES[0]]
+            engine.hello = {"a": installed.fingerprint() | {"qcli": "0.0.7"}}
+        return node not in engine._nodes
+
+    engine.dies = dies_too
+    with pytest.warns(QcliWarning), pytest.raises(ClusterError, match="take the place of"), adding(engine) as workers:
+        list(workers.deal(tasks(1, slot=1)))
+
+
 def test_the_fingerprint_says_what_results_depend_on():
     ours = installed.fingerprint()
     assert ours["torch"] == torch.__version__ and installed.difference(ours, dict(ours)) is None

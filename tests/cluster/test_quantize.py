@@ -1,6 +1,5 @@
 """`quantize --cluster` on a Ray cluster of two machines on loopback: the bytes of one machine's run."""
 
-import hashlib
 import json
 import os
 import random
@@ -20,14 +19,11 @@ from qcli.quantization.quantize import make_plan
 from tests.cluster.conftest import HOST
 from tests.conftest import ROOT
 from tests.models import add_tokenizer, make_model
+from tests.quantization.test_resume import digest
 
 SETTINGS = {"max_shard_size": "25kB"}
 MODEL = ROOT / "examples" / "demo-model"
 CALIBRATED = {"bits": 4, "calibrate": True, "check": False, "tokens": 3000, "settings": {"sequence_length": 256}}
-
-
-def digest(folder) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")
